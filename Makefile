@@ -1,0 +1,48 @@
+# Everything runs inside .venv; a target that needs it makes it first, once.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+  if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then echo $$p; break; fi; done)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help install demo check test bench soak e2e lint types clean
+
+help:
+	@echo "make demo    train an adapter on the embedded base and look at what it does (minutes)"
+	@echo "make test    everything that proves the project, but GPU and soak"
+	@echo "make check   lint, types, unit, contract and numerics tests (two minutes)"
+	@echo "make bench NAME=time_to_control   run one file of benchmarks/"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; none was found. Name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: install
+	$(BIN)/t2i-adapter demo
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/pyright
+
+check: lint types
+	$(BIN)/pytest tests/unit tests/contract tests/numerics -n 2
+
+test: lint types
+	$(BIN)/pytest tests -m "not gpu and not soak" -n 2
+
+bench: install
+	@test -f "benchmarks/$(NAME).py" || { echo "NAME=$(NAME): no such file benchmarks/$(NAME).py; there are: $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/\.py$$//' | tr '\n' ' ')"; exit 2; }
+	$(BIN)/python benchmarks/$(NAME).py
+
+soak: install
+	$(BIN)/pytest tests -m soak
+
+clean:
+	rm -rf .venv runs build

@@ -1,0 +1,307 @@
+"""Every option of a run, each default beside its documentation. Importing this module loads no torch.
+
+The tree is filled in one order: defaults <- YAML recipe <- flags (`load.py`), and nothing mutates it afterwards.
+A check that needs only the value stands in `__post_init__` and names the flag to change; what needs files or models is
+checked where they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from t2i_adapter.errors import UserError
+
+NANO = "nano"
+SECRET = "secret"  # metadata key of fields that are never written anywhere
+
+
+def _allow(flag: str, ok: bool, got: object, allowed: str) -> None:
+    if not ok:
+        raise UserError(f"--{flag} {got}: {allowed}")
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """The frozen text-to-image model."""
+
+    name: str = NANO
+    """Hub id, diffusers folder, single .safetensors file, or `nano`, the base that comes with the package."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of the base."""
+    variant: str | None = None
+    """Weight file variant of the base, for example fp16."""
+    vae: str | None = None
+    """Another VAE: hub id or folder. SDXL's own overflows in fp16; madebyollin/sdxl-vae-fp16-fix does not."""
+    cache_dir: str | None = None
+    """Folder for what is downloaded from the hub; None is the hub library's own."""
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The network that is trained."""
+
+    init_from: str | None = None
+    """Adapter to continue from: hub id or folder. None starts from random weights, channels read from the base."""
+    in_channels: Literal[1, 3] = 3
+    """Channels of the condition picture; the official SDXL adapters have 3."""
+    downscale_factor: int = 16
+    """PixelUnshuffle factor at the adapter's input; 16 for SDXL. Picture sides must be multiples of it."""
+    num_res_blocks: int = 2
+    """Residual blocks a stage. ComfyUI and A1111 open adapters with 2 only."""
+    init: Literal["default", "zero_last"] = "default"
+    """`default` is diffusers' random start; `zero_last` zeroes each stage's last convolution, so that step 0 leaves
+    the base undisturbed."""
+
+    def __post_init__(self) -> None:
+        _allow("adapter.downscale_factor", self.downscale_factor in (8, 16), self.downscale_factor, "8 or 16")
+        _allow("adapter.num_res_blocks", self.num_res_blocks >= 1, self.num_res_blocks, "1 or more")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Pairs of pictures and captions, and how each is cut to size."""
+
+    train_data_dir: str | None = None
+    """Folder in the layout of `datasets` (train/metadata.jsonl beside the pictures). This or dataset_name."""
+    dataset_name: str | None = None
+    """Hub id, or a local folder, of a data set. This or train_data_dir."""
+    dataset_config_name: str | None = None
+    """Configuration of the hub data set, where it has several."""
+    dataset_revision: str | None = None
+    """Hub revision (branch, tag or commit) of the data set."""
+    split: str = "train"
+    """Split to train on."""
+    cache_dir: str | None = None
+    """Folder for downloaded and prepared data sets; None is the hub library's own."""
+    image_column: str = "image"
+    """Column of the target picture: decoded pictures, paths or bytes."""
+    conditioning_image_column: str = "conditioning_image"
+    """Column of the condition picture: decoded pictures, paths or bytes."""
+    caption_column: str = "text"
+    """Column of the caption, or of a list of captions of which one is drawn each time."""
+    max_train_samples: int | None = None
+    """Use only this many rows, chosen by the seed."""
+    resolution: int = 1024
+    """Side of the training crop in pixels: the shorter side is resized to it, then the centre is cut out."""
+    crops_coords_top_left_h: int = 0
+    """Added to the true crop's top coordinate in SDXL's size conditioning, in pixels."""
+    crops_coords_top_left_w: int = 0
+    """Added to the true crop's left coordinate in SDXL's size conditioning, in pixels."""
+    proportion_empty_prompts: float = 0.0
+    """Share of draws, 0 to 1, whose caption is replaced by the empty one; drawn when a batch is built."""
+    num_workers: int = 1
+    """Processes that build batches; 0 builds them in the training process. The samples are the same for any number."""
+    prepared_dir: str | None = None
+    """Where latents and text states are kept, keyed by content; None is ~/.cache/t2i_adapter/prepared (or
+    $T2I_ADAPTER_CACHE)."""
+
+    def __post_init__(self) -> None:
+        share = self.proportion_empty_prompts
+        _allow("proportion_empty_prompts", 0 <= share <= 1, share, "allowed is a share from 0 to 1")
+        _allow("resolution", self.resolution >= 1, self.resolution, "allowed is 1 pixel or more")
+        _allow("dataloader_num_workers", self.num_workers >= 0, self.num_workers, "0 or more")
+        count = self.max_train_samples
+        _allow("max_train_samples", count is None or count >= 1, count, "1 or more")
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """What is learned at which noise level."""
+
+    timesteps: Literal["cubic", "uniform"] = "cubic"
+    """`cubic` draws t = (1 - u^3) T (paper 2302.08453, section 3.4): structure is decided where noise is high."""
+    min_snr_gamma: float | None = None
+    """Min-SNR weighting (paper 2303.09556) with this gamma, 5 in the paper; None weighs every timestep alike."""
+    noise_offset: float = 0.0
+    """Standard deviation of a constant added to each channel's noise; 0 is none."""
+
+    def __post_init__(self) -> None:
+        gamma = self.min_snr_gamma
+        _allow("objective.min_snr_gamma", gamma is None or gamma > 0, gamma, "allowed is a number above 0")
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """The optimiser and its learning rate."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` needs bitsandbytes and a GPU: `pip install 'sdxl-t2i-adapter[adam8bit]'`."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    scale_lr: bool = False
+    """Multiply the learning rate by the global batch."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's two moments."""
+    weight_decay: float = 1e-2
+    """AdamW's decoupled weight decay."""
+    eps: float = 1e-8
+    """Added to Adam's denominator."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    schedule: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant"
+    ] = "constant_with_warmup"
+    """Shape of the learning rate over the run."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0, for the schedules that have a warm-up."""
+    num_cycles: int = 1
+    """Hard restarts of cosine_with_restarts."""
+    power: float = 1.0
+    """Power of the polynomial schedule."""
+    step_rules: str = ""
+    """Rules of piecewise_constant, as diffusers writes them: "1:10,0.1:20,0.01" multiplies by 1 for 10 steps, ..."""
+
+    def __post_init__(self) -> None:
+        _allow("learning_rate", self.lr > 0, self.lr, "allowed is a number above 0")
+        _allow("max_grad_norm", self.max_grad_norm > 0, self.max_grad_norm, "allowed is a number above 0")
+        _allow("lr_warmup_steps", self.warmup_steps >= 0, self.warmup_steps, "0 or more")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How long, how much at a time, and in which arithmetic."""
+
+    batch_size: int = 4
+    """Samples a device and micro-step."""
+    gradient_accumulation_steps: int = 1
+    """Micro-steps an update; the global batch is batch_size x this x processes."""
+    max_steps: int | None = None
+    """Updates in all; None derives them from epochs."""
+    epochs: int = 1
+    """Passes over the data, where max_steps is not given."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Arithmetic of the frozen base and autocast for the adapter, whose weights stay fp32. None asks accelerate's
+    configuration."""
+    gradient_checkpointing: bool = False
+    """Recompute the UNet's activations in the backward pass: less memory, more time."""
+    seed: int | None = None
+    """Every random choice is a function of this and of a sample's place in the run; None draws a seed and prints it."""
+    allow_tf32: bool = False
+    """TF32 matrix products on NVIDIA Ampere and newer."""
+    xformers: bool = False
+    """xFormers' attention instead of torch's scaled dot product attention."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the adapter, which is then what is saved; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        _allow("train_batch_size", self.batch_size >= 1, self.batch_size, "1 or more")
+        accumulate = self.gradient_accumulation_steps
+        _allow("gradient_accumulation_steps", accumulate >= 1, accumulate, "1 or more")
+        _allow("max_train_steps", self.max_steps is None or self.max_steps >= 1, self.max_steps, "1 or more")
+        _allow("num_train_epochs", self.epochs >= 1, self.epochs, "1 or more")
+        _allow("train.ema_decay", 0 <= self.ema_decay < 1, self.ema_decay, "allowed is 0 up to, not including, 1")
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Saving and going on."""
+
+    every: int = 500
+    """Updates between checkpoints."""
+    keep: int | None = 3
+    """How many to keep; the oldest goes only after the newest is whole. None keeps all."""
+    resume: str | None = None
+    """`latest`, or a checkpoint's folder."""
+
+    def __post_init__(self) -> None:
+        _allow("checkpointing_steps", self.every >= 1, self.every, "1 or more")
+        _allow("checkpoints_total_limit", self.keep is None or self.keep >= 1, self.keep, "1 or more")
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """Pictures drawn while training, always from the same noise."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts; as many as images, or one for all."""
+    images: tuple[str, ...] = ()
+    """Condition picture files; as many as prompts, or one for all."""
+    num_images: int = 4
+    """Pictures a prompt."""
+    every: int = 100
+    """Updates between validations; there is one at step 0 and one at the end too."""
+    steps: int = 20
+    """Denoising steps a picture."""
+    guidance: float = 5.0
+    """Classifier-free guidance scale."""
+
+    def __post_init__(self) -> None:
+        prompts, images = len(self.prompts), len(self.images)
+        if bool(prompts) != bool(images):
+            given, missing = ("--validation_prompt", "--validation_image")[:: 1 if prompts else -1]
+            raise UserError(f"{given} is given without {missing}: give both, or neither.")
+        if prompts != images and 1 not in (prompts, images):
+            raise UserError(
+                f"--validation_prompt has {prompts} entries and --validation_image {images}: "
+                "give as many of one as of the other, or a single one of either."
+            )
+        _allow("num_validation_images", self.num_images >= 1, self.num_images, "1 or more")
+        _allow("validation_steps", self.every >= 1, self.every, "1 or more")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(prompt, image file) of each picture row, the single one of either repeated."""
+        count = max(len(self.prompts), len(self.images))
+        prompts = self.prompts * count if len(self.prompts) == 1 else self.prompts
+        images = self.images * count if len(self.images) == 1 else self.images
+        return list(zip(prompts, images, strict=True))
+
+
+@dataclass(frozen=True)
+class TrackingOptions:
+    """Where curves and pictures go."""
+
+    report_to: str = "tensorboard"
+    """Any tracker accelerate has (tensorboard, wandb, trackio, comet_ml, mlflow, ...), `all`, or `none`."""
+    project: str = "sd_xl_train_t2iadapter"
+    """Name of the project in the tracker."""
+    logging_dir: str = "logs"
+    """Folder of the tracker's files, inside the output folder."""
+    log_every: int = 10
+    """Updates between log entries."""
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Publishing the result."""
+
+    push: bool = False
+    """Upload the adapter, its card and its pictures at the end; nothing else leaves the machine."""
+    model_id: str | None = None
+    """Repository; None takes the output folder's name under your account."""
+    token: str | None = field(default=None, metadata={SECRET: True})
+    """Access token; None uses the one `hf auth login` keeps. It is never written anywhere."""
+    private: bool = True
+    """Make the repository private, where it is created."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    output_dir: str = "t2iadapter-model"
+    """Folder of everything the run writes; the finished adapter lies at its top."""
+    base: BaseOptions = BaseOptions()
+    adapter: AdapterOptions = AdapterOptions()
+    data: DataOptions = DataOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
+    optim: OptimOptions = OptimOptions()
+    train: TrainOptions = TrainOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    validation: ValidationOptions = ValidationOptions()
+    tracking: TrackingOptions = TrackingOptions()
+    hub: HubOptions = HubOptions()
+
+
+def to_dict(options: Any) -> dict[str, Any]:
+    """The tree as plain JSON types, secrets left out."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in fields(value) if not f.metadata.get(SECRET)}
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+    return plain(options)

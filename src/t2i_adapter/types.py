@@ -1,0 +1,84 @@
+"""What crosses a boundary of the system. Importing this module loads no torch.
+
+Letters used everywhere: B batch; H,W pixels; h,w = H/8,W/8 latent cells; C condition channels (1 or 3);
+L = 77 tokens; D text width (SDXL 2048); P pooled width (SDXL 1280).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training pair as its source gives it, pictures decoded and upright.
+
+    Attributes:
+        key: names the row for people ("train/00017.png", or "row 17"); unique within its source.
+        image: the target picture, RGB.
+        condition: the condition picture (RGB or L), or None where the source has none.
+        captions: one or more; the batch draws one of them.
+        digest: sha256 (hex) of the stored bytes of both pictures: what the cache is keyed by.
+        meta: further plain columns of the row, e.g. {"scene": "<json>"}.
+    """
+
+    key: str
+    image: Image
+    condition: Image | None
+    captions: tuple[str, ...]
+    digest: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a training crop lies on its original picture; all in pixels, each pair (height, width).
+
+    `original` is the picture as stored (upright), `resized` the size it was scaled to, `top_left` the crop's corner
+    on the resized picture, `target` the crop's size.
+    """
+
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    top_left: tuple[int, int]
+    target: tuple[int, int]
+
+    def time_ids(self) -> tuple[int, int, int, int, int, int]:
+        """SDXL's micro-conditioning, in its order: original size, crop corner, target size (SDXL report, 2.2)."""
+        return (*self.original, *self.top_left, *self.target)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything one micro-step needs; a batch fully determines a step.
+
+    Attributes:
+        moments: (B,8,h,w) float, mean and standard deviation of the VAE's posterior, before scaling.
+        condition: (B,C,H,W) float in [0,1].
+        text: (B,L,D) float, both text encoders' penultimate states side by side.
+        pooled: (B,P) float, the second text encoder's projection.
+        time_ids: (B,6) int64.
+        timesteps: (B,) int64 in [0, T).
+        noise: (B,4,h,w) float32, what is added to the latent.
+        latent_noise: (B,4,h,w) float32, the draw from the VAE's posterior.
+        keys: the samples' keys, for messages.
+    """
+
+    moments: Tensor
+    condition: Tensor
+    text: Tensor
+    pooled: Tensor
+    time_ids: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    latent_noise: Tensor
+    keys: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
