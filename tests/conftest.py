@@ -1,0 +1,69 @@
+"""The surroundings of every test: one thread, folders of its own, no network but loopback; and the tiny fixtures.
+
+The environment is set while this file is imported, before any library reads it; subprocesses inherit it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HOME = Path(tempfile.mkdtemp(prefix="t2i-adapter-tests-"))
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+os.environ.update(
+    HOME=str(HOME),
+    HF_HOME=str(HOME / "huggingface"),
+    T2I_ADAPTER_CACHE=str(HOME / "prepared"),
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="offline",
+)
+for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME"):
+    os.environ.pop(name, None)
+
+_connect = socket.socket.connect
+
+
+def _connect_to_loopback(self: socket.socket, address: Any) -> None:
+    host = address[0] if isinstance(address, tuple) else None
+    if host is not None and host not in ("127.0.0.1", "::1", "localhost"):
+        raise OSError(f"a test tried to reach {host}; tests reach loopback only")
+    _connect(self, address)
+
+
+socket.socket.connect = _connect_to_loopback
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random SDXL (tests/tiny.py). Read only: write your own copy to spoil it."""
+    from tiny import write_tiny_sdxl
+
+    return write_tiny_sdxl(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Image folder of 64 px circles: 8 pairs in train, 4 in test. Read only: write your own copy to spoil it."""
+    from tiny import write_circles
+
+    folder = tmp_path_factory.mktemp("data") / "circles"
+    write_circles(folder, num=8, split="train", seed=0)
+    return write_circles(folder, num=4, split="test", seed=1)
