@@ -50,9 +50,9 @@ class AdapterOptions:
     """PixelUnshuffle factor at the adapter's input; 16 for SDXL. Picture sides must be multiples of it."""
     num_res_blocks: int = 2
     """Residual blocks a stage. ComfyUI and A1111 open adapters with 2 only."""
-    init: Literal["default", "zero_last"] = "default"
-    """`default` is diffusers' random start; `zero_last` zeroes each stage's last convolution, so that step 0 leaves
-    the base undisturbed."""
+    init: Literal["default", "quiet"] = "default"
+    """`default` is diffusers' random start; `quiet` scales all features to 1 % of it, so that step 0 leaves the base
+    all but undisturbed."""
 
     def __post_init__(self) -> None:
         _allow("adapter.downscale_factor", self.downscale_factor in (8, 16), self.downscale_factor, "8 or 16")
@@ -141,7 +141,13 @@ class OptimOptions:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     schedule: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant"
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "piecewise_constant",
     ] = "constant_with_warmup"
     """Shape of the learning rate over the run."""
     warmup_steps: int = 100

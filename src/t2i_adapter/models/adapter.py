@@ -1,0 +1,95 @@
+"""The T2I-Adapter itself: built for a base, loaded, checked against a base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import T2IAdapter
+
+from t2i_adapter.config import AdapterOptions
+from t2i_adapter.errors import UserError
+
+QUIET_GAIN = 0.01
+
+
+def channels_for(unet_config: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """Widths of the four features for a UNet of three resolutions: after each block, and after the middle one.
+
+    SDXL: (320, 640, 1280, 1280) at H/16, H/16, H/32, H/32.
+    """
+    widths = unet_config["block_out_channels"]
+    return (widths[0], widths[1], widths[2], widths[2])
+
+
+def build_adapter(options: AdapterOptions, unet_config: Mapping[str, Any]) -> T2IAdapter:
+    """A randomly initialised full_adapter_xl whose features fit the UNet, float32."""
+    adapter = T2IAdapter(
+        in_channels=options.in_channels,
+        channels=list(channels_for(unet_config)),
+        num_res_blocks=options.num_res_blocks,
+        downscale_factor=options.downscale_factor,
+        adapter_type="full_adapter_xl",
+    )
+    if options.init == "quiet":
+        _scale_features(adapter, QUIET_GAIN)
+    return adapter
+
+
+@torch.no_grad()
+def _scale_features(adapter: T2IAdapter, gain: float) -> None:
+    """Multiplies every feature by `gain`: with no biases the network of convolutions and ReLU is homogeneous."""
+    for name, parameter in adapter.named_parameters():
+        if name.endswith(".bias"):
+            parameter.zero_()
+        elif name.endswith("conv_in.weight"):
+            parameter.mul_(gain)
+
+
+def load_adapter(name: str, *, cache_dir: str | None = None) -> T2IAdapter:
+    """A diffusers adapter from a folder or hub id, float32. Raises UserError if there is none."""
+    try:
+        return T2IAdapter.from_pretrained(
+            name,
+            cache_dir=cache_dir,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            local_files_only=Path(name).exists(),
+        )
+    except (OSError, ValueError) as fault:
+        raise UserError(
+            f"No adapter at {name!r}: a folder with config.json and diffusion_pytorch_model.safetensors, or a hub id "
+            f"that has these, is needed. ({_first_line(fault)})"
+        ) from fault
+
+
+def check_fits(adapter_config: Mapping[str, Any], unet_config: Mapping[str, Any], name: str = "the adapter") -> None:
+    """Raises UserError unless the adapter's features can be added inside the UNet."""
+    got, wanted = tuple(adapter_config["channels"]), channels_for(unet_config)
+    if adapter_config["adapter_type"] != "full_adapter_xl" or got != wanted:
+        raise UserError(
+            f"{name} ({adapter_config['adapter_type']}, channels {got}) does not fit the base, which takes "
+            f"full_adapter_xl with channels {wanted}: use an adapter that was made for this base."
+        )
+
+
+def check_resolution(height: int, width: int, adapter_config: Mapping[str, Any], flag: str = "--resolution") -> None:
+    """Raises UserError unless the adapter can take a picture of this size, naming the nearest sizes it can.
+
+    PixelUnshuffle needs multiples of the downscale factor; its features meet the UNet's only at multiples of that,
+    too, because the UNet halves the latent (1/8) twice.
+    """
+    factor = adapter_config["downscale_factor"]
+    for side in {height, width}:
+        if side % factor:
+            below, above = side // factor * factor, -(-side // factor) * factor
+            near = f"{below} or {above}" if below else f"{above}"
+            raise UserError(
+                f"{flag} {side}: the adapter takes picture sides in multiples of {factor} pixels; nearest: {near}."
+            )
+
+
+def _first_line(fault: Exception) -> str:
+    return str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__

@@ -1,0 +1,382 @@
+"""The frozen base: located or downloaded once, its parts loaded only when they are wanted."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from t2i_adapter.config import NANO, BaseOptions
+from t2i_adapter.errors import UserError
+from t2i_adapter.models.latents import LatentEncoder, LatentScale
+from t2i_adapter.models.text import TextEncoder
+
+if TYPE_CHECKING:
+    from diffusers import T2IAdapter
+
+TEXT_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+
+
+def open_base(options: BaseOptions) -> Base:
+    """Finds the base, downloading it if it is a hub id, and checks that it is an SDXL. Raises UserError."""
+    name = options.name
+    if name == NANO:
+        from t2i_adapter.models import nano
+
+        return FolderBase(options, nano.path())
+    path = Path(name).expanduser()
+    if path.is_file():
+        return FileBase(options, path)
+    return FolderBase(options, path if path.is_dir() else _download(options))
+
+
+def _download(options: BaseOptions) -> Path:
+    """The hub's snapshot folder of the base, with safetensors weights only."""
+    try:
+        folder = StableDiffusionXLPipeline.download(
+            options.name,
+            revision=options.revision,
+            variant=options.variant,
+            cache_dir=options.cache_dir,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as fault:
+        raise UserError(
+            f"--pretrained_model_name_or_path {options.name}: no such folder or file, and the hub gives no such model "
+            f"({_first_line(fault)}). Name a hub id, a diffusers folder, a single .safetensors file, or {NANO}."
+        ) from fault
+    return Path(folder)
+
+
+class Base:
+    """An SDXL, frozen. Parts are loaded by each call and belong to the caller, who drops them when done."""
+
+    def __init__(self, options: BaseOptions) -> None:
+        self.options = options
+        self.name = options.name
+
+    # What a kind of base must answer -------------------------------------------------------------------------------
+
+    @cached_property
+    def unet_config(self) -> dict[str, Any]:
+        """The UNet's config; no weights are read."""
+        raise NotImplementedError
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """The VAE's config; no weights are read."""
+        raise NotImplementedError
+
+    @cached_property
+    def zeros_for_empty_prompt(self) -> bool:
+        """Whether pipelines of this base use zeros where no negative prompt is given (SDXL's own does)."""
+        raise NotImplementedError
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """sha256 of all that decides a caption's states: configs, vocabularies, weights."""
+        raise NotImplementedError
+
+    @cached_property
+    def vae_fingerprint(self) -> str:
+        """sha256 of all that decides a picture's moments: config and weights."""
+        raise NotImplementedError
+
+    def scheduler(self) -> EulerDiscreteScheduler:
+        """The base's noise schedule."""
+        raise NotImplementedError
+
+    def text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
+        """Both tokenizers and text encoders, on the device."""
+        raise NotImplementedError
+
+    def unet(self, device: torch.device | str, dtype: torch.dtype) -> UNet2DConditionModel:
+        """The UNet, frozen."""
+        raise NotImplementedError
+
+    def vae(self, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
+        """The VAE, frozen; the one of `options.vae` if that is given."""
+        raise NotImplementedError
+
+    # What follows from it ------------------------------------------------------------------------------------------
+
+    @property
+    def native_size(self) -> int:
+        """Side in pixels that the base draws by default."""
+        return self.unet_config["sample_size"] * 8
+
+    @property
+    def latent_scale(self) -> LatentScale:
+        return LatentScale.of(self.vae_config)
+
+    def latent_encoder(self, device: torch.device | str) -> LatentEncoder:
+        """The VAE's encoder, on the device, float32."""
+        return LatentEncoder(self.vae(device, torch.float32), torch.device(device))
+
+    def pipeline(
+        self,
+        adapter: T2IAdapter,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        *,
+        unet: UNet2DConditionModel | None = None,
+        text: TextEncoder | None = None,
+        with_text: bool = True,
+        offload: str = "none",
+    ) -> StableDiffusionXLAdapterPipeline:
+        """diffusers' own pipeline around this base and an adapter, with Euler ancestral steps as in the guide.
+
+        `unet` shares one that is loaded already. `with_text=False` leaves the text encoders out: prompts are then
+        given as states. offload: "none", "model" or "sequential" (the last two need a GPU).
+        """
+        place = torch.device("cpu" if offload != "none" else device)
+        if with_text and text is None:
+            text = self.text_encoder(place, dtype)
+        placed: Any = torch.nn.Module.to(adapter, place, dtype)
+        tokenizers: Any = text.tokenizers if text else (None, None)
+        encoders: Any = text.encoders if text else (None, None)
+        scheduler: Any = EulerAncestralDiscreteScheduler.from_config(self.scheduler().config)
+        pipeline = StableDiffusionXLAdapterPipeline(
+            vae=self.vae(place, dtype),
+            text_encoder=encoders[0],
+            text_encoder_2=encoders[1],
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            unet=unet if unet is not None else self.unet(place, dtype),
+            adapter=placed,
+            scheduler=scheduler,
+            force_zeros_for_empty_prompt=self.zeros_for_empty_prompt,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        if offload == "model":
+            pipeline.enable_model_cpu_offload(device=device)
+        elif offload == "sequential":
+            pipeline.enable_sequential_cpu_offload(device=device)
+        return pipeline
+
+    def _check_is_sdxl(self) -> None:
+        config = self.unet_config
+        blocks = len(config["block_out_channels"])
+        if config.get("addition_embed_type") != "text_time" or blocks != 3:
+            raise UserError(
+                f"{self.name} is not an SDXL base: its UNet has {blocks} resolutions and "
+                f"addition_embed_type {config.get('addition_embed_type')!r}; SDXL has 3 and 'text_time'."
+            )
+
+
+class FolderBase(Base):
+    """A base in diffusers layout."""
+
+    def __init__(self, options: BaseOptions, folder: Path) -> None:
+        super().__init__(options)
+        self.folder = folder
+        for part in ("unet", "vae", "scheduler", *TEXT_PARTS):
+            if not (folder / part).is_dir():
+                raise UserError(
+                    f"{options.name} is not an SDXL base in diffusers layout: it has no folder {part}/ "
+                    f"(there are: {', '.join(sorted(p.name for p in folder.iterdir())) or 'none'})."
+                )
+        self._check_is_sdxl()
+
+    @cached_property
+    def unet_config(self) -> dict[str, Any]:
+        return _read_json(self.folder / "unet" / "config.json")
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        if self.options.vae:
+            config: Any = AutoencoderKL.load_config(self.options.vae, **self._hub(self.options.vae))
+            return config
+        return _read_json(self.folder / "vae" / "config.json")
+
+    @cached_property
+    def zeros_for_empty_prompt(self) -> bool:
+        index = self.folder / "model_index.json"
+        return bool(_read_json(index).get("force_zeros_for_empty_prompt", True)) if index.is_file() else True
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        return _digest([self.folder / part for part in TEXT_PARTS], self.options.variant)
+
+    @cached_property
+    def vae_fingerprint(self) -> str:
+        return _vae_digest(self.options) or _digest([self.folder / "vae"], self.options.variant)
+
+    def scheduler(self) -> EulerDiscreteScheduler:
+        scheduler: Any = EulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
+        return scheduler
+
+    def text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
+        tokenizers = [CLIPTokenizer.from_pretrained(self.folder / part) for part in TEXT_PARTS[:2]]
+        encoders = [
+            self._load(kind, part, device, dtype)
+            for kind, part in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
+        ]
+        return TextEncoder((tokenizers[0], tokenizers[1]), (encoders[0], encoders[1]), torch.device(device))
+
+    def unet(self, device: torch.device | str, dtype: torch.dtype) -> UNet2DConditionModel:
+        return self._load(UNet2DConditionModel, "unet", device, dtype)
+
+    def vae(self, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
+        return _named_vae(self.options, device, dtype) or self._load(AutoencoderKL, "vae", device, dtype)
+
+    def _load(self, kind: Any, part: str, device: torch.device | str, dtype: torch.dtype) -> Any:
+        try:
+            model = kind.from_pretrained(
+                self.folder, subfolder=part, variant=self.options.variant, use_safetensors=True, torch_dtype=dtype
+            )
+        except (OSError, ValueError) as fault:
+            variant = f" of variant {self.options.variant}" if self.options.variant else ""
+            raise UserError(
+                f"{self.name}: no safetensors weights{variant} for {part} ({_first_line(fault)}). "
+                "Pickled weights (.bin, .ckpt) are not read."
+            ) from fault
+        return _frozen(model, device)
+
+    def _hub(self, name: str) -> dict[str, Any]:
+        return {"cache_dir": self.options.cache_dir, "local_files_only": Path(name).exists()}
+
+
+class FileBase(Base):
+    """A base in one .safetensors file, in the layout of the original release. The parts' configs come from the hub."""
+
+    def __init__(self, options: BaseOptions, path: Path) -> None:
+        super().__init__(options)
+        self.path = path
+        if path.suffix != ".safetensors":
+            raise UserError(
+                f"{path}: a single-file base must be .safetensors; pickled weights (.ckpt, .bin) are not read."
+            )
+        self._check_is_sdxl()
+
+    @cached_property
+    def _pipeline(self) -> StableDiffusionXLPipeline:
+        try:
+            return StableDiffusionXLPipeline.from_single_file(
+                str(self.path), torch_dtype=torch.float32, cache_dir=self.options.cache_dir
+            )
+        except (OSError, ValueError, AttributeError) as fault:
+            raise UserError(f"{self.path} cannot be read as an SDXL checkpoint ({_first_line(fault)}).") from fault
+
+    @cached_property
+    def unet_config(self) -> dict[str, Any]:
+        return dict(self._pipeline.unet.config)
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        vae = _named_vae(self.options, "cpu", torch.float32)
+        return dict((vae or self._pipeline.vae).config)
+
+    @cached_property
+    def zeros_for_empty_prompt(self) -> bool:
+        return bool(self._pipeline.config["force_zeros_for_empty_prompt"])
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        return _file_digest(self.path)
+
+    @cached_property
+    def vae_fingerprint(self) -> str:
+        return _vae_digest(self.options) or _file_digest(self.path)
+
+    def scheduler(self) -> EulerDiscreteScheduler:
+        scheduler: Any = EulerDiscreteScheduler.from_config(self._pipeline.scheduler.config)
+        return scheduler
+
+    def text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
+        parts = self._pipeline
+        encoders = [_frozen(encoder.to(dtype), device) for encoder in (parts.text_encoder, parts.text_encoder_2)]
+        return TextEncoder((parts.tokenizer, parts.tokenizer_2), (encoders[0], encoders[1]), torch.device(device))
+
+    def unet(self, device: torch.device | str, dtype: torch.dtype) -> UNet2DConditionModel:
+        return _frozen(self._pipeline.unet.to(dtype), device)
+
+    def vae(self, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
+        return _named_vae(self.options, device, dtype) or _frozen(self._pipeline.vae.to(dtype), device)
+
+
+def release(device: torch.device | str) -> None:
+    """Gives memory of dropped parts back to the device."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _named_vae(options: BaseOptions, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL | None:
+    if options.vae is None:
+        return None
+    try:
+        vae = AutoencoderKL.from_pretrained(
+            options.vae,
+            cache_dir=options.cache_dir,
+            use_safetensors=True,
+            torch_dtype=dtype,
+            local_files_only=Path(options.vae).exists(),
+        )
+    except (OSError, ValueError) as fault:
+        raise UserError(
+            f"--pretrained_vae_model_name_or_path {options.vae}: no VAE there ({_first_line(fault)}). "
+            "Name a folder with config.json and safetensors weights, or a hub id that has these."
+        ) from fault
+    return _frozen(vae, device)
+
+
+def _vae_digest(options: BaseOptions) -> str | None:
+    """Digest of the VAE named by the options: of its weights as loaded, wherever they come from."""
+    vae = _named_vae(options, "cpu", torch.float32)
+    if vae is None:
+        return None
+    digest = hashlib.sha256(json.dumps(dict(vae.config), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(folders: list[Path], variant: str | None) -> str:
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".json", ".txt") or (path.suffix == ".safetensors" and _variant_of(path) == variant):
+                digest.update(f"{folder.name}/{path.name}\0{_file_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _variant_of(path: Path) -> str | None:
+    """`model.fp16.safetensors` and `model.fp16-00001-of-00002.safetensors` -> fp16; plain names -> None."""
+    parts = path.name.split(".")
+    return parts[1].split("-")[0] if len(parts) > 2 else None
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _frozen(model: Any, device: torch.device | str) -> Any:
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise UserError(f"{path}: {_first_line(fault)}; a JSON file of a diffusers model is needed.") from fault
+
+
+def _first_line(fault: Exception) -> str:
+    return str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
