@@ -1,0 +1,1 @@
+"""Measures of what an adapter does: metrics, controls, report."""

@@ -1,0 +1,1 @@
+"""The frozen base, its text encoders and VAE, and the adapter."""

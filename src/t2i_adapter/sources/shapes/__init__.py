@@ -1,0 +1,28 @@
+"""Synthetic scenes: flat shapes on plain or patterned backgrounds, with captions and exact maps, endless by seed."""
+
+from .dataset import SPLITS, TEST_START, split_start, write_dataset
+from .draw import CONDITIONS, SEGMENTATION_COLORS, background_mask, condition, render, visible_masks
+from .sample import default_accent, sample_scene
+from .scene import COLORS, KINDS, PATTERNS, SPACED, Background, Scene, Shape
+
+__all__ = [
+    "COLORS",
+    "CONDITIONS",
+    "KINDS",
+    "PATTERNS",
+    "SEGMENTATION_COLORS",
+    "SPACED",
+    "SPLITS",
+    "TEST_START",
+    "Background",
+    "Scene",
+    "Shape",
+    "background_mask",
+    "condition",
+    "default_accent",
+    "render",
+    "sample_scene",
+    "split_start",
+    "visible_masks",
+    "write_dataset",
+]

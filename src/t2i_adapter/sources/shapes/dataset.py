@@ -1,0 +1,66 @@
+"""Scenes as a `datasets` image folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ...errors import UserError
+from .draw import CONDITIONS, condition, render
+from .sample import sample_scene
+from .scene import PATTERNS, Scene
+
+SPLITS = ("train", "test")
+#: test scenes are numbered from here, so that no number of training scenes reaches them
+TEST_START = 2**31
+
+
+def split_start(split: str) -> int:
+    """The index of a split's first scene in the endless row of a seed."""
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
+    return TEST_START if split == "test" else 0
+
+
+def write_dataset(
+    out: Path,
+    *,
+    num: int,
+    split: str = "train",
+    seed: int = 0,
+    size: int = 128,
+    condition: str = "outline",
+    max_shapes: int = 3,
+    patterns: tuple[str, ...] = PATTERNS,
+    overwrite: bool = False,
+) -> Path:
+    """Write `num` scenes to out/split: NNNNN.png, NNNNN_cond.png and metadata.jsonl. Returns that folder.
+
+    Each row of metadata.jsonl has file_name, conditioning_image_file_name, text, and scene: the JSON of
+    `Scene.to_dict` as one string, from which `Scene.from_dict(json.loads(...))` gives the scene back.
+    """
+    if condition not in CONDITIONS:
+        raise UserError(f"unknown condition {condition!r}; allowed: {', '.join(CONDITIONS)}")
+    start, folder = split_start(split), out / split
+    if (folder / "metadata.jsonl").exists() and not overwrite:
+        raise UserError(f"{folder} already holds a data set; choose another folder or allow to overwrite it")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(num):
+        scene = sample_scene(seed, start + i, max_shapes=max_shapes, patterns=patterns)
+        rows.append(_write_sample(folder, i, scene, size, condition))
+    # The table comes last: a folder with one is complete.
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _write_sample(folder: Path, number: int, scene: Scene, size: int, kind: str) -> dict[str, str]:
+    name, condition_name = f"{number:05d}.png", f"{number:05d}_cond.png"
+    render(scene, size).save(folder / name)
+    condition(scene, size, kind).save(folder / condition_name)
+    return {
+        "file_name": name,
+        "conditioning_image_file_name": condition_name,
+        "text": scene.caption,
+        "scene": json.dumps(scene.to_dict()),
+    }
