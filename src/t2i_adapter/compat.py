@@ -154,12 +154,7 @@ def parse(argv: Sequence[str]) -> TrainFlags:
     values = {path: value for row in ROWS for path, value in row.values(getattr(given, row.flag, None)).items()
               if hasattr(given, row.flag)}  # fmt: skip
     names = {row.flag: row.flag for row in ROWS}
-    flags = parse_train(ours, PROG, with_values(script_defaults(), values), names)
-    if not flags.config.base.name:
-        raise UserError(
-            "--pretrained_model_name_or_path: required, and not given; a hub id, a folder, a file or `nano`"
-        )
-    return flags
+    return parse_train(ours, PROG, with_values(script_defaults(), values), names)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
