@@ -140,6 +140,8 @@ class Base:
     ) -> StableDiffusionXLAdapterPipeline:
         """diffusers' own pipeline around this base and an adapter, with Euler ancestral steps as in the guide.
 
+        The VAE stays in float32, for SDXL's own overflows in fp16: latents are cast to its dtype to be decoded.
+
         `unet` shares one that is loaded already. `with_text=False` leaves the text encoders out: prompts are then
         given as states. offload: "none", "model" or "sequential" (the last two need a GPU).
         """
@@ -151,7 +153,7 @@ class Base:
         encoders: Any = text.encoders if text else (None, None)
         scheduler: Any = EulerAncestralDiscreteScheduler.from_config(self.scheduler().config)
         pipeline = StableDiffusionXLAdapterPipeline(
-            vae=self.vae(place, dtype),
+            vae=self.vae(place, torch.float32),
             text_encoder=encoders[0],
             text_encoder_2=encoders[1],
             tokenizer=tokenizers[0],

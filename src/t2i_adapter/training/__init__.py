@@ -1,0 +1,1 @@
+"""Training an adapter on a frozen base: the plan, the loop, the step, and what is saved."""

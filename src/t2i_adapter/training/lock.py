@@ -1,0 +1,35 @@
+"""One writer per output folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import IO
+
+from t2i_adapter.errors import UserError
+
+
+def lock(folder: Path) -> IO[str]:
+    """Takes the folder for this process until the returned file is closed or the process ends, however it ends.
+
+    Raises UserError if another run holds it, or if the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as fault:
+        raise UserError(f"--output_dir {folder}: cannot be written ({fault.strerror}).") from fault
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as fault:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise UserError(
+            f"--output_dir {folder} is in use by another run (process {holder}): wait for it, or name another folder."
+        ) from fault
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file

@@ -1,0 +1,72 @@
+"""The numbers that follow from the options, known before the run. Importing this module loads no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from t2i_adapter.config import Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do: counts of samples and updates, the peak learning rate, the seed."""
+
+    samples: int
+    processes: int
+    batch_size: int
+    accumulate: int
+    global_batch: int
+    steps: int
+    epochs: float
+    lr: float
+    warmup_steps: int
+    precision: str
+    seed: int
+    trainable_parameters: int
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def describe(self) -> str:
+        """The plan for people, one fact a line."""
+        rows = (
+            ("training pairs", f"{self.samples:,}"),
+            (
+                "global batch",
+                f"{self.global_batch} = {self.batch_size} x {self.accumulate} accumulated x {self.processes} processes",
+            ),
+            ("updates", f"{self.steps:,} ({self.epochs:.2f} epochs, {self.steps * self.global_batch:,} samples)"),
+            ("learning rate", f"{self.lr:g} after {self.warmup_steps} warm-up updates"),
+            ("trained", f"{self.trainable_parameters:,} parameters; the base is frozen"),
+            ("arithmetic", f"{self.precision} on {self.device}"),
+            ("seed", f"{self.seed}"),
+        )
+        return "\n".join(f"  {name:<15}{value}" for name, value in rows)
+
+
+def make_plan(
+    config: Config, *, samples: int, processes: int, precision: str, seed: int, trainable_parameters: int, device: str
+) -> Plan:
+    """Derives the plan; steps follow from epochs where max_steps is not given."""
+    train, optim = config.train, config.optim
+    global_batch = train.batch_size * train.gradient_accumulation_steps * processes
+    steps = train.max_steps or train.epochs * math.ceil(samples / global_batch)
+    warms_up = optim.schedule not in ("constant", "piecewise_constant")
+    return Plan(
+        samples=samples,
+        processes=processes,
+        batch_size=train.batch_size,
+        accumulate=train.gradient_accumulation_steps,
+        global_batch=global_batch,
+        steps=steps,
+        epochs=steps * global_batch / samples,
+        lr=optim.lr * (global_batch if optim.scale_lr else 1),
+        warmup_steps=optim.warmup_steps if warms_up else 0,
+        precision=precision,
+        seed=seed,
+        trainable_parameters=trainable_parameters,
+        device=device,
+    )

@@ -1,0 +1,261 @@
+"""The verb `train`: from options to a finished adapter."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from diffusers.utils.import_utils import is_xformers_available
+
+from t2i_adapter import load
+from t2i_adapter.batches.loader import make_batches
+from t2i_adapter.cache.build import prepare
+from t2i_adapter.config import Config, to_dict
+from t2i_adapter.diffusion.schedule import NoiseSchedule
+from t2i_adapter.errors import UserError
+from t2i_adapter.models.adapter import build_adapter, check_fits, check_resolution, load_adapter
+from t2i_adapter.models.base import Base, open_base, release
+from t2i_adapter.sources.table import Source, open_source
+from t2i_adapter.training import checkpoint, tracking
+from t2i_adapter.training.lock import lock
+from t2i_adapter.training.loop import Trainer
+from t2i_adapter.training.plan import Plan, make_plan
+from t2i_adapter.training.step import Frozen
+from t2i_adapter.training.validation import Row, Validator, read_rows, text_states
+from t2i_adapter.types import Batch
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "sdxl-t2i-adapter")
+# The main process may prepare data or validate for long while the others wait.
+PATIENCE = timedelta(days=7)
+
+
+def run(config: Config, *, dry_run: bool = False) -> None:
+    """Trains an adapter as the options say. Raises UserError for what a person can mend, as early as it can be known.
+
+    dry_run prints the options and the plan, and stops before anything is written or any weight is loaded.
+    """
+    accelerator = make_accelerator(config)
+    rows = read_rows(config)
+    resume = _find_checkpoint(accelerator, config)
+    seed = _seed(accelerator, config, resume)
+    base = open_base(config.base)
+    adapter = make_adapter(config, base, seed)
+    source = open_source(config.data, seed)
+    plan = _plan(accelerator, config, source, adapter, seed)
+    accelerator.print(f"{source.describe()}\nPlan\n{plan.describe()}", flush=True)
+    if dry_run:
+        accelerator.print(f"Options\n{load.dump(config)}")
+        return
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            held.enter_context(lock(Path(config.output_dir)))
+            _write_options(config, plan)
+            _check_hub(config)
+        trainer = _make_trainer(accelerator, config, plan, base, source, adapter, rows)
+        if resume:
+            _resume(trainer, resume)
+        tracking.start(accelerator, config)
+        trainer.fit()
+        if accelerator.is_main_process:
+            _publish(trainer, base)
+        tracking.finish(accelerator)
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Processes, device and arithmetic; fp16 needs a GPU, and without one the run goes on in fp32, saying so."""
+    wanted = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted not in DTYPES:
+        raise UserError(f"--mixed_precision {wanted}: allowed are {', '.join(DTYPES)}.")
+    has_gpu = torch.cuda.is_available()
+    precision = "no" if wanted == "fp16" and not has_gpu else wanted
+    output = Path(config.output_dir)
+    log_with: Any = tracking.trackers_named(config.tracking.report_to)
+    accelerator = Accelerator(
+        cpu=not has_gpu and not torch.backends.mps.is_available(),
+        mixed_precision=precision,
+        log_with=log_with,
+        project_config=ProjectConfiguration(str(output), logging_dir=str(output / config.tracking.logging_dir)),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    if precision != wanted:
+        accelerator.print("--mixed_precision fp16 needs a GPU and there is none here: this run computes in fp32.")
+    if config.train.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def make_adapter(config: Config, base: Base, seed: int) -> Any:
+    """The adapter to train, float32: continued, or random by the seed; checked against base and resolution."""
+    if config.adapter.init_from:
+        adapter = load_adapter(config.adapter.init_from, cache_dir=config.base.cache_dir)
+        channels = adapter.config["in_channels"]
+        if channels != config.adapter.in_channels:
+            raise UserError(
+                f"{config.adapter.init_from} takes {channels}-channel pictures: set --adapter.in_channels {channels}."
+            )
+    else:
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            adapter = build_adapter(config.adapter, base.unet_config)
+    check_fits(adapter.config, base.unet_config, config.adapter.init_from or "the adapter")
+    check_resolution(config.data.resolution, config.data.resolution, adapter.config)
+    return adapter
+
+
+def _find_checkpoint(accelerator: Accelerator, config: Config) -> Path | None:
+    """Where to go on from; refuses to mix a new run into an old one's folder."""
+    output = Path(config.output_dir)
+    if config.checkpoint.resume is None:
+        old = checkpoint.list_checkpoints(output)
+        if old:
+            raise UserError(
+                f"--output_dir {output} holds {old[-1][1].name} of an earlier run: go on with "
+                "--resume_from_checkpoint latest, or name another folder."
+            )
+        return None
+    found, skipped = checkpoint.find(output, config.checkpoint.resume)
+    for line in skipped:
+        accelerator.print(line)
+    accelerator.print(f"Resuming from {found}." if found else f"No checkpoint in {output} yet: a new run begins.")
+    return found
+
+
+def _seed(accelerator: Accelerator, config: Config, resume: Path | None) -> int:
+    """The seed given, or the resumed run's, or one drawn here; the same on every process."""
+    if config.train.seed is not None:
+        return config.train.seed
+    if resume:
+        return checkpoint.read_state(resume)["seed"]
+    drawn = [secrets.randbelow(2**31)]
+    broadcast_object_list(drawn)
+    return drawn[0]
+
+
+def _plan(accelerator: Accelerator, config: Config, source: Source, adapter: Any, seed: int) -> Plan:
+    return make_plan(
+        config,
+        samples=len(source),
+        processes=accelerator.num_processes,
+        precision={"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        seed=seed,
+        trainable_parameters=sum(parameter.numel() for parameter in adapter.parameters()),
+        device=str(accelerator.device),
+    )
+
+
+def _make_trainer(
+    accelerator: Accelerator,
+    config: Config,
+    plan: Plan,
+    base: Base,
+    source: Source,
+    adapter: Any,
+    rows: list[Row],
+) -> Trainer:
+    """Prepares the data, then loads the UNet alone: the encoders have left the device by then."""
+    dtype = DTYPES[accelerator.mixed_precision]
+    prepared = prepare(
+        source,
+        resolution=config.data.resolution,
+        in_channels=config.adapter.in_channels,
+        base=base,
+        device=accelerator.device,
+        dtype=dtype,
+        root=config.data.prepared_dir,
+        extra_captions=("", *(row.prompt for row in rows)),
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+    release(accelerator.device)
+    frozen = Frozen(
+        _unet(config, base, accelerator.device, dtype),
+        NoiseSchedule.of(base.scheduler()).to(accelerator.device),
+        base.latent_scale,
+        dtype,
+    )
+    seeded = replace(config, train=replace(config.train, seed=plan.seed))
+
+    def batches(start_step: int) -> Iterator[Batch]:
+        return make_batches(
+            prepared,
+            seeded,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            start_step=start_step,
+            stop_step=plan.steps,
+            num_timesteps=frozen.schedule.num_timesteps,
+        )
+
+    validator = _validator(accelerator, config, plan, base, frozen, prepared, rows)
+    return Trainer(config, plan, accelerator, adapter, frozen, batches, validator, versions())
+
+
+def _unet(config: Config, base: Base, device: torch.device, dtype: torch.dtype) -> Any:
+    unet = base.unet(device, dtype)
+    if config.train.xformers:
+        if not is_xformers_available():
+            raise UserError(
+                "--enable_xformers_memory_efficient_attention: pip install xformers, or leave the flag out."
+            )
+        unet.enable_xformers_memory_efficient_attention()
+    if config.train.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
+
+
+def _validator(
+    accelerator: Accelerator, config: Config, plan: Plan, base: Base, frozen: Frozen, prepared: Any, rows: list[Row]
+) -> Validator | None:
+    if not rows or not accelerator.is_main_process:
+        return None
+    records = {prompt: prepared.text(prompt) for prompt in {"", *(row.prompt for row in rows)}}
+    text = text_states(
+        [row.prompt for row in rows],
+        {prompt: (states.to(frozen.dtype), pooled.to(frozen.dtype)) for prompt, (states, pooled) in records.items()},
+        zeros=base.zeros_for_empty_prompt,
+        repeat=config.validation.num_images,
+    )
+    return Validator(config, base, frozen, rows, text, accelerator, plan.seed)
+
+
+def _resume(trainer: Trainer, folder: Path) -> None:
+    changes = _changed(checkpoint.read_state(folder)["options"], to_dict(trainer.config))
+    for line in changes:
+        trainer.accelerator.print(f"Changed since {folder.name}: {line}")
+    trainer.resume(folder)
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """One line for each option that differs, but for where to resume from."""
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after, path = old.get(name), new.get(name), f"{prefix}{name}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += _changed(before, after, f"{path}.")
+        elif before != after and path != "checkpoint.resume":
+            lines.append(f"{path} {before} -> {after}")
+    return lines
+
+
+def _write_options(config: Config, plan: Plan) -> None:
+    """The resolved options and the plan, beside the run; options.yaml is a recipe that repeats it."""
+    output = Path(config.output_dir)
+    seeded = replace(config, train=replace(config.train, seed=plan.seed))
+    (output / "options.yaml").write_text(load.dump(seeded), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Library -> version of what a run's numbers depend on."""
+    return {name: version(name) for name in LIBRARIES}

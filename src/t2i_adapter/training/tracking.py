@@ -1,0 +1,127 @@
+"""Curves and pictures to whatever tracker is wanted. A tracker that fails never stops a run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+from PIL.Image import Image
+
+from t2i_adapter.config import Config, to_dict
+from t2i_adapter.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def trackers_named(report_to: str) -> list[str] | None:
+    """What accelerate is asked for: None for `none`, else the names. Raises UserError for one that is not known."""
+    names = [name.strip() for name in report_to.split(",") if name.strip()]
+    if names in ([], ["none"]):
+        return None
+    known, installed = {str(kind) for kind in LoggerType}, {str(kind) for kind in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise UserError(f"--report_to {name}: no such tracker; allowed are none, {', '.join(sorted(known))}.")
+        if name not in installed | {"all"}:
+            raise UserError(f"--report_to {name}: it is not installed. pip install {name}, or --report_to none.")
+    return names
+
+
+def start(accelerator: Accelerator, config: Config) -> None:
+    """Opens the trackers on the main process, with the run's options (secrets left out)."""
+    if accelerator.log_with:
+        _guarded(lambda: accelerator.init_trackers(config.tracking.project, config=_flat(to_dict(config))), "start")
+
+
+def log(accelerator: Accelerator, values: Mapping[str, float], step: int) -> None:
+    """Scalars to every tracker."""
+    _guarded(lambda: accelerator.log(dict(values), step=step), "log to")
+
+
+def log_pictures(accelerator: Accelerator, rows: Mapping[str, tuple[str, Sequence[Image]]], step: int) -> None:
+    """Picture rows, tag -> (caption, pictures of one size), to every tracker that takes pictures."""
+    for tracker in accelerator.trackers:
+        send = PICTURES.get(tracker.name)
+        if send is None:
+            logger.warning("%s takes no pictures from here; they are in the output folder.", tracker.name)
+            continue
+        for tag, (caption, pictures) in rows.items():
+            _guarded(lambda t=tracker, s=send, a=(tag, caption, pictures): s(t, *a, step), "send pictures to")
+
+
+def finish(accelerator: Accelerator) -> None:
+    _guarded(accelerator.end_training, "close")
+
+
+def _to_tensorboard(tracker: Any, tag: str, caption: str, pictures: Sequence[Image], step: int) -> None:
+    # The step is part of every entry and the caption goes beside it: two rows with one prompt stay two rows.
+    tracker.log_images({tag: np.stack([np.asarray(p.convert("RGB")) for p in pictures])}, step=step, dataformats="NHWC")
+    tracker.writer.add_text(tag, caption, step)
+
+
+def _to_media(module: str) -> Callable[[Any, str, str, Sequence[Image], int], None]:
+    """For the trackers whose pictures are `module.Image(picture, caption=...)` in a plain log call."""
+
+    def send(tracker: Any, tag: str, caption: str, pictures: Sequence[Image], step: int) -> None:
+        kind = importlib.import_module(module).Image
+        tracker.log({tag: [kind(picture, caption=caption) for picture in pictures]}, step=step)
+
+    return send
+
+
+def _to_comet(tracker: Any, tag: str, caption: str, pictures: Sequence[Image], step: int) -> None:
+    for index, picture in enumerate(pictures):
+        tracker.tracker.log_image(picture, name=f"{tag}/{index}", step=step, metadata={"prompt": caption})
+
+
+def _to_log_images(tracker: Any, tag: str, caption: str, pictures: Sequence[Image], step: int) -> None:
+    tracker.log_images({f"{tag}/{i}": np.asarray(p.convert("RGB")) for i, p in enumerate(pictures)}, step=step)
+
+
+PICTURES: dict[str, Callable[[Any, str, str, Sequence[Image], int], None]] = {
+    "tensorboard": _to_tensorboard,
+    "wandb": _to_media("wandb"),
+    "trackio": _to_media("trackio"),
+    "swanlab": _to_media("swanlab"),
+    "comet_ml": _to_comet,
+    "aim": _to_log_images,
+    "clearml": _to_log_images,
+}
+
+
+def append_metrics(path: Path, values: Mapping[str, float], step: int) -> None:
+    """One JSON line a log entry, beside whatever the trackers keep."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drops the entries after `step`: a resumed run writes them again."""
+    if path.is_file():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    flat: dict[str, bool | int | float | str] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
+def _guarded(call: Callable[[], object], what: str) -> None:
+    try:
+        call()
+    except Exception as fault:  # whatever a tracker raises, the run is worth more than its curve
+        logger.warning("Could not %s a tracker (%s: %s); training goes on.", what, type(fault).__name__, fault)

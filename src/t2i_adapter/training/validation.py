@@ -1,0 +1,129 @@
+"""Pictures while training: the same prompts, conditions and noise each time, so that only the adapter changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from t2i_adapter.config import Config
+from t2i_adapter.errors import UserError
+from t2i_adapter.generation.generate import TextStates, generate
+from t2i_adapter.generation.options import SamplingOptions
+from t2i_adapter.models.base import Base, release
+from t2i_adapter.sources import geometry, picture
+from t2i_adapter.training import tracking
+from t2i_adapter.training.step import Frozen
+
+FOLDER = "validation"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt with its condition picture, cut as in training."""
+
+    prompt: str
+    condition: Image.Image
+
+
+def read_rows(config: Config) -> list[Row]:
+    """The validation prompts and pictures. Raises UserError for a file that cannot be read."""
+    rows = []
+    for prompt, file in config.validation.pairs():
+        path = Path(file)
+        if not path.is_file():
+            raise UserError(f"--validation_image {file}: no such file.")
+        decoded = picture.decode(picture.StoredPicture(f"--validation_image {file}", path.read_bytes()))
+        cut = geometry.plan((decoded.height, decoded.width), config.data.resolution)
+        rows.append(Row(prompt, geometry.apply(decoded, cut, "bilinear")))
+    return rows
+
+
+class Validator:
+    """Draws the rows with the adapter as it stands, keeps the pictures in the run's folder, shows them to trackers."""
+
+    def __init__(
+        self,
+        config: Config,
+        base: Base,
+        frozen: Frozen,
+        rows: Sequence[Row],
+        text: TextStates,
+        accelerator: Accelerator,
+        seed: int,
+    ) -> None:
+        """`text` holds the rows' prompts, in their order, each repeated for every picture of a row."""
+        self.config, self.base, self.frozen, self.rows, self.text = config, base, frozen, rows, text
+        self.accelerator, self.seed = accelerator, seed
+        self.sampling = SamplingOptions(steps=config.validation.steps, guidance=config.validation.guidance)
+        self.folder = Path(config.output_dir) / FOLDER
+        self._pipeline: Any = None
+
+    def __call__(self, adapter: Any, step: int) -> None:
+        count, side = self.config.validation.num_images, self.config.data.resolution
+        pipeline = self._pipeline_with(adapter)
+        pictures = generate(
+            pipeline,
+            self.text,
+            [row.condition for row in self.rows for _ in range(count)],
+            [self.seed + index for _ in self.rows for index in range(count)],
+            size=(side, side),
+            sampling=self.sampling,
+        )
+        # The VAE waits beside the device until the next time; the UNet is the one that trains.
+        pipeline.vae.to("cpu")
+        release(self.accelerator.device)
+        shown = [[row.condition, *pictures[i * count : (i + 1) * count]] for i, row in enumerate(self.rows)]
+        self._keep(shown, step)
+        named = {f"validation/{i}": (row.prompt, shown[i]) for i, row in enumerate(self.rows)}
+        tracking.log_pictures(self.accelerator, named, step)
+
+    def _pipeline_with(self, adapter: Any) -> Any:
+        """The pipeline, made once, with a copy of the adapter's present weights in the base's arithmetic."""
+        device, dtype = self.accelerator.device, self.frozen.dtype
+        if self._pipeline is None:
+            own = copy.deepcopy(adapter).eval()
+            self._pipeline = self.base.pipeline(own, device, dtype, unet=self.frozen.unet, with_text=False)
+        self._pipeline.vae.to(device)
+        self._pipeline.adapter.load_state_dict(adapter.state_dict())
+        return self._pipeline
+
+    def _keep(self, shown: list[list[Image.Image]], step: int) -> None:
+        """One strip a row: condition, then the pictures. A full disk costs the strip, not the run."""
+        folder = self.folder / f"step-{step:06d}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for index, pictures in enumerate(shown):
+                strip(pictures).save(folder / f"{index}.png")
+        except OSError as fault:
+            self.accelerator.print(f"The validation pictures of step {step} could not be kept ({fault}).")
+
+
+def strip(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side."""
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (width * len(pictures), height))
+    for index, one in enumerate(pictures):
+        sheet.paste(one.convert("RGB"), (index * width, 0))
+    return sheet
+
+
+def text_states(
+    prompts: Sequence[str], records: dict[str, tuple[torch.Tensor, torch.Tensor]], *, zeros: bool, repeat: int
+) -> TextStates:
+    """States of each prompt `repeat` times over, from `records` caption -> (states (L,D), pooled (P,)).
+
+    zeros: whether guidance steers away from zeros, as SDXL does, or from the empty caption.
+    """
+    chosen = [records[prompt] for prompt in prompts for _ in range(repeat)]
+    states, pooled = torch.stack([c[0] for c in chosen]), torch.stack([c[1] for c in chosen])
+    empty_states, empty_pooled = records[""]
+    negative = torch.zeros_like(states) if zeros else empty_states.expand_as(states)
+    negative_pooled = torch.zeros_like(pooled) if zeros else empty_pooled.expand_as(pooled)
+    return TextStates(states, pooled, negative, negative_pooled)
