@@ -1,0 +1,1 @@
+"""The finished adapter as files, with a card, and on the hub."""

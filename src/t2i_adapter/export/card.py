@@ -1,0 +1,249 @@
+"""The model card: README.md with YAML front matter, sample pictures, numbers and code that runs. All text escaped."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from t2i_adapter.config import NANO
+from t2i_adapter.errors import UserError
+from t2i_adapter.models.metadata import Metadata, is_path
+
+CARD = "README.md"
+PICTURES = "images"
+PICTURE_NAME = re.compile(r"(sample_\d\d|sheet)\.png")
+_TAGS = ["t2i-adapter", "stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image", "diffusers"]
+_EVALUATION = ("<!-- evaluation -->", "<!-- end of evaluation -->")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:])")
+_MAX_PICTURE = 512  # pixels a side; the card is for looking, and large pictures make it slow
+
+_CODE = string.Template("""\
+import torch
+from diffusers import $imports
+from diffusers.utils import load_image
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+dtype = torch.float16 if device == "cuda" else torch.float32
+$base
+adapter = T2IAdapter.from_pretrained($adapter, torch_dtype=dtype, variant="fp16" if device == "cuda" else None)
+pipeline = StableDiffusionXLAdapterPipeline.from_pretrained(base, adapter=adapter, $vae_argument\
+torch_dtype=dtype$variant)
+pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
+pipeline.to(device)
+
+condition = load_image("condition.png")$convert$resize
+image = pipeline($prompt, image=condition, num_inference_steps=30, guidance_scale=5.0).images[0]
+image.save("picture.png")
+""")
+
+
+@dataclass(frozen=True)
+class CardSample:
+    """Pictures of one prompt and condition, shown side by side."""
+
+    prompt: str
+    condition: Image.Image
+    pictures: Sequence[Image.Image]
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    metadata: Metadata,
+    repo_id: str,
+    channels: int = 3,
+    samples: Sequence[CardSample] = (),
+    hyperparameters: Mapping[str, Any] | None = None,
+    license: str | None = None,
+) -> Path:
+    """Writes README.md and the pictures it shows (images/sample_NN.png) into an adapter's folder; returns the card.
+
+    Args:
+        metadata: the adapter's record; paths of this machine are cut to their last part.
+        repo_id: what the code in the card loads: a hub id, or a folder.
+        channels: of the condition picture.
+        hyperparameters: rows of a table, plain values; None takes the record's optim and training.
+        license: as the hub names it; without one the card states none.
+    """
+    root, public = Path(folder), metadata.public()
+    (root / PICTURES).mkdir(parents=True, exist_ok=True)
+    for old in (root / PICTURES).glob("sample_??.png"):
+        old.unlink()
+    for number, sample in enumerate(samples):
+        _strip(sample).save(root / PICTURES / f"sample_{number:02d}.png")
+    if hyperparameters is None:
+        hyperparameters = {**public.optim, **public.training, "steps": public.steps, "seed": public.seed}
+    prompt = samples[0].prompt if samples else "a prompt"
+    sections = [
+        _front_matter(public, license),
+        _introduction(public, repo_id, channels),
+        _samples(samples),
+        "\n".join(_EVALUATION),
+        f"## Use\n\n```python\n{usage_code(public, repo_id, prompt=prompt, channels=channels)}```",
+        _hyperparameters(hyperparameters),
+        _versions(public),
+    ]
+    card = root / CARD
+    card.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+    return card
+
+
+def usage_code(metadata: Metadata, adapter: str, *, prompt: str, channels: int = 3) -> str:
+    """A Python program that draws a picture with the adapter from condition.png, with diffusers alone."""
+    base, vae = metadata.base, metadata.base.get("vae")
+    classes = ["EulerAncestralDiscreteScheduler", "StableDiffusionXLAdapterPipeline", "T2IAdapter"]
+    lines = [_base_line(base["name"])]
+    if vae:
+        classes.insert(0, "AutoencoderKL")
+        lines.append(f"vae = AutoencoderKL.from_pretrained({vae!r}, torch_dtype=dtype)")
+    known = {key: base[key] for key in ("variant", "revision") if base.get(key)}
+    size = (metadata.resolution, metadata.resolution)
+    return _CODE.substitute(
+        imports=", ".join(classes),
+        base="\n".join(lines),
+        adapter=repr(adapter),
+        vae_argument="vae=vae, " if vae else "",
+        variant="".join(f", {key}={value!r}" for key, value in known.items()),
+        convert='.convert("L")' if channels == 1 else "",
+        resize=f".resize({size})" if metadata.resolution else "",
+        prompt=repr(prompt),
+    )
+
+
+def set_license(folder: str | Path, license: str) -> None:
+    """States a licence in the card's front matter. Raises UserError if the folder has no card."""
+    card = Path(folder) / CARD
+    head, body = _split(card)
+    head["license"] = license
+    card.write_text(_yaml_block(head) + body, encoding="utf-8")
+
+
+def add_evaluation(folder: str | Path, evaluation: str | Path) -> None:
+    """Puts the numbers and the sheet that `evaluate` wrote into the card, in place of any earlier ones.
+
+    Raises UserError if the card or the evaluation is not there.
+    """
+    root, source = Path(folder), Path(evaluation)
+    head, body = _split(root / CARD)
+    try:
+        content = json.loads((source / "evaluation.json").read_text(encoding="utf-8"))
+        section = _evaluation(content)
+        with Image.open(source / "sheet.png") as sheet:
+            (root / PICTURES).mkdir(exist_ok=True)
+            sheet.convert("RGB").save(root / PICTURES / "sheet.png")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise UserError(f"{source}: not a folder that `evaluate` wrote ({fault!r}).") from fault
+    begin, end = _EVALUATION
+    if begin not in body or end not in body:
+        raise UserError(f"{root / CARD}: the line {begin} is gone, so there is no place for the evaluation.")
+    before, after = body.split(begin, 1)[0], body.split(end, 1)[1]
+    (root / CARD).write_text(_yaml_block(head) + before + f"{begin}\n{section}\n{end}" + after, encoding="utf-8")
+
+
+def markdown(text: str) -> str:
+    """Any text as one line that Markdown and HTML show as it is."""
+    return _MARKDOWN.sub(r"\\\1", escape(" ".join(text.split())))
+
+
+def _base_line(name: str) -> str:
+    if name == NANO:
+        return "from t2i_adapter.models import nano  # the base that comes with sdxl-t2i-adapter\n\nbase = nano.path()"
+    return f"base = {name!r}"
+
+
+def _front_matter(metadata: Metadata, license: str | None) -> str:
+    name = metadata.base["name"]
+    head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": list(_TAGS)}
+    if name != NANO and "/" in name and not is_path(name):
+        head["base_model"] = name
+    if license:
+        head["license"] = license
+    return _yaml_block(head).rstrip()
+
+
+def _introduction(metadata: Metadata, repo_id: str, channels: int) -> str:
+    condition = metadata.condition.get("name")
+    size = f" at {metadata.resolution} x {metadata.resolution} pixels" if metadata.resolution else ""
+    kind = f"The condition is {markdown(str(condition))}, {channels} channels." if condition else ""
+    return (
+        f"# {markdown(repo_id.rpartition('/')[2])}\n\n"
+        f"A T2I-Adapter for Stable Diffusion XL, trained{size} on the frozen base {markdown(metadata.base['name'])}. "
+        f"{kind}"
+    ).rstrip()
+
+
+def _samples(samples: Sequence[CardSample]) -> str:
+    if not samples:
+        return ""
+    shown = [
+        f"{markdown(sample.prompt)}\n\n![condition, then pictures]({PICTURES}/sample_{number:02d}.png)"
+        for number, sample in enumerate(samples)
+    ]
+    return "## Samples\n\nThe condition, then pictures drawn with it.\n\n" + "\n\n".join(shown)
+
+
+def _strip(sample: CardSample) -> Image.Image:
+    """The condition and the pictures side by side."""
+    cells = [picture.convert("RGB") for picture in (sample.condition, *sample.pictures)]
+    for cell in cells:
+        cell.thumbnail((_MAX_PICTURE, _MAX_PICTURE), Image.Resampling.LANCZOS)
+    strip = Image.new("RGB", (sum(cell.width for cell in cells), max(cell.height for cell in cells)), "white")
+    left = 0
+    for cell in cells:
+        strip.paste(cell, (left, 0))
+        left += cell.width
+    return strip
+
+
+def _hyperparameters(values: Mapping[str, Any]) -> str:
+    rows = "\n".join(f"| {markdown(str(key))} | {markdown(str(value))} |" for key, value in values.items())
+    return f"## Training\n\n| option | value |\n|---|---|\n{rows}" if rows else ""
+
+
+def _versions(metadata: Metadata) -> str:
+    listed = ", ".join(f"{markdown(name)} {markdown(version)}" for name, version in metadata.versions.items())
+    return f"Made with {listed}." if listed else ""
+
+
+def _evaluation(content: Mapping[str, Any]) -> str:
+    """The section from the contents of evaluation.json."""
+    columns = list(next(iter(content["metrics"].values())))
+    rows = [
+        f"| {markdown(metric)} | " + " | ".join(_interval(values[column]) for column in columns) + " |"
+        for metric, values in content["metrics"].items()
+    ]
+    heading = "| | " + " | ".join(map(markdown, columns)) + " |\n|---" + "|---" * len(columns) + "|"
+    table = heading + "\n" + "\n".join(rows)
+    return (
+        f"## Evaluation\n\n{int(content['num'])} held-out pairs; means with 95 % bootstrap intervals. "
+        "`iou` and `edge_f1`: higher is better; colours (CIEDE2000): lower is better.\n\n"
+        f"{table}\n\n![condition, no adapter, adapter, target]({PICTURES}/sheet.png)"
+    )
+
+
+def _interval(value: Mapping[str, Any]) -> str:
+    low, high = value["ci95"]
+    return f"{value['mean']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _yaml_block(head: Mapping[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _split(card: Path) -> tuple[dict[str, Any], str]:
+    """Front matter and body of a card."""
+    try:
+        _, head, body = card.read_text(encoding="utf-8").split("---\n", 2)
+        content = yaml.safe_load(head)
+    except (OSError, ValueError, yaml.YAMLError) as fault:
+        raise UserError(f"{card}: there is no model card with YAML front matter.") from fault
+    return dict(content or {}), body

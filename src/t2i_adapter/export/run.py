@@ -1,0 +1,23 @@
+"""The verb `push`: an adapter that is on the disk, to the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from t2i_adapter.errors import UserError
+from t2i_adapter.export import hub
+from t2i_adapter.export.card import add_evaluation, set_license
+from t2i_adapter.export.options import PushOptions
+
+
+def push(options: PushOptions) -> None:
+    """Completes the card as asked, checks the way to the hub, uploads, and prints where it lies."""
+    folder = Path(options.folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"--folder {options.folder}: no such folder.")
+    if options.license:
+        set_license(folder, options.license)
+    if options.evaluation:
+        add_evaluation(folder, options.evaluation)
+    repo_id = hub.check_access(folder, model_id=options.model_id, token=options.token, private=options.private)
+    print(hub.push(folder, repo_id, token=options.token))

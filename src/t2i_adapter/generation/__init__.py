@@ -1,0 +1,1 @@
+"""Prompt + condition picture + adapter -> pictures."""

@@ -1,0 +1,143 @@
+"""The one function that draws: the verb, evaluation and validation in training all call it.
+
+Letters: N pictures, L = 77 tokens, D text width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLAdapterPipeline
+from PIL import Image
+from torch import Tensor
+
+from t2i_adapter.generation.options import SamplingOptions
+from t2i_adapter.models.latents import LatentScale
+
+_PIXELS_A_BATCH = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """Prompts and what guidance steers away from, as the UNet takes them. The negative ones may be None: without
+    guidance they are not needed, and SDXL's own stand-in for them is zeros.
+
+    states, negative_states: (N,L,D); pooled, negative_pooled: (N,P).
+    """
+
+    states: Tensor
+    pooled: Tensor
+    negative_states: Tensor | None
+    negative_pooled: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def arguments(self, part: slice) -> dict[str, Tensor | None]:
+        """The pipeline's arguments for some of the pictures."""
+        negative, negative_pooled = self.negative_states, self.negative_pooled
+        return {
+            "prompt_embeds": self.states[part],
+            "pooled_prompt_embeds": self.pooled[part],
+            "negative_prompt_embeds": None if negative is None else negative[part],
+            "negative_pooled_prompt_embeds": None if negative_pooled is None else negative_pooled[part],
+        }
+
+
+@torch.no_grad()
+def encode_prompts(
+    pipeline: StableDiffusionXLAdapterPipeline, prompts: Sequence[str], *, guidance: float, negative: str | None = None
+) -> TextStates:
+    """N prompts -> their states. Without a negative prompt it is what the base was made for: zeros, or ""."""
+    encoded: Any = pipeline.encode_prompt(  # the signature says str, the code takes a list too
+        list(prompts),  # pyright: ignore[reportArgumentType]
+        do_classifier_free_guidance=guidance > 1,
+        negative_prompt=negative,
+    )
+    states, negative_states, pooled, negative_pooled = encoded
+    return TextStates(states, pooled, negative_states, negative_pooled)
+
+
+def generate(
+    pipeline: StableDiffusionXLAdapterPipeline,
+    prompts: Sequence[str] | TextStates,
+    conditions: Sequence[Image.Image] | None,
+    seeds: Sequence[int],
+    *,
+    size: tuple[int, int],
+    sampling: SamplingOptions,
+    negative: str | None = None,
+) -> list[Image.Image]:
+    """Draws N pictures, one for each prompt, condition and seed.
+
+    Each picture's noise comes from its own seed alone, on every device, so a picture is the same whichever others are
+    drawn with it (but for rounding: larger matrices are summed in another order).
+
+    Args:
+        prompts: N prompts, or their states (for a pipeline that has no text encoders).
+        conditions: N pictures of `size`, converted to as many channels as the adapter has; None draws with the base
+            alone, exactly as StableDiffusionXLPipeline would.
+        size: (height, width) in pixels, multiples of what the adapter takes.
+        negative: what not to draw; only with prompts, for states already hold it.
+    """
+    assert len(prompts) == len(seeds) and (conditions is None or len(conditions) == len(seeds))
+    if not isinstance(prompts, TextStates):
+        prompts = encode_prompts(pipeline, prompts, guidance=sampling.guidance, negative=negative)
+    batch = sampling.batch_size or max(1, _PIXELS_A_BATCH // (size[0] * size[1]))
+    pictures: list[Image.Image] = []
+    for start in range(0, len(seeds), batch):
+        part = slice(start, start + batch)
+        chosen = None if conditions is None else conditions[part]
+        latents = _draw_latents(pipeline, prompts.arguments(part), chosen, seeds[part], size, sampling)
+        pictures.extend(_decode(pipeline, latents))
+    pipeline.maybe_free_model_hooks()
+    return pictures
+
+
+def _draw_latents(
+    pipeline: StableDiffusionXLAdapterPipeline,
+    text: dict[str, Any],
+    conditions: Sequence[Image.Image] | None,
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    sampling: SamplingOptions,
+) -> Tensor:
+    """One batch of the UNet's latents, (B,4,h,w)."""
+    mode = "L" if pipeline.adapter.config.in_channels == 1 else "RGB"
+    height, width = size
+    if conditions is None:
+        # The pipeline asks for a picture even where the adapter takes part in no step.
+        conditions, factor = [Image.new(mode, (width, height))] * len(seeds), 0.0
+    else:
+        factor = sampling.condition_factor
+    assert all(condition.size == (width, height) for condition in conditions)
+    output: Any = pipeline(
+        image=[condition.convert(mode) for condition in conditions],
+        height=height,
+        width=width,
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        adapter_conditioning_scale=sampling.scale,
+        adapter_conditioning_factor=factor,
+        output_type="latent",
+        **text,
+    )
+    return output.images
+
+
+@torch.no_grad()
+def _decode(pipeline: StableDiffusionXLAdapterPipeline, latents: Tensor) -> list[Image.Image]:
+    """Latents to pictures one by one, so that memory does not grow with the batch, in the VAE's own precision."""
+    vae = pipeline.vae
+    scale = LatentScale.of(dict(vae.config))
+    factors, shift = (latents.new_tensor(v, dtype=vae.dtype).view(1, -1, 1, 1) for v in (scale.scale, scale.shift))
+    pictures = []
+    for latent in (latents.to(vae.dtype) / factors + shift).split(1):
+        pixels = vae.decode(latent, return_dict=False)[0]
+        images: Any = pipeline.image_processor.postprocess(pixels, output_type="pil")
+        pictures.extend(images)
+    return pictures

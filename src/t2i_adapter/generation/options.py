@@ -1,0 +1,102 @@
+"""Options of drawing pictures. Importing this module loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from t2i_adapter.errors import UserError
+
+
+def check(flag: str, ok: bool, got: object, allowed: str) -> None:
+    """UserError naming the flag, unless `ok`."""
+    if not ok:
+        raise UserError(f"--{flag} {got}: {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How pictures are drawn, whichever prompt and condition they have."""
+
+    steps: int = 30
+    """Denoising steps (Euler ancestral)."""
+    guidance: float = 5.0
+    """Classifier-free guidance scale; 1 or less is none."""
+    scale: float = 1.0
+    """Weight of the adapter: 0 is the base alone, 1 as it was trained."""
+    condition_factor: float = 1.0
+    """Share of the steps, from the first one on, in which the adapter acts, 0 to 1."""
+    batch_size: int | None = None
+    """Pictures drawn together; None takes as many as make one megapixel. It does not change the pictures."""
+
+    def __post_init__(self) -> None:
+        check("steps", self.steps >= 1, self.steps, "1 or more")
+        check("scale", self.scale >= 0, self.scale, "0 or more")
+        factor = self.condition_factor
+        check("condition_factor", 0 <= factor <= 1, factor, "allowed is a share from 0 to 1")
+        check("batch_size", self.batch_size is None or self.batch_size >= 1, self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which models draw, and where they run."""
+
+    adapter: str
+    """The adapter: its folder, or a hub id."""
+    base: str | None = None
+    """The text-to-image model: hub id, diffusers folder, single .safetensors file, or `nano`. None takes the one the
+    adapter was trained on, from its t2i_adapter.json."""
+    base_revision: str | None = None
+    """Hub revision of the base, where --base is given."""
+    base_variant: str | None = None
+    """Weight file variant of the base, for example fp16, where --base is given."""
+    base_vae: str | None = None
+    """Another VAE for the base: hub id or folder. None takes the one of the adapter's training."""
+    device: str = "auto"
+    """Where to run: auto, cpu, cuda, cuda:1, mps, ..."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the base; auto is fp16 on a GPU and fp32 elsewhere. The VAE always runs in fp32."""
+    offload: Literal["none", "model", "sequential"] = "none"
+    """Keep on the GPU only the model (or, slower and smaller still, the layer) that is at work."""
+    xformers: bool = False
+    """xFormers' attention instead of torch's scaled dot product attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ModelOptions, SamplingOptions):
+    """Draw pictures from prompts and condition pictures."""
+
+    prompt: tuple[str, ...]
+    """What to draw: one prompt, or as many as there are images."""
+    image: tuple[str, ...]
+    """Condition picture files: one, or as many as there are prompts."""
+    negative: str | None = None
+    """What not to draw."""
+    num: int = 1
+    """Pictures for each prompt; their seeds are counted up from --seed."""
+    seed: int = 0
+    """Where the noise starts; a picture depends on its own seed alone, not on those that are drawn with it."""
+    width: int | None = None
+    """Width in pixels. None: as the adapter was trained, or else the condition picture's own."""
+    height: int | None = None
+    """Height in pixels. None: as the adapter was trained, or else the condition picture's own."""
+    out: str = "pictures"
+    """Folder for the pictures and, beside each, the JSON that tells how to draw it again."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("num", self.num >= 1, self.num, "1 or more")
+        check("seed", self.seed >= 0, self.seed, "0 or more")
+        prompts, images = len(self.prompt), len(self.image)
+        if not prompts or not images or (prompts != images and 1 not in (prompts, images)):
+            raise UserError(
+                f"--prompt has {prompts} entries and --image {images}: "
+                "give as many of one as of the other, or a single one of either."
+            )
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(prompt, image file) of each picture row, the single one of either repeated."""
+        count = max(len(self.prompt), len(self.image))
+        prompts = self.prompt * count if len(self.prompt) == 1 else self.prompt
+        images = self.image * count if len(self.image) == 1 else self.image
+        return list(zip(prompts, images, strict=True))

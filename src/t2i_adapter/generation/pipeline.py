@@ -1,0 +1,114 @@
+"""Options to a pipeline that is ready to draw, and what is known of its adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLAdapterPipeline, T2IAdapter
+
+from t2i_adapter.config import BaseOptions
+from t2i_adapter.errors import UserError
+from t2i_adapter.generation.options import ModelOptions
+from t2i_adapter.models.adapter import check_fits, load_adapter
+from t2i_adapter.models.base import Base, open_base
+from t2i_adapter.models.metadata import FILE_NAME, Metadata, read_metadata
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pipeline with what a record of its pictures names.
+
+    Attributes:
+        digest: sha256 of the adapter's weights.
+        base: the options of the base as resolved.
+        metadata: the adapter's own record, if it has one.
+    """
+
+    pipeline: StableDiffusionXLAdapterPipeline
+    digest: str
+    base: BaseOptions
+    metadata: Metadata | None
+    device: str
+    precision: str
+
+    @property
+    def resolution(self) -> int | None:
+        """Side in pixels that the adapter was trained at, if known."""
+        return self.metadata.resolution if self.metadata else None
+
+
+def open_pipeline(options: ModelOptions) -> Loaded:
+    """Loads the adapter and its base; UserError, before the big weights, if one is missing or they do not fit."""
+    device = _device(options.device, options.offload)
+    precision = options.precision
+    if precision == "auto":
+        precision = "fp16" if device.startswith("cuda") else "fp32"
+    if options.xformers and importlib.util.find_spec("xformers") is None:
+        raise UserError("--xformers: the package is not installed: `pip install xformers`, or leave the flag out.")
+    metadata = read_metadata(options.adapter)
+    adapter = load_adapter(options.adapter)
+    base_options = _base_options(options, metadata)
+    base = open_base(base_options)
+    check_fits(dict(adapter.config), base.unet_config, options.adapter)
+    digest = weights_digest(adapter)
+    return Loaded(_placed(base, adapter, device, precision, options), digest, base_options, metadata, device, precision)
+
+
+def weights_digest(adapter: T2IAdapter) -> str:
+    """sha256 over the names and float32 values of the adapter's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(adapter.state_dict().items()):
+        digest.update(name.encode() + b"\0")
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _base_options(options: ModelOptions, metadata: Metadata | None) -> BaseOptions:
+    if options.base is not None:
+        return BaseOptions(
+            name=options.base,
+            revision=options.base_revision,
+            variant=options.base_variant,
+            vae=options.base_vae,
+        )
+    if metadata is None:
+        raise UserError(
+            f"--base is needed: {options.adapter} has no {FILE_NAME} that tells what it was trained on. "
+            "Name a hub id, a diffusers folder, a single .safetensors file, or nano."
+        )
+    known: dict[str, Any] = {key: metadata.base.get(key) for key in ("name", "revision", "variant", "vae")}
+    if options.base_vae is not None:
+        known["vae"] = options.base_vae
+    return BaseOptions(**known)
+
+
+def _device(name: str, offload: str) -> str:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as fault:
+        raise UserError(f"--device {name}: no such device; allowed are auto, cpu, cuda, cuda:1, mps, ...") from fault
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: there is no CUDA GPU here; use --device cpu or auto.")
+    if kind == "cpu" and offload != "none":
+        raise UserError(f"--offload {offload}: moves models off a GPU, and there is none in use; use --offload none.")
+    return name
+
+
+def _placed(
+    base: Base, adapter: T2IAdapter, device: str, precision: str, options: ModelOptions
+) -> StableDiffusionXLAdapterPipeline:
+    pipeline = base.pipeline(adapter, device, _DTYPES[precision], offload=options.offload)
+    if options.xformers:
+        try:
+            pipeline.enable_xformers_memory_efficient_attention()
+        except (ValueError, NotImplementedError, ModuleNotFoundError) as fault:
+            raise UserError(f"--xformers does not run here ({fault}); leave the flag out.") from fault
+    return pipeline

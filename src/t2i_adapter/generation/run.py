@@ -1,0 +1,120 @@
+"""The verb `generate`: pictures, and beside each a JSON from which it can be drawn again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from t2i_adapter.errors import UserError
+from t2i_adapter.generation.condition import fit, read_condition
+from t2i_adapter.generation.generate import generate
+from t2i_adapter.generation.options import GenerateOptions
+from t2i_adapter.generation.pipeline import Loaded, open_pipeline
+from t2i_adapter.models.adapter import check_resolution
+
+LIBRARIES = ("sdxl-t2i-adapter", "torch", "diffusers", "transformers")
+
+
+def run(options: GenerateOptions) -> None:
+    """Draws `num` pictures for each pair of prompt and image and writes them to `out`."""
+    pairs = options.pairs()
+    conditions = {path: read_condition(path) for _, path in pairs}
+    loaded = open_pipeline(options)
+    size = picture_size(options, loaded, conditions[pairs[0][1]])
+    fitted = {path: fit(condition, size) for path, condition in conditions.items()}
+    wanted = [(prompt, path, options.seed + i) for prompt, path in pairs for i in range(options.num)]
+    out = output_folder(options.out)
+    pictures = generate(
+        loaded.pipeline,
+        [prompt for prompt, _, _ in wanted],
+        [fitted[path] for _, path, _ in wanted],
+        [seed for _, _, seed in wanted],
+        size=size,
+        sampling=options,
+        negative=options.negative,
+    )
+    for picture, (prompt, path, seed) in zip(pictures, wanted, strict=True):
+        record = picture_record(options, loaded, size, prompt, path, seed)
+        print(_save(out, picture, record))
+
+
+def picture_size(options: GenerateOptions, loaded: Loaded, condition: Image.Image) -> tuple[int, int]:
+    """(height, width) in pixels: what the flags say, else the training resolution, else the condition's own size."""
+    own = (loaded.resolution,) * 2 if loaded.resolution else (condition.height, condition.width)
+    height, width = options.height or own[0], options.width or own[1]
+    config = dict(loaded.pipeline.adapter.config)
+    check_resolution(height, height, config, "--height")
+    check_resolution(width, width, config, "--width")
+    return height, width
+
+
+def picture_record(
+    options: GenerateOptions, loaded: Loaded, size: tuple[int, int], prompt: str, image: str, seed: int
+) -> dict[str, Any]:
+    """All that a picture depends on, and the command that draws it again. Plain JSON types."""
+    base = loaded.base
+    single = replace(
+        options,
+        prompt=(prompt,),
+        image=(image,),
+        seed=seed,
+        num=1,
+        height=size[0],
+        width=size[1],
+        base=base.name,
+        base_revision=base.revision,
+        base_variant=base.variant,
+        base_vae=base.vae,
+        device=loaded.device,
+        precision=loaded.precision,
+    )
+    return {
+        "command": command_line(single),
+        "options": asdict(single),
+        "adapter_sha256": loaded.digest,
+        "image_sha256": hashlib.sha256(Path(image).expanduser().read_bytes()).hexdigest(),
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def command_line(options: GenerateOptions) -> str:
+    """The command with which these options are given; what is at its default is left out."""
+    words = ["t2i-adapter", "generate"]
+    for name, field in GenerateOptions.__dataclass_fields__.items():
+        value = getattr(options, name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}")
+        elif isinstance(value, tuple):
+            words += [f"--{name}", *value]
+        else:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def output_folder(out: str) -> Path:
+    """The folder that --out names, made where it is missing. Raises UserError where it cannot be."""
+    folder = Path(out).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise UserError(f"--out {out}: the folder cannot be made ({fault.strerror}).") from fault
+    return folder
+
+
+def _save(out: Path, picture: Image.Image, record: dict[str, Any]) -> Path:
+    """Writes picture and record under the next free number; returns the picture's path."""
+    taken = [int(path.stem) for path in out.glob("*.png") if path.stem.isdigit()]
+    path = out / f"{max(taken, default=-1) + 1:05d}.png"
+    picture.save(path)
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    return path
