@@ -1,0 +1,120 @@
+"""Data sets that the `datasets` library reads: pictures as features, bytes or paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict, Features, Image, Value
+from tiny import write_circles
+
+from t2i_adapter.config import DataOptions
+from t2i_adapter.errors import UserError
+from t2i_adapter.sources.table import Source, open_source
+
+
+def open_named(name: object, **options: Any) -> Source:
+    return open_source(DataOptions(dataset_name=str(name), **options), seed=0)
+
+
+@pytest.fixture
+def circles(tmp_path: Path) -> Path:
+    return write_circles(tmp_path / "circles", num=3) / "train"
+
+
+def columns(circles: Path, as_cell: Any) -> dict[str, list[Any]]:
+    """Three rows whose picture cells `as_cell` makes from the files' paths."""
+    return {
+        "image": [as_cell(circles / f"{i:05d}.png") for i in range(3)],
+        "conditioning_image": [as_cell(circles / f"{i:05d}_outline.png") for i in range(3)],
+        "text": ["red circle", "blue circle", ""],
+    }
+
+
+def write_parquet(folder: Path, rows: dict[str, list[Any]], features: Features | None = None) -> Path:
+    folder.mkdir()
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
+    return folder
+
+
+PICTURES = Features({"image": Image(), "conditioning_image": Image(), "text": Value("string")})
+
+
+def test_every_way_of_storing_a_picture_gives_the_same_pair(circles: Path, tmp_path: Path) -> None:
+    expected = open_named(circles)[1]
+    cells = columns(circles, lambda p: {"bytes": p.read_bytes(), "path": p.name})
+    saved = tmp_path / "saved"
+    DatasetDict(train=Dataset.from_dict(cells, features=PICTURES)).save_to_disk(saved)
+    names = [
+        write_parquet(tmp_path / "decoded", cells, PICTURES),
+        write_parquet(tmp_path / "undeclared", cells),
+        write_parquet(tmp_path / "bytes", columns(circles, lambda path: path.read_bytes())),
+        saved,
+    ]
+    for name in names:
+        sample = open_named(name)[1]
+        assert sample.digest == expected.digest, name
+        assert sample.image.tobytes() == expected.image.tobytes()
+        assert (sample.key, sample.captions) == ("row 1", ("blue circle",))
+
+
+def test_rows_of_a_parquet_file_may_not_point_elsewhere(circles: Path, tmp_path: Path) -> None:
+    linked = write_parquet(tmp_path / "linked", columns(circles, str), PICTURES)
+    with pytest.raises(UserError, match=r"row 1, column image: '.*' leaves the data folder"):
+        open_named(linked)[1]
+
+
+def test_paths_are_relative_to_the_data_folder(circles: Path) -> None:
+    rows = columns(circles, lambda path: path.name)
+    (circles / "metadata.jsonl").unlink()
+    Dataset.from_dict(rows).to_csv(circles / "rows.csv")
+    for picture in circles.glob("*.png"):
+        picture.rename(picture.with_suffix(".PNG_"))  # else `datasets` takes the folder for an image folder
+    rows["image"] = [name.replace(".png", ".PNG_") for name in rows["image"]]
+    rows["conditioning_image"] = [name.replace(".png", ".PNG_") for name in rows["conditioning_image"]]
+    rows["text"][2] = "x"  # csv reads an empty field as null
+    Dataset.from_dict(rows).to_csv(circles / "rows.csv")
+    source = open_named(circles)
+    assert source[0].image.size == (64, 64)
+    assert source.describe() == f"3 pairs from {circles} (split train)"
+
+
+def test_a_null_caption_names_its_row(circles: Path, tmp_path: Path) -> None:
+    rows = columns(circles, str)
+    rows["text"][1] = None
+    folder = write_parquet(tmp_path / "null", rows, PICTURES)
+    with pytest.raises(UserError, match=r"null \(split train\), row 1, column text: there is no caption"):
+        open_named(folder)
+
+
+def test_wrong_column_type_split_and_column(circles: Path, tmp_path: Path) -> None:
+    rows = columns(circles, str)
+    rows["image"] = [1, 2, 3]
+    folder = write_parquet(tmp_path / "numbers", rows)
+    with pytest.raises(UserError, match="row 0, column image: holds int; allowed are pictures, paths or bytes"):
+        open_named(folder)[0]
+    with pytest.raises(UserError, match="has no split 'test'; there are: train"):
+        open_named(folder, split="test")
+    with pytest.raises(UserError, match="--caption_column nope: .* there are: image, conditioning_image, text"):
+        open_named(folder, caption_column="nope")
+
+
+def test_damaged_bytes_name_row_and_column(circles: Path, tmp_path: Path) -> None:
+    rows = columns(circles, lambda path: path.read_bytes())
+    rows["conditioning_image"][2] = rows["conditioning_image"][2][:100]
+    folder = write_parquet(tmp_path / "damaged", rows)
+    with pytest.raises(UserError, match="row 2, column conditioning_image: damaged picture"):
+        open_named(folder)[2]
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_line() -> None:
+    with pytest.raises(UserError, match="data set nobody/nothing cannot be read") as fault:
+        open_named("nobody/nothing")
+    assert "\n" not in str(fault.value)
+
+
+def test_a_folder_without_data_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="folder .* cannot be read") as fault:
+        open_named(tmp_path)
+    assert "\n" not in str(fault.value)
