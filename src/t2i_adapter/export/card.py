@@ -35,7 +35,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.float16 if device == "cuda" else torch.float32
 $base
 adapter = T2IAdapter.from_pretrained($adapter, torch_dtype=dtype, variant="fp16" if device == "cuda" else None)
-pipeline = StableDiffusionXLAdapterPipeline.from_pretrained(base, adapter=adapter, $vae_argument\
+pipeline = StableDiffusionXLAdapterPipeline.from_pretrained(base, adapter=adapter, ${vae_argument}\
 torch_dtype=dtype$variant)
 pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
 pipeline.to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,7 @@ class Trainer:
             desc="training",
             unit="step",
             dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file gets a line now and then
             disable=not self.accelerator.is_local_main_process,
         )
 

@@ -14,17 +14,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from diffusers.utils.import_utils import is_xformers_available
+from torch import Tensor
 
 from t2i_adapter import load
 from t2i_adapter.batches.loader import make_batches
-from t2i_adapter.cache.build import prepare
+from t2i_adapter.cache.prepare import Prepared, prepare
 from t2i_adapter.config import Config, to_dict
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError
+from t2i_adapter.export import hub
+from t2i_adapter.export.adapter import save_adapter
+from t2i_adapter.export.card import write_card
 from t2i_adapter.models.adapter import build_adapter, check_fits, check_resolution, load_adapter
 from t2i_adapter.models.base import Base, open_base, release
+from t2i_adapter.models.metadata import Metadata
 from t2i_adapter.sources.table import Source, open_source
 from t2i_adapter.training import checkpoint, tracking
 from t2i_adapter.training.lock import lock
@@ -58,17 +64,18 @@ def run(config: Config, *, dry_run: bool = False) -> None:
         accelerator.print(f"Options\n{load.dump(config)}")
         return
     with ExitStack() as held:
+        repo_id = None
         if accelerator.is_main_process:
             held.enter_context(lock(Path(config.output_dir)))
+            repo_id = _repository(config)
             _write_options(config, plan)
-            _check_hub(config)
         trainer = _make_trainer(accelerator, config, plan, base, source, adapter, rows)
         if resume:
             _resume(trainer, resume)
         tracking.start(accelerator, config)
         trainer.fit()
         if accelerator.is_main_process:
-            _publish(trainer, base)
+            _publish(trainer, base, repo_id)
         tracking.finish(accelerator)
 
 
@@ -81,6 +88,7 @@ def make_accelerator(config: Config) -> Accelerator:
     precision = "no" if wanted == "fp16" and not has_gpu else wanted
     output = Path(config.output_dir)
     log_with: Any = tracking.trackers_named(config.tracking.report_to)
+    AcceleratorState._reset_state()  # it remembers the arithmetic of an earlier run in this process
     accelerator = Accelerator(
         cpu=not has_gpu and not torch.backends.mps.is_available(),
         mixed_precision=precision,
@@ -173,7 +181,7 @@ def _make_trainer(
         base=base,
         device=accelerator.device,
         dtype=dtype,
-        root=config.data.prepared_dir,
+        root=prepared_root(config),
         extra_captions=("", *(row.prompt for row in rows)),
         rank=accelerator.process_index,
         world=accelerator.num_processes,
@@ -215,19 +223,44 @@ def _unet(config: Config, base: Base, device: torch.device, dtype: torch.dtype) 
     return unet
 
 
+def prepared_root(config: Config) -> Path:
+    """Where prepared latents and text states are kept: the option, else $T2I_ADAPTER_CACHE, else the user's cache."""
+    named = config.data.prepared_dir or os.environ.get("T2I_ADAPTER_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "t2i_adapter" / "prepared"
+
+
 def _validator(
-    accelerator: Accelerator, config: Config, plan: Plan, base: Base, frozen: Frozen, prepared: Any, rows: list[Row]
+    accelerator: Accelerator,
+    config: Config,
+    plan: Plan,
+    base: Base,
+    frozen: Frozen,
+    prepared: Prepared,
+    rows: list[Row],
 ) -> Validator | None:
     if not rows or not accelerator.is_main_process:
         return None
-    records = {prompt: prepared.text(prompt) for prompt in {"", *(row.prompt for row in rows)}}
     text = text_states(
         [row.prompt for row in rows],
-        {prompt: (states.to(frozen.dtype), pooled.to(frozen.dtype)) for prompt, (states, pooled) in records.items()},
+        {prompt: _states(prepared, prompt, frozen) for prompt in {"", *(row.prompt for row in rows)}},
         zeros=base.zeros_for_empty_prompt,
         repeat=config.validation.num_images,
     )
     return Validator(config, base, frozen, rows, text, accelerator, plan.seed)
+
+
+def _states(prepared: Prepared, caption: str, frozen: Frozen) -> tuple[Tensor, Tensor]:
+    record = prepared.text(prepared.text_key(caption))
+    states, pooled = torch.tensor(record.states), torch.tensor(record.pooled)
+    return states.to(frozen.unet.device, frozen.dtype), pooled.to(frozen.unet.device, frozen.dtype)
+
+
+def _repository(config: Config) -> str | None:
+    """The hub repository that the adapter will go to, found to be there and writable before anything is paid for."""
+    if not config.hub.push:
+        return None
+    options = config.hub
+    return hub.check_access(config.output_dir, model_id=options.model_id, token=options.token, private=options.private)
 
 
 def _resume(trainer: Trainer, folder: Path) -> None:
@@ -259,3 +292,51 @@ def _write_options(config: Config, plan: Plan) -> None:
 def versions() -> dict[str, str]:
     """Library -> version of what a run's numbers depend on."""
     return {name: version(name) for name in LIBRARIES}
+
+
+def _publish(trainer: Trainer, base: Base, repo_id: str | None) -> None:
+    """The finished adapter and its card at the top of the output folder; then, if wanted, on the hub.
+
+    All is on the disk before the hub is asked, and a hub that fails costs nothing but the line that pushes later.
+    """
+    config, folder = trainer.config, trainer.output_dir
+    record = metadata(trainer, base)
+    save_adapter(trainer.published, folder, metadata=record)
+    channels = trainer.adapter.config["in_channels"]
+    samples = trainer.validate.latest if isinstance(trainer.validate, Validator) else ()
+    write_card(
+        folder, metadata=record, repo_id=repo_id or str(folder), channels=channels, samples=samples, license=None
+    )
+    print(f"The adapter is in {folder}.", flush=True)
+    if repo_id is None:
+        return
+    try:
+        print(f"Published: {hub.push(folder, repo_id, token=config.hub.token)}", flush=True)
+    except UserError as fault:
+        print(
+            f"{fault}\nThe adapter is safe in {folder}; to push it later: {hub.push_command(folder, repo_id)}",
+            flush=True,
+        )
+
+
+def metadata(trainer: Trainer, base: Base) -> Metadata:
+    """What an adapter's folder tells about how it came to be."""
+    options, train = trainer.config, trainer.config.train
+    named = options.base
+    return Metadata(
+        base={"name": base.name, "revision": named.revision, "variant": named.variant, "vae": named.vae},
+        condition={"channels": trainer.adapter.config["in_channels"], "column": options.data.conditioning_image_column},
+        resolution=options.data.resolution,
+        data={"name": options.data.train_data_dir or options.data.dataset_name, "split": options.data.split},
+        optim={"name": options.optim.name, "learning_rate": trainer.plan.lr, "schedule": options.optim.schedule},
+        training={
+            "global_batch": trainer.plan.global_batch,
+            "precision": trainer.plan.precision,
+            "timesteps": options.objective.timesteps,
+            "proportion_empty_prompts": options.data.proportion_empty_prompts,
+            "ema_decay": train.ema_decay,
+        },
+        steps=trainer.step,
+        seed=trainer.plan.seed,
+        versions=trainer.versions,
+    )

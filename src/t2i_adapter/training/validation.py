@@ -14,6 +14,7 @@ from PIL import Image
 
 from t2i_adapter.config import Config
 from t2i_adapter.errors import UserError
+from t2i_adapter.export.card import CardSample
 from t2i_adapter.generation.generate import TextStates, generate
 from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.models.base import Base, release
@@ -58,11 +59,15 @@ class Validator:
         accelerator: Accelerator,
         seed: int,
     ) -> None:
-        """`text` holds the rows' prompts, in their order, each repeated for every picture of a row."""
+        """`text` holds the rows' prompts, in their order, each repeated for every picture of a row.
+
+        `latest` holds what was drawn last.
+        """
         self.config, self.base, self.frozen, self.rows, self.text = config, base, frozen, rows, text
         self.accelerator, self.seed = accelerator, seed
         self.sampling = SamplingOptions(steps=config.validation.steps, guidance=config.validation.guidance)
         self.folder = Path(config.output_dir) / FOLDER
+        self.latest: list[CardSample] = []
         self._pipeline: Any = None
 
     def __call__(self, adapter: Any, step: int) -> None:
@@ -79,9 +84,10 @@ class Validator:
         # The VAE waits beside the device until the next time; the UNet is the one that trains.
         pipeline.vae.to("cpu")
         release(self.accelerator.device)
-        shown = [[row.condition, *pictures[i * count : (i + 1) * count]] for i, row in enumerate(self.rows)]
-        self._keep(shown, step)
-        named = {f"validation/{i}": (row.prompt, shown[i]) for i, row in enumerate(self.rows)}
+        drawn = [pictures[i * count : (i + 1) * count] for i in range(len(self.rows))]
+        self.latest = [CardSample(row.prompt, row.condition, some) for row, some in zip(self.rows, drawn, strict=True)]
+        self._keep(step)
+        named = {f"validation/{i}": (s.prompt, [s.condition, *s.pictures]) for i, s in enumerate(self.latest)}
         tracking.log_pictures(self.accelerator, named, step)
 
     def _pipeline_with(self, adapter: Any) -> Any:
@@ -94,13 +100,13 @@ class Validator:
         self._pipeline.adapter.load_state_dict(adapter.state_dict())
         return self._pipeline
 
-    def _keep(self, shown: list[list[Image.Image]], step: int) -> None:
+    def _keep(self, step: int) -> None:
         """One strip a row: condition, then the pictures. A full disk costs the strip, not the run."""
         folder = self.folder / f"step-{step:06d}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for index, pictures in enumerate(shown):
-                strip(pictures).save(folder / f"{index}.png")
+            for index, sample in enumerate(self.latest):
+                strip([sample.condition, *sample.pictures]).save(folder / f"{index}.png")
         except OSError as fault:
             self.accelerator.print(f"The validation pictures of step {step} could not be kept ({fault}).")
 

@@ -1,0 +1,44 @@
+"""Options of the demo, and the run it makes. Importing this module loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from t2i_adapter.config import (
+    CheckpointOptions,
+    Config,
+    DataOptions,
+    OptimOptions,
+    TrackingOptions,
+    TrainOptions,
+)
+
+SIZE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """The main job from end to end on the embedded base: data, training, pictures, measured control."""
+
+    out: str = "runs/demo"
+    """Folder of the results: adapter/, sheet.png, report.html, evaluation.json; an earlier demo in it is replaced."""
+    num_train: int = 2000
+    """Pairs to train on."""
+    num_test: int = 64
+    """Unseen pairs to measure on."""
+    steps: int = 600
+    """Updates of the adapter."""
+    seed: int = 0
+    """Decides scenes, training and pictures."""
+
+
+def training(data_dir: str, output_dir: str, *, steps: int, seed: int) -> Config:
+    """The demo's training; recipes/nano-shapes.yaml is the same as a file."""
+    return Config(
+        output_dir=output_dir,
+        data=DataOptions(train_data_dir=data_dir, resolution=SIZE, num_workers=0),
+        train=TrainOptions(batch_size=32, max_steps=steps, seed=seed),
+        optim=OptimOptions(lr=1e-3, schedule="constant_with_warmup", warmup_steps=50),
+        checkpoint=CheckpointOptions(every=steps, keep=1),
+        tracking=TrackingOptions(log_every=10),
+    )
