@@ -20,6 +20,7 @@ from t2i_adapter import __version__
 from t2i_adapter.errors import UserError
 
 PROG = "t2i-adapter"
+STDOUT = 1  # file descriptor
 
 
 class Verb(NamedTuple):
@@ -87,7 +88,7 @@ def guarded(action: Callable[[], None]) -> int:
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # what is still buffered goes nowhere
         return 141  # as a program that dies of SIGPIPE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -168,5 +169,5 @@ def _refuse(message: str) -> int:
 def _reader_is_gone() -> bool:
     """Whether it is standard output's reader that went away, and not a pipe of our own."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
+    poll.register(STDOUT, 0)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))

@@ -154,7 +154,7 @@ def parse(argv: Sequence[str]) -> TrainFlags:
     values = {path: value for row in ROWS for path, value in row.values(getattr(given, row.flag, None)).items()
               if hasattr(given, row.flag)}  # fmt: skip
     names = {row.flag: row.flag for row in ROWS}
-    return parse_train(ours, PROG, with_values(script_defaults(), values), names)
+    return parse_train(ours, PROG, script_defaults(), values, names)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,7 +170,7 @@ def flag_table() -> str:
     for row in ROWS:
         value = "switch" if row.type is None else " \\| ".join(row.choices or (row.type.__name__,))
         value += " ..." if row.nargs else ""
-        default = "" if row.default in (None, False) else f"`{row.default}`"
+        default = "" if _has_no_default(row) else f"`{row.default}`"
         places = ", ".join(f"`{path}`" for path in row.paths) or "accepted, no effect"
         lines.append(f"| `--{row.flag}` | {value} | {default} | {places} | {row.note} |")
     return "\n".join(lines) + "\n"
@@ -180,12 +180,18 @@ def _train(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         return print(_parser().format_help())
     flags = parse(argv)
-    idle = [f"--{row.flag}" for row in ROWS if not row.place and any(w.split("=")[0] == f"--{row.flag}" for w in argv)]
-    if idle and os.environ.get("RANK", "0") == "0":
-        print(f"accepted, no effect: {', '.join(idle)}", file=sys.stderr)
+    _tell_idle(argv)
     from t2i_adapter.training.run import run
 
     return run(flags.config, dry_run=flags.dry_run)
+
+
+def _tell_idle(argv: list[str]) -> None:
+    """One line, from the main process, about given flags that have no effect."""
+    given = {word.partition("=")[0] for word in argv}
+    idle = [f"--{row.flag}" for row in ROWS if not row.place and f"--{row.flag}" in given]
+    if idle and os.environ.get("RANK", "0") == "0":
+        print(f"accepted, no effect: {', '.join(idle)}", file=sys.stderr)
 
 
 def _parser() -> LineParser:
@@ -207,8 +213,12 @@ def _parser() -> LineParser:
 
 
 def _help(row: Row) -> str:
-    default = "required" if row.required else "" if row.default in (None, False) else f"default: {row.default}"
+    default = "required" if row.required else "" if _has_no_default(row) else f"default: {row.default}"
     return row.note.replace("%", "%%") + (f" ({default})" if default else "")
+
+
+def _has_no_default(row: Row) -> bool:
+    return row.default is None or row.type is None
 
 
 def _metavar(row: Row) -> str | None:

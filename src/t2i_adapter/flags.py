@@ -18,7 +18,7 @@ import tyro
 
 from t2i_adapter.config import Config
 from t2i_adapter.errors import UserError
-from t2i_adapter.load import describe, load, nearest, option_types
+from t2i_adapter.load import describe, load, nearest, option_types, with_values
 
 T = TypeVar("T")
 
@@ -35,11 +35,19 @@ class TrainFlags:
 
 
 def parse_train(
-    argv: Sequence[str], prog: str, defaults: Config | None = None, names: Mapping[str, str] | None = None
+    argv: Sequence[str],
+    prog: str,
+    defaults: Config | None = None,
+    values: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> TrainFlags:
-    """Flags of a training run over `defaults`; `names` as in `parse_flags`."""
+    """Flags of a training run: `defaults`, then the recipe, then `values` by dotted path, then what `argv` sets.
+
+    `names` as in `parse_flags`.
+    """
     recipe = _recipe(argv)
     config = load(recipe, defaults or Config()) if recipe else defaults or Config()
+    config = with_values(config, values or {})
     types = {"recipe": str | None, "dry_run": bool, **option_types(Config)}
     flags = parse_flags(TrainFlags, argv, prog, replace(TrainFlags(), config=config), types, names)
     _check_named(flags.config)
@@ -157,17 +165,29 @@ def _check_named(config: Config) -> None:
 
 def _sentence(box: str, types: Mapping[str, Any], prog: str) -> str:
     """What tyro says in a box, as one line: its first section, with what is allowed by the option's type."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    first = next((index for index, line in enumerate(lines) if line.startswith("──")), len(lines))
-    said = " ".join(line for line in lines[:first] if line).rstrip(".")
-    if not said:  # tyro's messages have another form than the one known here
-        return f"{' '.join(box.split())}; see `{prog} --help`"
+    said = _first_section(box)
     flag = re.search(r"--([\w.\-]+)", said)
     kind = types.get(_stem(flag[1])) if flag else None
-    if flag is None or kind is None:
+    if flag is None or kind is None:  # tyro's messages have another form than those known here
         return f"{said}; see `{prog} --help`"
     if said.startswith("Missing"):
         return f"{flag[0]}: needs a value; allowed is {describe(kind)}"
-    got = re.search(r"choice ('.*') for|arguments (\[.*\])|('[^']*')[^']*$", said)
+    got = re.search(r"choice ('.*') for|arguments (\[.*\]) into|('[^']*')[^']*$", said)
     words = next((group for group in got.groups() if group), said) if got else said
     return f"{flag[0]} {words}: allowed is {describe(kind)}"
+
+
+def _first_section(box: str) -> str:
+    """The text between a box's title and its first rule.
+
+    Where standard output is not UTF-8 the box has no borders, and a rule below its title.
+    """
+    sections: list[list[str]] = [[]]
+    for line in box.splitlines():
+        inner = line.strip("│ ")
+        if inner and set(inner) <= set("─-"):
+            sections.append([])
+        elif inner and not inner.startswith(("╭", "╰")):
+            sections[-1].append(inner)
+    has_borders = box.lstrip().startswith("╭")
+    return " ".join(sections[0] if has_borders or len(sections) == 1 else sections[1]).rstrip(".")

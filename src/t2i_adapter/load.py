@@ -34,7 +34,7 @@ def load(file: str | Path, defaults: T) -> T:
     Raises UserError naming file, line and option.
     """
     root = _compose(Path(file))
-    values = {} if root is None else dict(_read_options(root, type(defaults), "", Path(file)))
+    values = dict(_read_options(root, type(defaults), "", Path(file))) if root else {}
     try:
         return with_values(defaults, values)
     except UserError as error:  # a check of the option tree itself
@@ -101,6 +101,8 @@ def _compose(file: Path) -> yaml.Node | None:
 
 def _read_options(node: yaml.Node, cls: type, prefix: str, file: Path) -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of every option below `node`, which stands for the dataclass `cls`."""
+    if _is_null(node):  # a section whose options are all commented out
+        return
     if not isinstance(node, yaml.MappingNode):
         raise _error(file, node, prefix.rstrip("."), f"expected options of its own, each on a line; got {_got(node)}")
     hints = get_type_hints(cls)

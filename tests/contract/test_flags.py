@@ -1,0 +1,207 @@
+"""The drop-in script's flags are those of the diffusers script, row by row, and mean what they mean there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t2i_adapter.compat import ROWS, SCRIPT_WAYS, flag_table, parse, script_defaults
+from t2i_adapter.config import Config, to_dict
+from t2i_adapter.errors import UserError
+from t2i_adapter.load import option_types, with_values
+
+ROOT = Path(__file__).parents[2]
+THEIRS: list[dict[str, Any]] = json.loads((ROOT / "tests/assets/diffusers_flags.json").read_text())["flags"]
+NAMED = ["--pretrained_model_name_or_path=base", "--train_data_dir=data"]
+SAMPLES = {"str": "word", "int": "7", "float": "0.25"}
+
+
+def test_all_flags_in_order() -> None:
+    assert [f"--{row.flag}" for row in ROWS] == [theirs["flag"] for theirs in THEIRS]
+    assert len(ROWS) == 56
+
+
+@pytest.mark.parametrize("theirs", THEIRS, ids=lambda theirs: theirs["flag"])
+def test_row_is_as_in_the_script(theirs: dict[str, Any]) -> None:
+    (row,) = (row for row in ROWS if f"--{row.flag}" == theirs["flag"])
+    assert (row.type is None) == (theirs.get("action") == "store_true")
+    if row.type is not None:
+        assert row.type.__name__ == theirs["type"]
+        assert row.default == theirs["default"]
+    assert row.choices == (tuple(theirs["choices"]) if "choices" in theirs else None)
+    assert row.nargs == theirs.get("nargs")
+    assert row.required == theirs.get("required", False)
+
+
+def sample(theirs: dict[str, Any]) -> tuple[list[str], Any]:
+    """Words that give the flag, and the value they mean."""
+    flag = theirs["flag"]
+    if theirs.get("action"):
+        return [flag], True
+    if "choices" in theirs:
+        return [flag, theirs["choices"][-1]], theirs["choices"][-1]
+    if flag == "--lr_scheduler":
+        return [flag, "cosine"], "cosine"
+    text = SAMPLES[theirs["type"]]
+    value = {"str": str, "int": int, "float": float}[theirs["type"]](text)
+    return ([flag, text, text], (text, text)) if theirs.get("nargs") else ([f"{flag}={text}"], value)
+
+
+def at(config: Config, path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = value[int(name)] if name.isdigit() else getattr(value, name)
+    return value
+
+
+@pytest.mark.parametrize("theirs", THEIRS, ids=lambda theirs: theirs["flag"])
+def test_flag_sets_its_places_and_nothing_else(theirs: dict[str, Any]) -> None:
+    (row,) = (row for row in ROWS if f"--{row.flag}" == theirs["flag"])
+    words, value = sample(theirs)
+    beside = {
+        "validation_prompt": ["--validation_image", "a", "b"],
+        "validation_image": ["--validation_prompt", "a", "b"],
+    }
+    named = [word for word in NAMED if not word.startswith(theirs["flag"])]
+    if row.flag == "dataset_name":
+        named.remove("--train_data_dir=data")
+    before = parse([*NAMED, *beside.get(row.flag, [])]) if row.flag not in beside else None
+    after = parse([*named, *words, *beside.get(row.flag, [])]).config
+    expected = row.given if row.type is None else value
+    assert all(at(after, path) == expected for path in row.paths)
+    if before is not None and row.flag != "dataset_name":
+        assert after == with_values(before.config, dict.fromkeys(row.paths, expected))
+
+
+def test_defaults_are_the_scripts() -> None:
+    config = script_defaults()
+    for row in ROWS:
+        if row.type is None or row.flag == "pretrained_model_name_or_path":
+            continue
+        expected = () if row.nargs else row.default
+        assert all(at(config, path) == expected for path in row.paths), row.flag
+    assert at(config, "base.name") == ""
+    assert all(at(config, path) == value for path, value in SCRIPT_WAYS.items())
+    switched = [at(config, path) for row in ROWS if row.type is None for path in row.paths if row.given is True]
+    assert switched and not any(switched)
+
+
+def test_every_place_is_an_option() -> None:
+    known = set(option_types(Config))
+    places = {path.removesuffix(".0").removesuffix(".1") for row in ROWS for path in row.paths}
+    assert places <= known
+    assert set(SCRIPT_WAYS) <= known
+
+
+GUIDE = [
+    "--pretrained_model_name_or_path=base",
+    "--output_dir=out",
+    "--dataset_name=fusing/fill50k",
+    "--mixed_precision=fp16",
+    "--resolution=1024",
+    "--learning_rate=1e-5",
+    "--max_train_steps=15000",
+    "--validation_image",
+    "./conditioning_image_1.png",
+    "./conditioning_image_2.png",
+    "--validation_prompt",
+    "red circle with blue background",
+    "cyan circle with brown floral background",
+    "--validation_steps=100",
+    "--train_batch_size=1",
+    "--gradient_accumulation_steps=4",
+    "--report_to=wandb",
+    "--seed=42",
+    "--push_to_hub",
+]
+
+
+def test_the_guides_command_line() -> None:
+    """Field by field: what is given, and for the rest what the script does by default."""
+    flags = parse(GUIDE)
+    assert not flags.dry_run
+    assert to_dict(flags.config) == {
+        "output_dir": "out",
+        "base": {"name": "base", "revision": None, "variant": None, "vae": None, "cache_dir": None},
+        "adapter": {
+            "init_from": None,
+            "in_channels": 3,
+            "downscale_factor": 16,
+            "num_res_blocks": 2,
+            "init": "default",
+        },
+        "data": {
+            "train_data_dir": None,
+            "dataset_name": "fusing/fill50k",
+            "dataset_config_name": None,
+            "dataset_revision": None,
+            "split": "train",
+            "cache_dir": None,
+            "image_column": "image",
+            "conditioning_image_column": "conditioning_image",
+            "caption_column": "text",
+            "max_train_samples": None,
+            "resolution": 1024,
+            "crops_coords_top_left_h": 0,
+            "crops_coords_top_left_w": 0,
+            "proportion_empty_prompts": 0,
+            "num_workers": 1,
+            "prepared_dir": None,
+        },
+        "objective": {"timesteps": "cubic", "min_snr_gamma": None, "noise_offset": 0.0},
+        "optim": {
+            "name": "adamw",
+            "lr": 1e-5,
+            "scale_lr": False,
+            "betas": [0.9, 0.999],
+            "weight_decay": 0.01,
+            "eps": 1e-08,
+            "max_grad_norm": 1.0,
+            "schedule": "constant",
+            "warmup_steps": 500,
+            "num_cycles": 1,
+            "power": 1.0,
+            "step_rules": "",
+        },
+        "train": {
+            "batch_size": 1,
+            "gradient_accumulation_steps": 4,
+            "max_steps": 15000,
+            "epochs": 1,
+            "mixed_precision": "fp16",
+            "gradient_checkpointing": False,
+            "seed": 42,
+            "allow_tf32": False,
+            "xformers": False,
+            "ema_decay": 0.0,
+        },
+        "checkpoint": {"every": 500, "keep": 3, "resume": None},
+        "validation": {
+            "prompts": ["red circle with blue background", "cyan circle with brown floral background"],
+            "images": ["./conditioning_image_1.png", "./conditioning_image_2.png"],
+            "num_images": 4,
+            "every": 100,
+            "steps": 20,
+            "guidance": 5.0,
+        },
+        "tracking": {
+            "report_to": "wandb",
+            "project": "sd_xl_train_t2iadapter",
+            "logging_dir": "logs",
+            "log_every": 10,
+        },
+        "hub": {"push": True, "model_id": None, "private": True},
+    }
+
+
+def test_the_guides_typo_shows_the_right_flag() -> None:
+    typo = [word.replace("--gradient_acc", "----gradient_acc") for word in GUIDE]
+    with pytest.raises(UserError, match=r"^----gradient_accumulation_steps=4: .*--gradient_accumulation_steps=4\?$"):
+        parse(typo)
+
+
+def test_docs_show_the_rows() -> None:
+    assert (ROOT / "docs/diffusers-script.md").read_text().endswith(flag_table())

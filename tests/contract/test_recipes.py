@@ -1,0 +1,63 @@
+"""Every recipe parses and says what its comments say."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from t2i_adapter.compat import parse
+from t2i_adapter.config import Config
+from t2i_adapter.flags import parse_train
+from t2i_adapter.load import dump, load
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*"))
+
+
+def recipe(name: str) -> Config:
+    (file,) = (file for file in RECIPES if file.stem == name)
+    return load(file, Config())
+
+
+def test_there_are_recipes() -> None:
+    assert {file.name for file in RECIPES} >= {
+        "nano-shapes.yaml",
+        "sdxl-canny-24gb.yaml",
+        "sdxl-fill50k.yaml",
+        "official-canny.yaml",
+    }
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
+def test_parses_as_a_run_and_back(file: Path, tmp_path: Path) -> None:
+    config = parse_train(["--recipe", str(file)], "t2i-adapter train").config
+    assert config != Config()
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(tmp_path / "again.yaml", Config()) == config
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
+def test_resolution_suits_the_adapter(file: Path) -> None:
+    config = load(file, Config())
+    assert config.data.resolution % config.adapter.downscale_factor == 0
+
+
+def test_fill50k_is_the_guides_line() -> None:
+    ours = recipe("sdxl-fill50k")
+    line = """--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0 --output_dir=runs/sdxl-fill50k
+        --dataset_name=fusing/fill50k --mixed_precision=fp16 --resolution=1024 --learning_rate=1e-5
+        --max_train_steps=15000 --validation_image ./conditioning_image_1.png ./conditioning_image_2.png
+        --validation_prompt "red circle with blue background" "cyan circle with brown floral background"
+        --validation_steps=100 --train_batch_size=1 --gradient_accumulation_steps=4 --seed=42"""
+    guide = parse(shlex.split(line)).config
+    for part in ("output_dir", "base", "data", "train", "checkpoint", "validation"):
+        assert getattr(ours, part) == getattr(guide, part), part
+    assert (ours.optim.lr, ours.optim.schedule) == (guide.optim.lr, guide.optim.schedule)
+
+
+def test_official_canny_is_the_cards() -> None:
+    config = recipe("official-canny")
+    assert 16 * config.train.batch_size * config.train.gradient_accumulation_steps == 256
+    assert (config.optim.lr, config.optim.schedule, config.train.max_steps) == (1e-5, "constant", 20_000)
+    assert (config.train.mixed_precision, config.data.resolution) == ("fp16", 1024)
