@@ -37,8 +37,13 @@ def trackers_named(report_to: str) -> list[str] | None:
 
 def start(accelerator: Accelerator, config: Config) -> None:
     """Opens the trackers on the main process, with the run's options (secrets left out)."""
-    if accelerator.log_with:
-        _guarded(lambda: accelerator.init_trackers(config.tracking.project, config=_flat(to_dict(config))), "start")
+    if not accelerator.log_with:
+        return
+    folder = Path(config.output_dir) / config.tracking.logging_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    places = {"wandb": {"dir": str(folder)}}  # it would write into the current folder
+    options = _flat(to_dict(config))
+    _guarded(lambda: accelerator.init_trackers(config.tracking.project, options, places), "start")
 
 
 def log(accelerator: Accelerator, values: Mapping[str, float], step: int) -> None:

@@ -1,0 +1,131 @@
+"""The command line of the Hugging Face guide, word for word but for paths, sizes of the run and one cheap sampler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLAdapterPipeline, T2IAdapter
+from hub_server import TOKEN, running_hub
+
+from t2i_adapter.models import nano
+from t2i_adapter.sources.shapes import write_dataset
+
+SCRIPT = Path(__file__).resolve().parents[2] / "train_t2i_adapter_sdxl.py"
+
+
+def launch(words: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(SCRIPT), *words]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+    )
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("guide")
+    write_dataset(folder / "fill50k", num=6, split="train", seed=0, size=128, condition="outline")
+    write_dataset(folder / "pictures", num=2, split="test", seed=1, size=128, condition="outline")
+    conditions = sorted((folder / "pictures" / "test").glob("*_cond.png"))
+    for number, condition in enumerate(conditions, start=1):
+        condition.rename(folder / f"conditioning_image_{number}.png")
+    return folder
+
+
+def guide(model: str, *more: str) -> list[str]:
+    return [
+        f"--pretrained_model_name_or_path={model}",
+        "--output_dir=adapter",
+        "--dataset_name=./fill50k",
+        "--mixed_precision=fp16",
+        "--resolution=1024",
+        "--learning_rate=1e-5",
+        "--max_train_steps=2",
+        *("--validation_image", "./conditioning_image_1.png", "./conditioning_image_2.png"),
+        *("--validation_prompt", "red circle with blue background", "cyan circle with brown floral background"),
+        "--validation_steps=100",
+        "--train_batch_size=1",
+        "--gradient_accumulation_steps=4",
+        "--report_to=wandb",
+        "--seed=42",
+        "--push_to_hub",
+        *more,
+    ]
+
+
+def test_the_guides_command_trains_validates_tracks_and_publishes(work: Path):
+    cheap = ["--validation.steps=1", "--num_validation_images=1", "--dataloader_num_workers=0"]
+    with running_hub() as hub:
+        done = launch(
+            guide("nano", *cheap),
+            work,
+            HF_ENDPOINT=hub.address,
+            HF_TOKEN=TOKEN,
+            HF_HUB_OFFLINE="0",
+            WANDB_SILENT="true",
+        )
+    assert done.returncode == 0, done.stdout
+    assert "Traceback" not in done.stdout
+    assert "4 = 1 x 4 accumulated x 1 processes" in done.stdout
+    if not torch.cuda.is_available():
+        assert "--mixed_precision fp16 needs a GPU" in done.stdout
+    _check_published({name: content for name, content in hub.files.items() if name.startswith("someone/adapter/")})
+    assert list((work / "adapter" / "logs").glob("wandb/offline-run-*")), "wandb kept no offline run"
+    for path in (work / "adapter").rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+    for step in ("step-000000", "step-000002"):
+        assert len(list((work / "adapter" / "validation" / step).glob("*.png"))) == 2
+    _check_opens(work / "adapter")
+
+
+def _check_published(files: dict[str, bytes]) -> None:
+    names = {name.removeprefix("someone/adapter/") for name in files}
+    assert names == {
+        "README.md",
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.fp16.safetensors",
+        "t2i_adapter.json",
+        "images/sample_00.png",
+        "images/sample_01.png",
+    }
+    card = files["someone/adapter/README.md"].decode()
+    assert "1e-05" in card.replace("\\", "") and "cyan circle with brown floral background" in card
+
+
+def _check_opens(folder: Path) -> None:
+    for variant, dtype in ((None, torch.float32), ("fp16", torch.float16)):
+        adapter = T2IAdapter.from_pretrained(folder, variant=variant, torch_dtype=dtype, local_files_only=True)
+        StableDiffusionXLAdapterPipeline.from_pretrained(nano.path(), adapter=adapter)
+    record = json.loads((folder / "t2i_adapter.json").read_text())
+    assert record["base"]["name"] == "nano" and record["resolution"] == 1024
+
+
+def test_a_hub_that_fails_at_the_end_costs_nothing_but_a_line(work: Path, tiny_base: Path):
+    words = [word for word in guide(str(tiny_base)) if not word.startswith(("--validation", "./cond", "--report"))]
+    words = [word for word in words if "circle" not in word]
+    changed = ["--output_dir=kept", "--resolution=64", "--report_to=none", "--dataloader_num_workers=0"]
+    with running_hub() as hub:
+        hub.fail_commits = True
+        done = launch([*words, *changed], work, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN, HF_HUB_OFFLINE="0")
+    assert done.returncode == 0, done.stdout
+    assert "t2i-adapter push --folder kept --model_id someone/kept" in done.stdout
+    T2IAdapter.from_pretrained(work / "kept", local_files_only=True)
+
+
+def test_the_guides_typo_is_answered_at_once(work: Path):
+    words = ["--pretrained_model_name_or_path=nano", "--dataset_name=./fill50k", "----gradient_accumulation_steps=4"]
+    done = subprocess.run([sys.executable, str(SCRIPT), *words], cwd=work, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "--gradient_accumulation_steps" in done.stderr
