@@ -31,6 +31,10 @@ from t2i_adapter.errors import UserError
 SUFFIX = ".shard"
 MAGIC = b"T2ASHRD1"
 TAIL = struct.Struct("<QI8s")
+SHARD_BYTES = 64 * 2**20
+SHARD_SECONDS = 30.0
+"""A shard is written when either is reached."""
+
 MAX_OPEN = 64  # maps held open at once; each holds a file descriptor
 STALE_SECONDS = 24 * 3600
 
@@ -110,10 +114,8 @@ class ShardWriter:
     records since the last shard.
     """
 
-    def __init__(self, folder: Path, *, shard_bytes: int = 64 * 2**20, shard_seconds: float = 30) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.written = 0
-        self._limits = shard_bytes, shard_seconds
         self._chunks: list[bytes] = []
         self._index: dict[str, dict[str, Any]] = {}
         self._size = 0
@@ -145,8 +147,7 @@ class ShardWriter:
             self._chunks.append(data)
             self._size += len(data)
         self._index[key] = {"arrays": specs, "facts": dict(record.facts)}
-        shard_bytes, shard_seconds = self._limits
-        if self._size >= shard_bytes or time.monotonic() - self._since >= shard_seconds:
+        if self._size >= SHARD_BYTES or time.monotonic() - self._since >= SHARD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
@@ -155,7 +156,6 @@ class ShardWriter:
             index = json.dumps(self._index).encode()
             tail = TAIL.pack(len(index), zlib.crc32(index), MAGIC)
             write_whole(self.folder / f"{uuid.uuid4().hex}{SUFFIX}", [*self._chunks, index, tail])
-            self.written += self._size + len(index)
         self._chunks, self._index, self._size, self._since = [], {}, 0, time.monotonic()
 
 
