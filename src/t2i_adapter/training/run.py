@@ -6,7 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -46,20 +46,28 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "sd
 PATIENCE = timedelta(days=7)
 
 
+@dataclass(frozen=True)
+class Setup:
+    """A run whose options have been checked and whose parts are found; no large weights are loaded yet."""
+
+    config: Config
+    accelerator: Accelerator
+    base: Base
+    adapter: Any
+    source: Source
+    plan: Plan
+    rows: list[Row]
+    resume: Path | None
+
+
 def run(config: Config, *, dry_run: bool = False) -> None:
     """Trains an adapter as the options say. Raises UserError for what a person can mend, as early as it can be known.
 
     dry_run prints the options and the plan, and stops before anything is written or any weight is loaded.
     """
-    accelerator = make_accelerator(config)
-    rows = read_rows(config)
-    resume = _find_checkpoint(accelerator, config)
-    seed = _seed(accelerator, config, resume)
-    base = open_base(config.base)
-    adapter = make_adapter(config, base, seed)
-    source = open_source(config.data, seed)
-    plan = _plan(accelerator, config, source, adapter, seed)
-    accelerator.print(f"{source.describe()}\nPlan\n{plan.describe()}", flush=True)
+    setup = set_up(config)
+    accelerator = setup.accelerator
+    accelerator.print(f"{setup.source.describe()}\nPlan\n{setup.plan.describe()}", flush=True)
     if dry_run:
         accelerator.print(f"Options\n{load.dump(config)}")
         return
@@ -68,15 +76,36 @@ def run(config: Config, *, dry_run: bool = False) -> None:
         if accelerator.is_main_process:
             held.enter_context(lock(Path(config.output_dir)))
             repo_id = _repository(config)
-            _write_options(config, plan)
-        trainer = _make_trainer(accelerator, config, plan, base, source, adapter, rows)
-        if resume:
-            _resume(trainer, resume)
+            _write_options(config, setup.plan)
+        trainer = make_trainer(setup)
+        if setup.resume:
+            _resume(trainer, setup.resume)
         tracking.start(accelerator, config)
         trainer.fit()
         if accelerator.is_main_process:
-            _publish(trainer, base, repo_id)
+            _publish(trainer, setup.base, repo_id)
         tracking.finish(accelerator)
+
+
+def set_up(config: Config) -> Setup:
+    """Checks the options against files and models, cheapest first."""
+    accelerator = make_accelerator(config)
+    rows = read_rows(config)
+    resume = _find_checkpoint(accelerator, config)
+    seed = _seed(accelerator, config, resume)
+    base = open_base(config.base)
+    adapter = make_adapter(config, base, seed)
+    source = open_source(config.data, seed)
+    plan = make_plan(
+        config,
+        samples=len(source),
+        processes=accelerator.num_processes,
+        precision={"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        seed=seed,
+        trainable_parameters=sum(parameter.numel() for parameter in adapter.parameters()),
+        device=str(accelerator.device),
+    )
+    return Setup(config, accelerator, base, adapter, source, plan, rows, resume)
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -151,38 +180,19 @@ def _seed(accelerator: Accelerator, config: Config, resume: Path | None) -> int:
     return drawn[0]
 
 
-def _plan(accelerator: Accelerator, config: Config, source: Source, adapter: Any, seed: int) -> Plan:
-    return make_plan(
-        config,
-        samples=len(source),
-        processes=accelerator.num_processes,
-        precision={"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
-        seed=seed,
-        trainable_parameters=sum(parameter.numel() for parameter in adapter.parameters()),
-        device=str(accelerator.device),
-    )
-
-
-def _make_trainer(
-    accelerator: Accelerator,
-    config: Config,
-    plan: Plan,
-    base: Base,
-    source: Source,
-    adapter: Any,
-    rows: list[Row],
-) -> Trainer:
+def make_trainer(setup: Setup) -> Trainer:
     """Prepares the data, then loads the UNet alone: the encoders have left the device by then."""
+    config, accelerator, plan, base = setup.config, setup.accelerator, setup.plan, setup.base
     dtype = DTYPES[accelerator.mixed_precision]
     prepared = prepare(
-        source,
+        setup.source,
         resolution=config.data.resolution,
         in_channels=config.adapter.in_channels,
         base=base,
         device=accelerator.device,
         dtype=dtype,
         root=prepared_root(config),
-        extra_captions=("", *(row.prompt for row in rows)),
+        extra_captions=("", *(row.prompt for row in setup.rows)),
         rank=accelerator.process_index,
         world=accelerator.num_processes,
     )
@@ -206,8 +216,8 @@ def _make_trainer(
             num_timesteps=frozen.schedule.num_timesteps,
         )
 
-    validator = _validator(accelerator, config, plan, base, frozen, prepared, rows)
-    return Trainer(config, plan, accelerator, adapter, frozen, batches, validator, versions())
+    validator = _validator(setup, frozen, prepared)
+    return Trainer(config, plan, accelerator, setup.adapter, frozen, batches, validator, versions())
 
 
 def _unet(config: Config, base: Base, device: torch.device, dtype: torch.dtype) -> Any:
@@ -229,24 +239,17 @@ def prepared_root(config: Config) -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "t2i_adapter" / "prepared"
 
 
-def _validator(
-    accelerator: Accelerator,
-    config: Config,
-    plan: Plan,
-    base: Base,
-    frozen: Frozen,
-    prepared: Prepared,
-    rows: list[Row],
-) -> Validator | None:
-    if not rows or not accelerator.is_main_process:
+def _validator(setup: Setup, frozen: Frozen, prepared: Prepared) -> Validator | None:
+    if not setup.rows or not setup.accelerator.is_main_process:
         return None
+    prompts = [row.prompt for row in setup.rows]
     text = text_states(
-        [row.prompt for row in rows],
-        {prompt: _states(prepared, prompt, frozen) for prompt in {"", *(row.prompt for row in rows)}},
-        zeros=base.zeros_for_empty_prompt,
-        repeat=config.validation.num_images,
+        prompts,
+        {prompt: _states(prepared, prompt, frozen) for prompt in {"", *prompts}},
+        zeros=setup.base.zeros_for_empty_prompt,
+        repeat=setup.config.validation.num_images,
     )
-    return Validator(config, base, frozen, rows, text, accelerator, plan.seed)
+    return Validator(setup.config, setup.base, frozen, setup.rows, text, setup.accelerator, setup.plan.seed)
 
 
 def _states(prepared: Prepared, caption: str, frozen: Frozen) -> tuple[Tensor, Tensor]:
