@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
+from hub_server import serve
 from tiny import write_circles
 
 from t2i_adapter.config import DataOptions
@@ -106,6 +110,44 @@ def test_damaged_bytes_name_row_and_column(circles: Path, tmp_path: Path) -> Non
     folder = write_parquet(tmp_path / "damaged", rows)
     with pytest.raises(UserError, match="row 2, column conditioning_image: damaged picture"):
         open_named(folder)[2]
+
+
+READ = """
+from t2i_adapter.config import DataOptions
+from t2i_adapter.errors import UserError
+from t2i_adapter.sources.table import open_source
+for name in ("fusing/script", "fusing/folder", "fusing/nothing"):
+    try:
+        source = open_source(DataOptions(dataset_name=name), 0)
+        print(source.describe(), source[1].digest)
+    except UserError as fault:
+        print(fault)
+"""
+
+
+def test_hub_data_sets_as_folder_and_as_loading_script(circles: Path, tmp_path: Path) -> None:
+    """A real download from a hub on loopback. A script is not run: the hub's parquet copy is read instead."""
+    script, copy = tmp_path / "script", tmp_path / "copy" / "default"
+    script.mkdir()
+    (script / "script.py").write_text("raise SystemExit('a data set ran code')")
+    copy.mkdir(parents=True)
+    write_parquet(copy / "train", columns(circles, lambda path: {"bytes": path.read_bytes(), "path": path.name}))
+    repositories = {
+        ("fusing/script", "main"): script,
+        ("fusing/script", "refs/convert/parquet"): tmp_path / "copy",
+        ("fusing/folder", "main"): circles.parent,
+    }
+    with serve(repositories) as address:
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        run = subprocess.run(
+            [sys.executable, "-c", READ], env=environment, capture_output=True, text=True, timeout=120, check=True
+        )
+    digest = open_named(circles)[1].digest
+    as_script, as_folder, absent = run.stdout.splitlines()
+    assert as_script == f"3 pairs from fusing/script (split train) {digest}"
+    assert as_folder == f"3 pairs from fusing/folder (split train) {digest}"
+    assert absent.startswith("data set fusing/nothing cannot be read: Dataset 'fusing/nothing' doesn't exist")
+    assert "fusing/script is a loading script, which is not run" in run.stderr
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_line() -> None:

@@ -97,7 +97,7 @@ def _explain(name: str, fault: Exception) -> str:
     lines = str(cause).strip().splitlines() or [type(cause).__name__]
     kind = "folder" if Path(name).is_dir() else "data set"
     return (
-        f"{kind} {name} cannot be read: {lines[0]} "
+        f"{kind} {name} cannot be read: {lines[0].rstrip('.')}. "
         "Give a hub id, or a folder with train/metadata.jsonl beside the pictures (docs/data.md)."
     )
 
