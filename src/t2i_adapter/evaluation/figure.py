@@ -23,6 +23,7 @@ _MIXED_SHARE = 0.12  # of the border, under which a colour between two others is
 _CLIP = 40.0  # Lab distance beyond which a pixel is figure whatever the rest: keeps the threshold off faint colours
 _THRESHOLD = (6.0, 20.0)  # bounds of the threshold in Lab: 2.3 is just noticeable
 _REPEATS = 6  # places in which a colour must come back to be a pattern's: more than the objects of one colour
+_QUARTERS = 3  # of the picture, in which it must come back: an object may hide it in one
 _SURROUNDED = 0.6  # share of such a place's rim that must be ground: spots on an object are not the ground's pattern
 _MIN_PART = 0.004  # parts smaller than this share of the picture are specks
 _MIN_PART_OF_LARGEST = 0.06  # and so are those smaller than this share of the largest part
@@ -72,7 +73,7 @@ def _mixed(centers: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 
 def _pattern_colors(lab: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """(H,W,3), (K,3) -> (N,3): the colours of small things that are repeated on the ground in all its quarters."""
+    """(H,W,3), (K,3) -> (N,3): the colours of small things that are repeated on the ground, all over it."""
     distance = _distance(lab, palette)
     other = distance > _threshold(distance)
     if not other.any():
@@ -84,7 +85,7 @@ def _pattern_colors(lab: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 def _is_repeated(mask: np.ndarray, ground: np.ndarray) -> bool:
-    """Whether a colour's pixels (H,W) are many separate places, with ground around them, in each quarter."""
+    """Whether a colour's pixels (H,W) are many separate places, with ground around them, all over the picture."""
     mask = _opened(mask, 3)  # the smooth edge of a larger object leaves thin shreds of a mixed colour
     _, _, stats, centroids = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     smooth_edge, beyond = (_grown(mask, pixels) for pixels in (3, 5))
@@ -94,7 +95,7 @@ def _is_repeated(mask: np.ndarray, ground: np.ndarray) -> bool:
         return False
     height, width = mask.shape
     x, y = centroids[1:][large].T
-    return len({(a, b) for a, b in zip(x > width / 2, y > height / 2, strict=True)}) == 4
+    return len({(a, b) for a, b in zip(x > width / 2, y > height / 2, strict=True)}) >= _QUARTERS
 
 
 def _grown(mask: np.ndarray, pixels: int) -> np.ndarray:

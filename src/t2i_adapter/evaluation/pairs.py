@@ -10,11 +10,12 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from t2i_adapter.cache.prepare import IMAGE_FILTER
 from t2i_adapter.errors import UserError
 from t2i_adapter.evaluation.color import srgb_to_lab
 from t2i_adapter.evaluation.figure import figure_mask
 from t2i_adapter.evaluation.metrics import NamedColor, Truth
-from t2i_adapter.generation.condition import fit
+from t2i_adapter.generation.condition import fit, fit_condition
 from t2i_adapter.sources.shapes import COLORS, Scene, visible_masks
 from t2i_adapter.sources.table import Source
 from t2i_adapter.types import Sample
@@ -29,7 +30,8 @@ class Pair:
     Attributes:
         key: names the row.
         prompt: its first caption.
-        condition, target: RGB, cut to the size that is drawn.
+        condition: as the adapter takes it (L or RGB), cut to the size that is drawn.
+        target: RGB, cut alike.
         truth: what a picture of it should show.
         truth_from: "scene" where the exact scene is known, "picture" where the mask is the target's own figure.
     """
@@ -42,20 +44,23 @@ class Pair:
     truth_from: Literal["scene", "picture"]
 
 
-def read_pairs(source: Source, resolution: int) -> list[Pair]:
-    """All pairs of a source at resolution x resolution pixels. Raises UserError naming the row that is at fault."""
-    return [make_pair(source[i], resolution) for i in range(len(source))]
+def read_pairs(source: Source, resolution: int, channels: int) -> list[Pair]:
+    """All pairs of a source at resolution x resolution pixels, for an adapter of so many condition channels.
+
+    Raises UserError naming the row that is at fault.
+    """
+    return [make_pair(source[i], resolution, channels) for i in range(len(source))]
 
 
-def make_pair(sample: Sample, resolution: int) -> Pair:
+def make_pair(sample: Sample, resolution: int, channels: int) -> Pair:
     """Cuts a sample to size and finds its truth."""
     size = (resolution, resolution)
     if sample.condition is None:
         raise UserError(f"{sample.key}: there is no condition picture, and nothing to measure without one.")
-    target = fit(sample.image, size)
+    target = fit(sample.image, size, IMAGE_FILTER)
     scene = sample.meta.get(SCENE)
     truth = Truth(figure_mask(np.asarray(target))) if scene is None else _scene_truth(sample, target)
-    condition = fit(sample.condition, size)
+    condition = fit_condition(sample.condition, size, channels)
     return Pair(sample.key, sample.captions[0], condition, target, truth, "picture" if scene is None else "scene")
 
 

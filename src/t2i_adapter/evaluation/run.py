@@ -20,7 +20,7 @@ from t2i_adapter.evaluation.options import EvaluateOptions
 from t2i_adapter.evaluation.pairs import read_pairs
 from t2i_adapter.evaluation.report import COLUMNS, make_report
 from t2i_adapter.evaluation.sheet import SheetRow, make_sheet
-from t2i_adapter.generation.pipeline import Loaded, open_pipeline
+from t2i_adapter.generation.pipeline import Models, open_models
 from t2i_adapter.generation.run import LIBRARIES, output_folder
 from t2i_adapter.models.adapter import check_resolution
 from t2i_adapter.sources.table import Source, open_source
@@ -31,14 +31,15 @@ _SHEET_ROWS = 16
 def run(options: EvaluateOptions) -> None:
     """Measures the adapter on held-out pairs, writes the three files to `out` and prints the means."""
     source = open_pairs(options)
-    out = output_folder(options.out)
-    loaded = open_pipeline(options)
-    resolution = options.resolution or loaded.resolution
+    models = open_models(options)
+    resolution = options.resolution or models.resolution
     if resolution is None:
         raise UserError(f"--resolution is needed: {options.adapter} does not tell at which size it was trained.")
-    check_resolution(resolution, resolution, dict(loaded.pipeline.adapter.config))
-    evaluation = evaluate(loaded.pipeline, read_pairs(source, resolution), sampling=options, seed=options.seed)
-    write(out, evaluation, settings(options, loaded, resolution))
+    check_resolution(resolution, resolution, models.adapter_config)
+    pairs = read_pairs(source, resolution, models.channels)
+    out = output_folder(options.out)
+    evaluation = evaluate(models.pipeline(), pairs, sampling=options, seed=options.seed)
+    write(out, evaluation, settings(options, models, resolution))
     print(summary(evaluation))
     for name in ("evaluation.json", "report.html", "sheet.png"):
         print(out / name)
@@ -65,16 +66,16 @@ def open_pairs(options: EvaluateOptions) -> Source:
     return source
 
 
-def settings(options: EvaluateOptions, loaded: Loaded, resolution: int) -> dict[str, Any]:
+def settings(options: EvaluateOptions, models: Models, resolution: int) -> dict[str, Any]:
     """All that the numbers depend on. Plain JSON types."""
     return {
         **asdict(options),
-        "base": to_dict(loaded.base),
+        "base": to_dict(models.base.options),
         "resolution": resolution,
-        "device": loaded.device,
-        "precision": loaded.precision,
+        "device": models.device,
+        "precision": models.precision,
         "edge_tolerance_px": TOLERANCE * resolution,
-        "adapter_sha256": loaded.digest,
+        "adapter_sha256": models.digest,
         "versions": {name: version(name) for name in LIBRARIES},
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import tempfile
@@ -13,13 +12,11 @@ from typing import Any
 import torch
 from diffusers import T2IAdapter
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from t2i_adapter.errors import UserError
+from t2i_adapter.export.files import CONFIG, WEIGHTS, WEIGHTS_FP16
 from t2i_adapter.models.metadata import FILE_NAME, SCHEMA, Metadata
-
-CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-WEIGHTS_FP16 = "diffusion_pytorch_model.fp16.safetensors"
 
 
 def save_adapter(
@@ -54,21 +51,23 @@ def save_adapter(
 
 def _write(adapter: T2IAdapter, folder: Path, metadata: Metadata, fp16: bool) -> list[str]:
     """All files into `folder`; returns their names in the order in which they are moved, the record last."""
-    _copy(adapter, torch.float32).save_pretrained(folder)
-    names = [WEIGHTS, CONFIG, FILE_NAME]
+    _save_weights(adapter, folder / WEIGHTS, torch.float32)
     if fp16:
-        _copy(adapter, torch.float16).save_pretrained(folder, variant="fp16")
-        names.insert(1, WEIGHTS_FP16)
-    text = json.dumps(metadata.to_dict(), indent=2, ensure_ascii=False)
-    (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
-    return names
+        _save_weights(adapter, folder / WEIGHTS_FP16, torch.float16)
+    config = json.loads(adapter.to_json_string())
+    config.pop("_name_or_path", None)  # where it was loaded from concerns this machine only
+    _save_json(config, folder / CONFIG)
+    _save_json(metadata.to_dict(), folder / FILE_NAME)
+    return [WEIGHTS, *([WEIGHTS_FP16] if fp16 else []), CONFIG, FILE_NAME]
 
 
-def _copy(adapter: T2IAdapter, dtype: torch.dtype) -> T2IAdapter:
-    """On the CPU in `dtype`, without the path it was loaded from, which diffusers would write into the config."""
-    duplicate: Any = copy.deepcopy(adapter)
-    duplicate.register_to_config(_name_or_path="")
-    return duplicate.to("cpu", dtype)
+def _save_weights(adapter: T2IAdapter, path: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in adapter.state_dict().items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _save_json(content: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _move(source: Path, target: Path) -> None:

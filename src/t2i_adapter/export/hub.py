@@ -11,8 +11,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
 from t2i_adapter.errors import UserError
-from t2i_adapter.export.adapter import CONFIG, WEIGHTS, WEIGHTS_FP16
 from t2i_adapter.export.card import CARD, PICTURE_NAME, PICTURES
+from t2i_adapter.export.files import CONFIG, WEIGHTS, WEIGHTS_FP16
 from t2i_adapter.models.metadata import FILE_NAME, read_metadata
 
 FILES = (CONFIG, WEIGHTS, WEIGHTS_FP16, CARD)
@@ -84,7 +84,13 @@ def _asking_the_hub(what: str, token: str | None) -> Iterator[None]:
     except UserError:
         raise
     except Exception as fault:
-        line = " ".join(str(fault).split()) or type(fault).__name__
-        for secret in filter(None, (token, token and token.strip(), get_token())):
-            line = line.replace(secret, "[token]")
+        line = " ".join(_without_token(str(fault), token).split())
         raise UserError(f"{what}: the hub does not take it ({type(fault).__name__}: {line[:300]}).") from None
+
+
+def _without_token(text: str, token: str | None) -> str:
+    """A client quotes a header that it cannot send, as it is or with escapes: so each line of a token counts."""
+    for secret in filter(None, (token, get_token())):
+        for part in secret.split():
+            text = text.replace(part, "[token]")
+    return text

@@ -10,7 +10,7 @@ from t2i_adapter.sources import geometry
 from t2i_adapter.sources.picture import StoredPicture, decode, read_file
 from t2i_adapter.types import Geometry
 
-RESAMPLE: geometry.Resample = "bicubic"
+CONDITION_FILTER: geometry.Resample = "bilinear"  # as cache.prepare has it
 
 
 def read_condition(path: str, flag: str = "--image") -> Image.Image:
@@ -19,9 +19,15 @@ def read_condition(path: str, flag: str = "--image") -> Image.Image:
     return decode(StoredPicture(f"{flag} {path}", read_file(file, flag)))
 
 
-def fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def fit_condition(picture: Image.Image, size: tuple[int, int], channels: int) -> Image.Image:
+    """A condition as the adapter takes it: 1 (grey) or 3 channels, scaled to cover `size` (height, width), its centre
+    cut out."""
+    return fit(picture.convert("L" if channels == 1 else "RGB"), size, CONDITION_FILTER)
+
+
+def fit(picture: Image.Image, size: tuple[int, int], resample: geometry.Resample) -> Image.Image:
     """Scaled so that it covers `size` (height, width), and its centre cut out."""
-    return geometry.apply(picture, cover((picture.height, picture.width), size), RESAMPLE)
+    return geometry.apply(picture, cover((picture.height, picture.width), size), resample)
 
 
 def cover(original: tuple[int, int], target: tuple[int, int]) -> Geometry:

@@ -1,4 +1,4 @@
-"""Options to a pipeline that is ready to draw, and what is known of its adapter."""
+"""Options to the models that draw: found and checked first, loaded when all else is known to be right."""
 
 from __future__ import annotations
 
@@ -21,30 +21,52 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A pipeline with what a record of its pictures names.
+class Models:
+    """An adapter and the base it fits, found and checked; the base's weights are not loaded yet.
 
     Attributes:
         digest: sha256 of the adapter's weights.
-        base: the options of the base as resolved.
         metadata: the adapter's own record, if it has one.
+        device, precision: as resolved, never "auto".
     """
 
-    pipeline: StableDiffusionXLAdapterPipeline
+    adapter: T2IAdapter
+    base: Base
     digest: str
-    base: BaseOptions
     metadata: Metadata | None
     device: str
     precision: str
+    offload: str
+    xformers: bool
+
+    @property
+    def adapter_config(self) -> dict[str, Any]:
+        return dict(self.adapter.config)
+
+    @property
+    def channels(self) -> int:
+        """Of the condition picture, 1 or 3."""
+        return self.adapter_config["in_channels"]
 
     @property
     def resolution(self) -> int | None:
         """Side in pixels that the adapter was trained at, if known."""
         return self.metadata.resolution if self.metadata else None
 
+    def pipeline(self) -> StableDiffusionXLAdapterPipeline:
+        """Loads the base and puts everything in its place, ready to draw."""
+        dtype = _DTYPES[self.precision]
+        pipeline = self.base.pipeline(self.adapter, self.device, dtype, offload=self.offload)
+        if self.xformers:
+            try:
+                pipeline.enable_xformers_memory_efficient_attention()
+            except (ValueError, NotImplementedError, ModuleNotFoundError) as fault:
+                raise UserError(f"--xformers does not run here ({fault}); leave the flag out.") from fault
+        return pipeline
 
-def open_pipeline(options: ModelOptions) -> Loaded:
-    """Loads the adapter and its base; UserError, before the big weights, if one is missing or they do not fit."""
+
+def open_models(options: ModelOptions) -> Models:
+    """Finds the adapter and its base. Raises UserError if one is missing or they do not fit."""
     device = _device(options.device, options.offload)
     precision = options.precision
     if precision == "auto":
@@ -53,11 +75,10 @@ def open_pipeline(options: ModelOptions) -> Loaded:
         raise UserError("--xformers: the package is not installed: `pip install xformers`, or leave the flag out.")
     metadata = read_metadata(options.adapter)
     adapter = load_adapter(options.adapter)
-    base_options = _base_options(options, metadata)
-    base = open_base(base_options)
+    base = open_base(_base_options(options, metadata))
     check_fits(dict(adapter.config), base.unet_config, options.adapter)
     digest = weights_digest(adapter)
-    return Loaded(_placed(base, adapter, device, precision, options), digest, base_options, metadata, device, precision)
+    return Models(adapter, base, digest, metadata, device, precision, options.offload, options.xformers)
 
 
 def weights_digest(adapter: T2IAdapter) -> str:
@@ -100,15 +121,3 @@ def _device(name: str, offload: str) -> str:
     if kind == "cpu" and offload != "none":
         raise UserError(f"--offload {offload}: moves models off a GPU, and there is none in use; use --offload none.")
     return name
-
-
-def _placed(
-    base: Base, adapter: T2IAdapter, device: str, precision: str, options: ModelOptions
-) -> StableDiffusionXLAdapterPipeline:
-    pipeline = base.pipeline(adapter, device, _DTYPES[precision], offload=options.offload)
-    if options.xformers:
-        try:
-            pipeline.enable_xformers_memory_efficient_attention()
-        except (ValueError, NotImplementedError, ModuleNotFoundError) as fault:
-            raise UserError(f"--xformers does not run here ({fault}); leave the flag out.") from fault
-    return pipeline

@@ -13,10 +13,10 @@ from typing import Any
 from PIL import Image
 
 from t2i_adapter.errors import UserError
-from t2i_adapter.generation.condition import fit, read_condition
+from t2i_adapter.generation.condition import fit_condition, read_condition
 from t2i_adapter.generation.generate import generate
 from t2i_adapter.generation.options import GenerateOptions
-from t2i_adapter.generation.pipeline import Loaded, open_pipeline
+from t2i_adapter.generation.pipeline import Models, open_models
 from t2i_adapter.models.adapter import check_resolution
 
 LIBRARIES = ("sdxl-t2i-adapter", "torch", "diffusers", "transformers")
@@ -26,13 +26,13 @@ def run(options: GenerateOptions) -> None:
     """Draws `num` pictures for each pair of prompt and image and writes them to `out`."""
     pairs = options.pairs()
     conditions = {path: read_condition(path) for _, path in pairs}
-    loaded = open_pipeline(options)
-    size = picture_size(options, loaded, conditions[pairs[0][1]])
-    fitted = {path: fit(condition, size) for path, condition in conditions.items()}
+    models = open_models(options)
+    size = picture_size(options, models, conditions[pairs[0][1]])
+    fitted = {path: fit_condition(condition, size, models.channels) for path, condition in conditions.items()}
     wanted = [(prompt, path, options.seed + i) for prompt, path in pairs for i in range(options.num)]
     out = output_folder(options.out)
     pictures = generate(
-        loaded.pipeline,
+        models.pipeline(),
         [prompt for prompt, _, _ in wanted],
         [fitted[path] for _, path, _ in wanted],
         [seed for _, _, seed in wanted],
@@ -41,25 +41,24 @@ def run(options: GenerateOptions) -> None:
         negative=options.negative,
     )
     for picture, (prompt, path, seed) in zip(pictures, wanted, strict=True):
-        record = picture_record(options, loaded, size, prompt, path, seed)
+        record = picture_record(options, models, size, prompt, path, seed)
         print(_save(out, picture, record))
 
 
-def picture_size(options: GenerateOptions, loaded: Loaded, condition: Image.Image) -> tuple[int, int]:
+def picture_size(options: GenerateOptions, models: Models, condition: Image.Image) -> tuple[int, int]:
     """(height, width) in pixels: what the flags say, else the training resolution, else the condition's own size."""
-    own = (loaded.resolution,) * 2 if loaded.resolution else (condition.height, condition.width)
+    own = (models.resolution,) * 2 if models.resolution else (condition.height, condition.width)
     height, width = options.height or own[0], options.width or own[1]
-    config = dict(loaded.pipeline.adapter.config)
-    check_resolution(height, height, config, "--height")
-    check_resolution(width, width, config, "--width")
+    check_resolution(height, height, models.adapter_config, "--height")
+    check_resolution(width, width, models.adapter_config, "--width")
     return height, width
 
 
 def picture_record(
-    options: GenerateOptions, loaded: Loaded, size: tuple[int, int], prompt: str, image: str, seed: int
+    options: GenerateOptions, models: Models, size: tuple[int, int], prompt: str, image: str, seed: int
 ) -> dict[str, Any]:
     """All that a picture depends on, and the command that draws it again. Plain JSON types."""
-    base = loaded.base
+    base = models.base.options
     single = replace(
         options,
         prompt=(prompt,),
@@ -72,13 +71,13 @@ def picture_record(
         base_revision=base.revision,
         base_variant=base.variant,
         base_vae=base.vae,
-        device=loaded.device,
-        precision=loaded.precision,
+        device=models.device,
+        precision=models.precision,
     )
     return {
         "command": command_line(single),
         "options": asdict(single),
-        "adapter_sha256": loaded.digest,
+        "adapter_sha256": models.digest,
         "image_sha256": hashlib.sha256(Path(image).expanduser().read_bytes()).hexdigest(),
         "versions": {name: version(name) for name in LIBRARIES},
     }

@@ -1,0 +1,195 @@
+"""The adapter's folder and its card."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import T2IAdapter
+from PIL import Image
+
+from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.errors import UserError
+from t2i_adapter.evaluation.sheet import SheetRow, make_sheet
+from t2i_adapter.export.adapter import save_adapter
+from t2i_adapter.export.card import CardSample, add_evaluation, markdown, set_license, usage_code, write_card
+from t2i_adapter.models.adapter import build_adapter, load_adapter
+from t2i_adapter.models.base import open_base
+from t2i_adapter.models.metadata import Metadata, read_metadata
+
+FILES = {
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "t2i_adapter.json",
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base: Path) -> T2IAdapter:
+    torch.manual_seed(0)
+    return build_adapter(AdapterOptions(), open_base(BaseOptions(name=str(tiny_base))).unet_config)
+
+
+def record(base: object, **changes: Any) -> dict[str, Any]:
+    return {"base": {"name": str(base)}, "resolution": 64, "steps": 3, "seed": 1, **changes}
+
+
+def test_weights_come_back_bit_for_bit_and_halved(adapter: T2IAdapter, tmp_path: Path) -> None:
+    save_adapter(adapter, tmp_path, metadata=record("nano"))
+    assert {path.name for path in tmp_path.iterdir()} == FILES, "and no temporary folder"
+    full = T2IAdapter.from_pretrained(tmp_path)
+    half = T2IAdapter.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    assert full.config.adapter_type == "full_adapter_xl"
+    for name, tensor in adapter.state_dict().items():
+        assert torch.equal(full.state_dict()[name], tensor)
+        assert torch.equal(half.state_dict()[name], tensor.half()), "fp16 is the nearest half of each value"
+        assert tensor.dtype == torch.float32, "the adapter itself is not changed"
+
+
+def test_a_continued_adapter_does_not_tell_where_it_was_loaded_from(adapter: T2IAdapter, tmp_path: Path) -> None:
+    save_adapter(adapter, tmp_path / "first", metadata=record("nano"))
+    save_adapter(load_adapter(str(tmp_path / "first")), tmp_path / "second", metadata=record("nano"), fp16=False)
+    assert str(tmp_path) not in (tmp_path / "second" / "config.json").read_text()
+    assert not (tmp_path / "second" / "diffusion_pytorch_model.fp16.safetensors").exists()
+
+
+def test_a_save_that_fails_leaves_what_was_there(adapter: T2IAdapter, tmp_path: Path) -> None:
+    save_adapter(adapter, tmp_path, metadata=record("nano"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="base"):
+        save_adapter(adapter, tmp_path, metadata={"steps": 4})
+    tmp_path.chmod(0o500)
+    try:
+        if not _is_root():
+            with pytest.raises(UserError, match="cannot be written"):
+                save_adapter(adapter, tmp_path, metadata=record("nano", steps=5))
+    finally:
+        tmp_path.chmod(0o700)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "a-file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        save_adapter(adapter, tmp_path / "a-file", metadata=record("nano"))
+
+
+def _is_root() -> bool:
+    import os
+
+    return os.geteuid() == 0
+
+
+def test_metadata_round_trip_absence_and_faults(tmp_path: Path) -> None:
+    metadata = Metadata.from_dict(record("a/b", condition={"name": "outline", "channels": 3}, versions={"torch": "2"}))
+    assert Metadata.from_dict(json.loads(json.dumps(metadata.to_dict()))) == metadata
+    assert read_metadata(tmp_path) is None
+    path = tmp_path / "t2i_adapter.json"
+    for content, named in [
+        ("{", "JSON"),
+        ("[]", "an object"),
+        ('{"schema": 2, "base": {"name": "x"}}', "schema 2"),
+        ('{"base": {}}', "base.name"),
+        ('{"base": {"name": "x"}, "resolution": "128"}', "resolution"),
+        ('{"base": {"name": "x"}, "stepz": 1}', "stepz"),
+        ('{"base": {"name": "x", "vae": 1}}', "base.vae"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(UserError, match=named) as error:
+            read_metadata(tmp_path)
+        assert str(path) in str(error.value)
+
+
+def test_what_is_published_names_no_place_of_this_machine(tmp_path: Path) -> None:
+    metadata = Metadata.from_dict(
+        {
+            "base": {"name": str(tmp_path / "my-base"), "vae": "madebyollin/sdxl-vae-fp16-fix"},
+            "data": {"train_data_dir": "/home/someone/secret-project/data", "folders": ["./x/y"], "rows": 5},
+        }
+    )
+    public = metadata.public().to_dict()
+    assert public["base"]["name"] == "my-base"
+    assert public["base"]["vae"] == "madebyollin/sdxl-vae-fp16-fix", "a hub id stays"
+    assert public["data"] == {"train_data_dir": "data", "folders": ["y"], "rows": 5}
+
+
+HOSTILE = '<script>alert(1)</script> | ` ``` [x](javascript:alert(1)) \n# "heading" <img src=x onerror=y>'
+
+
+def make_card(folder: Path, **changes: Any) -> str:
+    picture = Image.new("RGB", (64, 64), "red")
+    sample = CardSample(HOSTILE, picture.convert("L"), [picture, picture])
+    metadata = Metadata.from_dict(record(changes.pop("base", "owner/base"), optim={"lr": 1e-4, "note": HOSTILE}))
+    return write_card(folder, metadata=metadata, repo_id="me/my-adapter", samples=[sample], **changes).read_text()
+
+
+def test_the_card_escapes_and_shows(tmp_path: Path) -> None:
+    card = make_card(tmp_path)
+    _, head, body = card.split("---\n", 2)
+    front = yaml.safe_load(head)
+    assert front["base_model"] == "owner/base"
+    assert "t2i-adapter" in front["tags"]
+    assert "license" not in front, "none is invented"
+    prose = body.split("```python")[0] + body.split("```\n", 2)[-1]
+    assert "<script" not in prose and "<img" not in prose and "](javascript" not in prose
+    assert "\n# \\" not in prose and prose.count("\n# ") == 1, "a caption makes no heading"
+    assert "| lr | 0\\.0001 |" in body
+    strip = Image.open(tmp_path / "images" / "sample_00.png")
+    assert strip.size == (3 * 64, 64)
+    assert "images/sample_00.png" in body
+
+
+def test_a_local_base_and_nano_are_no_base_model(tmp_path: Path) -> None:
+    for base in (str(tmp_path / "base"), "nano"):
+        card = make_card(tmp_path / "card", base=base)
+        assert "base_model" not in card
+        assert str(tmp_path) not in card
+
+
+def test_licence_and_evaluation_are_put_in_and_replaced(tmp_path: Path) -> None:
+    make_card(tmp_path)
+    set_license(tmp_path, "apache-2.0")
+    results = tmp_path / "results"
+    results.mkdir()
+    with pytest.raises(UserError, match="evaluate"):
+        add_evaluation(tmp_path, results)
+    picture = Image.new("RGB", (32, 32))
+    make_sheet(["a", "b"], [SheetRow([picture, picture], "caption")]).save(results / "sheet.png")
+    for mean in (0.5, 0.75):
+        numbers = {"mean": mean, "ci95": [mean - 0.1, mean + 0.1]}
+        content = {"num": 4, "metrics": {"iou": {"adapter": numbers, "no_adapter": numbers}}}
+        (results / "evaluation.json").write_text(json.dumps(content))
+        add_evaluation(tmp_path, results)
+    card = (tmp_path / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n", 2)[1])["license"] == "apache-2.0"
+    assert "| iou | 0.750 (0.650 to 0.850) | 0.750" in card
+    assert "0.500" not in card
+    assert card.count("## Evaluation") == 1
+    assert (tmp_path / "images" / "sheet.png").is_file()
+
+
+def test_markdown_shows_text_as_it_is() -> None:
+    assert markdown("a <b>\n`c`") == "a &lt;b&gt; \\`c\\`"
+
+
+def test_the_cards_code_runs(adapter: T2IAdapter, tiny_base: Path, tmp_path: Path) -> None:
+    """In a folder of its own, where the base and the adapter lie under the names that the card says."""
+    (tmp_path / "base").symlink_to(tiny_base)
+    save_adapter(adapter, tmp_path / "me" / "my-adapter", metadata=record("base"))
+    noise = np.random.default_rng(0).integers(0, 256, (80, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "condition.png")
+    code = usage_code(Metadata.from_dict(record("base")), "me/my-adapter", prompt='a "red" circle')
+    assert code in make_card(tmp_path / "card", base="base").replace(repr(HOSTILE), repr('a "red" circle'))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "picture.png").size == (64, 64)
+    with_vae = usage_code(
+        Metadata.from_dict({"base": {"name": "base", "vae": "v", "variant": "fp16"}}), "a", prompt="x", channels=1
+    )
+    compile(with_vae, "card", "exec")
+    assert "vae=vae, " in with_vae and "variant='fp16'" in with_vae and '.convert("L")' in with_vae
