@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(action: Callable[[], None]) -> int:
     """Run `action`; turns what a person did, or can mend, into one line and an exit code."""
+    # Or else it warns, each time it is imported, that torchvision is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         action()
         sys.stdout.flush()
@@ -114,6 +116,7 @@ def overview(group: str = "") -> str:
 
 
 def _answer(words: list[str]) -> None:
+    """Tell what is asked for, or run the verb that `words` begin with."""
     if words[0] in ("-h", "--help"):
         return print(overview())
     if words[0] == "--version":
@@ -121,27 +124,47 @@ def _answer(words: list[str]) -> None:
     if words[0] in _groups() and (len(words) == 1 or words[1] in ("-h", "--help")):
         return print(overview(words[0]))
     name, rest = _find_verb(words)
-    if name == "train":
-        return _train(rest)
-    from t2i_adapter.flags import parse_flags
+    from t2i_adapter.flags import UnknownFlagError
 
-    options = parse_flags(resolve(VERBS[name].options), rest, prog=f"{PROG} {name}")
-    return resolve(VERBS[name].function)(options)
-
-
-def _train(argv: list[str]) -> None:
-    """`train` has a recipe beside its flags, and knows the diffusers script's names for its options."""
-    from t2i_adapter.compat import ROWS
-    from t2i_adapter.flags import UnknownFlagError, parse_train
-
-    renamed = {row.flag: row.paths[0] for row in ROWS if row.paths}
     try:
-        flags = parse_train(argv, f"{PROG} train", names=renamed)
-        resolve(VERBS["train"].function)(flags.config, dry_run=flags.dry_run)
+        _call(name, rest)
     except UnknownFlagError:
         raise
-    except UserError as error:  # checks name the script's flags; say them as they are called here
-        raise UserError(re.sub(r"--(\w+)\b(?!\.)", lambda m: f"--{renamed.get(m[1], m[1])}", str(error))) from None
+    except UserError as error:
+        raise UserError(_in_flags_of(name, str(error))) from None
+
+
+def _call(verb: str, argv: list[str]) -> None:
+    """Parse a verb's flags and run it; `train` has a recipe and a dry run beside its options."""
+    from t2i_adapter.compat import ROWS
+    from t2i_adapter.flags import parse_flags, parse_train
+
+    prog, function = f"{PROG} {verb}", VERBS[verb].function
+    if verb == "train":
+        flags = parse_train(argv, prog, names={row.flag: row.paths[0] for row in ROWS if row.paths})
+        resolve(function)(flags.config, dry_run=flags.dry_run)
+    else:
+        options = parse_flags(resolve(VERBS[verb].options), argv, prog)
+        resolve(function)(options)
+
+
+def _in_flags_of(verb: str, message: str) -> str:
+    """`message` with each flag as `verb` calls it: the checks of shared parts name the diffusers script's flags."""
+    from t2i_adapter.compat import ROWS
+    from t2i_adapter.load import option_types
+
+    ours = option_types(resolve(VERBS[verb].options))
+    called: dict[str, str] = {}
+    for row in ROWS:
+        for path in row.paths[:1]:
+            short = _SHORT.get(path, path.replace(".", "_"))
+            name = next((name for name in (row.flag, path, short) if name in ours), row.flag)
+            called[row.flag] = name if row.given is True else f"{name} {row.given}"
+    return re.sub(r"--(\w+)\b(?!\.)", lambda found: f"--{called.get(found[1], found[1])}", message)
+
+
+_SHORT = {"base.name": "base", "data.train_data_dir": "data", "data.dataset_name": "data"}
+"""Options of `train` whose name in other verbs is not just their path with underscores."""
 
 
 def _groups() -> set[str]:

@@ -176,7 +176,7 @@ def random_tree(tree: Any, choices: np.random.Generator) -> Any:
     if {"prompts", "images"} <= set(values):
         values["images"] = tuple(reversed(values["prompts"]))
     if "downscale_factor" in values:
-        values["downscale_factor"] = 8
+        values["downscale_factor"] = 16
     return replace(tree, **values)
 
 
