@@ -197,6 +197,7 @@ class TrainOptions:
         _allow("gradient_accumulation_steps", accumulate >= 1, accumulate, "1 or more")
         _allow("max_train_steps", self.max_steps is None or self.max_steps >= 1, self.max_steps, "1 or more")
         _allow("num_train_epochs", self.epochs >= 1, self.epochs, "1 or more")
+        _allow("seed", self.seed is None or self.seed >= 0, self.seed, "0 or more")
         _allow("train.ema_decay", 0 <= self.ema_decay < 1, self.ema_decay, "allowed is 0 up to, not including, 1")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLAdapterPipeline, T2IAdapter
-from hub_server import TOKEN, running_hub
+from push_hub import TOKEN, running_hub
 
 from t2i_adapter.models import nano
 from t2i_adapter.sources.shapes import write_dataset

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -86,7 +85,7 @@ def test_two_processes_learn_from_the_same_samples_as_one(work: Path):
     env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     words = train_words("two")
     words[words.index("--train.batch_size") + 1] = "2"
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m", "t2i_adapter"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "t2i_adapter"]
     printed = python(*launch, *words, cwd=work, env=env, timeout=400)
     assert "4 = 2 x 1 accumulated x 2 processes" in printed
     # Two halves of a batch, averaged: float32 rounding of the sums, grown by 24 updates at a high learning rate

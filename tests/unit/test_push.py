@@ -50,7 +50,7 @@ def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapter = build_adapter(AdapterOptions(), open_base(BaseOptions(name=str(tiny_base))).unet_config)
     metadata = Metadata.from_dict({"base": {"name": str(tiny_base)}, "resolution": 64})
     save_adapter(adapter, folder, metadata=metadata)
-    write_card(folder, metadata=metadata, repo_id="someone/my-adapter")
+    write_card(folder, metadata=metadata, repo_id=str(folder))
     for name in ("checkpoint-10/optimizer.safetensors", "logs/events", "images/private.png", "notes.txt", ".env"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("private")
@@ -89,6 +89,8 @@ def test_only_the_adapter_its_record_card_and_pictures_are_uploaded(hub: Hub, fi
     for name in ("diffusion_pytorch_model.safetensors", "config.json", "README.md"):
         assert uploaded[name] == (finished / name).read_bytes()
     assert b"license: mit" in uploaded["README.md"]
+    assert b"T2IAdapter.from_pretrained('someone/my-adapter', " in uploaded["README.md"]
+    assert str(finished.parent).encode() not in b"".join(uploaded.values()), "nothing names a place of this machine"
     assert json.loads(uploaded["t2i_adapter.json"])["base"]["name"] == "tiny", "not where it lies on this machine"
     for content in uploaded.values():
         assert TOKEN.encode() not in content

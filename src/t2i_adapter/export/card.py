@@ -24,6 +24,7 @@ PICTURE_NAME = re.compile(r"(sample_\d\d|sheet)\.png")
 _TAGS = ["t2i-adapter", "stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image", "diffusers"]
 _EVALUATION = ("<!-- evaluation -->", "<!-- end of evaluation -->")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:])")
+_ADAPTER_LINE = re.compile(r"^(adapter = T2IAdapter\.from_pretrained\().*(, torch_dtype=dtype, variant=)", re.MULTILINE)
 _MAX_PICTURE = 512  # pixels a side; the card is for looking, and large pictures make it slow
 
 _CODE = string.Template("""\
@@ -117,6 +118,15 @@ def usage_code(metadata: Metadata, adapter: str, *, prompt: str, channels: int =
         resize=f".resize({size})" if metadata.resolution else "",
         prompt=repr(prompt),
     )
+
+
+def name_repository(folder: str | Path, repo_id: str) -> None:
+    """Makes the card's code load the adapter from `repo_id`, wherever it was when the card was written."""
+    card = Path(folder) / CARD
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+        named = _ADAPTER_LINE.sub(lambda match: match[1] + repr(repo_id) + match[2], text)
+        card.write_text(named, encoding="utf-8")
 
 
 def set_license(folder: str | Path, license: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from t2i_adapter.errors import UserError
 from t2i_adapter.export import hub
-from t2i_adapter.export.card import add_evaluation, set_license
+from t2i_adapter.export.card import add_evaluation, name_repository, set_license
 from t2i_adapter.export.options import PushOptions
 
 
@@ -20,4 +20,5 @@ def push(options: PushOptions) -> None:
     if options.evaluation:
         add_evaluation(folder, options.evaluation)
     repo_id = hub.check_access(folder, model_id=options.model_id, token=options.token, private=options.private)
+    name_repository(folder, repo_id)
     print(hub.push(folder, repo_id, token=options.token))

@@ -131,7 +131,8 @@ def _draw_latents(
 
 @torch.no_grad()
 def _decode(pipeline: StableDiffusionXLAdapterPipeline, latents: Tensor) -> list[Image.Image]:
-    """Latents to pictures one by one, so that memory does not grow with the batch, in the VAE's own precision."""
+    """Latents to pictures one by one, so that memory does not grow with the batch, in the VAE's own precision:
+    `Base.pipeline` keeps it in float32, while diffusers' own decoding would have it follow the UNet's."""
     vae = pipeline.vae
     scale = LatentScale.of(dict(vae.config))
     factors, shift = (latents.new_tensor(v, dtype=vae.dtype).view(1, -1, 1, 1) for v in (scale.scale, scale.shift))

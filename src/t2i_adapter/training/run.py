@@ -193,8 +193,9 @@ def make_trainer(setup: Setup) -> Trainer:
         dtype=dtype,
         root=prepared_root(config),
         extra_captions=("", *(row.prompt for row in setup.rows)),
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        # Each machine prepares for itself: they may not share a disk.
+        rank=accelerator.local_process_index,
+        world=int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
     )
     release(accelerator.device)
     frozen = Frozen(

@@ -2,13 +2,14 @@
 
 from .dataset import SPLITS, TEST_START, split_start, write_dataset
 from .draw import CONDITIONS, SEGMENTATION_COLORS, background_mask, condition, render, visible_masks
-from .sample import default_accent, sample_scene
+from .sample import MAX_TURN, default_accent, sample_scene
 from .scene import COLORS, KINDS, PATTERNS, SPACED, Background, Scene, Shape
 
 __all__ = [
     "COLORS",
     "CONDITIONS",
     "KINDS",
+    "MAX_TURN",
     "PATTERNS",
     "SEGMENTATION_COLORS",
     "SPACED",

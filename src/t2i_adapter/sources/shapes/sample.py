@@ -17,7 +17,7 @@ _TRIES = 30
 _COUNT_SHARES = (0.62, 0.26, 0.12)  # of scenes with 1, 2, 3 shapes
 _PLAIN_SHARE = 0.55
 #: largest turn in degrees that leaves the kind recognisable
-_MAX_TURN = {"circle": 0, "ring": 0, "square": 18, "triangle": 25, "star": 36, "heart": 25, "diamond": 15, "cross": 20}
+MAX_TURN = {"circle": 0, "ring": 0, "square": 18, "triangle": 25, "star": 36, "heart": 25, "diamond": 15, "cross": 20}
 _ACCENT_WORDS = {"striped": "stripes", "dotted": "dots", "floral": "flowers"}
 _RGB = np.asarray(list(COLORS.values()), np.float32)  # (colours,3)
 _NAMES = list(COLORS)
@@ -80,7 +80,7 @@ def _place(rng: np.random.Generator, kind: str, color: str, count: int) -> Shape
     low, high = _RADIUS
     radius = rng.uniform(low, high if count == 1 else 0.26)
     x, y = rng.uniform(radius, 1 - radius, size=2)
-    turn = _MAX_TURN[kind]
+    turn = MAX_TURN[kind]
     return Shape(
         kind,
         color,
