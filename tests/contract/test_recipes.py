@@ -9,6 +9,7 @@ import pytest
 
 from t2i_adapter.compat import parse
 from t2i_adapter.config import Config
+from t2i_adapter.demo_options import DemoOptions, training
 from t2i_adapter.flags import parse_train
 from t2i_adapter.load import dump, load
 
@@ -61,3 +62,11 @@ def test_official_canny_is_the_cards() -> None:
     assert 16 * config.train.batch_size * config.train.gradient_accumulation_steps == 256
     assert (config.optim.lr, config.optim.schedule, config.train.max_steps) == (1e-5, "constant", 20_000)
     assert (config.train.mixed_precision, config.data.resolution) == ("fp16", 1024)
+
+
+def test_nano_shapes_is_the_demos_training() -> None:
+    ours, demo = recipe("nano-shapes"), DemoOptions()
+    theirs = training("data", "out", steps=demo.steps, seed=demo.seed)
+    for part in ("base", "adapter", "objective", "optim", "train"):
+        assert getattr(ours, part) == getattr(theirs, part), part
+    assert ours.data.resolution == theirs.data.resolution
