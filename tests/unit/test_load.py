@@ -175,9 +175,8 @@ def random_tree(tree: Any, choices: np.random.Generator) -> Any:
     }
     if {"prompts", "images"} <= set(values):
         values["images"] = tuple(reversed(values["prompts"]))
-    if "downscale_factor" in values:
-        values["downscale_factor"] = 16
-    return replace(tree, **values)
+    checked = {"downscale_factor": 16, "resolution": 64, "schedule": "cosine"}  # options of which not all values pass
+    return replace(tree, **{**values, **{name: value for name, value in checked.items() if name in values}})
 
 
 def test_what_is_dumped_reads_back_equal(tmp_path: Path) -> None:
