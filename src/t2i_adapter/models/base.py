@@ -19,6 +19,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from t2i_adapter.config import NANO, BaseOptions
 from t2i_adapter.errors import UserError
@@ -27,6 +28,8 @@ from t2i_adapter.models.text import TextEncoder
 
 if TYPE_CHECKING:
     from diffusers import T2IAdapter
+
+transformers_logging.disable_progress_bar()  # a bar for reading one file from the disk is no news
 
 TEXT_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 

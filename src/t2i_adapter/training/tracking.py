@@ -87,6 +87,17 @@ def _to_comet(tracker: Any, tag: str, caption: str, pictures: Sequence[Image], s
         tracker.tracker.log_image(picture, name=f"{tag}/{index}", step=step, metadata={"prompt": caption})
 
 
+def _to_mlflow(tracker: Any, tag: str, caption: str, pictures: Sequence[Image], step: int) -> None:
+    mlflow = importlib.import_module("mlflow")
+    for index, picture in enumerate(pictures):
+        mlflow.log_image(picture, artifact_file=f"{tag}/step-{step:06d}-{index}.png")
+
+
+def _to_dvclive(tracker: Any, tag: str, caption: str, pictures: Sequence[Image], step: int) -> None:
+    for index, picture in enumerate(pictures):
+        tracker.live.log_image(f"{tag}/step-{step:06d}-{index}.png", picture)
+
+
 def _to_log_images(tracker: Any, tag: str, caption: str, pictures: Sequence[Image], step: int) -> None:
     tracker.log_images({f"{tag}/{i}": np.asarray(p.convert("RGB")) for i, p in enumerate(pictures)}, step=step)
 
@@ -97,6 +108,8 @@ PICTURES: dict[str, Callable[[Any, str, str, Sequence[Image], int], None]] = {
     "trackio": _to_media("trackio"),
     "swanlab": _to_media("swanlab"),
     "comet_ml": _to_comet,
+    "mlflow": _to_mlflow,
+    "dvclive": _to_dvclive,
     "aim": _to_log_images,
     "clearml": _to_log_images,
 }

@@ -1,0 +1,95 @@
+"""Every command that the documentation shows is one that this version takes, and every file it names is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from t2i_adapter import compat
+from t2i_adapter.cli import PROG, VERBS, resolve
+from t2i_adapter.flags import parse_flags, parse_train
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
+LAUNCHERS = ("accelerate launch", "torchrun", "python")
+SHOWS_A_MISTAKE = "error:"
+
+
+def commands(page: Path) -> list[str]:
+    """Command lines of a page: what stands indented, fenced or after `# ` and `$ `; continued lines joined."""
+    text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+    lines = [re.sub(r"^(\s|#|\$ )+", "", line) for line in text.splitlines()]
+    found = []
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        starts = (f"{PROG} ", *LAUNCHERS, "make ")
+        if line.startswith(starts) and not after.startswith(SHOWS_A_MISTAKE) and not line.endswith(":"):
+            found.append(line)
+    return found
+
+
+SHOWN = [(page, command) for page in PAGES for command in commands(page)]
+
+
+def test_there_are_commands_to_check():
+    assert len(SHOWN) > 20
+
+
+@pytest.mark.parametrize(("page", "command"), SHOWN, ids=[f"{page.name}: {command[:60]}" for page, command in SHOWN])
+def test_a_shown_command_parses(page: Path, command: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        _check_make(words)
+    elif "train_t2i_adapter_sdxl.py" in words:
+        compat.parse(words[words.index("train_t2i_adapter_sdxl.py") + 1 :])
+    elif "t2i_adapter" in words and words[words.index("t2i_adapter") - 1] == "-m":
+        _check_verb(words[words.index("t2i_adapter") + 1 :])
+    elif words[0] == PROG:
+        _check_verb(words[1:])
+    else:
+        _check_file(words)
+
+
+def _check_make(words: list[str]) -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert words[1] in targets
+    for name in (word.removeprefix("NAME=") for word in words[2:] if word.startswith("NAME=")):
+        assert (ROOT / "benchmarks" / f"{name}.py").is_file()
+
+
+def _check_verb(words: list[str]) -> None:
+    if words[0] in ("VERB", "--help", "--version") or "--help" in words:
+        return
+    name = " ".join(words[:2]) if words[0] == "make-data" else words[0]
+    rest = words[len(name.split()) :]
+    if name == "train":
+        if "FILE.yaml" not in rest:
+            parse_train(rest, PROG)
+        return
+    parse_flags(resolve(VERBS[name].options), rest, PROG)
+
+
+def _check_file(words: list[str]) -> None:
+    """`python FILE ...`, or `python -m t2i_adapter.MODULE ...`."""
+    if words[1] == "-m":
+        parts = words[2].split(".")
+        place = ROOT.joinpath("src", *parts)
+        assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()
+    else:
+        assert (ROOT / words[1]).is_file()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda page: page.name)
+def test_named_result_files_are_there(page: Path):
+    for name in re.findall(r"benchmarks/[\w./-]+\.(?:json|md|py)", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).is_file(), name
