@@ -43,7 +43,7 @@ def test_an_empty_recipe_is_the_defaults(tmp_path: Path, text: str) -> None:
         ("train: {mixed_precision: no}", "train.mixed_precision", "no"),  # false to YAML 1.1
         ("train: {mixed_precision: null}", "train.mixed_precision", None),
         ("train: {seed: ~}", "train.seed", None),
-        ("train: {seed: -1}", "train.seed", -1),
+        ("data: {crops_coords_top_left_h: -1}", "data.crops_coords_top_left_h", -1),
         ("train: {max_steps: 1_000}", "train.max_steps", 1000),
         ("train: {allow_tf32: True}", "train.allow_tf32", True),
         ("base: {revision: 1234567}", "base.revision", "1234567"),
