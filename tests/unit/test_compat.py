@@ -55,7 +55,7 @@ def test_flags_of_the_script_win_over_a_recipe(tmp_path: Path) -> None:
 
 
 def test_what_the_script_resolves_reads_back_as_a_recipe(tmp_path: Path) -> None:
-    config = parse([*NAMED, "--lr_scheduler=piecewise_constant", "--report_to", "none"]).config
+    config = parse([*NAMED, "--lr_scheduler=polynomial", "--report_to", "none"]).config
     (tmp_path / "run.yaml").write_text(dump(config))
     assert parse(["--recipe", str(tmp_path / "run.yaml")]).config == config
 
