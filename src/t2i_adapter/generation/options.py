@@ -27,7 +27,7 @@ class SamplingOptions:
     condition_factor: float = 1.0
     """Share of the steps, from the first one on, in which the adapter acts, 0 to 1."""
     batch_size: int | None = None
-    """Pictures drawn together; None takes as many as make one megapixel. It does not change the pictures."""
+    """Pictures drawn together; None takes as many as 512 x 512 pixels hold. It does not change the pictures."""
 
     def __post_init__(self) -> None:
         check("steps", self.steps >= 1, self.steps, "1 or more")
