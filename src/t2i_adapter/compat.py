@@ -130,7 +130,6 @@ ROWS = (
 
 SCRIPT_WAYS = {
     "adapter.in_channels": 3,
-    "adapter.downscale_factor": 16,
     "adapter.num_res_blocks": 2,
     "adapter.init": "default",
     "objective.timesteps": "cubic",

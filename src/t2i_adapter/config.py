@@ -7,8 +7,10 @@ checked where they are read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from math import inf
 from typing import Any, Literal
 
 from t2i_adapter.errors import UserError
@@ -46,8 +48,6 @@ class AdapterOptions:
     """Adapter to continue from: hub id or folder. None starts from random weights, channels read from the base."""
     in_channels: Literal[1, 3] = 3
     """Channels of the condition picture; the official SDXL adapters have 3."""
-    downscale_factor: int = 16
-    """PixelUnshuffle factor at the adapter's input; 16 for SDXL. Picture sides must be multiples of it."""
     num_res_blocks: int = 2
     """Residual blocks a stage. ComfyUI and A1111 open adapters with 2 only."""
     init: Literal["default", "quiet"] = "default"
@@ -55,7 +55,6 @@ class AdapterOptions:
     all but undisturbed."""
 
     def __post_init__(self) -> None:
-        _allow("adapter.downscale_factor", self.downscale_factor in (8, 16), self.downscale_factor, "8 or 16")
         _allow("adapter.num_res_blocks", self.num_res_blocks >= 1, self.num_res_blocks, "1 or more")
 
 
@@ -100,7 +99,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         share = self.proportion_empty_prompts
         _allow("proportion_empty_prompts", 0 <= share <= 1, share, "allowed is a share from 0 to 1")
-        _allow("resolution", self.resolution >= 1, self.resolution, "allowed is 1 pixel or more")
+        _allow("resolution", 1 <= self.resolution <= 8192, self.resolution, "allowed is 1 to 8192 pixels")
         _allow("dataloader_num_workers", self.num_workers >= 0, self.num_workers, "0 or more")
         count = self.max_train_samples
         _allow("max_train_samples", count is None or count >= 1, count, "1 or more")
@@ -120,6 +119,7 @@ class ObjectiveOptions:
     def __post_init__(self) -> None:
         gamma = self.min_snr_gamma
         _allow("objective.min_snr_gamma", gamma is None or gamma > 0, gamma, "allowed is a number above 0")
+        _allow("objective.noise_offset", 0 <= self.noise_offset < inf, self.noise_offset, "allowed is 0 or more")
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,17 @@ class OptimOptions:
     """Rules of piecewise_constant, as diffusers writes them: "1:10,0.1:20,0.01" multiplies by 1 for 10 steps, ..."""
 
     def __post_init__(self) -> None:
-        _allow("learning_rate", self.lr > 0, self.lr, "allowed is a number above 0")
+        _allow("learning_rate", 0 < self.lr < inf, self.lr, "allowed is a number above 0")
+        for number, beta in enumerate(self.betas, start=1):
+            _allow(f"adam_beta{number}", 0 <= beta < 1, beta, "allowed is 0 up to, not including, 1")
+        _allow("adam_weight_decay", 0 <= self.weight_decay < inf, self.weight_decay, "allowed is 0 or more")
+        _allow("adam_epsilon", 0 < self.eps < inf, self.eps, "allowed is a number above 0")
         _allow("max_grad_norm", self.max_grad_norm > 0, self.max_grad_norm, "allowed is a number above 0")
         _allow("lr_warmup_steps", self.warmup_steps >= 0, self.warmup_steps, "0 or more")
+        _allow("lr_num_cycles", self.num_cycles >= 1, self.num_cycles, "1 or more")
+        if self.schedule == "piecewise_constant":
+            form = re.fullmatch(r"([\d.e+-]+:\d+,)*[\d.e+-]+", self.step_rules)
+            _allow("optim.step_rules", bool(form), repr(self.step_rules), 'needs the form "1:10,0.1:20,0.01"')
 
 
 @dataclass(frozen=True)
@@ -197,7 +205,7 @@ class TrainOptions:
         _allow("gradient_accumulation_steps", accumulate >= 1, accumulate, "1 or more")
         _allow("max_train_steps", self.max_steps is None or self.max_steps >= 1, self.max_steps, "1 or more")
         _allow("num_train_epochs", self.epochs >= 1, self.epochs, "1 or more")
-        _allow("seed", self.seed is None or self.seed >= 0, self.seed, "0 or more")
+        _allow("seed", self.seed is None or 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
         _allow("train.ema_decay", 0 <= self.ema_decay < 1, self.ema_decay, "allowed is 0 up to, not including, 1")
 
 
@@ -246,6 +254,8 @@ class ValidationOptions:
             )
         _allow("num_validation_images", self.num_images >= 1, self.num_images, "1 or more")
         _allow("validation_steps", self.every >= 1, self.every, "1 or more")
+        _allow("validation.steps", self.steps >= 1, self.steps, "1 or more")
+        _allow("validation.guidance", 0 <= self.guidance < inf, self.guidance, "allowed is 0 or more")
 
     def pairs(self) -> list[tuple[str, str]]:
         """(prompt, image file) of each picture row, the single one of either repeated."""
@@ -267,6 +277,9 @@ class TrackingOptions:
     """Folder of the tracker's files, inside the output folder."""
     log_every: int = 10
     """Updates between log entries."""
+
+    def __post_init__(self) -> None:
+        _allow("tracking.log_every", self.log_every >= 1, self.log_every, "1 or more")
 
 
 @dataclass(frozen=True)

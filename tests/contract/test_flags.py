@@ -129,7 +129,6 @@ def test_the_guides_command_line() -> None:
         "adapter": {
             "init_from": None,
             "in_channels": 3,
-            "downscale_factor": 16,
             "num_res_blocks": 2,
             "init": "default",
         },

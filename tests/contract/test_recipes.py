@@ -41,7 +41,7 @@ def test_parses_as_a_run_and_back(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
 def test_resolution_suits_the_adapter(file: Path) -> None:
     config = load(file, Config())
-    assert config.data.resolution % config.adapter.downscale_factor == 0
+    assert config.data.resolution % 16 == 0
 
 
 def test_fill50k_is_the_guides_line() -> None:

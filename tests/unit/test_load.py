@@ -104,7 +104,7 @@ def test_reads_by_the_type_of_the_option(tmp_path: Path, text: str, path: str, v
         ("optim: {betas: 0.9}", "optim.betas: got '0.9', allowed is 2 items, each a number"),
         ("optim: {betas: [0.9, x]}", "optim.betas[1]: got 'x', allowed is a number"),
         ("validation: {prompts: one}", "validation.prompts: got 'one', allowed is a list, each text"),
-        ("data: {resolution: 0}", "recipe.yaml: --resolution 0: allowed is 1 pixel or more"),
+        ("data: {resolution: 0}", "recipe.yaml: --resolution 0: allowed is 1 to 8192 pixels"),
         ("validation: {prompts: [a]}", "recipe.yaml: --validation_prompt is given without --validation_image"),
         ("train: {seed: !!python/object/apply:os.getpid []}", "train.seed: got"),
         ("base: {name: !!python/name:os.system x}", "base.name: got"),
@@ -175,7 +175,7 @@ def random_tree(tree: Any, choices: np.random.Generator) -> Any:
     }
     if {"prompts", "images"} <= set(values):
         values["images"] = tuple(reversed(values["prompts"]))
-    checked = {"downscale_factor": 16, "resolution": 64, "schedule": "cosine"}  # options of which not all values pass
+    checked = {"resolution": 64, "schedule": "cosine"}  # options of which not all values pass
     return replace(tree, **{**values, **{name: value for name, value in checked.items() if name in values}})
 
 

@@ -73,7 +73,7 @@ def test_eight_bit_adam_without_its_package_is_one_line():
     if _installed("bitsandbytes"):
         pytest.skip("bitsandbytes is installed here")
     with pytest.raises(UserError, match="use_8bit_adam needs bitsandbytes: pip install"):
-        optim.make_optimizer(OptimOptions(name="adamw8bit"), [torch.nn.Parameter(torch.zeros(1))], 1e-4)
+        optim.check_available(OptimOptions(name="adamw8bit"))
 
 
 def _installed(name: str) -> bool:
@@ -119,7 +119,7 @@ def test_one_writer_a_folder_and_a_dead_process_holds_nothing(tmp_path: Path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="output_dir .*file/run: cannot be written"):
+    with pytest.raises(UserError, match="output_dir .*file/run': cannot be written"):
         lock(tmp_path / "file" / "run")
 
 

@@ -13,6 +13,8 @@ from t2i_adapter.config import AdapterOptions
 from t2i_adapter.errors import UserError
 
 QUIET_GAIN = 0.01
+DOWNSCALE = 16
+"""PixelUnshuffle factor at the adapter's input, with which its features lie on those of SDXL's UNet."""
 
 
 def channels_for(unet_config: Mapping[str, Any]) -> tuple[int, int, int, int]:
@@ -30,7 +32,7 @@ def build_adapter(options: AdapterOptions, unet_config: Mapping[str, Any]) -> T2
         in_channels=options.in_channels,
         channels=list(channels_for(unet_config)),
         num_res_blocks=options.num_res_blocks,
-        downscale_factor=options.downscale_factor,
+        downscale_factor=DOWNSCALE,
         adapter_type="full_adapter_xl",
     )
     if options.init == "quiet":

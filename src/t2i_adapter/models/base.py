@@ -18,6 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -244,7 +245,7 @@ class FolderBase(Base):
             model = kind.from_pretrained(
                 self.folder, subfolder=part, variant=self.options.variant, use_safetensors=True, torch_dtype=dtype
             )
-        except (OSError, ValueError) as fault:
+        except (OSError, ValueError, SafetensorError) as fault:
             variant = f" of variant {self.options.variant}" if self.options.variant else ""
             raise UserError(
                 f"{self.name}: no safetensors weights{variant} for {part} ({_first_line(fault)}). "

@@ -60,6 +60,8 @@ def resolve(text: str, *, cell: str, roots: list[Path]) -> Path:
 
     The path itself is judged, not where a symbolic link leads: links are set by the folder's owner, paths by the row.
     """
+    if "\0" in text:
+        raise UserError(f"{cell}: {text!r} is no path: it holds a zero byte.")
     if "://" in text:
         raise UserError(f"{cell}: {text!r} is an address; only files are read. Download it and give its path.")
     if not roots:

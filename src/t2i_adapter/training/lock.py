@@ -18,8 +18,8 @@ def lock(folder: Path) -> IO[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+", encoding="utf-8")
-    except OSError as fault:
-        raise UserError(f"--output_dir {folder}: cannot be written ({fault.strerror}).") from fault
+    except (OSError, ValueError) as fault:  # ValueError: a zero byte in the name
+        raise UserError(f"--output_dir {str(folder)!r}: cannot be written ({fault}).") from fault
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as fault:

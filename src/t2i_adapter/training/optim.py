@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,18 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.training.plan import Plan
 
 
+def check_available(options: OptimOptions) -> None:
+    """Raises UserError where the optimiser needs a package or a device that is not here."""
+    if options.name != "adamw8bit":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "--use_8bit_adam needs bitsandbytes: pip install 'sdxl-t2i-adapter[adam8bit]', or leave the flag out."
+        )
+
+
 def make_optimizer(options: OptimOptions, parameters: Any, lr: float) -> torch.optim.Optimizer:
-    """AdamW (2101.05101 decoupled decay), or its 8-bit form from bitsandbytes. Raises UserError if that is missing."""
+    """AdamW (decoupled decay, 1711.05101), or its 8-bit form (2110.02861) from bitsandbytes."""
     settings: dict[str, Any] = {
         "lr": lr,
         "betas": options.betas,
@@ -24,13 +35,7 @@ def make_optimizer(options: OptimOptions, parameters: Any, lr: float) -> torch.o
     }
     if options.name == "adamw":
         return torch.optim.AdamW(parameters, **settings)
-    try:
-        bitsandbytes = importlib.import_module("bitsandbytes")
-    except ImportError as fault:
-        raise UserError(
-            "--use_8bit_adam needs bitsandbytes: pip install 'sdxl-t2i-adapter[adam8bit]', or leave the flag out."
-        ) from fault
-    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    return importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **settings)
 
 
 def lr_schedule(options: OptimOptions, optimizer: torch.optim.Optimizer, plan: Plan) -> Callable[[int], float]:

@@ -32,7 +32,7 @@ from t2i_adapter.models.adapter import build_adapter, check_fits, check_resoluti
 from t2i_adapter.models.base import Base, open_base, release
 from t2i_adapter.models.metadata import Metadata
 from t2i_adapter.sources.table import Source, open_source
-from t2i_adapter.training import checkpoint, tracking
+from t2i_adapter.training import checkpoint, optim, tracking
 from t2i_adapter.training.lock import lock
 from t2i_adapter.training.loop import Trainer
 from t2i_adapter.training.plan import Plan, make_plan
@@ -89,6 +89,7 @@ def run(config: Config, *, dry_run: bool = False) -> None:
 
 def set_up(config: Config) -> Setup:
     """Checks the options against files and models, cheapest first."""
+    _check_packages(config)
     accelerator = make_accelerator(config)
     rows = read_rows(config)
     resume = _find_checkpoint(accelerator, config)
@@ -106,6 +107,13 @@ def set_up(config: Config) -> Setup:
         device=str(accelerator.device),
     )
     return Setup(config, accelerator, base, adapter, source, plan, rows, resume)
+
+
+def _check_packages(config: Config) -> None:
+    """Optional packages that the options ask for."""
+    optim.check_available(config.optim)
+    if config.train.xformers and not is_xformers_available():
+        raise UserError("--enable_xformers_memory_efficient_attention: pip install xformers, or leave the flag out.")
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -224,10 +232,6 @@ def make_trainer(setup: Setup) -> Trainer:
 def _unet(config: Config, base: Base, device: torch.device, dtype: torch.dtype) -> Any:
     unet = base.unet(device, dtype)
     if config.train.xformers:
-        if not is_xformers_available():
-            raise UserError(
-                "--enable_xformers_memory_efficient_attention: pip install xformers, or leave the flag out."
-            )
         unet.enable_xformers_memory_efficient_attention()
     if config.train.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
