@@ -1,4 +1,4 @@
-"""CIEDE2000 against the test data of Sharma, Wu, Dalal (2005), table 1; sRGB against CIELAB values known by definition."""
+"""CIEDE2000 against the data that Sharma, Wu, Dalal published (2005, table 1); sRGB against known CIELAB values."""
 
 import numpy as np
 import pytest
