@@ -14,26 +14,6 @@ from t2i_adapter.sources import emoji
 
 DISC = '<circle cx="16" cy="16" r="12" fill="#f00"/>'
 NAMES = [f"thing-{letter}{i}" for i in range(4) for letter in "abcd"]
-    f"thing-{word}"
-    for word in [
-        "apple",
-        "bear",
-        "cat",
-        "dog",
-        "egg",
-        "fish",
-        "goat",
-        "hat",
-        "ink",
-        "jar",
-        "kite",
-        "leaf",
-        "moon",
-        "nut",
-        "owl",
-        "pig",
-    ]
-]
 ICONS = {"prefix": "x", "height": 32, "icons": {name: {"body": DISC} for name in NAMES}}
 
 
