@@ -1,0 +1,348 @@
+"""The diffusers script, unmodified, against the drop-in script of this repository: same flags, data and start.
+
+Both train the same adapter on the same base and pairs, in turn, each run a process of its own on the CPU with the same
+number of threads and empty caches. The script's file is not part of this repository: it is
+examples/t2i_adapter/train_t2i_adapter_sdxl.py of diffusers.
+
+    python benchmarks/compare_diffusers.py --script PATH/train_t2i_adapter_sdxl.py
+        [--base nano|FOLDER] [--steps 40] [--rounds 3] [--batch 4] [--resolution 128] [--pairs 200] [--threads CORES]
+        [--out benchmarks/compare_diffusers.json]
+
+Measured, for each run:
+  samples_per_s   batch / median time between two logged steps, the first of them left out
+  rss_mib         peak resident memory of the largest process
+  tree_rss_mib    peak of the sum over the process and its loader; pages they share count twice
+  tree_pss_mib    the same, with shared pages counted once (Linux)
+  first_step_s    from the process' start to its first finished step: imports, loading, preparing
+  wall_s          from the process' start to its end
+  mean_loss       over all steps. The noise differs and the start does not: means far apart would be a fault
+
+Result file: settings, versions, machine, the figures of every run, and of each figure the median, the range and the
+ratio ours / script (of the medians; least and greatest of the rounds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCHER = ROOT / "benchmarks" / "torchvision_stand_in.py"
+OURS, SCRIPT = "ours", "script"
+WARM_UP = 5  # intervals left out: the loader is ahead at first, and buffers are allocated
+SAMPLING_S = 0.2  # seconds between looks at the memory; a look takes milliseconds of one core
+LIMIT_S = 3600  # a run that takes longer has hung
+MIB = 2**20
+
+LABELS = {
+    "samples_per_s": "samples/s in steady state",
+    "rss_mib": "peak memory of the largest process, MiB",
+    "tree_rss_mib": "peak memory of all processes, MiB",
+    "tree_pss_mib": "the same, shared pages counted once, MiB",
+    "first_step_s": "seconds to the first finished step",
+    "wall_s": "seconds of the whole run",
+    "mean_loss": "mean loss",
+}
+
+Figures = dict[str, float]
+
+
+class BenchmarkError(Exception):
+    """A run that cannot be measured, told in one line or with the end of its output."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One logged step. wall: seconds since the epoch."""
+
+    step: int
+    wall: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What both sides are given. base, data, adapter: folders."""
+
+    base: Path
+    data: Path
+    adapter: Path
+
+
+def read_entries(folder: Path) -> list[Entry]:
+    """Every logged loss in the TensorBoard files under `folder`, in the order of steps."""
+    found = []
+    for file in sorted(folder.rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file), size_guidance={SCALARS: 0})  # 0 keeps all
+        events.Reload()
+        if "loss" in events.Tags()[SCALARS]:
+            found += [Entry(event.step, event.wall_time, event.value) for event in events.Scalars("loss")]
+    return sorted(found, key=lambda entry: entry.step)
+
+
+def intervals(entries: Sequence[Entry]) -> list[float]:
+    """Seconds between consecutive steps, without the warm-up (or without the first quarter of a short run)."""
+    steps = [entry.step for entry in entries]
+    if len(entries) < 3 or steps != list(range(1, len(entries) + 1)):
+        raise BenchmarkError(f"Steps 1, 2, 3, ... were to be logged, at least three; found {steps}.")
+    found = [after.wall - before.wall for before, after in pairwise(entries)]
+    return found[min(WARM_UP, len(found) // 4) :]
+
+
+def figures(entries: Sequence[Entry], *, started: float, finished: float, batch: int, peaks: Figures) -> Figures:
+    """The figures of one run; started, finished: seconds since the epoch."""
+    found = {
+        "samples_per_s": batch / statistics.median(intervals(entries)),
+        **peaks,
+        "first_step_s": entries[0].wall - started,
+        "wall_s": finished - started,
+        "mean_loss": statistics.fmean(entry.loss for entry in entries),
+    }
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def summarise(rounds: Sequence[dict[str, Figures]]) -> dict[str, dict[str, Any]]:
+    """Of each figure: median, least and greatest for either side, and the ratio ours / script.
+
+    rounds: for each, side -> figures.
+    """
+    summary: dict[str, dict[str, Any]] = {}
+    for name in rounds[0][OURS]:
+        values = {side: [figures[side][name] for figures in rounds] for side in (SCRIPT, OURS)}
+        spread = {
+            side: {"median": statistics.median(found), "min": min(found), "max": max(found)}
+            for side, found in values.items()
+        }
+        ratios = [ours / script for script, ours in zip(values[SCRIPT], values[OURS], strict=True)]
+        ratio = spread[OURS]["median"] / spread[SCRIPT]["median"]
+        summary[name] = {**spread, "ratio": {"of_medians": ratio, "min": min(ratios), "max": max(ratios)}}
+    return summary
+
+
+def table(summary: dict[str, dict[str, Any]]) -> str:
+    """The summary as a Markdown table: what the documentation shows."""
+    lines = ["| median (range) | diffusers script | ours | ours / script |", "|---|---|---|---|"]
+    for name, row in summary.items():
+        script, ours = (_spread(row[side]["median"], row[side]) for side in (SCRIPT, OURS))
+        lines.append(f"| {LABELS[name]} | {script} | {ours} | {_spread(row['ratio']['of_medians'], row['ratio'])} |")
+    return "\n".join(lines)
+
+
+def _spread(middle: float, row: Figures) -> str:
+    return f"{_digits(middle)} ({_digits(row['min'])} to {_digits(row['max'])})"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def prepare(folder: Path, options: argparse.Namespace) -> Inputs:
+    """Draws the pairs and the adapter that both sides start from."""
+    import torch
+
+    from t2i_adapter.config import AdapterOptions, BaseOptions
+    from t2i_adapter.models import nano
+    from t2i_adapter.models.adapter import build_adapter
+    from t2i_adapter.models.base import open_base
+    from t2i_adapter.sources.shapes import write_dataset
+
+    base = nano.path() if options.base == "nano" else Path(options.base).resolve()
+    torch.manual_seed(0)
+    adapter = build_adapter(AdapterOptions(), open_base(BaseOptions(name=str(base))).unet_config)
+    adapter.save_pretrained(folder / "adapter")
+    write_dataset(
+        folder / "data", num=options.pairs, split="train", seed=0, size=options.resolution, condition="outline"
+    )
+    return Inputs(base, folder / "data", folder / "adapter")
+
+
+def flags(inputs: Inputs, output: Path, options: argparse.Namespace) -> list[str]:
+    """What both sides are started with; what is not named is the script's default on both."""
+    named = {
+        "pretrained_model_name_or_path": inputs.base,
+        "adapter_model_name_or_path": inputs.adapter,
+        "train_data_dir": inputs.data,
+        "output_dir": output,
+        "resolution": options.resolution,
+        "train_batch_size": options.batch,
+        "max_train_steps": options.steps,
+        "checkpointing_steps": options.steps,  # one checkpoint each, at the end
+        "mixed_precision": "no",
+        "report_to": "tensorboard",
+        "seed": 0,
+    }
+    return [f"--{name}={value}" for name, value in named.items()]
+
+
+def command(side: str, script: Path) -> list[str]:
+    """How a side is started, before its flags. Ours is told to log every step, as the script does."""
+    if side == SCRIPT:
+        return [sys.executable, str(LAUNCHER), str(script.resolve())]
+    return [sys.executable, str(ROOT / "train_t2i_adapter_sdxl.py"), "--tracking.log_every=1"]
+
+
+def environment(caches: Path, threads: int) -> dict[str, str]:
+    """The same for both sides: caches of this run alone, no network, the CPU with a given number of threads."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_CACHE_HOME"))}
+    return inherited | {
+        "HF_HOME": str(caches / "huggingface"),
+        "T2I_ADAPTER_CACHE": str(caches / "prepared"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def run(side: str, inputs: Inputs, options: argparse.Namespace) -> Figures:
+    """Trains one side from start to end in empty caches and an empty folder, and measures it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        log, output = folder / "log.txt", folder / "out"
+        line = [*command(side, options.script), *flags(inputs, output, options)]
+        with log.open("wb") as file:
+            started = time.time()
+            process = subprocess.Popen(
+                line,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env=environment(folder / "caches", options.threads),
+                start_new_session=True,
+            )
+            peaks = watch(process)
+            finished = time.time()
+        if process.returncode:
+            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
+            raise BenchmarkError(f"{side} ended with code {process.returncode}:\n{tail}")
+        return figures(read_entries(output), started=started, finished=finished, batch=options.batch, peaks=peaks)
+
+
+def watch(process: subprocess.Popen[bytes]) -> Figures:
+    """Waits for the process' end and returns the memory peaks of it and its descendants, in MiB."""
+    peaks: Figures = {}
+    deadline = time.monotonic() + LIMIT_S
+    try:
+        while True:
+            for name, value in memory(process.pid).items():
+                peaks[name] = max(value, peaks.get(name, 0.0))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SAMPLING_S)
+                return peaks
+            if time.monotonic() > deadline:
+                raise BenchmarkError(f"A run took more than {LIMIT_S} s and was ended.")
+    finally:
+        if process.poll() is None:  # it hangs, or we were interrupted
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def memory(pid: int) -> Figures:
+    """Resident memory of a process tree at this moment, in MiB; a process that ends meanwhile is not counted."""
+    rss, pss = [], []
+    with contextlib.suppress(psutil.Error):
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                found = process.memory_full_info()
+                rss.append(found.rss / MIB)
+                pss.append(getattr(found, "pss", 0) / MIB)
+    sums = {"rss_mib": max(rss, default=0.0), "tree_rss_mib": sum(rss)}
+    return {**sums, "tree_pss_mib": sum(pss)} if sum(pss) else sums
+
+
+def versions() -> dict[str, str]:
+    """Library -> version of what the numbers depend on."""
+    names = ("torch", "diffusers", "transformers", "accelerate", "datasets", "sdxl-t2i-adapter")
+    found = {name: version(name) for name in names}
+    try:
+        found["torchvision"] = version("torchvision")
+    except PackageNotFoundError:
+        found["torchvision"] = "none: benchmarks/torchvision_stand_in.py"
+    return {"python": platform.python_version(), **found}
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of the result file. The script is named by its bytes; no folder of this machine is."""
+    return {
+        "script": {"name": options.script.name, "sha256": hashlib.sha256(options.script.read_bytes()).hexdigest()},
+        "base": Path(options.base).name,
+        **{name: getattr(options, name) for name in ("steps", "rounds", "batch", "resolution", "pairs", "threads")},
+        "precision": "fp32",
+        "warm_up_steps": WARM_UP,
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--script", type=Path, required=True, help="the diffusers script")
+    parser.add_argument("--base", default="nano", help="nano, or a diffusers folder of an SDXL")
+    parser.add_argument("--steps", type=int, default=40, help="updates of a run, 3 or more")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
+    parser.add_argument("--batch", type=int, default=4, help="samples a step")
+    parser.add_argument("--resolution", type=int, default=128, help="side of the pictures in pixels")
+    parser.add_argument("--pairs", type=int, default=200, help="pictures in the data")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of either side")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/compare_diffusers.json"))
+    options = parser.parse_args()
+    if not options.script.is_file():
+        parser.error(f"--script {options.script}: no such file; get it from diffusers, examples/t2i_adapter")
+    if options.steps < 3 or options.rounds < 1:
+        parser.error("--steps takes 3 or more, --rounds 1 or more")
+    return options
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Figures]]:
+    """Side -> figures of every round, the sides in turn."""
+    rounds: list[dict[str, Figures]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        inputs = prepare(Path(temporary), options)
+        for number in range(1, options.rounds + 1):
+            rounds.append({})
+            for side in (SCRIPT, OURS):
+                found = rounds[-1][side] = run(side, inputs, options)
+                told = "  ".join(f"{name} {_digits(value)}" for name, value in found.items())
+                print(f"round {number}  {side:6}  {told}", flush=True)
+    return rounds
+
+
+def main() -> None:
+    options = parse()
+    try:
+        rounds = measure(options)
+    except BenchmarkError as fault:
+        sys.exit(f"{fault}")
+    summary = summarise(rounds)
+    result = {
+        "date": date.today().isoformat(),
+        "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
+        "versions": versions(),
+        "settings": settings(options),
+        "rounds": rounds,
+        "summary": summary,
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(summary))
+
+
+if __name__ == "__main__":
+    main()
