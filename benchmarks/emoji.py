@@ -3,8 +3,8 @@
     npm pack @iconify-json/fluent-emoji-flat@1.2.6
     python benchmarks/emoji.py --package iconify-json-fluent-emoji-flat-1.2.6.tgz
 
-Runs the verbs that a person would (make-data emoji, train, evaluate) in runs/emoji and keeps the result file beside this one
-and the first rows of its sheet for the documentation.
+Runs the verbs that a person would (make-data emoji, train, evaluate) in runs/emoji and keeps the result file beside
+this one.
 """
 
 from __future__ import annotations
