@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--minutes", type=float, default=_MINUTES[name], help="bound of all runs together")
         stage.add_argument("--seed", type=int, default=0)
         if name == "unet":
-            stage.add_argument("--samples", type=int, default=24 * 1024, help="pictures to encode and train on")
+            stage.add_argument("--samples", type=int, default=20 * 1024, help="pictures to encode and train on")
     out = {"type": Path, "required": True, "help": "folder of the base in diffusers' layout"}
     _stage(verbs, "export", _export, "write the base in half precision").add_argument("--out", **out)
     measured = verbs.add_parser("measure", help="measure an exported base; write its README.md and samples.png")

@@ -21,7 +21,7 @@ STEPS = 20
 GUIDANCE = 3.0
 _BATCH = 32
 _SEED = 0  # of the test scenes: the first ones that make-data writes
-_SEEN = 24 * 1024  # training captions to keep the prompts apart from
+_SEEN = 20 * 1024  # training captions to keep the prompts apart from
 _FEW = 64  # prompts for the comparisons, where the mean over pairs is what counts
 
 
@@ -78,7 +78,7 @@ def sample(base: StableDiffusionXLPipeline, prompts: Sequence[str], **options: A
     for start in range(0, len(prompts), _BATCH):
         part = list(prompts[start : start + _BATCH])
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        result = base(part, height=pictures.NATIVE, width=pictures.NATIVE, generator=generators, **settings)
+        result: Any = base(part, height=pictures.NATIVE, width=pictures.NATIVE, generator=generators, **settings)
         images += [np.rint(image * 255).astype(np.uint8) for image in result.images]
     return images
 

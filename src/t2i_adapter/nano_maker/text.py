@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from ..sources import shapes
 from .captions import SLOTS, THUMBNAIL, Facts
 from .run import Stage, device, rank, world
-from .words import MAX_TOKENS
+from .words import END, MAX_TOKENS, START
 
 WIDTHS = (96, 160)  # of the two encoders; their sum is the UNet's cross attention width
 POOLED = 128
@@ -63,6 +64,11 @@ def build(tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]) -> TextModels:
 
 
 def _config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    ids: dict[str, Any] = {
+        "bos_token_id": tokenizer.convert_tokens_to_ids(START),
+        "eos_token_id": tokenizer.convert_tokens_to_ids(END),
+        "pad_token_id": tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token)),
+    }
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -72,9 +78,7 @@ def _config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
         num_attention_heads=width // _HEAD,
         max_position_embeddings=MAX_TOKENS,
         hidden_act="gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ids,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +36,8 @@ def build() -> UNet2DConditionModel:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(1, 3, 4),
+        transformer_layers_per_block=(1, 1, 2),  # pyright: ignore[reportArgumentType]
+        attention_head_dim=(1, 3, 4),  # pyright: ignore[reportArgumentType]
         cross_attention_dim=sum(WIDTHS),
         addition_embed_type="text_time",
         addition_time_embed_dim=_TIME_WIDTH,
@@ -69,7 +70,7 @@ def _pass_input_through(unet: UNet2DConditionModel) -> None:
     needs long to find the identity to that precision by itself. Each latent channel travels twice,
     as x and as -x, from conv_in over the last skip to conv_out: silu(x) - silu(-x) = x.
     """
-    last = unet.up_blocks[-1].resnets[-1]  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
+    last: Any = unet.up_blocks[-1].resnets[-1]  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
     skip = unet.config["block_out_channels"][0]  # where the skip begins in that block's input
     for k in range(_IDENTITY):
         for row, sign in ((k, 1.0), (k + _IDENTITY, -1.0)):
@@ -89,7 +90,8 @@ def _pass_input_through(unet: UNet2DConditionModel) -> None:
 def train(work: Path, minutes: float, seed: int, samples: Samples, text: TextModels) -> None:
     """Train within `minutes` on samples whose text is frozen; resumes from work/unet."""
     torch.manual_seed(seed)
-    unet = build().to(device())
+    unet = build()
+    unet.to(device())  # pyright: ignore[reportArgumentType]
     modules = {"unet": unet, "average": averaged(unet)}
     stage = Stage(work / "unet", minutes, _RATE, modules, trained=["unet"])
     with torch.no_grad():

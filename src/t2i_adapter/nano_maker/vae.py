@@ -31,9 +31,9 @@ def build() -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
+        block_out_channels=(16, 32, 64, 64),  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=1,
@@ -61,7 +61,7 @@ class ColorProbe(nn.Module):
 def train(work: Path, minutes: float, seed: int, emoji: np.ndarray | None = None) -> None:
     """Train within `minutes`; resumes from work/vae. `emoji`: (N,n,n,4) uint8, drawn in among the scenes."""
     torch.manual_seed(seed)
-    vae = build().to(device(), memory_format=torch.channels_last)
+    vae = _to_device(build()).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     modules = {"vae": vae, "average": averaged(vae), "probe": ColorProbe().to(device())}
     stage = Stage(work / "vae", minutes, _RATE, modules, trained=["vae", "probe"])
     torch.manual_seed(seed + 1000 * (rank() + 1))
@@ -104,13 +104,18 @@ def finish(work: Path) -> AutoencoderKL:
     vae, folder = build(), work / "base_vae"
     if checkpoint.exists(folder):
         checkpoint.load(folder, {"vae": vae})
-        return vae.to(device()).eval()
+        return _to_device(vae)
     checkpoint.load(work / "vae", {"average": vae})
     scenes = (shapes.sample_scene(_SCENES_SEED, i) for i in range(512))
     images = np.stack([pictures.scene_picture(s, pictures.whole(pictures.NATIVE), pictures.NATIVE) for s in scenes])
     _normalise(vae, images)
     checkpoint.save(folder, {"vae": vae}, None, {"of_step": checkpoint.state(work / "vae")["step"]})
-    return vae.to(device()).eval()
+    return _to_device(vae)
+
+
+def _to_device(vae: AutoencoderKL) -> AutoencoderKL:
+    vae.to(device())  # pyright: ignore[reportArgumentType]
+    return vae.eval()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
@@ -34,13 +35,16 @@ def domain_words(icons: Iterable[emoji.Icon]) -> list[str]:
 def tokenizers(words: list[str]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """SDXL's pair: the first pads with the end token, the second with "!" (id 0)."""
     vocabulary, merges = _byte_pairs(words)
-    pair = tuple(
-        CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=MAX_TOKENS) for pad in (END, "!")
-    )
-    for tokenizer in pair:
-        # Other names for these arguments are ignored in silence, and leave two tokens.
-        assert len(tokenizer) == len(vocabulary), (len(tokenizer), len(vocabulary))
-    return pair[0], pair[1]
+    first, second = (_tokenizer(vocabulary, merges, pad) for pad in (END, "!"))
+    return first, second
+
+
+def _tokenizer(vocabulary: dict[str, int], merges: Any, pad: str) -> CLIPTokenizer:
+    """merges: [(first, second)]."""
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=MAX_TOKENS)
+    # Other names for these arguments are ignored in silence, and leave two tokens.
+    assert len(tokenizer) == len(vocabulary), (len(tokenizer), len(vocabulary))
+    return tokenizer
 
 
 def _byte_pairs(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:

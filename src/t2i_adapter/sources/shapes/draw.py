@@ -17,7 +17,7 @@ _SUBPIXEL_BITS = 4  # cv2.fillPoly takes integers with this many binary places
 _PALETTE_CELLS = 8  # T2I-Adapter's colour map divides 512 px by 64; other sizes keep its 8 x 8 cells
 _FAR = 40  # depth of the background: not 0, so that it differs from "no depth known"
 #: one colour a kind, far apart in hue; the background is black
-SEGMENTATION_COLORS = dict(
+SEGMENTATION_COLORS: dict[str, tuple[int, int, int]] = dict(
     zip(
         KINDS,
         [(230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240),
@@ -49,7 +49,7 @@ def visible_masks(scene: Scene, size: int) -> np.ndarray:
 
 def background_mask(scene: Scene, size: int) -> np.ndarray:
     """(H,W) bool: where no shape is."""
-    return ~visible_masks(scene, size).any(axis=0)
+    return np.logical_not(visible_masks(scene, size).any(axis=0))
 
 
 def condition(scene: Scene, size: int, kind: str) -> Image.Image:

@@ -55,7 +55,7 @@ def _pick_color(rng: np.random.Generator, apart_from: Sequence[str]) -> str:
     taken = np.asarray([COLORS[c] for c in apart_from], np.float32)
     nearest = np.linalg.norm(_RGB[:, None] - taken, axis=-1).min(axis=1)
     allowed = np.flatnonzero(nearest >= _MIN_COLOR_DISTANCE)
-    return _NAMES[rng.choice(allowed)]
+    return _NAMES[int(rng.choice(allowed))]
 
 
 def _sample_shapes(
@@ -67,7 +67,8 @@ def _sample_shapes(
     colors: list[str] = []
     for _ in range(count):
         colors.append(_pick_color(rng, taken + colors))
-    names = [kinds[rng.integers(len(kinds))] for _ in range(count)]
+    names = [kinds[int(rng.integers(len(kinds)))] for _ in range(count)]
+    shapes: tuple[Shape, ...] = ()
     for _ in range(_TRIES):
         shapes = tuple(_place(rng, kind, color, count) for kind, color in zip(names, colors, strict=True))
         if _all_visible(shapes, background):
