@@ -22,9 +22,11 @@ _SAME_COLOR = 12.0  # Lab distance under which two clusters are one colour
 _MIXED_SHARE = 0.12  # of the border, under which a colour between two others is their smooth edge
 _CLIP = 40.0  # Lab distance beyond which a pixel is figure whatever the rest: keeps the threshold off faint colours
 _THRESHOLD = (6.0, 20.0)  # bounds of the threshold in Lab: 2.3 is just noticeable
+_WIDE = 0.07  # of the shorter side: what is wider is no soft edge of a pattern
 _REPEATS = 6  # places in which a colour must come back to be a pattern's: more than the objects of one colour
 _QUARTERS = 3  # of the picture, in which it must come back: an object may hide it in one
 _SURROUNDED = 0.6  # share of such a place's rim that must be ground: spots on an object are not the ground's pattern
+_INSIDE = ((4, 6), (2, 4))  # where an object's own colour is looked for: pixels deep, and pixels away
 _MIN_PART = 0.004  # parts smaller than this share of the picture are specks
 _MIN_PART_OF_LARGEST = 0.06  # and so are those smaller than this share of the largest part
 
@@ -38,9 +40,37 @@ def figure_mask(image: np.ndarray) -> np.ndarray:
     palette = _ground_palette(lab)
     palette = np.concatenate([palette, _pattern_colors(lab, palette)])
     distance = _distance(lab, palette)
-    coarse = distance > _threshold(distance)
-    coarse = _without_specks(_opened(coarse, 3 if len(palette) == 1 else 5))
+    coarse = _coarse(lab, palette, distance)
     return _without_specks(_refined(coarse, lab, distance))
+
+
+def _coarse(lab: np.ndarray, palette: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """Where the picture differs from the ground, (H,W) bool, before the edge is put in its place.
+
+    On a patterned ground soft edges show mixtures of its colours, which are near none of them. So what looks like a
+    mixture counts only where it is too wide to be an edge: a grey object on black and white stripes is one.
+    """
+    differs = distance > _threshold(distance)
+    if len(palette) == 1:
+        return _without_specks(_opened(differs, 3))
+    unmixed = _opened(_distance_to_mixtures(lab, palette) > _threshold(distance), 3)
+    wide = max(5, round(_WIDE * min(differs.shape)))
+    seeds = _without_specks(unmixed | _opened(differs, wide))
+    return _without_specks(_opened(differs & _grown(seeds, 2), 3))
+
+
+def _distance_to_mixtures(lab: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """(H,W): Lab distance of each pixel to the nearest straight line between two colours of the ground."""
+    nearest = np.full(lab.shape[:2], np.inf)
+    for a, b in combinations(palette, 2):
+        nearest = np.minimum(nearest, np.linalg.norm(lab - _on_line(lab, a, b), axis=2))
+    return nearest
+
+
+def _on_line(colors: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(...,3): of each colour (...,3) the nearest mixture of `a` and `b`."""
+    along = np.clip((colors - a) @ (b - a) / np.dot(b - a, b - a), 0, 1)
+    return a + along[..., None] * (b - a)
 
 
 def _lab(image: np.ndarray) -> np.ndarray:
@@ -66,8 +96,7 @@ def _mixed(centers: np.ndarray, shares: np.ndarray) -> np.ndarray:
     mixed = np.zeros(len(centers), bool)
     for i, color in enumerate(centers):
         for a, b in combinations(centers[:i], 2):
-            along = np.clip(np.dot(color - a, b - a) / np.dot(b - a, b - a), 0, 1)
-            near = np.linalg.norm(color - a - along * (b - a)) < _SAME_COLOR
+            near = np.linalg.norm(color - _on_line(color, a, b)) < _SAME_COLOR
             mixed[i] |= near and shares[i] < _MIXED_SHARE
     return mixed
 
@@ -168,15 +197,23 @@ def _refined(mask: np.ndarray, lab: np.ndarray, distance: np.ndarray) -> np.ndar
     """The edge put half-way between an object's colour and the ground's.
 
     A low threshold takes in the faint rim of an object of strong colour. Each pixel of the rim is kept only where
-    its colour is nearer to that of the object's next inner pixel than to the ground.
+    its colour is nearer to that of the object inside than to the ground.
     """
-    core = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=2, borderValue=1)
+    inside, known = np.zeros_like(lab), np.zeros(mask.shape, bool)
+    for depth, reach in _INSIDE:
+        colors, near = _colors_inside(mask, lab, depth, reach)
+        inside, known = np.where((near & ~known)[..., None], colors, inside), known | near
+    return np.where(known, np.linalg.norm(lab - inside, axis=2) < distance, mask)
+
+
+def _colors_inside(mask: np.ndarray, lab: np.ndarray, depth: int, reach: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each pixel the colour of the nearest one that lies `depth` pixels inside the mask (H,W,3), and whether it
+    is within `reach` pixels (H,W)."""
+    core = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=depth, borderValue=1)
     if not core.any():
-        return mask
-    _, labels = cv2.distanceTransformWithLabels(1 - core, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+        return lab, np.zeros(mask.shape, bool)
+    away, labels = cv2.distanceTransformWithLabels(1 - core, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
     nearest = np.asarray(labels, np.int64)
     colors = np.zeros((nearest.max() + 1, 3), np.float32)
     colors[nearest[core > 0]] = lab[core > 0]
-    reach = _grown(core > 0, 3)
-    closer = np.linalg.norm(lab - colors[nearest], axis=2) < distance
-    return (mask | reach) & np.where(reach, closer, mask)
+    return colors[nearest], np.asarray(away) <= reach
