@@ -35,8 +35,14 @@ class ShapesOptions:
     """Same seed, same scenes."""
     condition: Literal["outline", "canny", "depth", "segmentation", "palette"] = "outline"
     """Which map of the scene is the condition picture."""
+    max_shapes: int = 3
+    """Shapes in a scene, at most; at least one."""
+    patterns: tuple[Literal["plain", "striped", "dotted", "floral"], ...] = ("plain", "striped", "dotted", "floral")
+    """Which backgrounds there are."""
 
     def __post_init__(self) -> None:
+        _require(1 <= self.max_shapes <= 3, f"--max_shapes {self.max_shapes}: allowed is 1 to 3")
+        _require(len(self.patterns) > 0, "--patterns: name at least one")
         _require(self.num >= 1, f"--num {self.num}: allowed is 1 or more")
         _require(self.num_test >= 0, f"--num_test {self.num_test}: allowed is 0 or more")
         _require(16 <= self.size <= 4096, f"--size {self.size}: allowed is 16 to 4096 pixels")
@@ -75,6 +81,8 @@ def make_shapes(options: ShapesOptions) -> None:
             seed=options.seed,
             size=options.size,
             condition=options.condition,
+            max_shapes=options.max_shapes,
+            patterns=options.patterns,
         )
 
     _make(options.out, asdict(options), ("train", "test") if options.num_test else ("train",), write)
