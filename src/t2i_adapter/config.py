@@ -30,8 +30,11 @@ class BaseOptions:
 
     name: str = NANO
     """Hub id, diffusers folder, single .safetensors file, or `nano`, the base that comes with the package."""
+    config: str | None = None
+    """Diffusers folder or hub id that gives a single-file base its configs and tokenizers; None lets diffusers tell by
+    the file's keys, which it then fetches from the hub."""
     revision: str | None = None
-    """Hub revision (branch, tag or commit) of the base."""
+    """Hub revision (branch, tag or commit) of the base, or of what gives a single-file base its configs."""
     variant: str | None = None
     """Weight file variant of the base, for example fp16."""
     vae: str | None = None

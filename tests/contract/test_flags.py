@@ -125,7 +125,14 @@ def test_the_guides_command_line() -> None:
     assert not flags.dry_run
     assert to_dict(flags.config) == {
         "output_dir": "out",
-        "base": {"name": "base", "revision": None, "variant": None, "vae": None, "cache_dir": None},
+        "base": {
+            "name": "base",
+            "config": None,
+            "revision": None,
+            "variant": None,
+            "vae": None,
+            "cache_dir": None,
+        },
         "adapter": {
             "init_from": None,
             "in_channels": 3,

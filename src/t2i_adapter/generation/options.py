@@ -46,6 +46,9 @@ class ModelOptions:
     base: str | None = None
     """The text-to-image model: hub id, diffusers folder, single .safetensors file, or `nano`. None takes the one the
     adapter was trained on, from its t2i_adapter.json."""
+    base_config: str | None = None
+    """What gives a single-file base its configs and tokenizers: diffusers folder or hub id. None takes the one of the
+    adapter's training, or, where --base is given, what the file's keys tell."""
     base_revision: str | None = None
     """Hub revision of the base, where --base is given."""
     base_variant: str | None = None

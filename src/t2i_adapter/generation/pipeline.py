@@ -15,7 +15,7 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.generation.options import ModelOptions
 from t2i_adapter.models.adapter import check_fits, load_adapter
 from t2i_adapter.models.base import Base, open_base
-from t2i_adapter.models.metadata import FILE_NAME, Metadata, read_metadata
+from t2i_adapter.models.metadata import BASE_FIELDS, FILE_NAME, Metadata, read_metadata
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,6 +94,7 @@ def _base_options(options: ModelOptions, metadata: Metadata | None) -> BaseOptio
     if options.base is not None:
         return BaseOptions(
             name=options.base,
+            config=options.base_config,
             revision=options.base_revision,
             variant=options.base_variant,
             vae=options.base_vae,
@@ -103,7 +104,9 @@ def _base_options(options: ModelOptions, metadata: Metadata | None) -> BaseOptio
             f"--base is needed: {options.adapter} has no {FILE_NAME} that tells what it was trained on. "
             "Name a hub id, a diffusers folder, a single .safetensors file, or nano."
         )
-    known: dict[str, Any] = {key: metadata.base.get(key) for key in ("name", "revision", "variant", "vae")}
+    known: dict[str, Any] = {key: metadata.base.get(key) for key in BASE_FIELDS}
+    if options.base_config is not None:
+        known["config"] = options.base_config
     if options.base_vae is not None:
         known["vae"] = options.base_vae
     return BaseOptions(**known)

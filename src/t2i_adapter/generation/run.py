@@ -68,6 +68,7 @@ def picture_record(
         height=size[0],
         width=size[1],
         base=base.name,
+        base_config=base.config,
         base_revision=base.revision,
         base_variant=base.variant,
         base_vae=base.vae,

@@ -33,17 +33,24 @@ if TYPE_CHECKING:
 transformers_logging.disable_progress_bar()  # a bar for reading one file from the disk is no news
 
 TEXT_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
+PARTS = ("unet", "vae", "scheduler", *TEXT_PARTS)
 
 
 def open_base(options: BaseOptions) -> Base:
     """Finds the base, downloading it if it is a hub id, and checks that it is an SDXL. Raises UserError."""
     name = options.name
+    path = Path(name).expanduser()
+    if options.config and (name == NANO or not path.is_file()):
+        raise UserError(
+            f"--base.config {options.config}: is for a base in a single file, and {name} is none; leave it out."
+        )
     if name == NANO:
         from t2i_adapter.models import nano
 
         return FolderBase(options, nano.path())
-    path = Path(name).expanduser()
     if path.is_file():
+        from t2i_adapter.models.single_file import FileBase
+
         return FileBase(options, path)
     return FolderBase(options, path if path.is_dir() else _download(options))
 
@@ -61,7 +68,7 @@ def _download(options: BaseOptions) -> Path:
     except (OSError, ValueError) as fault:
         raise UserError(
             f"--pretrained_model_name_or_path {options.name}: no such folder or file, and the hub gives no such model "
-            f"({_first_line(fault)}). Name a hub id, a diffusers folder, a single .safetensors file, or {NANO}."
+            f"({first_line(fault)}). Name a hub id, a diffusers folder, a single .safetensors file, or {NANO}."
         ) from fault
     return Path(folder)
 
@@ -190,11 +197,11 @@ class FolderBase(Base):
     def __init__(self, options: BaseOptions, folder: Path) -> None:
         super().__init__(options)
         self.folder = folder
-        for part in ("unet", "vae", "scheduler", *TEXT_PARTS):
+        for part in PARTS:
             if not (folder / part).is_dir():
                 raise UserError(
-                    f"{options.name} is not an SDXL base in diffusers layout: it has no folder {part}/ "
-                    f"(there are: {', '.join(sorted(p.name for p in folder.iterdir())) or 'none'})."
+                    f"{options.config or options.name} is not an SDXL base in diffusers layout: it has no folder "
+                    f"{part}/ (there are: {', '.join(sorted(p.name for p in folder.iterdir())) or 'none'})."
                 )
         self._check_is_sdxl()
 
@@ -216,11 +223,11 @@ class FolderBase(Base):
 
     @cached_property
     def text_fingerprint(self) -> str:
-        return _digest([self.folder / part for part in TEXT_PARTS], self.options.variant)
+        return digest_of_folders([self.folder / part for part in TEXT_PARTS], self.options.variant)
 
     @cached_property
     def vae_fingerprint(self) -> str:
-        return _vae_digest(self.options) or _digest([self.folder / "vae"], self.options.variant)
+        return vae_digest(self.options) or digest_of_folders([self.folder / "vae"], self.options.variant)
 
     def scheduler(self) -> EulerDiscreteScheduler:
         scheduler: Any = EulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
@@ -248,71 +255,13 @@ class FolderBase(Base):
         except (OSError, ValueError, SafetensorError) as fault:
             variant = f" of variant {self.options.variant}" if self.options.variant else ""
             raise UserError(
-                f"{self.name}: no safetensors weights{variant} for {part} ({_first_line(fault)}). "
+                f"{self.name}: no safetensors weights{variant} for {part} ({first_line(fault)}). "
                 "Pickled weights (.bin, .ckpt) are not read."
             ) from fault
-        return _frozen(model, device)
+        return frozen(model, device)
 
     def _hub(self, name: str) -> dict[str, Any]:
         return {"cache_dir": self.options.cache_dir, "local_files_only": Path(name).exists()}
-
-
-class FileBase(Base):
-    """A base in one .safetensors file, in the layout of the original release. The parts' configs come from the hub."""
-
-    def __init__(self, options: BaseOptions, path: Path) -> None:
-        super().__init__(options)
-        self.path = path
-        if path.suffix != ".safetensors":
-            raise UserError(
-                f"{path}: a single-file base must be .safetensors; pickled weights (.ckpt, .bin) are not read."
-            )
-        self._check_is_sdxl()
-
-    @cached_property
-    def _pipeline(self) -> StableDiffusionXLPipeline:
-        try:
-            return StableDiffusionXLPipeline.from_single_file(
-                str(self.path), torch_dtype=torch.float32, cache_dir=self.options.cache_dir
-            )
-        except (OSError, ValueError, AttributeError) as fault:
-            raise UserError(f"{self.path} cannot be read as an SDXL checkpoint ({_first_line(fault)}).") from fault
-
-    @cached_property
-    def unet_config(self) -> dict[str, Any]:
-        return dict(self._pipeline.unet.config)
-
-    @cached_property
-    def vae_config(self) -> dict[str, Any]:
-        vae = _named_vae(self.options, "cpu", torch.float32)
-        return dict((vae or self._pipeline.vae).config)
-
-    @cached_property
-    def zeros_for_empty_prompt(self) -> bool:
-        return bool(self._pipeline.config["force_zeros_for_empty_prompt"])
-
-    @cached_property
-    def text_fingerprint(self) -> str:
-        return _file_digest(self.path)
-
-    @cached_property
-    def vae_fingerprint(self) -> str:
-        return _vae_digest(self.options) or _file_digest(self.path)
-
-    def scheduler(self) -> EulerDiscreteScheduler:
-        scheduler: Any = EulerDiscreteScheduler.from_config(self._pipeline.scheduler.config)
-        return scheduler
-
-    def text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-        parts = self._pipeline
-        encoders = [_frozen(encoder.to(dtype), device) for encoder in (parts.text_encoder, parts.text_encoder_2)]
-        return TextEncoder((parts.tokenizer, parts.tokenizer_2), (encoders[0], encoders[1]), torch.device(device))
-
-    def unet(self, device: torch.device | str, dtype: torch.dtype) -> UNet2DConditionModel:
-        return _frozen(self._pipeline.unet.to(dtype), device)
-
-    def vae(self, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
-        return _named_vae(self.options, device, dtype) or _frozen(self._pipeline.vae.to(dtype), device)
 
 
 def release(device: torch.device | str) -> None:
@@ -335,13 +284,13 @@ def _named_vae(options: BaseOptions, device: torch.device | str, dtype: torch.dt
         )
     except (OSError, ValueError) as fault:
         raise UserError(
-            f"--pretrained_vae_model_name_or_path {options.vae}: no VAE there ({_first_line(fault)}). "
+            f"--pretrained_vae_model_name_or_path {options.vae}: no VAE there ({first_line(fault)}). "
             "Name a folder with config.json and safetensors weights, or a hub id that has these."
         ) from fault
-    return _frozen(vae, device)
+    return frozen(vae, device)
 
 
-def _vae_digest(options: BaseOptions) -> str | None:
+def vae_digest(options: BaseOptions) -> str | None:
     """Digest of the VAE named by the options: of its weights as loaded, wherever they come from."""
     vae = _named_vae(options, "cpu", torch.float32)
     if vae is None:
@@ -353,12 +302,14 @@ def _vae_digest(options: BaseOptions) -> str | None:
     return digest.hexdigest()
 
 
-def _digest(folders: list[Path], variant: str | None) -> str:
+def digest_of_folders(folders: list[Path], variant: str | None, *, weights: bool = True) -> str:
+    """sha256 over the folders' configs and vocabularies and, unless told not to, their weights of one variant."""
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted(folder.iterdir()):
-            if path.suffix in (".json", ".txt") or (path.suffix == ".safetensors" and _variant_of(path) == variant):
-                digest.update(f"{folder.name}/{path.name}\0{_file_digest(path)}\n".encode())
+            wanted = weights and path.suffix == ".safetensors" and _variant_of(path) == variant
+            if wanted or path.suffix in (".json", ".txt"):
+                digest.update(f"{folder.name}/{path.name}\0{file_digest(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -368,12 +319,12 @@ def _variant_of(path: Path) -> str | None:
     return parts[1].split("-")[0] if len(parts) > 2 else None
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _frozen(model: Any, device: torch.device | str) -> Any:
+def frozen(model: Any, device: torch.device | str) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -381,8 +332,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
-        raise UserError(f"{path}: {_first_line(fault)}; a JSON file of a diffusers model is needed.") from fault
+        raise UserError(f"{path}: {first_line(fault)}; a JSON file of a diffusers model is needed.") from fault
 
 
-def _first_line(fault: Exception) -> str:
+def first_line(fault: Exception) -> str:
     return str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__

@@ -12,7 +12,7 @@ from t2i_adapter.errors import UserError
 
 FILE_NAME = "t2i_adapter.json"
 SCHEMA = 1
-_BASE_FIELDS = ("name", "revision", "variant", "vae")
+BASE_FIELDS = ("name", "config", "revision", "variant", "vae")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Metadata:
     """The contents of t2i_adapter.json.
 
     Attributes:
-        base: the frozen model it was trained on: {name, revision, variant, vae}; only `name` is always there.
+        base: the frozen model it was trained on: {name, config, revision, variant, vae}; only `name` is always there.
         condition: what its condition pictures are: {channels, name, options, polarity, ...} as far as known.
         resolution: side in pixels of the training crops.
         data: where the pairs came from.
@@ -103,7 +103,7 @@ def is_path(name: str) -> bool:
 def _checked_base(value: Any, where: str) -> dict[str, Any]:
     base = _checked(value, where, "base", dict)
     _checked(base.get("name"), where, "base.name", str)
-    for key in _BASE_FIELDS[1:]:
+    for key in BASE_FIELDS[1:]:
         _checked(base.get(key), where, f"base.{key}", str, optional=True)
     return base
 

@@ -332,7 +332,13 @@ def metadata(trainer: Trainer, base: Base) -> Metadata:
     options, train = trainer.config, trainer.config.train
     named = options.base
     return Metadata(
-        base={"name": base.name, "revision": named.revision, "variant": named.variant, "vae": named.vae},
+        base={
+            "name": base.name,
+            "config": named.config,
+            "revision": named.revision,
+            "variant": named.variant,
+            "vae": named.vae,
+        },
         condition={"channels": trainer.adapter.config["in_channels"], "column": options.data.conditioning_image_column},
         resolution=options.data.resolution,
         data={"name": options.data.train_data_dir or options.data.dataset_name, "split": options.data.split},

@@ -1,0 +1,306 @@
+"""A base in one file is the same base: every part to the bit, no part longer in memory than it is used."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from single_file import CLIP, OPEN_CLIP, UNET, VAE, write_single_file
+from tiny import write_tiny_sdxl
+from torch import Tensor
+
+from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.errors import UserError
+from t2i_adapter.export.adapter import save_adapter
+from t2i_adapter.generation.options import ModelOptions
+from t2i_adapter.generation.pipeline import open_models
+from t2i_adapter.models.adapter import build_adapter
+from t2i_adapter.models.base import Base, FolderBase, open_base
+from t2i_adapter.models.single_file import CONFIG_FILES, FileBase
+
+# Weights lie in the mapped files at different alignments, by which the CPU's kernels choose the order of their sums.
+SUMMED_IN_OTHER_ORDER = 1e-5
+
+CAPTIONS = ["red circle", "a blue square on the black background", ""]
+
+
+@pytest.fixture(scope="module")
+def file(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_single_file(tiny_base, tmp_path_factory.mktemp("single") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def in_file(file: Path, tiny_base: Path) -> Base:
+    base = open_base(BaseOptions(name=str(file), config=str(tiny_base)))
+    assert isinstance(base, FileBase)
+    return base
+
+
+@pytest.fixture(scope="module")
+def in_folder(tiny_base: Path) -> Base:
+    base = open_base(BaseOptions(name=str(tiny_base)))
+    assert type(base) is FolderBase
+    return base
+
+
+def assert_same_bits(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    first, second = a.state_dict(), b.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_close(a: Tensor, b: Tensor) -> None:
+    assert a.shape == b.shape
+    assert float((a - b).abs().max()) < SUMMED_IN_OTHER_ORDER
+
+
+def test_every_part_is_the_same_to_the_bit(in_file: Base, in_folder: Base) -> None:
+    def parts(base: Base) -> list[Any]:
+        encoders = base.text_encoder("cpu", torch.float32).encoders
+        return [base.unet("cpu", torch.float32), base.vae("cpu", torch.float32), *encoders]
+
+    for ours, theirs in zip(parts(in_file), parts(in_folder), strict=True):
+        assert type(ours) is type(theirs)
+        assert_same_bits(ours, theirs)
+        assert not ours.training
+        assert not any(weight.requires_grad for weight in ours.parameters())
+
+
+def test_configs_are_the_same(in_file: Base, in_folder: Base) -> None:
+    assert in_file.unet_config == in_folder.unet_config
+    assert in_file.vae_config == in_folder.vae_config
+    assert in_file.latent_scale == in_folder.latent_scale
+    assert in_file.native_size == in_folder.native_size
+    assert in_file.zeros_for_empty_prompt == in_folder.zeros_for_empty_prompt
+    assert dict(in_file.scheduler().config) == dict(in_folder.scheduler().config)
+
+
+def test_text_and_pictures_are_encoded_alike(in_file: Base, in_folder: Base) -> None:
+    ours, theirs = (base.text_encoder("cpu", torch.float32) for base in (in_file, in_folder))
+    for a, b in zip(ours.encode(CAPTIONS), theirs.encode(CAPTIONS), strict=True):
+        assert_close(a, b)
+    assert ours.count_tokens(CAPTIONS[1]) == theirs.count_tokens(CAPTIONS[1])
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert_close(in_file.latent_encoder("cpu").encode(images), in_folder.latent_encoder("cpu").encode(images))
+
+
+def test_the_same_picture_is_drawn(in_file: Base, in_folder: Base) -> None:
+    torch.manual_seed(0)
+    adapter = build_adapter(AdapterOptions(), in_folder.unet_config)
+    condition = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+
+    def drawn(base: Base) -> Tensor:
+        pipeline: Any = base.pipeline(adapter, "cpu", torch.float32)
+        return pipeline(
+            "red circle",
+            image=condition,
+            height=64,
+            width=64,
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(1),
+            output_type="pt",
+        ).images
+
+    assert_close(drawn(in_file), drawn(in_folder))
+
+
+def test_a_file_in_half_precision_is_cast(file: Path, tiny_base: Path, tmp_path: Path) -> None:
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()}
+    save_file(half, tmp_path / "half.safetensors")
+    base = open_base(BaseOptions(name=str(tmp_path / "half.safetensors"), config=str(tiny_base)))
+    for dtype in (torch.float32, torch.bfloat16):
+        for part in (base.unet("cpu", dtype), base.vae("cpu", dtype), *base.text_encoder("cpu", dtype).encoders):
+            assert {weight.dtype for weight in part.parameters()} == {dtype}
+    assert torch.equal(
+        base.unet("cpu", torch.float32).state_dict()["conv_in.weight"], half[UNET + "input_blocks.0.0.weight"].float()
+    )
+
+
+def test_parts_are_freed_when_they_are_dropped(in_file: Base) -> None:
+    """The base holds none of them, and with one part no other is loaded."""
+
+    def live() -> list[str]:
+        gc.collect()
+        kinds = ("UNet2DConditionModel", "AutoencoderKL", "CLIPTextModelWithProjection")
+        return sorted(type(thing).__name__ for thing in gc.get_objects() if type(thing).__name__ in kinds)
+
+    before = live()
+    text: Any = in_file.text_encoder("cpu", torch.float32)
+    assert live() == sorted([*before, "CLIPTextModelWithProjection"])
+    unet: Any = in_file.unet("cpu", torch.float32)
+    latents: Any = in_file.latent_encoder("cpu")
+    kept = [weakref.ref(model) for model in (*text.encoders, unet, latents.vae)]
+    weights = [weakref.ref(weight) for weight in unet.parameters()]
+    text = latents = None
+    gc.collect()
+    assert [ref() is None for ref in kept] == [True, True, False, True]
+    unet = None
+    gc.collect()
+    assert kept[2]() is None
+    assert all(ref() is None for ref in weights)
+    assert live() == before
+
+
+def test_configs_are_read_without_weights(file: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """With the file gone after it was opened, all but the parts themselves can still be had."""
+    path = tmp_path / "gone.safetensors"
+    shutil.copyfile(file, path)
+    base = open_base(BaseOptions(name=str(path), config=str(tiny_base)))
+    path.unlink()
+    assert base.unet_config["block_out_channels"] == [16, 32, 64]
+    assert base.vae_config["scaling_factor"] == 0.13025
+    assert base.scheduler().config["prediction_type"] == "epsilon"
+    assert base.zeros_for_empty_prompt
+    with pytest.raises(UserError):
+        base.unet("cpu", torch.float32)
+
+
+def test_fingerprints_follow_weights_and_configs(file: Path, tiny_base: Path, tmp_path: Path) -> None:
+    def prints(path: Path, config: Path) -> tuple[str, str]:
+        base = open_base(BaseOptions(name=str(path), config=str(config)))
+        return base.text_fingerprint, base.vae_fingerprint
+
+    known = prints(file, tiny_base)
+    bare = shutil.copytree(tiny_base, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert prints(file, bare) == known, "weights that lie beside the configs do not count"
+    changed(bare / "vae" / "config.json", scaling_factor=1.0)
+    text, vae = prints(file, bare)
+    assert text == known[0]
+    assert vae != known[1]
+    other = write_single_file(tiny_base, tmp_path / "other.safetensors", more=torch.zeros(1))
+    assert not set(prints(other, tiny_base)) & set(known)
+
+
+def test_configs_from_the_hubs_cache(file: Path, tiny_base: Path, in_folder: Base, tmp_path: Path) -> None:
+    """A hub id that was fetched once is enough without a network; of its files only configs are asked for."""
+    names = [str(path.relative_to(tiny_base)) for path in tiny_base.rglob("*") if path.is_file()]
+    wanted = list(filter_repo_objects(names, allow_patterns=CONFIG_FILES))
+    assert wanted
+    assert not any(name.endswith(".safetensors") for name in wanted)
+    commit = "0" * 40
+    repository = tmp_path / "models--some--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for name in wanted:
+        copy = repository / "snapshots" / commit / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tiny_base / name, copy)
+    base = open_base(BaseOptions(name=str(file), config="some/model", cache_dir=str(tmp_path)))
+    states, _ = base.text_encoder("cpu", torch.float32).encode(CAPTIONS)
+    assert_close(states, in_folder.text_encoder("cpu", torch.float32).encode(CAPTIONS)[0])
+    assert_same_bits(base.unet("cpu", torch.float32), in_folder.unet("cpu", torch.float32))
+
+
+def test_an_adapters_record_opens_its_base(file: Path, tiny_base: Path, in_folder: Base, tmp_path: Path) -> None:
+    adapter = build_adapter(AdapterOptions(), in_folder.unet_config)
+    save_adapter(adapter, tmp_path / "a", metadata={"base": {"name": str(file), "config": str(tiny_base)}}, fp16=False)
+    base = open_models(ModelOptions(adapter=str(tmp_path / "a"), device="cpu")).base
+    assert base.options == BaseOptions(name=str(file), config=str(tiny_base))
+    moved = shutil.copytree(tiny_base, tmp_path / "moved")
+    base = open_models(ModelOptions(adapter=str(tmp_path / "a"), base_config=str(moved), device="cpu")).base
+    assert base.options == BaseOptions(name=str(file), config=str(moved))
+
+
+def changed(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("key", "schedule"), [("v_pred", {"prediction_type": "v_prediction"}), ("ztsnr", {"zero_snr": True})]
+)
+def test_the_schedule_that_a_file_names_is_held_to(tmp_path: Path, key: str, schedule: dict[str, Any]) -> None:
+    right = write_tiny_sdxl(tmp_path / "right", **schedule)
+    wrong = shutil.copytree(right, tmp_path / "wrong")
+    changed(wrong / "scheduler" / "scheduler_config.json", prediction_type="epsilon", rescale_betas_zero_snr=False)
+    path = write_single_file(right, tmp_path / "file.safetensors", **{key: torch.tensor([])})
+    with pytest.raises(UserError, match=rf"has the key {key}: .*says (epsilon|False).*--base.config"):
+        open_base(BaseOptions(name=str(path), config=str(wrong)))
+    config = open_base(BaseOptions(name=str(path), config=str(right))).scheduler().config
+    assert (config["prediction_type"], config["rescale_betas_zero_snr"]) == (
+        schedule.get("prediction_type", "epsilon"),
+        schedule.get("zero_snr", False),
+    )
+
+
+def test_files_that_are_no_sdxl_are_refused(file: Path, tiny_base: Path, tmp_path: Path) -> None:
+    weights = load_file(file)
+    whole = file.read_bytes()
+    pickled, cut, junk = (tmp_path / name for name in ("a.ckpt", "cut.safetensors", "junk.safetensors"))
+    pickled.write_bytes(whole)
+    cut.write_bytes(whole[: len(whole) // 2])
+    junk.write_text("<html>not found</html>")
+    named = {
+        "sd15": {UNET + "out.2.weight": weights[UNET + "out.2.weight"], "cond_stage_model.x": torch.zeros(1)},
+        "unet": {name.removeprefix(UNET): tensor for name, tensor in weights.items() if name.startswith(UNET)},
+        "no_vae": {name: tensor for name, tensor in weights.items() if not name.startswith(VAE)},
+    }
+    for name, content in named.items():
+        save_file(content, tmp_path / f"{name}.safetensors")
+    for name, said in [
+        (pickled, r"a\.ckpt: .*\.safetensors.*pickled"),
+        (cut, r"cut\.safetensors is no whole safetensors file"),
+        (junk, r"junk\.safetensors is no whole safetensors file"),
+        (tmp_path / "sd15.safetensors", r"not an SDXL base.*first_stage_model\.\*, conditioner\.embedders\.0"),
+        (tmp_path / "unet.safetensors", r"not an SDXL base.*model\.diffusion_model\.\*"),
+        (tmp_path / "no_vae.safetensors", r"no weights first_stage_model\.\*\."),
+    ]:
+        with pytest.raises(UserError, match=said):
+            open_base(BaseOptions(name=str(name), config=str(tiny_base)))
+    vae = str(tiny_base / "vae")
+    base = open_base(BaseOptions(name=str(tmp_path / "no_vae.safetensors"), config=str(tiny_base), vae=vae))
+    assert base.vae("cpu", torch.float32) is not None
+
+
+def test_configs_that_are_not_there(file: Path, tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for config, said in [
+        (None, r"takes its configs from .*Give --base\.config"),
+        ("some/model", r"--base\.config some/model: no such folder.*Give --base\.config"),
+        (str(tmp_path / "none"), r"--base\.config .*none: no such folder"),
+        (str(tmp_path / "empty"), r"empty is not an SDXL base in diffusers layout: it has no folder unet/"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            open_base(BaseOptions(name=str(file), config=config))
+    for other in ("nano", str(tiny_base)):
+        with pytest.raises(UserError, match=r"--base\.config .*single file.*leave it out"):
+            open_base(BaseOptions(name=other, config=str(tiny_base)))
+
+
+def shorter(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {**weights, name: weights[name][:2].clone()}
+
+
+def without(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in weights.items() if key != name}
+
+
+@pytest.mark.parametrize("spoil", [shorter, without])
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("unet", UNET + "input_blocks.1.0.in_layers.2.weight"),
+        ("unet", UNET + "label_emb.0.0.weight"),
+        ("vae", VAE + "encoder.down.0.block.0.conv1.bias"),
+        ("text_encoder", CLIP + "final_layer_norm.weight"),
+        ("text_encoder_2", OPEN_CLIP + "ln_final.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_the_configs(
+    file: Path, tiny_base: Path, tmp_path: Path, spoil: Callable[..., dict[str, Tensor]], part: str, name: str
+) -> None:
+    path = tmp_path / "spoilt.safetensors"
+    save_file(spoil(load_file(file), name), path)
+    base = open_base(BaseOptions(name=str(path), config=str(tiny_base)))
+    with pytest.raises(UserError, match=rf"spoilt\.safetensors: its {part} is not what .*--base\.config"):
+        getattr(base, "text_encoder" if part.startswith("text") else part)("cpu", torch.float32)
