@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +25,12 @@ from torch import Tensor
 from t2i_adapter.config import AdapterOptions, BaseOptions
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.adapter import save_adapter
+from t2i_adapter.export.card import usage_code
 from t2i_adapter.generation.options import ModelOptions
 from t2i_adapter.generation.pipeline import open_models
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.base import Base, FolderBase, open_base
+from t2i_adapter.models.metadata import Metadata
 from t2i_adapter.models.single_file import CONFIG_FILES, FileBase
 
 # Weights lie in the mapped files at different alignments, by which the CPU's kernels choose the order of their sums.
@@ -128,7 +132,7 @@ def test_a_file_in_half_precision_is_cast(file: Path, tiny_base: Path, tmp_path:
 
 
 def test_parts_are_freed_when_they_are_dropped(in_file: Base) -> None:
-    """The base holds none of them, and with one part no other is loaded."""
+    """The base holds none of them, nor any that came with them."""
 
     def live() -> list[str]:
         gc.collect()
@@ -210,6 +214,20 @@ def test_an_adapters_record_opens_its_base(file: Path, tiny_base: Path, in_folde
     moved = shutil.copytree(tiny_base, tmp_path / "moved")
     base = open_models(ModelOptions(adapter=str(tmp_path / "a"), base_config=str(moved), device="cpu")).base
     assert base.options == BaseOptions(name=str(file), config=str(moved))
+
+
+def test_the_cards_code_runs(file: Path, tiny_base: Path, in_folder: Base, tmp_path: Path) -> None:
+    """In a folder where file, configs and adapter lie under the names that the card says."""
+    (tmp_path / "base.safetensors").symlink_to(file)
+    (tmp_path / "configs").symlink_to(tiny_base)
+    base = {"name": "base.safetensors", "config": "configs", "vae": "configs/vae", "variant": "fp16"}
+    adapter = build_adapter(AdapterOptions(), in_folder.unet_config)
+    save_adapter(adapter, tmp_path / "adapter", metadata={"base": base})
+    Image.new("RGB", (64, 64)).save(tmp_path / "condition.png")
+    code = usage_code(Metadata.from_dict({"base": base}), "adapter", prompt="red circle")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "picture.png").size == (64, 64)
 
 
 def changed(path: Path, **values: Any) -> None:
@@ -304,3 +322,4 @@ def test_weights_that_do_not_fit_the_configs(
     base = open_base(BaseOptions(name=str(path), config=str(tiny_base)))
     with pytest.raises(UserError, match=rf"spoilt\.safetensors: its {part} is not what .*--base\.config"):
         getattr(base, "text_encoder" if part.startswith("text") else part)("cpu", torch.float32)
+    (base.unet if part == "vae" else base.vae)("cpu", torch.float32)  # reads nothing of the part that is spoilt

@@ -36,8 +36,8 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.float16 if device == "cuda" else torch.float32
 $base
 adapter = T2IAdapter.from_pretrained($adapter, torch_dtype=dtype, variant="fp16" if device == "cuda" else None)
-pipeline = StableDiffusionXLAdapterPipeline.from_pretrained(base, adapter=adapter, ${vae_argument}\
-torch_dtype=dtype$variant)
+pipeline = StableDiffusionXLAdapterPipeline.$load(base, adapter=adapter, ${vae_argument}\
+torch_dtype=dtype$known)
 pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
 pipeline.to(device)
 
@@ -106,14 +106,16 @@ def usage_code(metadata: Metadata, adapter: str, *, prompt: str, channels: int =
     if vae:
         classes.insert(0, "AutoencoderKL")
         lines.append(f"vae = AutoencoderKL.from_pretrained({vae!r}, torch_dtype=dtype)")
-    known = {key: base[key] for key in ("variant", "revision") if base.get(key)}
+    single = base["name"].endswith(".safetensors")
+    known = {key: base[key] for key in ("config" if single else "variant", "revision") if base.get(key)}
     size = (metadata.resolution, metadata.resolution)
     return _CODE.substitute(
         imports=", ".join(classes),
         base="\n".join(lines),
         adapter=repr(adapter),
+        load="from_single_file" if single else "from_pretrained",
         vae_argument="vae=vae, " if vae else "",
-        variant="".join(f", {key}={value!r}" for key, value in known.items()),
+        known="".join(f", {key}={value!r}" for key, value in known.items()),
         convert='.convert("L")' if channels == 1 else "",
         resize=f".resize({size})" if metadata.resolution else "",
         prompt=repr(prompt),
