@@ -119,7 +119,7 @@ def test_one_writer_a_folder_and_a_dead_process_holds_nothing(tmp_path: Path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="output_dir .*file/run': cannot be written"):
+    with pytest.raises(UserError, match="output_dir .*file/run: cannot be written"):
         lock(tmp_path / "file" / "run")
 
 

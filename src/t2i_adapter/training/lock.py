@@ -19,7 +19,7 @@ def lock(folder: Path) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+", encoding="utf-8")
     except (OSError, ValueError) as fault:  # ValueError: a zero byte in the name
-        raise UserError(f"--output_dir {str(folder)!r}: cannot be written ({fault}).") from fault
+        raise UserError(f"--output_dir {folder}: cannot be written ({fault}).") from fault
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as fault:
