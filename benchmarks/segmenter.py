@@ -1,0 +1,64 @@
+"""What the measure itself costs: the segmenter's masks of true renders against the scenes' exact masks.
+
+    python benchmarks/segmenter.py
+
+IoU by kind of background, for renders as they are and for soft ones (blurred by 0.8 px with smooth noise, about as a
+small VAE leaves them). The result goes to benchmarks/segmenter.json and the table to the screen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from t2i_adapter.evaluation.figure import figure_mask
+from t2i_adapter.evaluation.metrics import iou
+from t2i_adapter.sources.shapes import render, sample_scene, visible_masks
+
+SIZE, SCENES, SEED = 128, 400, 11
+BLUR, NOISE = 0.8, 12.0
+
+
+def soft(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(H,W,3) uint8 -> the same blurred, with noise that is itself smooth over 1.5 px."""
+    noise = cv2.GaussianBlur(rng.normal(0, NOISE, picture.shape).astype(np.float32), (0, 0), 1.5)
+    return np.clip(cv2.GaussianBlur(picture.astype(np.float32), (0, 0), BLUR) + noise, 0, 255).astype(np.uint8)
+
+
+def measure() -> dict[str, dict[str, dict[str, float]]]:
+    """background -> "true" and "soft" -> scenes, mean, worst."""
+    rng = np.random.default_rng(0)
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: {"true": [], "soft": []})
+    for index in range(SCENES):
+        scene = sample_scene(SEED, index)
+        picture, mask = np.asarray(render(scene, SIZE)), visible_masks(scene, SIZE).any(axis=0)
+        rows = found[scene.background.pattern]
+        rows["true"].append(iou(figure_mask(picture), mask))
+        rows["soft"].append(iou(figure_mask(soft(picture, rng)), mask))
+    return {
+        pattern: {
+            name: {"scenes": len(values), "mean": round(float(np.mean(values)), 4), "worst": round(min(values), 4)}
+            for name, values in rows.items()
+        }
+        for pattern, rows in sorted(found.items())
+    }
+
+
+def main() -> None:
+    result = measure()
+    settings = {"size": SIZE, "scenes": SCENES, "seed": SEED, "blur": BLUR, "noise": NOISE}
+    content = {"settings": settings, "iou": result}
+    Path("benchmarks/segmenter.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print("| background | scenes | mean | worst | soft: mean | soft: worst |\n|---|---|---|---|---|---|")
+    for pattern, rows in result.items():
+        true, blurred = rows["true"], rows["soft"]
+        cells = [true["mean"], true["worst"], blurred["mean"], blurred["worst"]]
+        print(f"| {pattern} | {true['scenes']} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
