@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "unet":
             stage.add_argument("--samples", type=int, default=20 * 1024, help="pictures to encode and train on")
     out = {"type": Path, "required": True, "help": "folder of the base in diffusers' layout"}
-    _stage(verbs, "export", _export, "write the base in half precision").add_argument("--out", **out)
+    exported = _stage(verbs, "export", _export, "write the base in half precision")
+    exported.add_argument("--out", **out)
+    exported.add_argument("--note", default="", help="what the card is to say about how these weights came about")
     measured = verbs.add_parser("measure", help="measure an exported base; write its README.md and samples.png")
     measured.set_defaults(verb=_measure)
     measured.add_argument("--out", **out)
@@ -103,7 +105,7 @@ def _export(options: argparse.Namespace) -> None:
         for stage in ("vae", "text", "unet", "decoder")
         if checkpoint.exists(options.work / stage)
     }
-    measure.write_recipe(options.out, facts)
+    measure.write_recipe(options.out, {**facts, "note": options.note})
     print(f"{options.out}: {size / 2**20:.1f} MB of weights")
 
 

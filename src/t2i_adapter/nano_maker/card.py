@@ -155,4 +155,4 @@ def _recipe_rows(recipe: dict[str, Any]) -> str:
     for name, what in _STAGES.items():
         if name in recipe:
             rows.append(f"| `{name}`: {what} | {recipe[name]['step']} | {recipe[name]['seconds'] / 60:.0f} |")
-    return "\n".join(rows)
+    return "\n".join([*rows, "", recipe["note"]] if recipe["note"] else rows)

@@ -22,7 +22,7 @@ GUIDANCE = 3.0
 _BATCH = 32
 _SEED = 0  # of the test scenes: the first ones that make-data writes
 _SEEN = 20 * 1024  # training captions to keep the prompts apart from
-_FEW = 64  # prompts for the comparisons, where the mean over pairs is what counts
+_FEW = 48  # prompts for the comparisons, where the mean over pairs is what counts
 
 
 def write_recipe(folder: Path, stages: dict[str, Any]) -> None:

@@ -22,7 +22,9 @@ _TIME_WIDTH = 32  # per number of the six time ids
 _BATCH = 32
 _RATE = 1e-3
 _DROPPED = 0.10  # captions: half become zeros, as SDXL's pipeline passes; half the encoded "", as training scripts do
-_NOISE_WEIGHT = 0.75
+_NOISE_WEIGHT = 0.6
+_TIME_POWER = 0.6  # t = 1000 u^0.6: two thirds of the draws above 500, where it is decided what is drawn, and where
+_HORIZON = 500  # steps of averaging
 _IDENTITY = 4  # latent channels that pass through
 
 
@@ -102,7 +104,7 @@ def train(work: Path, minutes: float, seed: int, samples: Samples, text: TextMod
         batch = samples.take(rng.integers(len(samples), size=_BATCH // world()), device())
         _drop_captions(batch, empty, rng)
         stage.update(_loss(unet, batch, sigmas, rng))
-        follow(modules["average"], unet, step)
+        follow(modules["average"], unet, step, horizon=_HORIZON)
 
 
 def noise_levels() -> Tensor:
@@ -122,7 +124,7 @@ def _drop_captions(batch: dict[str, Tensor], empty: tuple[Tensor, Tensor], rng: 
 
 
 def _loss(unet: nn.Module, batch: dict[str, Tensor], sigmas: Tensor, rng: np.random.Generator) -> Tensor:
-    """Weighted square error of the noise. Timesteps are spread evenly over the batch.
+    """Weighted square error of the noise. The draws of u, and so of t, are spread evenly over the batch.
 
     The weight grows with the noise: colour is decided where an error of the noise counts most in the
     picture. (1 + sigma^2) would be the loss of v-prediction; the exponent _NOISE_WEIGHT tempers it.
@@ -130,7 +132,7 @@ def _loss(unet: nn.Module, batch: dict[str, Tensor], sigmas: Tensor, rng: np.ran
     x0 = batch["latents"]
     B = len(x0)
     spread = (torch.from_numpy(rng.permutation(B)) + torch.from_numpy(rng.random(B))) / B
-    t = (spread * len(sigmas)).long().to(x0.device)
+    t = (spread**_TIME_POWER * len(sigmas)).long().to(x0.device)
     noise = torch.from_numpy(rng.standard_normal(x0.shape, np.float32)).to(x0.device)
     sigma = sigmas[t].view(-1, 1, 1, 1)
     x = (x0 + sigma * noise) / (1 + sigma**2).sqrt()
