@@ -73,6 +73,7 @@ def test_the_guides_command_trains_validates_tracks_and_publishes(work: Path):
             HF_ENDPOINT=hub.address,
             HF_TOKEN=TOKEN,
             HF_HUB_OFFLINE="0",
+            HF_HUB_DISABLE_XET="1",
             WANDB_SILENT="true",
         )
     assert done.returncode == 0, done.stdout
@@ -118,7 +119,14 @@ def test_a_hub_that_fails_at_the_end_costs_nothing_but_a_line(work: Path, tiny_b
     changed = ["--output_dir=kept", "--resolution=64", "--report_to=none", "--dataloader_num_workers=0"]
     with running_hub() as hub:
         hub.fail_commits = True
-        done = launch([*words, *changed], work, HF_ENDPOINT=hub.address, HF_TOKEN=TOKEN, HF_HUB_OFFLINE="0")
+        done = launch(
+            [*words, *changed],
+            work,
+            HF_ENDPOINT=hub.address,
+            HF_TOKEN=TOKEN,
+            HF_HUB_OFFLINE="0",
+            HF_HUB_DISABLE_XET="1",
+        )
     assert done.returncode == 0, done.stdout
     assert "t2i-adapter push --folder kept --model_id someone/kept" in done.stdout
     T2IAdapter.from_pretrained(work / "kept", local_files_only=True)

@@ -35,4 +35,4 @@ class EvaluateOptions(ModelOptions, SamplingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check("num", self.num >= 2, self.num, "2 or more: each pair needs another one's condition as control")
-        check("seed", self.seed >= 0, self.seed, "0 or more")
+        check("seed", 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")

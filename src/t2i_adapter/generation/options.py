@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from t2i_adapter.errors import UserError
@@ -31,7 +32,8 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         check("steps", self.steps >= 1, self.steps, "1 or more")
-        check("scale", self.scale >= 0, self.scale, "0 or more")
+        check("guidance", 0 <= self.guidance < inf, self.guidance, "allowed is 0 or more")
+        check("scale", 0 <= self.scale < inf, self.scale, "allowed is 0 or more")
         factor = self.condition_factor
         check("condition_factor", 0 <= factor <= 1, factor, "allowed is a share from 0 to 1")
         check("batch_size", self.batch_size is None or self.batch_size >= 1, self.batch_size, "1 or more")
@@ -89,7 +91,9 @@ class GenerateOptions(ModelOptions, SamplingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check("num", self.num >= 1, self.num, "1 or more")
-        check("seed", self.seed >= 0, self.seed, "0 or more")
+        check("seed", 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
+        for name, side in (("width", self.width), ("height", self.height)):
+            check(name, side is None or side >= 1, side, "1 or more")
         prompts, images = len(self.prompt), len(self.image)
         if not prompts or not images or (prompts != images and 1 not in (prompts, images)):
             raise UserError(

@@ -93,9 +93,11 @@ cut out of a larger one, another third was smaller or larger than {side} px, wit
 
 ## What it cannot draw
 
+- Clean outlines by itself: {right:.0%} of its shapes are of the kind that the prompt names, the others are blobs of
+  the right colours. Colours are its strength; the form is what an adapter brings.
 - Anything but flat shapes on flat or patterned backgrounds. Photographs, scenes, writing, people: no.
-- Emoji: names give the rough colours and a blob in the right place, not the drawing; a name that was held out is
-  a guess from its words. The bottom rows of the sheet show how far it came.
+- Emoji: a name gives the rough colours and a blob in the middle, not the drawing; a name that was held out is a
+  guess from its words. The bottom rows of the sheet show how far it came.
 - Numbers of things ("three stars"), kinds that it has not met, colours other than the CSS names.
 - Edges are as soft as the VAE's {psnr_mean:.0f} dB let them be; small details such as petals are blurred.
 - With three shapes, colours and depth order are sometimes exchanged.
@@ -126,6 +128,7 @@ def text(numbers: dict[str, Any], recipe: dict[str, Any], prompts: Sequence[str]
         left=numbers["crop_effect"]["moved_left_px"],
         up=numbers["crop_effect"]["moved_up_px"],
         few=numbers["few"],
+        right=numbers["follows"]["right_shape"],
         recipe=_recipe_rows(recipe),
     )
 

@@ -165,6 +165,7 @@ def _find_checkpoint(accelerator: Accelerator, config: Config) -> Path | None:
     if config.checkpoint.resume is None:
         old = checkpoint.list_checkpoints(output)
         if old:
+            lock(output).close()  # if that run still goes on, this says so instead
             raise UserError(
                 f"--output_dir {output} holds {old[-1][1].name} of an earlier run: go on with "
                 "--resume_from_checkpoint latest, or name another folder."
