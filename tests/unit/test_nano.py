@@ -188,6 +188,13 @@ def test_every_caption_is_whole_words():
         assert len(tokenizer(caption).input_ids) == 2 + len(caption.replace(",", " ,").split())
 
 
+def test_vocabulary_is_the_same_in_every_order():
+    some = ["apple", "sea", "an", "banana", "seal", "green", "greenish", "aaa"]
+    vocabulary, merges = words._byte_pairs(some)
+    assert words._byte_pairs(some[::-1]) == (vocabulary, merges)
+    assert all(word + "</w>" in vocabulary for word in some) and len(vocabulary) == 514 + len(merges)
+
+
 def test_judge_reads_the_generator_s_own_pictures():
     right, wrong_color = 0, 0
     for i in range(60):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from ..sources import emoji, shapes
@@ -50,22 +50,38 @@ def _tokenizer(vocabulary: dict[str, int], merges: Any, pad: str) -> CLIPTokeniz
 def _byte_pairs(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges in CLIP's order: bytes, bytes that end a word, merges, the two specials."""
     alphabet = _bytes_in_order()
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix=_SUFFIX))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=2**16,  # no bound: merging ends when every word is whole
-        min_frequency=1,
-        initial_alphabet=alphabet,
-        end_of_word_suffix=_SUFFIX,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(words, trainer)
-    rows = json.loads(tokenizer.to_str())["model"]["merges"]
-    merges = [(first, second) for first, second in rows]
+    merges = _merges(words)
     tokens = [*alphabet, *(letter + _SUFFIX for letter in alphabet), *("".join(pair) for pair in merges), START, END]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
+
+
+def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Byte pair encoding of ASCII words until each is one token; of equally frequent pairs the first by the alphabet.
+
+    The trainer of `tokenizers` takes such ties in the order of a hash map, which differs from process to process:
+    text encoders trained in one would be read in another with some words exchanged.
+    """
+    spelled = [[*word[:-1], word[-1] + _SUFFIX] for word in sorted(set(words))]
+    merges = []
+    while pairs := Counter(pair for pieces in spelled for pair in pairwise(pieces)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        # A word of one piece has no pairs: it is done.
+        spelled = [_merge(pieces, best) for pieces in spelled if len(pieces) > 1]
+    return merges
+
+
+def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    """The pieces with each occurrence of the pair made one."""
+    if pair[0] not in pieces:
+        return pieces
+    merged: list[str] = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
 
 
 def _bytes_in_order() -> list[str]:
