@@ -15,7 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
-from t2i_adapter.demo_options import SIZE, training
+from t2i_adapter.demo_options import GUIDANCE, SIZE, training
 from t2i_adapter.evaluation import run as evaluation
 from t2i_adapter.evaluation.options import EvaluateOptions
 from t2i_adapter.sources.make_data import EmojiOptions, make_emoji
@@ -36,7 +36,10 @@ def main() -> None:
     began = time.monotonic()
     trainer.run(training(str(OUT / "data"), str(adapter), steps=options.steps, seed=0))
     seconds = time.monotonic() - began
-    evaluation.run(EvaluateOptions(adapter=str(adapter), data=str(OUT / "data"), num=options.num, out=str(OUT)))
+    measured = EvaluateOptions(
+        adapter=str(adapter), data=str(OUT / "data"), num=options.num, guidance=GUIDANCE, out=str(OUT)
+    )
+    evaluation.run(measured)
     result = json.loads((OUT / "evaluation.json").read_text(encoding="utf-8"))
     result["training_seconds"] = round(seconds)
     del result["pairs"]

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from t2i_adapter.config import CheckpointOptions, Config, ObjectiveOptions, OptimOptions, TrackingOptions, TrainOptions
-from t2i_adapter.demo_options import SIZE, training
+from t2i_adapter.demo_options import GUIDANCE, SIZE, training
 from t2i_adapter.evaluation.controls import ADAPTER
 from t2i_adapter.evaluation.evaluate import evaluate
 from t2i_adapter.evaluation.pairs import Pair, read_pairs
@@ -107,7 +107,7 @@ def run_arm(name: str, config: Config, test: Path, options: argparse.Namespace) 
     trainer = make_trainer(setup)
     source = open_source(replace(config.data, train_data_dir=str(test), split="test"), 0)
     pipeline = setup.base.pipeline(copy.deepcopy(setup.adapter).eval(), "cpu", torch.float32, unet=trainer.frozen.unet)
-    sampling = SamplingOptions(steps=options.sampling_steps)
+    sampling = SamplingOptions(steps=options.sampling_steps, guidance=GUIDANCE)
     pairs = read_pairs(source, SIZE, setup.adapter.config["in_channels"])
     probe = Probe(pipeline, pairs, options.seconds, options.every, sampling)
     trainer.validate = probe

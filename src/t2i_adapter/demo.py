@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from t2i_adapter.demo_options import SIZE, DemoOptions, training
+from t2i_adapter.demo_options import GUIDANCE, SIZE, DemoOptions, training
 from t2i_adapter.errors import UserError
 from t2i_adapter.evaluation import run as evaluation
 from t2i_adapter.evaluation.options import EvaluateOptions
@@ -39,7 +39,12 @@ def run(options: DemoOptions) -> None:
         with _part("4/4  evaluating on conditions it has not seen"):
             evaluation.run(
                 EvaluateOptions(
-                    adapter=str(adapter), data=str(data), num=options.num_test, seed=options.seed, out=str(out)
+                    adapter=str(adapter),
+                    data=str(data),
+                    num=options.num_test,
+                    guidance=GUIDANCE,
+                    seed=options.seed,
+                    out=str(out),
                 )
             )
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. {_verdict(out)}")
@@ -64,6 +69,7 @@ def _generate_options(data: Path, adapter: Path, out: Path, seed: int) -> Genera
         adapter=str(adapter),
         prompt=tuple(row["text"] for row in rows),
         image=tuple(str(data / "test" / row["conditioning_image_file_name"]) for row in rows),
+        guidance=GUIDANCE,
         seed=seed,
         out=str(out),
     )

@@ -152,3 +152,11 @@ def test_seeds_are_apart_and_do_not_depend_on_the_count() -> None:
     assert picture_seeds(100, 0)[:5] == picture_seeds(5, 0)
     assert not set(picture_seeds(5, 0)) & set(picture_seeds(5, 1))
     assert all(0 <= seed < 2**63 for seed in picture_seeds(100, 0))
+
+
+def test_a_single_odd_pixel_is_no_figure_and_no_fault():
+    picture = np.full((32, 32, 3), 200, np.uint8)
+    for size in (1, 2, 3, 5):
+        spotted = picture.copy()
+        spotted[10 : 10 + size, 12 : 12 + size] = (10, 20, 200)
+        assert figure_mask(spotted).sum() <= size * size

@@ -105,7 +105,7 @@ def _pattern_colors(lab: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """(H,W,3), (K,3) -> (N,3): the colours of small things that are repeated on the ground, all over it."""
     distance = _distance(lab, palette)
     other = distance > _threshold(distance)
-    if not other.any():
+    if np.count_nonzero(other) < 4 * _REPEATS:  # too few for a pattern, and OpenCV reads a single pixel as three
         return palette[:0]
     centers, labels = _clusters(lab[other])
     colored = np.full(other.shape, -1)
