@@ -66,7 +66,10 @@ def _training_pass(base: StableDiffusionXLPipeline, count: int) -> Callable[[], 
     adapter = T2IAdapter(
         in_channels=3, channels=[*channels, channels[-1]], downscale_factor=16, adapter_type="full_adapter_xl"
     )
-    states, _, pooled, _ = base.encode_prompt(PROMPT, num_images_per_prompt=count, do_classifier_free_guidance=False)
+    with torch.no_grad():
+        states, _, pooled, _ = base.encode_prompt(
+            PROMPT, num_images_per_prompt=count, do_classifier_free_guidance=False
+        )
     conditions = {"text_embeds": pooled, "time_ids": torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]] * count)}
     latents, picture = torch.randn(count, 4, SIDE // 8, SIDE // 8), torch.rand(count, 3, SIDE, SIDE)
     timesteps = torch.randint(0, 1000, (count,))

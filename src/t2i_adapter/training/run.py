@@ -204,7 +204,7 @@ def make_trainer(setup: Setup) -> Trainer:
         extra_captions=("", *(row.prompt for row in setup.rows)),
         # Each machine prepares for itself: they may not share a disk.
         rank=accelerator.local_process_index,
-        world=int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
+        world=int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes),
     )
     release(accelerator.device)
     frozen = Frozen(
