@@ -53,7 +53,9 @@ def run(options: DemoOptions) -> None:
 
 
 def _make_data(options: DemoOptions, data: Path) -> None:
-    wanted = ShapesOptions(out=data, num=options.num_train, num_test=options.num_test, size=SIZE, seed=options.seed)
+    wanted = ShapesOptions(
+        out=data, num=options.num_train, num_test=options.num_test, size=SIZE, seed=options.seed, patterns=("plain",)
+    )
     try:
         make_shapes(wanted)
     except UserError:  # an earlier demo with other options left its data here

@@ -144,6 +144,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 def test_interrupt_leaves_no_traceback(tmp_path: Path) -> None:
     code = "import os, signal, sys\nfrom t2i_adapter.cli import guarded\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
     code += "sys.exit(guarded(lambda: os.kill(os.getpid(), signal.SIGINT)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -147,3 +149,29 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path):
 def test_the_token_is_in_nothing_that_is_written():
     written = json.dumps(to_dict(Config(hub=HubOptions(token="hf_planted"))))
     assert "hf_planted" not in written and "model_id" in written
+
+
+FORK = """
+import os, pathlib, sys, time
+from t2i_adapter.training.lock import lock
+
+held = lock(pathlib.Path(sys.argv[1]))
+if os.fork() == 0:
+    time.sleep(30)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_that_outlasts_its_killed_run_holds_nothing(tmp_path: Path):
+    other = subprocess.Popen(
+        [sys.executable, "-c", FORK, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        other.kill()
+        other.wait(timeout=10)
+        lock(tmp_path).close()
+    finally:
+        os.killpg(other.pid, signal.SIGKILL)

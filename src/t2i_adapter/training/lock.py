@@ -21,8 +21,9 @@ def lock(folder: Path) -> IO[str]:
     except (OSError, ValueError) as fault:  # ValueError: a zero byte in the name
         raise UserError(f"--output_dir {folder}: cannot be written ({fault}).") from fault
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as fault:
+        # A record lock belongs to this process alone. flock's would live on in loader workers that outlast a kill.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as fault:
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()
