@@ -66,13 +66,19 @@ class DataOptions:
     """Pairs of pictures and captions, and how each is cut to size."""
 
     train_data_dir: str | None = None
-    """Folder in the layout of `datasets` (train/metadata.jsonl beside the pictures). This or dataset_name."""
+    """Where the pairs are: a folder (train/metadata.jsonl beside the pictures, or images/, conditions/ and captions in
+    .txt), a manifest (.jsonl, .csv, .parquet), tar or parquet shards by glob or braces, local or http://, https://,
+    s3://, an emoji package (.tgz), or `shapes`. This or dataset_name."""
     dataset_name: str | None = None
     """Hub id, or a local folder, of a data set. This or train_data_dir."""
     dataset_config_name: str | None = None
     """Configuration of the hub data set, where it has several."""
     dataset_revision: str | None = None
     """Hub revision (branch, tag or commit) of the data set."""
+    kind: Literal["auto", "folder", "paired", "manifest", "tar", "parquet", "hub", "emoji", "shapes"] = "auto"
+    """How the data is laid out; `auto` tells by its name and content, and says what it took it for."""
+    streaming: bool = False
+    """Read a hub data set's parquet shards one by one instead of downloading it whole first."""
     split: str = "train"
     """Split to train on."""
     cache_dir: str | None = None
@@ -83,18 +89,55 @@ class DataOptions:
     """Column of the condition picture: decoded pictures, paths or bytes."""
     caption_column: str = "text"
     """Column of the caption, or of a list of captions of which one is drawn each time."""
+    condition: str | None = None
+    """Make the condition from the image with this annotator, for example canny; None takes the condition column."""
     max_train_samples: int | None = None
     """Use only this many rows, chosen by the seed."""
+    skip: str | None = None
+    """File of rows to leave out, one key a line, as `doctor` writes it."""
+    on_bad_sample: Literal["fail", "skip"] = "fail"
+    """`skip` leaves out rows that cannot be read, lists each with its reason in the run's bad_samples.jsonl, and stops
+    past max_bad_share."""
+    max_bad_share: float = 0.01
+    """Largest share of bad rows, 0 to 1, that on_bad_sample skip accepts."""
     resolution: int = 1024
-    """Side of the training crop in pixels: the shorter side is resized to it, then the centre is cut out."""
+    """Side of the training crop in pixels, and with buckets the square root of its area."""
+    buckets: Literal["none", "sdxl", "generated"] = "none"
+    """`none` cuts a square. `sdxl` picks the size of SDXL's own list that is nearest in aspect, scaled to the
+    resolution; `generated` all sizes of about that area in multiples of bucket_step."""
+    bucket_step: int = 64
+    """Sides of buckets are multiples of this many pixels; 32 at least."""
+    crop: Literal["center", "random"] = "center"
+    """Where the crop lies on the resized picture; `random` draws it for each view."""
+    flip: bool = False
+    """Show mirrored pictures too, half of the time: left and right of pose and normal maps are exchanged with them."""
+    views: int = 1
+    """Crops (random) and mirrorings that are kept of each picture; each time one of them is drawn."""
+    condition_kind: Literal["map", "labels", "pose", "normal"] = "map"
+    """What the condition's colours mean: `labels` are never blended (nearest), `pose` has OpenPose's left and right
+    colours, `normal` directions; it matters where pictures are scaled or mirrored."""
+    background: str = "white"
+    """What shows through transparent pixels: a colour's name or #rrggbb."""
     crops_coords_top_left_h: int = 0
     """Added to the true crop's top coordinate in SDXL's size conditioning, in pixels."""
     crops_coords_top_left_w: int = 0
     """Added to the true crop's left coordinate in SDXL's size conditioning, in pixels."""
     proportion_empty_prompts: float = 0.0
     """Share of draws, 0 to 1, whose caption is replaced by the empty one; drawn when a batch is built."""
+    caption_prefix: str = ""
+    """Put before every caption that is not empty, for example a trigger word."""
+    shuffle_tags: bool = False
+    """Read captions as lists of tags between commas and shuffle them anew at each draw."""
+    keep_tags: int = 0
+    """How many first tags keep their place when tags are shuffled."""
     num_workers: int = 1
     """Processes that build batches; 0 builds them in the training process. The samples are the same for any number."""
+    cache: Literal["disk", "none"] = "disk"
+    """`disk` encodes every picture once and keeps the latents; `none` encodes at each step, for streams too large to
+    keep."""
+    text_cache: Literal["auto", "disk", "live"] = "auto"
+    """`disk` keeps every caption's text states (308 KiB each for SDXL); `live` keeps the text encoders loaded. `auto`
+    decides by their size, and says so."""
     prepared_dir: str | None = None
     """Where latents and text states are kept, keyed by content; None is ~/.cache/t2i_adapter/prepared (or
     $T2I_ADAPTER_CACHE)."""
@@ -106,6 +149,12 @@ class DataOptions:
         _allow("dataloader_num_workers", self.num_workers >= 0, self.num_workers, "0 or more")
         count = self.max_train_samples
         _allow("max_train_samples", count is None or count >= 1, count, "1 or more")
+        bad = self.max_bad_share
+        _allow("data.max_bad_share", 0 <= bad < 1, bad, "allowed is 0 up to, not including, 1")
+        step = self.bucket_step
+        _allow("data.bucket_step", step >= 32 and step % 32 == 0, step, "allowed are multiples of 32")
+        _allow("data.views", 1 <= self.views <= 64, self.views, "allowed is 1 to 64")
+        _allow("data.keep_tags", self.keep_tags >= 0, self.keep_tags, "0 or more")
 
 
 @dataclass(frozen=True)

@@ -41,17 +41,44 @@ class Geometry:
     """Where a training crop lies on its original picture; all in pixels, each pair (height, width).
 
     `original` is the picture as stored (upright), `resized` the size it was scaled to, `top_left` the crop's corner
-    on the resized picture, `target` the crop's size.
+    on the resized picture, `target` the crop's size. `flipped` mirrors left and right after the crop.
     """
 
     original: tuple[int, int]
     resized: tuple[int, int]
     top_left: tuple[int, int]
     target: tuple[int, int]
+    flipped: bool = False
 
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
         """SDXL's micro-conditioning, in its order: original size, crop corner, target size (SDXL report, 2.2)."""
         return (*self.original, *self.top_left, *self.target)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A batch as the loader builds it: all its choices made, and what no cache holds still to be encoded.
+
+    Attributes:
+        moments: (B,8,h,w) float16, or None where `pixels` are to be encoded.
+        pixels: (B,3,H,W) uint8, or None.
+        condition: (B,C,H,W) uint8.
+        text, pooled: (B,L,D) and (B,P) float16, or None where `captions` are to be encoded.
+        captions: what each sample is told, dropped ones empty.
+        time_ids, timesteps, noise, latent_noise, keys: as in `Batch`.
+    """
+
+    moments: Tensor | None
+    pixels: Tensor | None
+    condition: Tensor
+    text: Tensor | None
+    pooled: Tensor | None
+    captions: tuple[str, ...]
+    time_ids: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    latent_noise: Tensor
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True)

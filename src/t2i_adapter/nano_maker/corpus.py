@@ -11,7 +11,7 @@ from ..sources import emoji, shapes
 from . import captions, pictures
 from .cache import Drawn
 
-_EMOJI_SHARE = 0.13  # of the UNet's samples: a side domain, too varied for so small a network to master
+_EMOJI_SHARE = 0.10  # of the UNet's samples: a side domain, too varied for so small a network to master
 _EMOJI_TEXT_SHARE = 0.2  # of the captions: names are rare words
 _WHITE_SHARE = 0.5  # of the emoji: on white, as `make-data emoji` writes them; the others on any colour
 _SEED = 11  # of the scenes; make-data's default seed, from which the measures draw, is another

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _WARMUP = 100  # steps
 _DECAY_FROM = 0.6  # of the time: until here the full rate, then a cosine down
 _SAVE_EVERY = 120.0  # seconds
 _LOG_EVERY = 20.0  # seconds
+_ADAMW = partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=1e-4)
 
 
 def device() -> torch.device:
@@ -52,11 +54,19 @@ class Stage:
     steps but the same curve.
     """
 
-    def __init__(self, folder: Path, minutes: float, rate: float, modules: dict[str, nn.Module], trained: list[str]):
+    def __init__(
+        self,
+        folder: Path,
+        minutes: float,
+        rate: float,
+        modules: dict[str, nn.Module],
+        trained: list[str],
+        optimizer: Callable[..., torch.optim.Optimizer] = _ADAMW,
+    ) -> None:
         self.folder, self.seconds, self.rate = folder, minutes * 60, rate
         self.modules = modules
         parameters = [p for name in trained for p in modules[name].parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
+        self.optimizer = optimizer(parameters, lr=rate)
         self.parameters = parameters
         self.step, self.used = 0, 0.0
         self.losses: list[Tensor] = []

@@ -11,6 +11,7 @@ from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from .cache import Samples
+from .muon import Muon
 from .pictures import NATIVE
 from .run import Stage, averaged, device, follow, rank, world
 from .text import POOLED, WIDTHS, TextModels
@@ -19,7 +20,7 @@ from .vae import REDUCTION
 _CHANNELS = (48, 96, 128)
 _GROUPS = 4
 _TIME_WIDTH = 32  # per number of the six time ids
-_BATCH = 32
+_BATCH = 64
 _RATE = 1e-3
 _DROPPED = 0.10  # captions: half become zeros, as SDXL's pipeline passes; half the encoded "", as training scripts do
 _NOISE_WEIGHT = 0.6
@@ -95,7 +96,7 @@ def train(work: Path, minutes: float, seed: int, samples: Samples, text: TextMod
     unet = build()
     unet.to(device())  # pyright: ignore[reportArgumentType]
     modules = {"unet": unet, "average": averaged(unet)}
-    stage = Stage(work / "unet", minutes, _RATE, modules, trained=["unet"])
+    stage = Stage(work / "unet", minutes, _RATE, modules, trained=["unet"], optimizer=Muon)
     with torch.no_grad():
         empty = text.encode([""])
     sigmas = noise_levels().to(device())
