@@ -346,6 +346,8 @@ class HubOptions:
     """Access token; None uses the one `hf auth login` keeps. It is never written anywhere."""
     private: bool = True
     """Make the repository private, where it is created."""
+    license: str | None = None
+    """Licence of the adapter as the hub names it, for example apache-2.0, for the card; None states none."""
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,7 @@ def test_the_guides_command_line() -> None:
             "logging_dir": "logs",
             "log_every": 10,
         },
-        "hub": {"push": True, "model_id": None, "private": True},
+        "hub": {"push": True, "model_id": None, "private": True, "license": None},
     }
 
 

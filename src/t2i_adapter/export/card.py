@@ -56,6 +56,19 @@ class CardSample:
     pictures: Sequence[Image.Image]
 
 
+def strip(sample: CardSample, largest: int | None = None) -> Image.Image:
+    """The condition and the pictures side by side, none of them larger than `largest` pixels a side."""
+    cells = [picture.convert("RGB") for picture in (sample.condition, *sample.pictures)]
+    for cell in cells:
+        cell.thumbnail((largest or cell.width, largest or cell.height), Image.Resampling.LANCZOS)
+    row = Image.new("RGB", (sum(cell.width for cell in cells), max(cell.height for cell in cells)), "white")
+    left = 0
+    for cell in cells:
+        row.paste(cell, (left, 0))
+        left += cell.width
+    return row
+
+
 def write_card(
     folder: str | Path,
     *,
@@ -80,7 +93,7 @@ def write_card(
     for old in (root / PICTURES).glob("sample_??.png"):
         old.unlink()
     for number, sample in enumerate(samples):
-        _strip(sample).save(root / PICTURES / f"sample_{number:02d}.png")
+        strip(sample, _MAX_PICTURE).save(root / PICTURES / f"sample_{number:02d}.png")
     if hyperparameters is None:
         hyperparameters = {**public.optim, **public.training, "steps": public.steps, "seed": public.seed}
     prompt = samples[0].prompt if samples else "a prompt"
@@ -201,19 +214,6 @@ def _samples(samples: Sequence[CardSample]) -> str:
         for number, sample in enumerate(samples)
     ]
     return "## Samples\n\nThe condition, then pictures drawn with it.\n\n" + "\n\n".join(shown)
-
-
-def _strip(sample: CardSample) -> Image.Image:
-    """The condition and the pictures side by side."""
-    cells = [picture.convert("RGB") for picture in (sample.condition, *sample.pictures)]
-    for cell in cells:
-        cell.thumbnail((_MAX_PICTURE, _MAX_PICTURE), Image.Resampling.LANCZOS)
-    strip = Image.new("RGB", (sum(cell.width for cell in cells), max(cell.height for cell in cells)), "white")
-    left = 0
-    for cell in cells:
-        strip.paste(cell, (left, 0))
-        left += cell.width
-    return strip
 
 
 def _hyperparameters(values: Mapping[str, Any]) -> str:

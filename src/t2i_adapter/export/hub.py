@@ -18,21 +18,24 @@ from t2i_adapter.models.metadata import FILE_NAME, read_metadata
 FILES = (CONFIG, WEIGHTS, WEIGHTS_FP16, CARD)
 
 
-def check_access(folder: str | Path, *, model_id: str | None, token: str | None, private: bool) -> str:
+def check_access(
+    folder: str | Path, *, model_id: str | None, token: str | None, private: bool, asked_by: str = "--push_to_hub"
+) -> str:
     """Makes sure that the repository is there and can be written to, making it if it is not; returns its id.
 
     Args:
         folder: the adapter's folder; its name names the repository where `model_id` is None.
+        asked_by: the flag or verb that messages name.
 
     Raises:
         UserError: no token, a token that may only read, a name the hub refuses, or no hub in reach.
     """
-    with _asking_the_hub("--push_to_hub", token):
+    with _asking_the_hub(asked_by, token):
         api = HfApi(token=token)
         account = api.whoami()
         role = account.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
-            raise UserError("--push_to_hub: the token may only read; make one that may write, or leave the flag out.")
+            raise UserError(f"{asked_by}: the token may only read; make one that may write.")
         name = model_id or Path(folder).expanduser().resolve().name
         return api.create_repo(_full_id(name, account["name"]), private=private, exist_ok=True).repo_id
 

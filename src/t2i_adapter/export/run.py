@@ -19,6 +19,8 @@ def push(options: PushOptions) -> None:
         set_license(folder, options.license)
     if options.evaluation:
         add_evaluation(folder, options.evaluation)
-    repo_id = hub.check_access(folder, model_id=options.model_id, token=options.token, private=options.private)
+    repo_id = hub.check_access(
+        folder, model_id=options.model_id, token=options.token, private=options.private, asked_by="push"
+    )
     name_repository(folder, repo_id)
     print(hub.push(folder, repo_id, token=options.token))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,7 @@ def _download(options: BaseOptions) -> Path:
     return Path(folder)
 
 
-class Base:
+class Base(ABC):
     """An SDXL, frozen. Parts are loaded by each call and belong to the caller, who drops them when done."""
 
     def __init__(self, options: BaseOptions) -> None:
@@ -82,46 +83,46 @@ class Base:
 
     # What a kind of base must answer -------------------------------------------------------------------------------
 
-    @cached_property
+    @property
+    @abstractmethod
     def unet_config(self) -> dict[str, Any]:
         """The UNet's config; no weights are read."""
-        raise NotImplementedError
 
-    @cached_property
+    @property
+    @abstractmethod
     def vae_config(self) -> dict[str, Any]:
         """The VAE's config; no weights are read."""
-        raise NotImplementedError
 
-    @cached_property
+    @property
+    @abstractmethod
     def zeros_for_empty_prompt(self) -> bool:
         """Whether pipelines of this base use zeros where no negative prompt is given (SDXL's own does)."""
-        raise NotImplementedError
 
-    @cached_property
+    @property
+    @abstractmethod
     def text_fingerprint(self) -> str:
         """sha256 of all that decides a caption's states: configs, vocabularies, weights."""
-        raise NotImplementedError
 
-    @cached_property
+    @property
+    @abstractmethod
     def vae_fingerprint(self) -> str:
         """sha256 of all that decides a picture's moments: config and weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scheduler(self) -> EulerDiscreteScheduler:
         """The base's noise schedule."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
         """Both tokenizers and text encoders, on the device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unet(self, device: torch.device | str, dtype: torch.dtype) -> UNet2DConditionModel:
         """The UNet, frozen."""
-        raise NotImplementedError
 
+    @abstractmethod
     def vae(self, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
         """The VAE, frozen; the one of `options.vae` if that is given."""
-        raise NotImplementedError
 
     # What follows from it ------------------------------------------------------------------------------------------
 

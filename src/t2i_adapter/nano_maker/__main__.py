@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..errors import UserError
-from . import cache, checkpoint, corpus, export, measure, run, text, unet, vae, words
+from t2i_adapter.errors import UserError
+from t2i_adapter.nano_maker import cache, checkpoint, corpus, export, measure, run, text, unet, vae, words
 
 _MINUTES = {"vae": 35.0, "text": 15.0, "unet": 70.0, "decoder": 8.0}
 

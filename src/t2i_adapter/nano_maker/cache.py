@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from . import pictures
-from .run import rank, world
-from .text import TextModels
-from .vae import to_tensor
+from t2i_adapter.nano_maker import pictures
+from t2i_adapter.nano_maker.run import rank, world
+from t2i_adapter.nano_maker.text import TextModels
+from t2i_adapter.nano_maker.vae import to_tensor
 
 SHARD = 2048
 _CHUNK = 64  # samples encoded at a time

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..sources import emoji, shapes
+from t2i_adapter.sources import emoji, shapes
 
 SLOTS = 3  # shapes, front to back
 THUMBNAIL = 8  # pixels: the side of the emoji's picture that its name has to recall

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..sources import emoji, shapes
-from . import captions, pictures
-from .cache import Drawn
+from t2i_adapter.nano_maker import captions, pictures
+from t2i_adapter.nano_maker.cache import Drawn
+from t2i_adapter.sources import emoji, shapes
 
 _EMOJI_SHARE = 0.10  # of the UNet's samples: a side domain, too varied for so small a network to master
 _EMOJI_TEXT_SHARE = 0.2  # of the captions: names are rare words

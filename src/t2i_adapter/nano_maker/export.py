@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 
-from .text import TextModels
-from .unet import scheduler
+from t2i_adapter.nano_maker.text import TextModels
+from t2i_adapter.nano_maker.unet import scheduler
 
 MAX_BYTES = 40 * 2**20
 

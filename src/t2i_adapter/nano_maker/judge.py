@@ -8,8 +8,8 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from ..evaluation.color import srgb_to_lab
-from ..sources import shapes
+from t2i_adapter.evaluation.color import srgb_to_lab
+from t2i_adapter.sources import shapes
 
 _FRAME = 16  # pixels at the rim of the picture, mostly background
 _APART = 12.0  # CIE76: colours that differ by less are one

@@ -12,10 +12,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from ..evaluation.color import ciede2000, srgb_to_lab
-from ..sources import shapes
-from . import card, judge, pictures, vae
-from .corpus import Corpus
+from t2i_adapter.evaluation.color import ciede2000, srgb_to_lab
+from t2i_adapter.nano_maker import card, judge, pictures, vae
+from t2i_adapter.nano_maker.corpus import Corpus
+from t2i_adapter.sources import shapes
 
 STEPS = 20
 GUIDANCE = 3.0

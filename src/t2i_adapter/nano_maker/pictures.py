@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..sources import shapes
+from t2i_adapter.sources import shapes
 
 NATIVE = 128  # pixels: the side of the base's pictures
 _CROPPED_SHARE = 0.2

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint
+from t2i_adapter.nano_maker import checkpoint
 
 _WARMUP = 100  # steps
 _DECAY_FROM = 0.6  # of the time: until here the full rate, then a cosine down

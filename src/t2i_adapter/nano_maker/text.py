@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ..sources import shapes
-from .captions import SLOTS, THUMBNAIL, Facts
-from .run import Stage, device, rank, world
-from .words import END, MAX_TOKENS, START
+from t2i_adapter.nano_maker.captions import SLOTS, THUMBNAIL, Facts
+from t2i_adapter.nano_maker.run import Stage, device, rank, world
+from t2i_adapter.nano_maker.words import END, MAX_TOKENS, START
+from t2i_adapter.sources import shapes
 
 WIDTHS = (96, 160)  # of the two encoders; their sum is the UNet's cross attention width
 POOLED = 128

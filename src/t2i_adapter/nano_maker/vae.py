@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ..sources import shapes
-from . import checkpoint, pictures
-from .run import Stage, averaged, device, follow, rank, world
+from t2i_adapter.nano_maker import checkpoint, pictures
+from t2i_adapter.nano_maker.run import Stage, averaged, device, follow, rank, world
+from t2i_adapter.sources import shapes
 
 REDUCTION = 8
 _BATCH = 16

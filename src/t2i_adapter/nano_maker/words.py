@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import CLIPTokenizer
 
-from ..sources import emoji, shapes
+from t2i_adapter.sources import emoji, shapes
 
 MAX_TOKENS = 77  # as SDXL's
 START, END = "<|startoftext|>", "<|endoftext|>"

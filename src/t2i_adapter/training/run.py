@@ -25,17 +25,14 @@ from t2i_adapter.cache.prepare import Prepared, prepare
 from t2i_adapter.config import Config, to_dict
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError
-from t2i_adapter.export import hub
-from t2i_adapter.export.adapter import save_adapter
-from t2i_adapter.export.card import write_card
 from t2i_adapter.models.adapter import build_adapter, check_fits, check_resolution, load_adapter
 from t2i_adapter.models.base import Base, open_base, release
-from t2i_adapter.models.metadata import Metadata
 from t2i_adapter.sources.table import Source, open_source
 from t2i_adapter.training import checkpoint, optim, tracking
 from t2i_adapter.training.lock import lock
 from t2i_adapter.training.loop import Trainer
 from t2i_adapter.training.plan import Plan, make_plan
+from t2i_adapter.training.publish import find_repository, publish
 from t2i_adapter.training.step import Frozen
 from t2i_adapter.training.validation import Row, Validator, read_rows, text_states
 from t2i_adapter.types import Batch
@@ -75,7 +72,7 @@ def run(config: Config, *, dry_run: bool = False) -> None:
         repo_id = None
         if accelerator.is_main_process:
             held.enter_context(lock(Path(config.output_dir)))
-            repo_id = _repository(config)
+            repo_id = find_repository(config)
             _write_options(config, setup.plan)
         trainer = make_trainer(setup)
         if setup.resume:
@@ -83,7 +80,7 @@ def run(config: Config, *, dry_run: bool = False) -> None:
         tracking.start(accelerator, config)
         trainer.fit()
         if accelerator.is_main_process:
-            _publish(trainer, setup.base, repo_id)
+            publish(trainer, setup.base, repo_id)
         tracking.finish(accelerator)
 
 
@@ -264,14 +261,6 @@ def _states(prepared: Prepared, caption: str, frozen: Frozen) -> tuple[Tensor, T
     return states.to(frozen.unet.device, frozen.dtype), pooled.to(frozen.unet.device, frozen.dtype)
 
 
-def _repository(config: Config) -> str | None:
-    """The hub repository that the adapter will go to, found to be there and writable before anything is paid for."""
-    if not config.hub.push:
-        return None
-    options = config.hub
-    return hub.check_access(config.output_dir, model_id=options.model_id, token=options.token, private=options.private)
-
-
 def _resume(trainer: Trainer, folder: Path) -> None:
     changes = _changed(checkpoint.read_state(folder)["options"], to_dict(trainer.config))
     for line in changes:
@@ -301,57 +290,3 @@ def _write_options(config: Config, plan: Plan) -> None:
 def versions() -> dict[str, str]:
     """Library -> version of what a run's numbers depend on."""
     return {name: version(name) for name in LIBRARIES}
-
-
-def _publish(trainer: Trainer, base: Base, repo_id: str | None) -> None:
-    """The finished adapter and its card at the top of the output folder; then, if wanted, on the hub.
-
-    All is on the disk before the hub is asked, and a hub that fails costs nothing but the line that pushes later.
-    """
-    config, folder = trainer.config, trainer.output_dir
-    record = metadata(trainer, base)
-    save_adapter(trainer.published, folder, metadata=record)
-    channels = trainer.adapter.config["in_channels"]
-    samples = trainer.validate.latest if isinstance(trainer.validate, Validator) else ()
-    write_card(
-        folder, metadata=record, repo_id=repo_id or str(folder), channels=channels, samples=samples, license=None
-    )
-    print(f"The adapter is in {folder}.", flush=True)
-    if repo_id is None:
-        return
-    try:
-        print(f"Published: {hub.push(folder, repo_id, token=config.hub.token)}", flush=True)
-    except UserError as fault:
-        print(
-            f"{fault}\nThe adapter is safe in {folder}; to push it later: {hub.push_command(folder, repo_id)}",
-            flush=True,
-        )
-
-
-def metadata(trainer: Trainer, base: Base) -> Metadata:
-    """What an adapter's folder tells about how it came to be."""
-    options, train = trainer.config, trainer.config.train
-    named = options.base
-    return Metadata(
-        base={
-            "name": base.name,
-            "config": named.config,
-            "revision": named.revision,
-            "variant": named.variant,
-            "vae": named.vae,
-        },
-        condition={"channels": trainer.adapter.config["in_channels"], "column": options.data.conditioning_image_column},
-        resolution=options.data.resolution,
-        data={"name": options.data.train_data_dir or options.data.dataset_name, "split": options.data.split},
-        optim={"name": options.optim.name, "learning_rate": trainer.plan.lr, "schedule": options.optim.schedule},
-        training={
-            "global_batch": trainer.plan.global_batch,
-            "precision": trainer.plan.precision,
-            "timesteps": options.objective.timesteps,
-            "proportion_empty_prompts": options.data.proportion_empty_prompts,
-            "ema_decay": train.ema_decay,
-        },
-        steps=trainer.step,
-        seed=trainer.plan.seed,
-        versions=trainer.versions,
-    )

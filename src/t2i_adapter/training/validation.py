@@ -14,7 +14,7 @@ from PIL import Image
 
 from t2i_adapter.config import Config
 from t2i_adapter.errors import UserError
-from t2i_adapter.export.card import CardSample
+from t2i_adapter.export.card import CardSample, strip
 from t2i_adapter.generation.generate import TextStates, generate
 from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.models.base import Base, release
@@ -106,18 +106,9 @@ class Validator:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for index, sample in enumerate(self.latest):
-                strip([sample.condition, *sample.pictures]).save(folder / f"{index}.png")
+                strip(sample).save(folder / f"{index}.png")
         except OSError as fault:
             self.accelerator.print(f"The validation pictures of step {step} could not be kept ({fault}).")
-
-
-def strip(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one size side by side."""
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (width * len(pictures), height))
-    for index, one in enumerate(pictures):
-        sheet.paste(one.convert("RGB"), (index * width, 0))
-    return sheet
 
 
 def text_states(

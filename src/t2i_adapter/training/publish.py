@@ -1,0 +1,80 @@
+"""The end of a run: the adapter and its card at the top of the output folder, then, if wanted, on the hub."""
+
+from __future__ import annotations
+
+from t2i_adapter.config import Config
+from t2i_adapter.errors import UserError
+from t2i_adapter.export import hub
+from t2i_adapter.export.adapter import save_adapter
+from t2i_adapter.export.card import write_card
+from t2i_adapter.models.base import Base
+from t2i_adapter.models.metadata import Metadata
+from t2i_adapter.training.loop import Trainer
+from t2i_adapter.training.validation import Validator
+
+
+def find_repository(config: Config) -> str | None:
+    """The hub repository that the adapter will go to, found to be there and writable before anything is paid for."""
+    if not config.hub.push:
+        return None
+    options = config.hub
+    return hub.check_access(config.output_dir, model_id=options.model_id, token=options.token, private=options.private)
+
+
+def publish(trainer: Trainer, base: Base, repo_id: str | None) -> None:
+    """The finished adapter and its card at the top of the output folder; then, if wanted, on the hub.
+
+    All is on the disk before the hub is asked, and a hub that fails costs nothing but the line that pushes later.
+    """
+    config, folder = trainer.config, trainer.output_dir
+    record = metadata(trainer, base)
+    save_adapter(trainer.published, folder, metadata=record)
+    channels = trainer.adapter.config["in_channels"]
+    samples = trainer.validate.latest if isinstance(trainer.validate, Validator) else ()
+    write_card(
+        folder,
+        metadata=record,
+        repo_id=repo_id or str(folder),
+        channels=channels,
+        samples=samples,
+        license=config.hub.license,
+    )
+    print(f"The adapter is in {folder}.", flush=True)
+    if repo_id is None:
+        return
+    try:
+        print(f"Published: {hub.push(folder, repo_id, token=config.hub.token)}", flush=True)
+    except UserError as fault:
+        print(
+            f"{fault}\nThe adapter is safe in {folder}; to push it later: {hub.push_command(folder, repo_id)}",
+            flush=True,
+        )
+
+
+def metadata(trainer: Trainer, base: Base) -> Metadata:
+    """What an adapter's folder tells about how it came to be."""
+    options, train = trainer.config, trainer.config.train
+    named = options.base
+    return Metadata(
+        base={
+            "name": base.name,
+            "config": named.config,
+            "revision": named.revision,
+            "variant": named.variant,
+            "vae": named.vae,
+        },
+        condition={"channels": trainer.adapter.config["in_channels"], "column": options.data.conditioning_image_column},
+        resolution=options.data.resolution,
+        data={"name": options.data.train_data_dir or options.data.dataset_name, "split": options.data.split},
+        optim={"name": options.optim.name, "learning_rate": trainer.plan.lr, "schedule": options.optim.schedule},
+        training={
+            "global_batch": trainer.plan.global_batch,
+            "precision": trainer.plan.precision,
+            "timesteps": options.objective.timesteps,
+            "proportion_empty_prompts": options.data.proportion_empty_prompts,
+            "ema_decay": train.ema_decay,
+        },
+        steps=trainer.step,
+        seed=trainer.plan.seed,
+        versions=trainer.versions,
+    )
