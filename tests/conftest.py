@@ -17,6 +17,8 @@ import pytest
 
 HOME = Path(tempfile.mkdtemp(prefix="t2i-adapter-tests-"))
 atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+FETCHED = Path.home() / ".cache" / "t2i_adapter" / "weights"  # what `make install` has fetched, before HOME moves
+os.environ.setdefault("T2I_ADAPTER_WEIGHTS", str(FETCHED))
 os.environ.update(
     HOME=str(HOME),
     HF_HOME=str(HOME / "huggingface"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,7 +77,12 @@ class HubHandler(BaseHTTPRequestHandler):
             return self._missing("EntryNotFound")
         data = path.read_bytes()
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
-        return self._send(200, data, headers, body)
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not span:
+            return self._send(200, data, headers, body)
+        start, end = int(span[1]), min(int(span[2]), len(data) - 1)
+        headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+        return self._send(206, data[start : end + 1], headers, body)
 
     def _tree(self, folder: Path, inner: str) -> None:
         top = folder / inner

@@ -47,6 +47,26 @@ VERBS = {
         "t2i_adapter.sources.make_data:EmojiOptions",
         "t2i_adapter.sources.make_data:make_emoji",
     ),
+    "doctor": Verb(
+        "Look a data set over before training: what is wrong, row by row.",
+        "t2i_adapter.doctor.options:DoctorOptions",
+        "t2i_adapter.doctor.run:run",
+    ),
+    "conditions": Verb(
+        "List the kinds of condition maps, or draw a sheet of them.",
+        "t2i_adapter.annotation.options:ConditionsOptions",
+        "t2i_adapter.annotation.listing:run",
+    ),
+    "annotate": Verb(
+        "Make the condition map of a picture, or of a whole data set.",
+        "t2i_adapter.annotation.options:AnnotateOptions",
+        "t2i_adapter.annotation.run:run",
+    ),
+    "prepare": Verb(
+        "Encode what a training run would need, and stop.",
+        "t2i_adapter.config:Config",
+        "t2i_adapter.training.run:prepare",
+    ),
     "train": Verb(
         "Train an adapter, from flags or a recipe.", "t2i_adapter.config:Config", "t2i_adapter.training.run:run"
     ),
@@ -59,6 +79,21 @@ VERBS = {
         "Measure on held-out pairs how well an adapter controls.",
         "t2i_adapter.evaluation.options:EvaluateOptions",
         "t2i_adapter.evaluation.run:run",
+    ),
+    "cache ls": Verb(
+        "List what is prepared: records, bytes, when it was last used.",
+        "t2i_adapter.cache.options:CacheOptions",
+        "t2i_adapter.cache.verbs:ls",
+    ),
+    "cache verify": Verb(
+        "Read every prepared record and name the damaged files.",
+        "t2i_adapter.cache.options:CacheOptions",
+        "t2i_adapter.cache.verbs:verify",
+    ),
+    "cache rm": Verb(
+        "Remove prepared records: some, those not used for long, or all.",
+        "t2i_adapter.cache.options:RemoveOptions",
+        "t2i_adapter.cache.verbs:rm",
     ),
     "push": Verb(
         "Publish a trained adapter on the hub.", "t2i_adapter.export.options:PushOptions", "t2i_adapter.export.run:push"
@@ -135,12 +170,12 @@ def _answer(words: list[str]) -> None:
 
 
 def _call(verb: str, argv: list[str]) -> None:
-    """Parse a verb's flags and run it; `train` has a recipe and a dry run beside its options."""
+    """Parse a verb's flags and run it; what takes a run's options has a recipe and a dry run beside them."""
     from t2i_adapter.compat import ROWS
     from t2i_adapter.flags import parse_flags, parse_train
 
     prog, function = f"{PROG} {verb}", VERBS[verb].function
-    if verb == "train":
+    if VERBS[verb].options == VERBS["train"].options:
         flags = parse_train(argv, prog, names={row.flag: row.paths[0] for row in ROWS if row.paths})
         resolve(function)(flags.config, dry_run=flags.dry_run)
     else:

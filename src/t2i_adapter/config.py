@@ -90,7 +90,8 @@ class DataOptions:
     caption_column: str = "text"
     """Column of the caption, or of a list of captions of which one is drawn each time."""
     condition: str | None = None
-    """Make the condition from the image with this annotator, for example canny; None takes the condition column."""
+    """Make the condition from the image with this kind of `t2i-adapter conditions`, options after commas, for example
+    canny,low=50; None takes the condition column."""
     max_train_samples: int | None = None
     """Use only this many rows, chosen by the seed."""
     skip: str | None = None

@@ -12,7 +12,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
@@ -67,7 +67,7 @@ def parse_flags(
     `types` gives each flag's type, where it is not each field's of `cls`; `names` maps further words that a misspelt
     flag may have meant to the flag to name then.
     """
-    types = types or option_types(cls)
+    types = types or flag_types(cls)
     if not {"-h", "--help"} & set(argv):
         _check_known(argv, prog, types, names or {})
         _check_required(cls, argv)
@@ -85,6 +85,16 @@ def parse_flags(
     if unknown:
         raise UserError(f"{unknown[0]!r} belongs to no flag; see `{prog} --help`")
     return options
+
+
+def flag_types(cls: Any) -> dict[str, Any]:
+    """Flag -> type of every option of `cls` that is a flag, and not told by its place among the words."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {
+        path: kind
+        for path, kind in option_types(cls).items()
+        if tyro.conf.Positional not in getattr(hints.get(path), "__metadata__", ())
+    }
 
 
 _ARGPARSE_WORDS = (
@@ -144,9 +154,9 @@ def _hint(stem: str, value: str, prog: str, types: Mapping[str, Any], names: Map
 
 
 def _check_required(cls: Any, argv: Sequence[str]) -> None:
-    given = {_stem(word) for word in argv if word.startswith("--")}
+    given, flags = {_stem(word) for word in argv if word.startswith("--")}, flag_types(cls)
     required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-    missing = [f"--{name}" for name in required if name not in given]
+    missing = [f"--{name}" for name in required if name in flags and name not in given]
     if missing:
         raise UserError(f"{' and '.join(missing)}: required, and not given")
 
@@ -166,6 +176,8 @@ def _check_named(config: Config) -> None:
 def _sentence(box: str, types: Mapping[str, Any], prog: str) -> str:
     """What tyro says in a box, as one line: its first section, with what is allowed by the option's type."""
     said = _first_section(box)
+    if place := re.match(r"Missing from .*?: ([A-Z]+)\b", said):
+        return f"{place[1]}: required, and not given"
     flag = re.search(r"--([\w.\-]+)", said)
     kind = types.get(_stem(flag[1])) if flag else None
     if flag is None or kind is None:  # tyro's messages have another form than those known here

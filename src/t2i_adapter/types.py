@@ -51,8 +51,14 @@ class Geometry:
     flipped: bool = False
 
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
-        """SDXL's micro-conditioning, in its order: original size, crop corner, target size (SDXL report, 2.2)."""
-        return (*self.original, *self.top_left, *self.target)
+        """SDXL's micro-conditioning, in its order: original size, crop corner, target size (SDXL report, 2.2).
+
+        The corner of a mirrored crop is the one it has on the mirrored picture, which is what the model sees.
+        """
+        top, left = self.top_left
+        if self.flipped:
+            left = self.resized[1] - self.target[1] - left
+        return (*self.original, top, left, *self.target)
 
 
 @dataclass(frozen=True)
@@ -62,10 +68,11 @@ class Draft:
     Attributes:
         moments: (B,8,h,w) float16, or None where `pixels` are to be encoded.
         pixels: (B,3,H,W) uint8, or None.
-        condition: (B,C,H,W) uint8.
+        condition: (B,C,H,W) uint8; channels that are alike may be views of one.
         text, pooled: (B,L,D) and (B,P) float16, or None where `captions` are to be encoded.
         captions: what each sample is told, dropped ones empty.
         time_ids, timesteps, noise, latent_noise, keys: as in `Batch`.
+        bad: (number, reason) of each sample that could not be read and whose place another has taken.
     """
 
     moments: Tensor | None
@@ -79,6 +86,7 @@ class Draft:
     noise: Tensor
     latent_noise: Tensor
     keys: tuple[str, ...]
+    bad: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,14 @@ def commands(page: Path) -> list[str]:
     return found
 
 
+def code(page: Path, first: str) -> str:
+    """A page's indented program that begins with the line `first`."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    inside = lines[lines.index(f"    {first}") :]
+    end = next(i for i, line in enumerate(inside) if line.strip() and not line.startswith("    "))
+    return "\n".join(line.removeprefix("    ") for line in inside[:end]).rstrip() + "\n"
+
+
 SHOWN = [(page, command) for page in PAGES for command in commands(page)]
 
 
@@ -63,9 +71,9 @@ def _check_make(words: list[str]) -> None:
 def _check_verb(words: list[str]) -> None:
     if words[0] in ("VERB", "--help", "--version") or "--help" in words:
         return
-    name = " ".join(words[:2]) if words[0] == "make-data" else words[0]
+    name = " ".join(words[:2]) if " ".join(words[:2]) in VERBS else words[0]
     rest = words[len(name.split()) :]
-    if name == "train":
+    if VERBS[name].options == VERBS["train"].options:
         if "FILE.yaml" not in rest:
             parse_train(rest, PROG)
         return

@@ -14,7 +14,7 @@ from t2i_adapter.cli import VERBS
 
 SRC = Path(__file__).parents[2] / "src"
 LAYERS = (
-    "errors types config load",
+    "errors files types config load",
     "diffusion",
     "models",
     "sources",
@@ -23,6 +23,8 @@ LAYERS = (
     "batches",
     "generation",
     "evaluation",
+    "annotation",
+    "doctor",
     "export",  # before training, which saves and publishes through it
     "training",
     "nano_maker",

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from t2i_adapter.cli import VERBS, main, resolve
+from t2i_adapter.flags import flag_types
 from t2i_adapter.load import describe, option_types
 
 
@@ -36,7 +37,7 @@ def test_help_shows_and_explains_every_option(name: str, capsys: pytest.CaptureF
         main([*name.split(), "--help"])
     assert not stop.value.code
     entries = help_entries(capsys.readouterr().out)
-    flags = [f"--{path}" for path in option_types(resolve(VERBS[name].options))]
+    flags = [f"--{path}" for path in flag_types(resolve(VERBS[name].options))]
     for flag in flags + (["--recipe", "--dry_run"] if name == "train" else []):
         assert flag in entries, f"{flag} is missing in the help of {name}"
         words = re.findall(r"[a-z]{2,}", re.sub(r"\(default:.*?\)|\(required\)", "", entries[flag]))
@@ -47,7 +48,8 @@ def help_entries(told: str) -> dict[str, str]:
     """Flag -> what the help says after it, from tyro's help with or without its boxes."""
     entries: dict[str, str] = {}
     flag = ""
-    for line in (line.strip("│ ") for line in told.splitlines()):
+    for shown in told.splitlines():
+        line = re.sub(r"^-\w [^,]*, (?=--)", "", shown.strip("│ "))  # -o FILE, --out FILE
         if line.startswith("--") and set(line) != {"-"}:
             flag, _, line = re.sub(r", --\S+", "", line).partition(" ")
         entries[flag] = f"{entries.get(flag, '')} {line}"

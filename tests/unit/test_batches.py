@@ -2,54 +2,80 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import write_circles
 
-from t2i_adapter.batches.item import choose
-from t2i_adapter.batches.loader import make_batches
-from t2i_adapter.batches.order import draws_of, sample_of
-from t2i_adapter.cache.prepare import Prepared, prepare
-from t2i_adapter.config import BaseOptions, Config, DataOptions, ObjectiveOptions, TrainOptions
+from t2i_adapter.batches.item import MAX_BAD_ROWS, choose, choose_view
+from t2i_adapter.batches.loader import MicroBatches, make_drafts
+from t2i_adapter.batches.packing import Packed, unpack
+from t2i_adapter.cache.records import ImageRecord, TextRecord
+from t2i_adapter.config import Config, DataOptions, ObjectiveOptions, TrainOptions
 from t2i_adapter.errors import UserError
-from t2i_adapter.models.base import open_base
-from t2i_adapter.sources.table import open_source
-from t2i_adapter.types import Batch
+from t2i_adapter.types import Draft, Geometry
 
-FIELDS = ("moments", "condition", "text", "pooled", "time_ids", "timesteps", "noise", "latent_noise")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven pairs, wider than high, two captions each."""
-    folder = write_circles(tmp_path_factory.mktemp("batches"), num=7, size=64)
-    metadata = folder / "train" / "metadata.jsonl"
-    metadata.write_text(metadata.read_text().replace('"text": "', '"text": ["a disc", "').replace('"}', '"]}'))
-    return folder
+TENSORS = ("moments", "pixels", "condition", "text", "pooled", "time_ids", "timesteps", "noise", "latent_noise")
+SQUARE = (64, 64)
 
 
-@pytest.fixture(scope="module")
-def prepared(data: Path, tiny_base: Path) -> Prepared:
-    return prepare_at(data, tiny_base, data / "root")
+@dataclass(frozen=True)
+class Memory:
+    """Facts that lie in memory, each array a function of its number: random, so that no two are alike.
 
+    sizes: each sample's crop. live: captions that are to be encoded. encoded: whether there are moments. bad: rows that
+    cannot be read. untold: rows without a caption. grey: conditions whose three channels are one.
+    """
 
-def prepare_at(data: Path, base: Path, root: Path) -> Prepared:
-    return prepare(
-        open_source(DataOptions(train_data_dir=str(data)), 0),
-        resolution=64,
-        in_channels=3,
-        base=open_base(BaseOptions(name=str(base))),
-        device="cpu",
-        dtype=torch.float32,
-        root=root,
-        progress=False,
-    )
+    sizes: Sequence[tuple[int, int]] = (SQUARE,) * 7
+    views: int = 1
+    live: frozenset[str] = frozenset()
+    encoded: bool = True
+    bad: frozenset[int] = frozenset()
+    untold: frozenset[int] = frozenset()
+    grey: bool = False
+    shards: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", self.shards or (len(self.sizes),))
+
+    @property
+    def groups(self) -> tuple[np.ndarray, ...]:
+        sizes = np.array([height * 10_000 + width for height, width in self.sizes])
+        return tuple(np.flatnonzero(sizes == size) for size in np.unique(sizes))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def fetch(self, number: int, view: int) -> ImageRecord:
+        if number in self.bad:
+            raise UserError(f"row {number}: damaged picture")
+        generator = np.random.default_rng([number, view])
+        height, width = self.sizes[number]
+        condition = generator.integers(0, 256, (1 if self.grey else 3, height, width), dtype=np.uint8)
+        return ImageRecord(
+            key=f"row {number}, view {view}",
+            moments=generator.random((8, height // 8, width // 8)).astype(np.float16) if self.encoded else None,
+            condition=np.broadcast_to(condition, (3, height, width)),
+            geometry=Geometry((height * 2, width * 3), (height, width + 10), (0, 4), (height, width)),
+            pixels=None if self.encoded else generator.integers(0, 256, (3, height, width), dtype=np.uint8),
+        )
+
+    def captions(self, number: int) -> tuple[str, ...]:
+        if number in self.untold:
+            raise UserError(f"row {number}: there is no caption")
+        return f"row {number}", "a disc, round, red"
+
+    def text(self, caption: str) -> TextRecord | None:
+        if caption in self.live:
+            return None
+        generator = np.random.default_rng(list(caption.encode()))
+        return TextRecord(*(generator.random(shape).astype(np.float16) for shape in ((77, 48), (32,))))
 
 
 def config(*, workers: int = 0, batch_size: int = 4, accumulate: int = 1, seed: int = 5, **data: Any) -> Config:
@@ -57,105 +83,135 @@ def config(*, workers: int = 0, batch_size: int = 4, accumulate: int = 1, seed: 
     return Config(data=DataOptions(resolution=64, num_workers=workers, **data), train=train)
 
 
-def batches(
-    prepared: Prepared, options: Config, *, rank: int = 0, world: int = 1, start: int = 0, stop: int = 3
-) -> Any:
+def drafts(
+    facts: Memory, options: Config, *, rank: int = 0, world: int = 1, start: int = 0, stop: int = 3
+) -> list[Draft]:
     steps = {"start_step": start, "stop_step": stop}
-    return list(make_batches(prepared, options, rank=rank, world=world, num_timesteps=1000, **steps))
+    return list(make_drafts(facts, options, rank=rank, world=world, num_timesteps=1000, **steps))
 
 
-def joined(parts: list[Batch]) -> dict[str, torch.Tensor]:
-    return {name: torch.cat([getattr(part, name) for part in parts]) for name in FIELDS}
+def rows(parts: list[Draft]) -> list[dict[str, Any]]:
+    """The samples one by one, wherever one batch ends and the next begins."""
+    return [
+        {name: value[index] for name, value in vars(part).items() if value is not None and name != "bad"}
+        for part in parts
+        for index in range(len(part.keys))
+    ]
 
 
-def same(a: list[Batch], b: list[Batch]) -> bool:
-    left, right = joined(a), joined(b)
-    keys = [key for part in a for key in part.keys], [key for part in b for key in part.keys]
-    return keys[0] == keys[1] and all(torch.equal(left[name], right[name]) for name in FIELDS)
+def same(a: list[Draft], b: list[Draft]) -> bool:
+    def equal(x: Any, y: Any) -> bool:
+        return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+    left, right = rows(a), rows(b)
+    return len(left) == len(right) and all(
+        x.keys() == y.keys() and all(equal(x[name], y[name]) for name in x) for x, y in zip(left, right, strict=True)
+    )
 
 
-def test_shapes_ranges_and_types(prepared: Prepared) -> None:
-    [batch, *_] = batches(prepared, config())
-    shapes = {name: tuple(getattr(batch, name).shape) for name in FIELDS}
+def test_shapes_and_types_are_those_that_are_stored() -> None:
+    [draft, *_] = drafts(Memory(), config())
+    shapes = {name: (tuple(t.shape), t.dtype) for name in TENSORS if (t := getattr(draft, name)) is not None}
     assert shapes == {
-        "moments": (4, 8, 8, 8),
-        "condition": (4, 3, 64, 64),
-        "text": (4, 77, 48),
-        "pooled": (4, 32),
-        "time_ids": (4, 6),
-        "timesteps": (4,),
-        "noise": (4, 4, 8, 8),
-        "latent_noise": (4, 4, 8, 8),
+        "moments": ((4, 8, 8, 8), torch.float16),
+        "condition": ((4, 3, 64, 64), torch.uint8),
+        "text": ((4, 77, 48), torch.float16),
+        "pooled": ((4, 32), torch.float16),
+        "time_ids": ((4, 6), torch.int64),
+        "timesteps": ((4,), torch.int64),
+        "noise": ((4, 4, 8, 8), torch.float32),
+        "latent_noise": ((4, 4, 8, 8), torch.float32),
     }
-    assert {getattr(batch, name).dtype for name in FIELDS if name not in ("time_ids", "timesteps")} == {torch.float32}
-    assert batch.time_ids.dtype == batch.timesteps.dtype == torch.int64
-    assert batch.condition.min() == 0
-    assert batch.condition.max() == 1
-    assert len(batch) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("grey", [False, True])
+def test_every_sample_carries_its_own_facts(workers: int, grey: bool) -> None:
+    facts = Memory(sizes=[(64, 64), (32, 128), (64, 64), (32, 128), (64, 64)], views=2, grey=grey)
+    for row in rows(drafts(facts, config(workers=workers), stop=8)):
+        number, view = (int(part.split()[-1]) for part in row["keys"].split(","))
+        record, text = facts.fetch(number, view), facts.text(row["captions"])
+        assert record.moments is not None and text is not None
+        assert np.array_equal(row["moments"].numpy(), record.moments)
+        assert np.array_equal(row["condition"].numpy(), record.condition)
+        assert np.array_equal(row["text"].numpy(), text.states)
+        assert np.array_equal(row["pooled"].numpy(), text.pooled)
+        assert row["captions"] in facts.captions(number)
+        assert row["time_ids"].tolist() == list(record.geometry.time_ids())
+
+
+def test_a_grey_condition_travels_as_one_channel() -> None:
+    [draft, *_] = drafts(Memory(grey=True), config())
+    assert draft.condition.shape == (4, 3, 64, 64)
+    assert draft.condition.stride(1) == 0
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_any_number_of_workers_gives_the_same_batches(prepared: Prepared, workers: int) -> None:
-    options = config(proportion_empty_prompts=0.3)
+def test_any_number_of_workers_gives_the_same_batches_also_where_all_are_kept(workers: int) -> None:
+    facts = Memory(sizes=[(64, 64), (64, 64), (96, 32), (32, 128)] * 3, views=3, shards=(5, 7))
+    options = config(proportion_empty_prompts=0.3, shuffle_tags=True)
     many = replace(options, data=replace(options.data, num_workers=workers))
-    assert same(batches(prepared, options, stop=6), batches(prepared, many, stop=6))
+    assert same(drafts(facts, options, stop=20), drafts(facts, many, stop=20))
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "world"), [(2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 1, 4), (1, 2, 2)])
-def test_a_global_batch_holds_the_same_draws_however_it_is_spread(
-    prepared: Prepared, batch_size: int, accumulate: int, world: int
-) -> None:
-    whole = batches(prepared, config(batch_size=4), stop=5)
+def test_a_global_batch_holds_the_same_draws_however_it_is_spread(batch_size: int, accumulate: int, world: int) -> None:
+    facts = Memory(sizes=[(64, 64)] * 5 + [(32, 128)] * 4, views=2, shards=(4, 5))
+    whole = drafts(facts, config(batch_size=4), stop=5)
     spread = config(batch_size=batch_size, accumulate=accumulate)
-    ranks = [batches(prepared, spread, rank=rank, world=world, stop=5) for rank in range(world)]
+    ranks = [drafts(facts, spread, rank=rank, world=world, stop=5) for rank in range(world)]
     assert same(whole, [part for micro in zip(*ranks, strict=True) for part in micro])
 
 
-def test_a_run_that_starts_later_gets_what_the_straight_run_got(prepared: Prepared) -> None:
+def test_a_run_that_starts_later_gets_what_the_straight_run_got() -> None:
+    facts = Memory(sizes=[(64, 64)] * 5 + [(32, 128)] * 4, views=2, shards=(4, 5))
     options = config(accumulate=2, batch_size=3)
-    straight = batches(prepared, options, stop=6)
-    assert same(straight[8:], batches(prepared, options, start=4, stop=6))
+    assert same(drafts(facts, options, stop=6)[8:], drafts(facts, options, start=4, stop=6))
 
 
-def test_another_seed_is_another_run_and_lr_is_not(prepared: Prepared) -> None:
+def test_what_builds_batches_goes_to_processes_that_start_afresh() -> None:
+    builder = MicroBatches(Memory(views=2, shards=(3, 4)), config(), 4, 1000, pin=False)
+    sent = pickle.loads(pickle.dumps(builder))
+    one, other = (part[range(8, 12)] for part in (builder, sent))
+    assert isinstance(one, Packed) and isinstance(other, Packed)
+    assert same([unpack(one, {}, pin=False)], [unpack(other, {}, pin=False)])
+
+
+def test_another_seed_is_another_run_and_lr_is_not() -> None:
     options = config()
-    assert not same(batches(prepared, options), batches(prepared, config(seed=6)))
-    assert same(batches(prepared, options), batches(prepared, replace(options, optim=replace(options.optim, lr=1.0))))
+    assert not same(drafts(Memory(), options), drafts(Memory(), config(seed=6)))
+    assert same(drafts(Memory(), options), drafts(Memory(), replace(options, optim=replace(options.optim, lr=1.0))))
 
 
-def test_torch_s_global_generator_is_left_alone(prepared: Prepared) -> None:
+def test_torch_s_global_generator_is_left_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    batches(prepared, config())
+    drafts(Memory(), config())
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_data_set_smaller_than_the_global_batch_is_enough(prepared: Prepared) -> None:
-    [batch] = batches(prepared, config(batch_size=20), stop=1)
-    counts = Counter(batch.keys)
+def test_a_data_set_smaller_than_the_global_batch_is_enough() -> None:
+    [draft] = drafts(Memory(), config(batch_size=20), stop=1)
+    counts = Counter(draft.keys)
     assert len(counts) == 7
     assert set(counts.values()) == {2, 3}, "two whole epochs and six of the third"
-    assert len({noise.sum().item() for noise in batch.noise}) == 20
+    assert len({noise.sum().item() for noise in draft.noise}) == 20
 
 
-def test_every_epoch_is_another_permutation() -> None:
-    epochs = [[sample_of(epoch * 50 + place, 50, seed=1) for place in range(50)] for epoch in range(4)]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert [sample_of(place, 50, seed=2) for place in range(50)] != epochs[0]
-
-
-def test_draws_cover_every_step_once() -> None:
-    def step(number: int, batch_size: int, accumulate: int, world: int) -> list[int]:
-        return [
-            draw
-            for micro in range(accumulate)
-            for rank in range(world)
-            for draw in draws_of(number, micro, rank, batch_size=batch_size, accumulate=accumulate, world=world)
-        ]
-
-    for cut in ((8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)):
-        assert step(3, *cut) == list(range(24, 32))
+def test_a_batch_is_of_one_size_and_every_size_has_its_turns() -> None:
+    facts = Memory(sizes=[(64, 64)] * 6 + [(32, 128)] * 3 + [(128, 32)])
+    parts = drafts(facts, config(), stop=40)
+    shapes = Counter(tuple(part.condition.shape[-2:]) for part in parts)
+    assert 22 <= shapes[(64, 64)] <= 26
+    assert 10 <= shapes[(32, 128)] <= 14
+    assert 2 <= shapes[(128, 32)] <= 6
+    for part in parts:
+        assert part.moments is not None
+        assert (
+            part.noise.shape[-2:]
+            == part.moments.shape[-2:]
+            == (part.condition.shape[-2] // 8, part.time_ids[0, 5] // 8)
+        )
 
 
 def test_choices_are_a_function_of_seed_and_draw_alone() -> None:
@@ -167,6 +223,38 @@ def test_choices_are_a_function_of_seed_and_draw_alone() -> None:
         assert one.timestep != other.timestep
     larger = choose(1, 7, (32, 32))
     assert (larger.caption, larger.drop, larger.timestep) == (one.caption, one.drop, one.timestep)
+    assert choose_view(1, 7) == choose_view(1, 7) != choose_view(1, 8)
+
+
+def test_a_run_without_the_newer_options_draws_what_it_drew_before_there_were_any() -> None:
+    """The numbers themselves, by the rule that earlier releases had."""
+    facts = Memory()
+    for draw, row in enumerate(rows(drafts(facts, config(), stop=4))):
+        generator = np.random.Generator(np.random.PCG64([1, 5, draw]))
+        caption, _, timestep = generator.random(3)
+        generator.standard_normal((4, 1, 1), dtype=np.float32)
+        noise, latent_noise = generator.standard_normal((2, 4, 8, 8), dtype=np.float32)
+        number = np.random.default_rng([0, 5, draw // 7]).permutation(7)[draw % 7]
+        assert row["keys"] == f"row {number}, view 0"
+        assert row["captions"] == facts.captions(number)[int(caption * 2)]
+        assert row["timesteps"] == int((1 - timestep**3) * 1000)
+        assert np.array_equal(row["noise"].numpy(), noise)
+        assert np.array_equal(row["latent_noise"].numpy(), latent_noise)
+
+
+def test_the_newer_options_leave_all_other_choices_as_they_are() -> None:
+    plain = rows(drafts(Memory(), config()))
+    changed = rows(drafts(Memory(views=4), config(shuffle_tags=True, caption_prefix="sks, ")))
+    for name in ("noise", "latent_noise", "timesteps"):
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(plain, changed, strict=True))
+    rows_drawn = [[row["keys"].split(",")[0] for row in part] for part in (plain, changed)]
+    assert rows_drawn[0] == rows_drawn[1]
+
+
+def test_every_view_is_drawn_as_often() -> None:
+    views = Counter(row["keys"][-1] for row in rows(drafts(Memory(views=4), config(batch_size=50), stop=40)))
+    assert set(views) == {"0", "1", "2", "3"}
+    assert max(abs(count - 500) for count in views.values()) < 5 * np.sqrt(2000 * 0.25 * 0.75)
 
 
 def test_the_noise_is_standard_normal_and_the_two_are_independent() -> None:
@@ -191,57 +279,74 @@ def test_the_noise_offset_is_a_constant_a_channel_and_changes_nothing_else() -> 
     assert np.array_equal(plain.latent_noise, offset.latent_noise)
 
 
-def test_captions_are_drawn_and_dropped_batch_by_batch(prepared: Prepared) -> None:
-    empty = prepared.text(prepared.text_key("")).pooled
-    disc = prepared.text(prepared.text_key("a disc")).pooled
-
-    def share(options: Config, pooled: np.ndarray) -> float:
-        parts = joined(batches(prepared, options, stop=50))["pooled"]
-        return (parts == torch.from_numpy(pooled.astype(np.float32))).all(dim=1).float().mean().item()
-
-    spread = 5 / np.sqrt(4 * 200)  # five standard errors of a share near a half, 200 draws
-    assert share(config(), empty) == 0
-    assert share(config(proportion_empty_prompts=1.0), empty) == 1
-    assert abs(share(config(proportion_empty_prompts=0.4), empty) - 0.4) < spread
-    assert abs(share(config(), disc) - 0.5) < spread
-    drawn = [set(), set()]
-    for batch in batches(prepared, config(), stop=14):
-        for key, pooled in zip(batch.keys, batch.pooled, strict=True):
-            drawn[key == "train/00000.png"].add(pooled.sum().item())
-    assert len(drawn[1]) == 2, "one pair shows both of its captions in the course of a run"
+def test_the_noise_offset_reaches_the_batches() -> None:
+    plain, options = config(), replace(config(), objective=ObjectiveOptions(noise_offset=0.5))
+    [a], [b] = drafts(Memory(), plain, stop=1), drafts(Memory(), options, stop=1)
+    assert (a.noise - b.noise).abs().max() > 0.05
+    assert torch.equal(a.latent_noise, b.latent_noise)
 
 
-def test_timesteps_follow_the_sampler_of_the_options(prepared: Prepared) -> None:
-    def mean(name: Any) -> float:
-        options = replace(config(), objective=ObjectiveOptions(timesteps=name))
-        return joined(batches(prepared, options, stop=100))["timesteps"].double().mean().item()
+def test_captions_are_drawn_and_dropped_draw_by_draw() -> None:
+    told = [row["captions"] for row in rows(drafts(Memory(), config(proportion_empty_prompts=0.25), stop=100))]
+    assert abs(told.count("") / 400 - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 400)
+    assert abs(told.count("a disc, round, red") / 400 - 0.375) < 5 * np.sqrt(0.375 * 0.625 / 400)
+    kept = [row["captions"] for row in rows(drafts(Memory(), config(), stop=100))]
+    assert all(a in ("", b) for a, b in zip(told, kept, strict=True)), "dropping changes no other choice"
 
-    assert abs(mean("cubic") - 750) < 5 * 230 / 20  # five standard errors of 400 draws
-    assert abs(mean("uniform") - 500) < 5 * 289 / 20
+
+def test_what_one_sample_lacks_is_left_to_be_encoded_for_all() -> None:
+    options = config(batch_size=14)
+    [draft] = drafts(Memory(live=frozenset(["row 3"])), options, stop=1)
+    assert "row 3" in draft.captions
+    assert draft.text is draft.pooled is None
+    assert draft.moments is not None
+    [draft] = drafts(Memory(encoded=False), options, stop=1)
+    assert draft.moments is None
+    assert draft.pixels is not None
+    assert (draft.pixels.shape, draft.pixels.dtype) == ((14, 3, 64, 64), torch.uint8)
+    assert draft.noise.shape == (14, 4, 8, 8)
 
 
-def test_time_ids_are_each_picture_s_own_plus_the_stated_crop(tiny_base: Path, tmp_path: Path) -> None:
-    from PIL import Image
+def test_the_crop_s_offset_is_added_to_the_true_corner() -> None:
+    [plain], [moved] = (
+        drafts(Memory(), config(**extra), stop=1)
+        for extra in ({}, {"crops_coords_top_left_h": 3, "crops_coords_top_left_w": -5})
+    )
+    assert (moved.time_ids - plain.time_ids).tolist() == [[0, 0, 3, -5, 0, 0]] * 4
+    assert plain.time_ids[0].tolist() == [128, 192, 0, 4, 64, 64]
 
-    data = write_circles(tmp_path / "data", num=2, size=64)
-    for name in ("00001.png", "00001_outline.png"):
-        path = data / "train" / name
-        Image.open(path).resize((192, 96)).save(path)
-    prepared = prepare_at(data, tiny_base, tmp_path / "root")
-    options = config(batch_size=2, crops_coords_top_left_h=3, crops_coords_top_left_w=5)
-    [batch] = batches(prepared, options, stop=1)
-    ids = dict(zip(batch.keys, batch.time_ids.tolist(), strict=True))
-    assert ids == {"train/00000.png": [64, 64, 3, 5, 64, 64], "train/00001.png": [96, 192, 3, 32 + 5, 64, 64]}
+
+SKIP = {"on_bad_sample": "skip", "cache": "none"}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damage_is_one_line_whichever_process_meets_it(
-    data: Path, tiny_base: Path, tmp_path: Path, workers: int
+def test_a_bad_row_s_place_is_taken_by_the_next_of_its_group_and_it_is_reported(workers: int) -> None:
+    sizes = [(64, 64), (32, 128), (64, 64), (32, 128), (64, 64)]
+    good, bad = Memory(sizes), Memory(sizes, bad=frozenset([2]), untold=frozenset([3]))
+    options = config(workers=workers, **SKIP)
+    expected, got = drafts(good, options, stop=10), drafts(bad, options, stop=10)
+    reported = []
+    for a, b in zip(rows(expected), rows(got), strict=True):
+        row, taken = (int(part["keys"].split()[1].strip(",")) for part in (a, b))
+        assert taken == {2: 4, 3: 1}.get(row, row)
+        assert torch.equal(a["noise"], b["noise"])
+        if row in (2, 3):
+            reported.append((row, f"row {row}: {'damaged picture' if row == 2 else 'there is no caption'}"))
+    assert [entry for draft in got for entry in draft.bad] == reported
+    assert {row for row, _ in reported} == {2, 3}
+    assert all(draft.bad == () for draft in expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"on_bad_sample": "skip"}, {"cache": "none"}])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_that_cannot_be_read_ends_the_run_where_it_may_not_be_skipped(
+    options: dict[str, Any], workers: int
 ) -> None:
-    prepared = prepare_at(data, tiny_base, tmp_path)
-    [shard] = tmp_path.glob("images/*/*.shard")
-    shard.write_bytes(b"\0" * 4000 + shard.read_bytes()[4000:])
-    with pytest.raises(UserError, match="cannot be read") as fault:
-        batches(prepared, config(workers=workers))
-    assert "Traceback" not in str(fault.value)
-    assert str(shard) in str(fault.value)
+    with pytest.raises(UserError, match="^row 2: damaged picture$"):
+        drafts(Memory(bad=frozenset([2])), config(workers=workers, **options))
+
+
+def test_a_source_that_is_gone_is_not_searched_to_its_end() -> None:
+    facts = Memory(sizes=(SQUARE,) * 1000, bad=frozenset(range(1000)))
+    with pytest.raises(UserError, match=f"{MAX_BAD_ROWS} rows one after another cannot be read, the last of them: row"):
+        drafts(facts, config(**SKIP))

@@ -12,17 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_adapter.cache.prepare import Stage
+from t2i_adapter.conditions.cut import cut
 from t2i_adapter.config import AdapterOptions, BaseOptions
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.flags import parse_flags
-from t2i_adapter.generation.condition import cover, fit_condition
+from t2i_adapter.generation.condition import fit_condition
 from t2i_adapter.generation.options import GenerateOptions
 from t2i_adapter.generation.run import run
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.base import open_base
-from t2i_adapter.sources.geometry import plan
+from t2i_adapter.sources.geometry import Framing
 from t2i_adapter.types import Sample
 
 
@@ -49,17 +49,11 @@ def options(folder: Path, picture: Path, **changes: Any) -> GenerateOptions:
 
 @pytest.mark.parametrize("original", [(90, 120), (120, 90), (64, 64), (33, 500)])
 def test_a_square_is_cut_as_training_cuts_it(original: tuple[int, int]) -> None:
-    assert cover(original, (64, 64)) == plan(original, 64)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*original, 3), np.uint8))
     for channels in (1, 3):
-        trained = Stage(64, channels, "bilinear").cut(Sample("x", picture, picture, ("",), "0")).condition
+        trained = cut(Sample("x", picture, picture, ("",), "0"), Framing(64), 0, channels).condition
         ours = np.asarray(fit_condition(picture, (64, 64), channels)).reshape(64, 64, -1).transpose(2, 0, 1)
         assert np.array_equal(ours, trained)
-
-
-def test_other_shapes_are_covered_from_the_centre() -> None:
-    geometry = cover((100, 100), (32, 64))
-    assert (geometry.resized, geometry.top_left) == ((64, 64), (16, 0))
 
 
 def test_a_record_draws_its_picture_again(adapter: Path, condition: Path, tmp_path: Path) -> None:

@@ -175,7 +175,12 @@ def random_tree(tree: Any, choices: np.random.Generator) -> Any:
     }
     if {"prompts", "images"} <= set(values):
         values["images"] = tuple(reversed(values["prompts"]))
-    checked = {"resolution": 64, "bucket_step": 64, "views": 2, "schedule": "cosine"}  # options of which not all values pass
+    checked = {
+        "resolution": 64,
+        "bucket_step": 64,
+        "views": 2,
+        "schedule": "cosine",
+    }  # options of which not all values pass
     return replace(tree, **{**values, **{name: value for name, value in checked.items() if name in values}})
 
 

@@ -9,7 +9,17 @@ from PIL import Image, ImageDraw
 from t2i_adapter.evaluation.color import ciede2000, srgb_to_lab
 from t2i_adapter.evaluation.controls import derangement, picture_seeds
 from t2i_adapter.evaluation.figure import figure_mask
-from t2i_adapter.evaluation.metrics import NamedColor, Truth, bootstrap, color_error, edge_f1, iou, measure, outline
+from t2i_adapter.evaluation.metrics import (
+    NamedColor,
+    Truth,
+    bootstrap,
+    color_error,
+    condition_agreement,
+    edge_f1,
+    iou,
+    measure,
+    outline,
+)
 from t2i_adapter.sources.shapes import render, sample_scene, visible_masks
 
 
@@ -160,3 +170,29 @@ def test_a_single_odd_pixel_is_no_figure_and_no_fault():
         spotted = picture.copy()
         spotted[10 : 10 + size, 12 : 12 + size] = (10, 20, 200)
         assert figure_mask(spotted).sum() <= size * size
+
+
+def test_two_valued_conditions_agree_within_the_tolerance() -> None:
+    def lines(*columns: int) -> np.ndarray:
+        drawn = np.zeros((128, 128), np.uint8)
+        drawn[:, list(columns)] = 255
+        return drawn
+
+    assert condition_agreement(lines(20, 90), lines(20, 90), 2) == {"condition_f1": 1.0}
+    assert condition_agreement(lines(22, 88), lines(20, 90), 2) == {"condition_f1": 1.0}
+    assert condition_agreement(lines(23, 87), lines(20, 90), 2) == {"condition_f1": 0.0}
+    half = condition_agreement(lines(20), lines(20, 90), 2)["condition_f1"]
+    assert half == pytest.approx(2 / 3), "precision 1, recall a half"
+    three = condition_agreement(np.stack([lines(20)] * 3, axis=2), np.stack([lines(20, 90)] * 3, axis=2), 2)
+    assert three == {"condition_f1": pytest.approx(half)}
+    assert condition_agreement(lines(), lines(), 2) == {"condition_f1": 1.0}
+    assert condition_agreement(lines(5), lines(), 2) == {"condition_f1": 0.0}
+
+
+def test_other_conditions_differ_by_their_values() -> None:
+    grey = np.full((8, 8), 51, np.uint8)
+    assert condition_agreement(grey, grey, 256) == {"condition_error": 0.0}
+    assert condition_agreement(grey, np.zeros_like(grey), 256)["condition_error"] == pytest.approx(0.2)
+    color = np.zeros((8, 8, 3), np.uint8)
+    color[..., 0] = 255
+    assert condition_agreement(color, np.zeros_like(color), 256)["condition_error"] == pytest.approx((1 / 3) ** 0.5)

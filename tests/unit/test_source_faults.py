@@ -78,8 +78,16 @@ def test_a_missing_column_names_flag_and_columns(data: Path, flag: str) -> None:
 def test_a_bad_json_line_is_named(data: Path) -> None:
     metadata = data / "train" / "metadata.jsonl"
     lines = metadata.read_text().splitlines()
-    metadata.write_text("\n".join([*lines[:2], "{oops", *lines[3:]]))
+    metadata.write_text("\n".join([*lines[:2], "{oops", "", *lines[3:]]))
     assert fault_of(data).startswith(f"{metadata}, line 3: not JSON")
+    others = open_folder(data)
+    assert [others.key(i) for i in range(4)] == [
+        "train/00000.png",
+        "train/00001.png",
+        "train/line 3",
+        "train/00003.png",
+    ]
+    assert others[3].key == "train/00003.png"
     metadata.write_text('"a string"\n')
     assert "line 1: holds str; each line is one object" in fault_of(data)
     metadata.write_bytes(b'{"file_name": "\xff.png"}\n')
@@ -98,11 +106,15 @@ def test_a_bad_json_line_is_named(data: Path) -> None:
         ([["a"]], "holds list"),
     ],
 )
-def test_a_bad_caption_is_found_when_the_data_is_opened(data: Path, caption: Any, part: str) -> None:
+def test_a_bad_caption_is_found_by_reading_or_identifying_its_row_alone(data: Path, caption: Any, part: str) -> None:
     edit_rows(data, lambda rows: rows[2].update(text=caption))
-    with pytest.raises(UserError, match=part) as fault:
-        open_folder(data)
-    assert f"{data}/train/metadata.jsonl, line 3, column text" in str(fault.value)
+    source = open_folder(data)
+    for read in (source.__getitem__, source.identify, lambda number: source.identify(number, "known")):
+        with pytest.raises(UserError, match=part) as fault:
+            read(2)
+        assert f"{data}/train/metadata.jsonl, line 3, column text" in str(fault.value)
+        read(1)
+    assert source.key(2) == "train/00002.png"
 
 
 def test_a_missing_caption_key(data: Path) -> None:
@@ -171,6 +183,12 @@ def test_a_decompression_bomb_is_refused_by_its_header(data: Path) -> None:
         assert part in message
 
 
+def test_a_strip_is_refused_by_its_header(data: Path) -> None:
+    path = data / "train" / "00002.png"
+    Image.new("1", (30_000, 2)).save(path)
+    assert fault_of(data) == f"{path}: 30000x2 pixels; a side has at most 16,384. Scale it down, or cut it."
+
+
 def test_another_aspect_names_row_and_sizes(data: Path) -> None:
     path = data / "train" / "00002_outline.png"
     Image.open(path).resize((128, 64)).save(path)
@@ -236,7 +254,7 @@ def test_the_folder_itself_its_parent_and_dataset_name_are_the_same_data(data: P
     assert [len(source) for source in sources] == [4, 4, 4]
     assert len({source[1].digest for source in sources}) == 1
     assert sources[0][1].key == "train/00001.png"
-    assert sources[0].describe() == f"4 pairs from {data}/train/metadata.jsonl"
+    assert sources[0].describe() == f"4 pairs from {data}/train/metadata.jsonl, read as an image folder"
 
 
 def test_a_picture_in_two_rows_has_two_keys(data: Path) -> None:

@@ -81,7 +81,7 @@ def test_paths_are_relative_to_the_data_folder(circles: Path) -> None:
     Dataset.from_dict(rows).to_csv(circles / "rows.csv")
     source = open_named(circles)
     assert source[0].image.size == (64, 64)
-    assert source.describe() == f"3 pairs from {circles} (split train)"
+    assert source.describe() == f"3 pairs from {circles} (split train), read as a data set"
 
 
 def test_a_null_caption_names_its_row(circles: Path, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_null_caption_names_its_row(circles: Path, tmp_path: Path) -> None:
     rows["text"][1] = None
     folder = write_parquet(tmp_path / "null", rows, PICTURES)
     with pytest.raises(UserError, match=r"null \(split train\), row 1, column text: there is no caption"):
-        open_named(folder)
+        open_named(folder).identify(1, "known")
 
 
 def test_wrong_column_type_split_and_column(circles: Path, tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_hub_data_sets_as_folder_and_as_loading_script(circles: Path, tmp_path: 
         )
     digest = open_named(circles)[1].digest
     as_script, as_folder, absent = run.stdout.splitlines()
-    assert as_script == f"3 pairs from fusing/script (split train) {digest}"
-    assert as_folder == f"3 pairs from fusing/folder (split train) {digest}"
+    assert as_script == f"3 pairs from fusing/script (split train), read as a data set {digest}"
+    assert as_folder == f"3 pairs from fusing/folder (split train), read as a data set {digest}"
     assert absent.startswith("data set fusing/nothing cannot be read: Dataset 'fusing/nothing' doesn't exist")
     assert "fusing/script is a loading script, which is not run" in run.stderr
 

@@ -6,10 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from t2i_adapter.batches.order import DRAW_STREAM, sample_of
-from t2i_adapter.cache.prepare import Prepared
+from t2i_adapter.batches.captions import told
+from t2i_adapter.batches.order import DRAW_STREAM, VIEW_STREAM, Order
+from t2i_adapter.cache.facts import Facts
+from t2i_adapter.cache.records import ImageRecord, TextRecord
 from t2i_adapter.config import Config
 from t2i_adapter.diffusion import timesteps
+from t2i_adapter.errors import UserError
+
+MAX_BAD_ROWS = 100
+"""So many rows one after another that cannot be read are no bad rows but a source that is gone."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +39,16 @@ class Choices:
 
 @dataclass(frozen=True)
 class Item:
-    """One sample of a batch; fields as in `types.Batch`, the condition still u8, moments and text still float16."""
+    """One sample of a batch; fields as in `types.Draft`, without the batch's axis."""
 
-    key: str
-    moments: np.ndarray
-    condition: np.ndarray
-    text: np.ndarray
-    pooled: np.ndarray
-    time_ids: np.ndarray
+    record: ImageRecord
+    text: TextRecord | None
+    caption: str
+    time_ids: tuple[int, ...]
     timestep: int
     noise: np.ndarray
     latent_noise: np.ndarray
+    bad: tuple[tuple[int, str], ...]
 
 
 def choose(seed: int, draw: int, latent: tuple[int, int], noise_offset: float = 0.0) -> Choices:
@@ -58,23 +63,54 @@ def choose(seed: int, draw: int, latent: tuple[int, int], noise_offset: float = 
     return Choices(float(caption), float(drop), float(timestep), noise, latent_noise)
 
 
-def make_item(prepared: Prepared, config: Config, draw: int, *, seed: int, num_timesteps: int) -> Item:
-    """The item that draw `draw` of the run gives."""
-    record = prepared[sample_of(draw, len(prepared), seed)]
-    choices = choose(seed, draw, record.moments.shape[-2:], config.objective.noise_offset)
-    caption = record.captions[int(choices.caption * len(record.captions))]
-    if choices.drop < config.data.proportion_empty_prompts:
-        caption = prepared.text_key("")
-    text = prepared.text(caption)
-    crop = (0, 0, config.data.crops_coords_top_left_h, config.data.crops_coords_top_left_w, 0, 0)
+def choose_view(seed: int, draw: int) -> tuple[float, int]:
+    """Which view, in [0,1), and the seed of the tags' order: a function of (seed, draw), from a stream of its own,
+    since the view must be known before the latent's size is."""
+    generator = np.random.Generator(np.random.PCG64([VIEW_STREAM, seed, draw]))
+    return float(generator.random()), int(generator.integers(2**63))
+
+
+def make_item(facts: Facts, order: Order, config: Config, draw: int, *, seed: int, num_timesteps: int) -> Item:
+    """The item that draw `draw` of the run gives. Raises UserError where its row cannot be read and may not be
+    skipped."""
+    view, tags = choose_view(seed, draw)
+    record, captions, bad = _fetch(facts, order, draw, int(view * facts.views), skip=_may_skip(config))
+    height, width = record.condition.shape[-2:]
+    choices = choose(seed, draw, (height // 8, width // 8), config.objective.noise_offset)
+    caption = told(captions, config.data, pick=choices.caption, drop=choices.drop, tags=tags)
+    original_h, original_w, top, left, *target = record.geometry.time_ids()
+    top, left = top + config.data.crops_coords_top_left_h, left + config.data.crops_coords_top_left_w
     return Item(
-        key=record.key,
-        moments=record.moments,
-        condition=record.condition,
-        text=text.states,
-        pooled=text.pooled,
-        time_ids=np.array(record.geometry.time_ids()) + np.array(crop),
+        record=record,
+        text=facts.text(caption),
+        caption=caption,
+        time_ids=(original_h, original_w, top, left, *target),
         timestep=timesteps.sample(config.objective.timesteps, choices.timestep, num_timesteps),
         noise=choices.noise,
         latent_noise=choices.latent_noise,
+        bad=bad,
     )
+
+
+def _may_skip(config: Config) -> bool:
+    """With a cache bad rows were found and left out before; what cannot be read now is the cache itself."""
+    return config.data.on_bad_sample == "skip" and config.data.cache == "none"
+
+
+def _fetch(
+    facts: Facts, order: Order, draw: int, view: int, *, skip: bool
+) -> tuple[ImageRecord, tuple[str, ...], tuple[tuple[int, str], ...]]:
+    """Record and captions of the draw's sample, or where it cannot be read of the next of its group that can; and
+    (number, reason) of those that were passed over."""
+    group, index = order.place(draw)
+    numbers = facts.groups[group]
+    bad: list[tuple[int, str]] = []
+    for further in range(min(len(numbers), MAX_BAD_ROWS)):
+        number = int(numbers[(index + further) % len(numbers)])
+        try:
+            return facts.fetch(number, view), facts.captions(number), tuple(bad)
+        except UserError as fault:
+            if not skip:
+                raise
+            bad.append((number, str(fault)))
+    raise UserError(f"{len(bad)} rows one after another cannot be read, the last of them: {bad[-1][1]}")

@@ -5,33 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from t2i_adapter.batches.item import Item, make_item
-from t2i_adapter.batches.order import draws_of
-from t2i_adapter.cache.prepare import Prepared
+from t2i_adapter.batches.order import Order, draws_of
+from t2i_adapter.batches.packing import PREFETCH, Packed, Slots, pack, unpack
+from t2i_adapter.cache.facts import Facts
 from t2i_adapter.config import Config
 from t2i_adapter.errors import UserError
-from t2i_adapter.types import Batch
+from t2i_adapter.types import Draft
 
 
-def make_batches(
-    prepared: Prepared,
-    config: Config,
-    *,
-    rank: int,
-    world: int,
-    start_step: int,
-    num_timesteps: int,
-    stop_step: int,
-) -> Iterator[Batch]:
+def make_drafts(
+    facts: Facts, config: Config, *, rank: int, world: int, start_step: int, num_timesteps: int, stop_step: int
+) -> Iterator[Draft]:
     """Yields (stop_step - start_step) * gradient_accumulation_steps micro-batches, on the CPU, pinned where there is
     CUDA. They are the same for any number of workers, and a run that starts at step k gets what one that came there
-    got. `config.train.seed` must be set. Raises UserError where a prepared file is damaged."""
-    seed = config.train.seed
-    assert seed is not None, "the seed is drawn before the run starts"
+    got. `config.train.seed` must be set. Raises UserError where a row cannot be read or a prepared file is damaged."""
     train = config.train
     accumulate = train.gradient_accumulation_steps
     plan = (
@@ -39,54 +31,59 @@ def make_batches(
         for step in range(start_step, stop_step)
         for micro in range(accumulate)
     )
+    pin = torch.cuda.is_available()
+    workers = config.data.num_workers
     loader = DataLoader(
-        MicroBatches(prepared, config, seed, num_timesteps),
+        MicroBatches(facts, config, train.batch_size * accumulate * world, num_timesteps, pin=pin),
         batch_size=None,
         sampler=plan,  # any iterable of indices will do; ours are ranges of draws
-        num_workers=config.data.num_workers,
-        pin_memory=torch.cuda.is_available(),
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        collate_fn=_as_it_is,
         generator=torch.Generator(),  # else it takes a number from torch's global generator
     )
-    for parts in loader:
-        if isinstance(parts, str):
-            raise UserError(parts)
-        yield Batch(**{**parts, "keys": tuple(parts["keys"])})
+    slots: dict[tuple[int, int], Tensor] = {}
+    for packed in loader:
+        if isinstance(packed, str):
+            raise UserError(packed)
+        yield unpack(packed, slots, pin=pin)
 
 
 class MicroBatches(Dataset[Any]):
-    """Indexed by a range of draws, gives the fields of their batch, or the message of a UserError: an exception that
-    crosses a worker's border becomes a page of traceback."""
+    """Indexed by a range of draws, gives their batch, or the message of a UserError: an exception that crosses a
+    worker's border becomes a page of traceback."""
 
-    def __init__(self, prepared: Prepared, config: Config, seed: int, num_timesteps: int) -> None:
-        self._prepared = prepared
+    def __init__(self, facts: Facts, config: Config, global_batch: int, num_timesteps: int, *, pin: bool) -> None:
+        seed = config.train.seed
+        assert seed is not None, "the seed is drawn before the run starts"
+        self._facts = facts
         self._config = config
         self._seed = seed
+        self._order = Order(facts.groups, facts.shards, seed, global_batch)
         self._num_timesteps = num_timesteps
+        self._pin = pin
+        self._slots: Slots | None = None
 
-    def __getitem__(self, draws: range) -> dict[str, Any] | str:
+    def __getitem__(self, draws: range) -> Packed | str:
         try:
-            return collate([self._item(draw) for draw in draws])
+            items = [self._item(draw) for draw in draws]
+            return self._pack(items)
         except UserError as fault:
             return str(fault)
 
     def _item(self, draw: int) -> Item:
-        return make_item(self._prepared, self._config, draw, seed=self._seed, num_timesteps=self._num_timesteps)
+        return make_item(
+            self._facts, self._order, self._config, draw, seed=self._seed, num_timesteps=self._num_timesteps
+        )
+
+    def _pack(self, items: list[Item]) -> Packed:
+        worker = get_worker_info()
+        if worker is None:
+            return pack(items, pin=self._pin)
+        if self._slots is None:
+            self._slots = Slots(worker.id)
+        return self._slots.pack(items)
 
 
-def collate(items: list[Item]) -> dict[str, Any]:
-    """The fields of `types.Batch`: everything float32 but time ids and timesteps, the condition in [0,1]."""
-
-    def floats(name: str) -> torch.Tensor:
-        return torch.from_numpy(np.stack([getattr(item, name) for item in items])).float()
-
-    return {
-        "moments": floats("moments"),
-        "condition": floats("condition").div_(255),
-        "text": floats("text"),
-        "pooled": floats("pooled"),
-        "time_ids": torch.from_numpy(np.stack([item.time_ids for item in items])).long(),
-        "timesteps": torch.tensor([item.timestep for item in items]),
-        "noise": floats("noise"),
-        "latent_noise": floats("latent_noise"),
-        "keys": tuple(item.key for item in items),
-    }
+def _as_it_is(parts: Any) -> Any:
+    return parts

@@ -1,9 +1,11 @@
 """Records of arrays in append-only shard files: written whole or not at all, read by memory map.
 
-A shard is one file: the arrays' bytes one after another, then a JSON index, then a tail of fixed size (length and
-crc32 of the index, magic). It appears under its name by one rename, after it has reached the disk, so a killed
-writer leaves no more than a `.tmp` file behind, and several processes may add to a folder at once: each writes
-shards of its own, and a record that two of them made is simply there twice.
+A shard is one file: records one after another, then the index (each record's key, place, size and tag, column by
+column), then a tail of fixed size (number of records, crc32 of the index, magic). It appears under its name by one
+rename, after it has reached the disk, so a killed writer leaves no more than a `.tmp` file behind, and several
+processes may add to a folder at once: each writes shards of its own, and a record that two of them made is simply
+there twice. A record is its own length and crc32, a JSON header, and its arrays' bytes; its place starts at a multiple
+of 16 bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import errno
 import json
 import mmap
-import os
 import struct
 import sys
 import time
@@ -26,25 +27,33 @@ from typing import Any
 
 import numpy as np
 
+from t2i_adapter.cache.keys import KEY_BYTES, Keys
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import sweep, write_whole
 
 SUFFIX = ".shard"
-MAGIC = b"T2ASHRD1"
+MAGIC = b"T2ASHRD2"
 TAIL = struct.Struct("<QI8s")
+HEAD = struct.Struct("<II")  # bytes of the JSON header, crc32 of all that follows this head
+ALIGN = 16
+INDEX = np.dtype([("key", "u1", KEY_BYTES), ("place", "<u8"), ("size", "<u4"), ("tag", "<u4")])
 SHARD_BYTES = 64 * 2**20
 SHARD_SECONDS = 30.0
 """A shard is written when either is reached."""
 
 MAX_OPEN = 64  # maps held open at once; each holds a file descriptor
-STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
 class Record:
-    """Named arrays and a few plain facts about them. Arrays that were read are read-only views of the file."""
+    """Named arrays and a few plain facts about them. Arrays that were read are read-only views of the file.
+
+    `tag` is a number below 2^32 that the index holds too, so that it is known of all records without reading them.
+    """
 
     arrays: Mapping[str, np.ndarray]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    tag: int = 0
 
 
 class DamagedShardError(Exception):
@@ -52,54 +61,95 @@ class DamagedShardError(Exception):
 
 
 class Shards:
-    """A folder of shards, seen as one read-only mapping from key to record."""
+    """A folder of shards, seen as one read-only table of records: `find` gives rows to keys, `read` reads a row.
+
+    The index lies in arrays (52 bytes a record, and 16 to find it), for there may be millions. A record is checked
+    against its checksum the first time that this process reads it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._index: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._names: list[str] = []
         self._seen: set[str] = set()
-        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
+        self._index = np.empty(0, INDEX)
+        self._shard = np.empty(0, np.int32)
+        self._fresh()
         self.refresh()
+
+    def _fresh(self) -> None:
+        """What follows from the index, and what belongs to this process alone."""
+        self._keys = Keys(self._index["key"])
+        self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
+        self._checked = np.zeros(len(self._index), bool)
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._index
+    def __contains__(self, key: bytes) -> bool:
+        return self._row(key) >= 0
 
-    def __getitem__(self, key: str) -> Record:
-        """Reads one record and checks it against its checksums. Raises UserError where the file is damaged."""
-        shard, entry = self._index[key]
+    def __getitem__(self, key: bytes) -> Record:
+        """Raises KeyError, and UserError where the file is damaged."""
+        row = self._row(key)
+        if row < 0:
+            raise KeyError(key.hex())
+        return self.read(row)
+
+    @property
+    def tags(self) -> np.ndarray:
+        """(rows,) uint32."""
+        return self._index["tag"]
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Rows (N,) int64 of keys (N,32) uint8; -1 where there is none. A row stays what it is after `refresh`."""
+        return self._keys.find(keys)
+
+    def read(self, row: int) -> Record:
+        """Raises UserError where the record's file is damaged or gone."""
+        entry, name = self._index[row], self._names[self._shard[row]]
         try:
-            data = self._map(shard)
-            return Record({name: _array(data, spec) for name, spec in entry["arrays"].items()}, entry["facts"])
+            data = memoryview(self._map(int(self._shard[row])))
+            record = unpack(data[int(entry["place"]) :][: int(entry["size"])], check=not self._checked[row])
         except (OSError, ValueError, DamagedShardError) as fault:
             raise UserError(
-                f"{self.folder / shard}: a prepared record cannot be read ({fault}). "
+                f"{self.folder / name}: a prepared record cannot be read ({fault}). "
                 "Delete that file and start again: what it held is made anew."
             ) from fault
+        self._checked[row] = True
+        return record
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": OrderedDict()}  # maps do not cross to loader processes
+        return {name: value for name, value in self.__dict__.items() if name not in ("_keys", "_maps", "_checked")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._fresh()
 
     def refresh(self) -> None:
         """Takes in the shards that have appeared since; a damaged one is left out, and said so."""
-        if not self.folder.is_dir():
-            return
+        found = [self._index]
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             if path.name in self._seen:
                 continue
             self._seen.add(path.name)
             try:
-                index = read_index(path)
+                found.append(read_index(path))
             except (OSError, DamagedShardError) as fault:
                 print(f"{path} is damaged ({fault}): left out, what it held is made anew.", file=sys.stderr)
                 continue
-            self._index.update((key, (path.name, entry)) for key, entry in index.items())
+            self._names.append(path.name)
+        if len(found) > 1:
+            first = len(self._names) - len(found) + 1
+            numbers = [np.full(len(index), first + place, np.int32) for place, index in enumerate(found[1:])]
+            self._index, self._shard = np.concatenate(found), np.concatenate([self._shard, *numbers])
+            self._fresh()
 
-    def _map(self, shard: str) -> mmap.mmap:
+    def _row(self, key: bytes) -> int:
+        return int(self.find(np.frombuffer(key, np.uint8)[None])[0])
+
+    def _map(self, shard: int) -> mmap.mmap:
         if shard not in self._maps:
-            with (self.folder / shard).open("rb") as file:
+            with (self.folder / self._names[shard]).open("rb") as file:
                 self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if len(self._maps) > MAX_OPEN:
                 self._maps.popitem(last=False)  # views that are still held keep their map alive
@@ -111,21 +161,23 @@ class ShardWriter:
     """Gathers records and writes them as shards: `with ShardWriter(folder) as writer: writer.add(key, record)`.
 
     What was added is on disk when the block is left, also by an exception; a killed process loses at most the
-    records since the last shard.
+    records since the last shard. `written` counts the bytes of records so far.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.written = 0
+        self._clear()
+
+    def _clear(self) -> None:
         self._chunks: list[bytes] = []
-        self._index: dict[str, dict[str, Any]] = {}
+        self._index: list[tuple[bytes, int, int, int]] = []
         self._size = 0
         self._since = time.monotonic()
 
     def __enter__(self) -> ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob("*.tmp"):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink(missing_ok=True)  # left by a killed writer; a living one is never that old
+        sweep(self.folder, "*.tmp")
         return self
 
     def __exit__(
@@ -133,77 +185,93 @@ class ShardWriter:
     ) -> None:
         self.flush()
 
-    def add(self, key: str, record: Record) -> None:
-        specs = {}
-        for name, array in record.arrays.items():
-            data = np.ascontiguousarray(array).tobytes()
-            specs[name] = {
-                "dtype": array.dtype.str,
-                "shape": list(array.shape),
-                "offset": self._size,
-                "bytes": len(data),
-                "crc32": zlib.crc32(data),
-            }
-            self._chunks.append(data)
-            self._size += len(data)
-        self._index[key] = {"arrays": specs, "facts": dict(record.facts)}
+    def add(self, key: bytes, record: Record) -> None:
+        chunks = pack(record)
+        size = sum(map(len, chunks))
+        self._index.append((key, self._size, size, record.tag))
+        self._chunks += chunks
+        self._size += size
+        self.written += size
         if self._size >= SHARD_BYTES or time.monotonic() - self._since >= SHARD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Writes what was gathered as one shard. Raises UserError where the disk is full."""
         if self._index:
-            index = json.dumps(self._index).encode()
-            tail = TAIL.pack(len(index), zlib.crc32(index), MAGIC)
-            write_whole(self.folder / f"{uuid.uuid4().hex}{SUFFIX}", [*self._chunks, index, tail])
-        self._chunks, self._index, self._size, self._since = [], {}, 0, time.monotonic()
+            index = np.empty(len(self._index), INDEX)
+            keys, index["place"], index["size"], index["tag"] = zip(*self._index, strict=True)
+            index["key"] = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
+            data = index.tobytes()
+            tail = TAIL.pack(len(index), zlib.crc32(data), MAGIC)
+            try:
+                write_whole(self.folder / f"{uuid.uuid4().hex}{SUFFIX}", [*self._chunks, data, tail])
+            except OSError as fault:
+                if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise UserError(f"{self.folder}: no space left on the disk. Make room and start again.") from fault
+                raise
+        self._clear()
 
 
-def read_index(path: Path) -> dict[str, dict[str, Any]]:
-    """A shard's index: key -> arrays' places and facts. Raises DamagedShardError."""
+def pack(record: Record) -> list[bytes]:
+    """The bytes of a record, in pieces, their length a multiple of ALIGN."""
+    specs, pieces, size = {}, [], 0
+    for name, array in record.arrays.items():
+        data = np.ascontiguousarray(array).tobytes()
+        specs[name] = [array.dtype.str, list(array.shape), size]
+        pieces += [data, bytes(-len(data) % ALIGN)]
+        size += len(data) + len(pieces[-1])
+    header = json.dumps({"arrays": specs, "facts": dict(record.facts), "tag": record.tag}).encode()
+    pieces.insert(0, header + b" " * (-(HEAD.size + len(header)) % ALIGN))
+    checksum = 0
+    for piece in pieces:
+        checksum = zlib.crc32(piece, checksum)
+    return [HEAD.pack(len(pieces[0]), checksum), *pieces]
+
+
+def unpack(data: memoryview, *, check: bool) -> Record:
+    """The record whose bytes `data` are, its arrays views of them. Raises DamagedShardError, ValueError."""
+    if len(data) < HEAD.size:
+        raise DamagedShardError("its end is missing")
+    length, checksum = HEAD.unpack_from(data)
+    if check and zlib.crc32(data[HEAD.size :]) != checksum:
+        raise DamagedShardError("its bytes do not match their checksum")
+    start = HEAD.size + length
+    header = json.loads(bytes(data[HEAD.size : start]))
+    arrays = {}
+    for name, (dtype, shape, place) in header["arrays"].items():
+        count = 1
+        for side in shape:
+            count *= side
+        arrays[name] = np.frombuffer(data, dtype, count, start + place).reshape(shape)
+    return Record(arrays, header["facts"], header["tag"])
+
+
+def read_index(path: Path) -> np.ndarray:
+    """A shard's index, (records,) of INDEX. Raises DamagedShardError."""
     with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
+        size = file.seek(0, 2)
         if size < TAIL.size:
             raise DamagedShardError(f"{size} bytes are too few")
         file.seek(size - TAIL.size)
-        length, checksum, magic = TAIL.unpack(file.read(TAIL.size))
+        count, checksum, magic = TAIL.unpack(file.read(TAIL.size))
+        length = count * INDEX.itemsize
         if magic != MAGIC or length > size - TAIL.size:
-            raise DamagedShardError("its end is missing")
+            raise DamagedShardError("its end is missing, or of another version")
         file.seek(size - TAIL.size - length)
         data = file.read(length)
     if zlib.crc32(data) != checksum:
         raise DamagedShardError("its index does not match its checksum")
-    return json.loads(data)
+    return np.frombuffer(data, INDEX)
 
 
-def write_whole(path: Path, chunks: list[bytes]) -> None:
-    """Writes a file that appears under its name complete and on disk, or not at all."""
-    temporary = path.with_suffix(".tmp")
+def damage(path: Path) -> str | None:
+    """What is wrong with a shard file, every record of it read; None where it is whole."""
     try:
-        with temporary.open("wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as fault:
-        temporary.unlink(missing_ok=True)
-        if fault.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path.parent}: no space left on the disk. Make room and start again.") from fault
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _array(data: mmap.mmap, spec: Mapping[str, Any]) -> np.ndarray:
-    view = memoryview(data)[spec["offset"] : spec["offset"] + spec["bytes"]]
-    if zlib.crc32(view) != spec["crc32"]:
-        raise DamagedShardError("its bytes do not match their checksum")
-    return np.frombuffer(view, dtype=spec["dtype"]).reshape(spec["shape"])
+        index = read_index(path)
+        with path.open("rb") as file:
+            for entry in index:
+                file.seek(int(entry["place"]))
+                unpack(memoryview(file.read(int(entry["size"]))), check=True)
+    except (OSError, ValueError, KeyError, DamagedShardError) as fault:
+        return str(fault)
+    return None

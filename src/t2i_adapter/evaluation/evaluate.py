@@ -10,8 +10,9 @@ import numpy as np
 from diffusers import StableDiffusionXLAdapterPipeline
 from PIL import Image
 
+from t2i_adapter.conditions.table import Annotator, annotate
 from t2i_adapter.evaluation.controls import DRAWN, NO_ADAPTER, OTHER_CONDITION, TARGET, derangement, picture_seeds
-from t2i_adapter.evaluation.metrics import Estimate, bootstrap, measure
+from t2i_adapter.evaluation.metrics import Estimate, bootstrap, condition_agreement, measure
 from t2i_adapter.evaluation.pairs import Pair
 from t2i_adapter.generation.generate import encode_prompts, generate
 from t2i_adapter.generation.options import SamplingOptions
@@ -70,10 +71,12 @@ def evaluate(
     sampling: SamplingOptions,
     seed: int = 0,
     columns: Sequence[str] = DRAWN,
+    judge: Annotator | None = None,
 ) -> Evaluation:
     """Draws each pair once for each column and measures all pictures against the pair's own truth.
 
-    `columns` leaves out controls that are not wanted; the target row costs no drawing and is always there.
+    `columns` leaves out controls that are not wanted; the target row costs no drawing and is always there. `judge`
+    makes each picture's own condition, which is compared with the pair's.
     """
     seeds, others = picture_seeds(len(pairs), seed), derangement(len(pairs), seed)
     own = [pair.condition for pair in pairs]
@@ -84,7 +87,7 @@ def evaluate(
         column: generate(pipeline, texts, conditions.get(column, own), seeds, size=size, sampling=sampling)
         for column in columns
     }
-    values = _measured({**pictures, TARGET: [pair.target for pair in pairs]}, pairs)
+    values = _measured({**pictures, TARGET: [pair.target for pair in pairs]}, pairs, judge)
     estimates = {
         metric: {column: bootstrap([v for v in row if v is not None], seed) for column, row in rows.items()}
         for metric, rows in values.items()
@@ -93,11 +96,11 @@ def evaluate(
 
 
 def _measured(
-    pictures: Mapping[str, Sequence[Image.Image]], pairs: Sequence[Pair]
+    pictures: Mapping[str, Sequence[Image.Image]], pairs: Sequence[Pair], judge: Annotator | None
 ) -> dict[str, dict[str, list[float | None]]]:
     """metric -> column -> one value a pair; None where the pair's truth does not tell (a colour that is not known)."""
     measured = {
-        column: [measure(np.asarray(image), pair.truth) for image, pair in zip(row, pairs, strict=True)]
+        column: [_measure(image, pair, judge) for image, pair in zip(row, pairs, strict=True)]
         for column, row in pictures.items()
     }
     metrics = dict.fromkeys(metric for row in measured.values() for values in row for metric in values)
@@ -105,3 +108,11 @@ def _measured(
         metric: {column: [values.get(metric) for values in row] for column, row in measured.items()}
         for metric in metrics
     }
+
+
+def _measure(image: Image.Image, pair: Pair, judge: Annotator | None) -> dict[str, float]:
+    values = measure(np.asarray(image), pair.truth)
+    if judge is None:
+        return values
+    own = annotate(judge, image.convert("RGB")).convert(pair.condition.mode)
+    return values | condition_agreement(np.asarray(own), np.asarray(pair.condition), judge.levels)

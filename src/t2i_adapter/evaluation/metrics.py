@@ -60,12 +60,28 @@ def edge_f1(got: np.ndarray, truth: np.ndarray, tolerance: float) -> float:
 
     Precision is the share of `got`'s outline that lies near `truth`'s, recall the share of `truth`'s near `got`'s.
     """
-    a, b = outline(got), outline(truth)
+    return lines_f1(outline(got), outline(truth), tolerance)
+
+
+def lines_f1(a: np.ndarray, b: np.ndarray, tolerance: float) -> float:
+    """F1 of two (H,W) bool drawings, 0 to 1: what is set in one counts where the other is set within `tolerance` px.
+
+    Two empty drawings agree.
+    """
     if not a.any() or not b.any():
         return float(a.any() == b.any())
     precision = np.mean(_distance_to(b)[a] <= tolerance)
     recall = np.mean(_distance_to(a)[b] <= tolerance)
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+
+
+def condition_agreement(got: np.ndarray, wanted: np.ndarray, levels: int) -> dict[str, float]:
+    """How near two condition maps are, both (H,W) or (H,W,3) uint8: `condition_f1` of two-valued maps, of others
+    `condition_error`, the root of the mean squared difference, 0 to 1."""
+    if levels == 2:
+        a, b = (np.asarray(np.atleast_3d(values).max(axis=2) >= 128) for values in (got, wanted))
+        return {"condition_f1": lines_f1(a, b, TOLERANCE * min(a.shape))}
+    return {"condition_error": float(np.sqrt(np.mean((got / 255.0 - wanted / 255.0) ** 2)))}
 
 
 def outline(mask: np.ndarray) -> np.ndarray:

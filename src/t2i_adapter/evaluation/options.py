@@ -29,6 +29,13 @@ class EvaluateOptions(ModelOptions, SamplingOptions):
     """Column of the condition picture."""
     caption_column: str = "text"
     """Column of the caption; of a list of captions the first is the prompt."""
+    condition: str | None = None
+    """Make the pairs' conditions from their images, with a kind of `t2i-adapter conditions`, options after commas. None
+    does as the adapter's training did: by the kind that its t2i_adapter.json names, or from the column; `none` takes
+    the column."""
+    judge: str | None = None
+    """Make the condition of every picture that is drawn, too, with this kind, and compare it with the one that the
+    picture was drawn from. None takes what made the pairs' conditions, if they were made; `none` leaves it out."""
     out: str = "evaluation"
     """Folder for evaluation.json, report.html and sheet.png."""
 

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from t2i_adapter.cache.prepare import IMAGE_FILTER
+from t2i_adapter.conditions.cut import IMAGE_FILTER
+from t2i_adapter.conditions.table import Annotator, open_annotator
 from t2i_adapter.errors import UserError
 from t2i_adapter.evaluation.color import srgb_to_lab
 from t2i_adapter.evaluation.figure import figure_mask
 from t2i_adapter.evaluation.metrics import NamedColor, Truth
-from t2i_adapter.generation.condition import fit, fit_condition
+from t2i_adapter.generation.condition import fit, fit_condition, make_condition
 from t2i_adapter.sources.shapes import COLORS, Scene, visible_masks
 from t2i_adapter.sources.table import Source
 from t2i_adapter.types import Sample
@@ -49,18 +50,23 @@ def read_pairs(source: Source, resolution: int, channels: int) -> list[Pair]:
 
     Raises UserError naming the row that is at fault.
     """
-    return [make_pair(source[i], resolution, channels) for i in range(len(source))]
+    annotator = open_annotator(source.annotate) if source.annotate else None
+    return [make_pair(source[i], resolution, channels, annotator) for i in range(len(source))]
 
 
-def make_pair(sample: Sample, resolution: int, channels: int) -> Pair:
-    """Cuts a sample to size and finds its truth."""
+def make_pair(sample: Sample, resolution: int, channels: int, annotator: Annotator | None = None) -> Pair:
+    """Cuts a sample to size, makes its condition where `annotator` is to, and finds its truth."""
     size = (resolution, resolution)
-    if sample.condition is None:
+    if annotator is None and sample.condition is None:
         raise UserError(f"{sample.key}: there is no condition picture, and nothing to measure without one.")
     target = fit(sample.image, size, IMAGE_FILTER)
     scene = sample.meta.get(SCENE)
     truth = Truth(figure_mask(np.asarray(target))) if scene is None else _scene_truth(sample, target)
-    condition = fit_condition(sample.condition, size, channels)
+    if annotator is not None:
+        condition = make_condition(sample.image, size, channels, annotator)
+    else:
+        assert sample.condition is not None
+        condition = fit_condition(sample.condition, size, channels)
     return Pair(sample.key, sample.captions[0], condition, target, truth, "picture" if scene is None else "scene")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from t2i_adapter.conditions.table import Annotator, open_annotator, open_recorded
 from t2i_adapter.config import DataOptions, to_dict
 from t2i_adapter.errors import UserError
 from t2i_adapter.evaluation.controls import ADAPTER, NO_ADAPTER
@@ -23,6 +24,8 @@ from t2i_adapter.evaluation.sheet import SheetRow, make_sheet
 from t2i_adapter.generation.pipeline import Models, open_models
 from t2i_adapter.generation.run import LIBRARIES, output_folder
 from t2i_adapter.models.adapter import check_resolution
+from t2i_adapter.models.metadata import read_metadata
+from t2i_adapter.sources.kinds import located
 from t2i_adapter.sources.table import Source, open_source
 
 _SHEET_ROWS = 16
@@ -37,9 +40,10 @@ def run(options: EvaluateOptions) -> None:
         raise UserError(f"--resolution is needed: {options.adapter} does not tell at which size it was trained.")
     check_resolution(resolution, resolution, models.adapter_config)
     pairs = read_pairs(source, resolution, models.channels)
+    judge = find_judge(options, source)
     out = output_folder(options.out)
-    evaluation = evaluate(models.pipeline(), pairs, sampling=options, seed=options.seed)
-    write(out, evaluation, settings(options, models, resolution))
+    evaluation = evaluate(models.pipeline(), pairs, sampling=options, seed=options.seed, judge=judge)
+    write(out, evaluation, {**settings(options, models, resolution), "judge": judge.record() if judge else None})
     print(summary(evaluation))
     for name in ("evaluation.json", "report.html", "sheet.png"):
         print(out / name)
@@ -47,23 +51,37 @@ def run(options: EvaluateOptions) -> None:
 
 def open_pairs(options: EvaluateOptions) -> Source:
     """The pairs that are measured, `num` of the split. Raises UserError where there are not as many."""
-    local = Path(options.data).expanduser().is_dir()
     data = DataOptions(
-        train_data_dir=options.data if local else None,
-        dataset_name=None if local else options.data,
         split=options.split,
         image_column=options.image_column,
         conditioning_image_column=options.conditioning_image_column,
         caption_column=options.caption_column,
         max_train_samples=options.num,
+        condition=_made_by(options),
     )
-    source = open_source(data, options.seed)
+    source = open_source(located(options.data, data), options.seed)
     if len(source) < options.num:
         raise UserError(
             f"--num {options.num}: {options.data} has {len(source)} pairs in its split {options.split}; "
             f"use --num {len(source)} or less."
         )
     return source
+
+
+def find_judge(options: EvaluateOptions, source: Source) -> Annotator | None:
+    """What makes the drawn pictures' own conditions. Raises UserError."""
+    spec = options.judge or source.annotate
+    return None if spec in (None, "none") else open_annotator(spec)
+
+
+def _made_by(options: EvaluateOptions) -> str | None:
+    """What makes the pairs' conditions; None where they come with the data."""
+    if options.condition:
+        return None if options.condition == "none" else options.condition
+    metadata = read_metadata(options.adapter)
+    if metadata is None or "options" not in metadata.condition:
+        return None
+    return open_recorded(metadata.condition).spec
 
 
 def settings(options: EvaluateOptions, models: Models, resolution: int) -> dict[str, Any]:

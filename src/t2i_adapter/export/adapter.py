@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.files import CONFIG, WEIGHTS, WEIGHTS_FP16
+from t2i_adapter.files import move_whole
 from t2i_adapter.models.metadata import FILE_NAME, SCHEMA, Metadata
 
 
@@ -41,7 +41,7 @@ def save_adapter(
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as temporary:
             names = _write(adapter, Path(temporary), record, fp16)
             for name in names:
-                _move(Path(temporary) / name, target / name)
+                move_whole(Path(temporary) / name, target / name)
     except (OSError, SafetensorError) as fault:
         raise UserError(
             f"{target}: the adapter cannot be written ({fault}); what was there before is whole. "
@@ -68,10 +68,3 @@ def _save_weights(adapter: T2IAdapter, path: Path, dtype: torch.dtype) -> None:
 
 def _save_json(content: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _move(source: Path, target: Path) -> None:
-    """Replaces `target` once `source` is on the disk."""
-    with source.open("rb") as file:
-        os.fsync(file.fileno())
-    source.replace(target)

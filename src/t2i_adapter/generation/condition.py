@@ -1,4 +1,4 @@
-"""A person's condition picture, cut to size as training cuts its own."""
+"""A person's condition picture, or photo to make one of, cut to size as training cuts its own."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from t2i_adapter.conditions.cut import CONDITION_FILTER, IMAGE_FILTER
+from t2i_adapter.conditions.table import Annotator, annotate, open_annotator, open_recorded
+from t2i_adapter.errors import UserError
+from t2i_adapter.models.metadata import Metadata
 from t2i_adapter.sources import geometry
 from t2i_adapter.sources.picture import StoredPicture, decode, read_file
-from t2i_adapter.types import Geometry
-
-CONDITION_FILTER: geometry.Resample = "bilinear"  # as cache.prepare has it
 
 
 def read_condition(path: str, flag: str = "--image") -> Image.Image:
@@ -25,13 +26,25 @@ def fit_condition(picture: Image.Image, size: tuple[int, int], channels: int) ->
     return fit(picture.convert("L" if channels == 1 else "RGB"), size, CONDITION_FILTER)
 
 
+def make_condition(photo: Image.Image, size: tuple[int, int], channels: int, annotator: Annotator) -> Image.Image:
+    """The condition of a photo at `size` (height, width), made as in training: the photo is cut first, and nothing is
+    left to chance."""
+    cut = fit(photo, size, IMAGE_FILTER)
+    return annotate(annotator, cut).convert("L" if channels == 1 else "RGB")
+
+
+def find_annotator(named: str | None, metadata: Metadata | None, adapter: str) -> Annotator:
+    """What makes an adapter's conditions: what is `named`, or else what its record tells. Raises UserError."""
+    if named:
+        return open_annotator(named)
+    if metadata is None or not metadata.condition.get("name"):
+        raise UserError(
+            f"--condition is needed: {adapter} does not tell what made the conditions of its training. "
+            "Name a kind of `t2i-adapter conditions`, or give the condition itself with --image."
+        )
+    return open_recorded(metadata.condition)
+
+
 def fit(picture: Image.Image, size: tuple[int, int], resample: geometry.Resample) -> Image.Image:
     """Scaled so that it covers `size` (height, width), and its centre cut out."""
-    return geometry.apply(picture, cover((picture.height, picture.width), size), resample)
-
-
-def cover(original: tuple[int, int], target: tuple[int, int]) -> Geometry:
-    """`geometry.plan` for any target: the smallest scale that covers it, then the centre. All (height, width)."""
-    scale = max(t / o for t, o in zip(target, original, strict=True))
-    height, width = (max(t, round(o * scale)) for t, o in zip(target, original, strict=True))
-    return Geometry(original, (height, width), ((height - target[0]) // 2, (width - target[1]) // 2), target)
+    return geometry.apply(picture, geometry.cover((picture.height, picture.width), size), resample)

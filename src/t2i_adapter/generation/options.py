@@ -69,12 +69,17 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(ModelOptions, SamplingOptions):
-    """Draw pictures from prompts and condition pictures."""
+    """Draw pictures from prompts and condition pictures, or photos to make those of."""
 
     prompt: tuple[str, ...]
     """What to draw: one prompt, or as many as there are images."""
-    image: tuple[str, ...]
-    """Condition picture files: one, or as many as there are prompts."""
+    image: tuple[str, ...] = ()
+    """Condition picture files: one, or as many as there are prompts. These or --photo."""
+    photo: tuple[str, ...] = ()
+    """Files of photos: their conditions are made as in the adapter's training, as its t2i_adapter.json tells."""
+    condition: str | None = None
+    """What makes the conditions of photos: a kind of `t2i-adapter conditions`, options after commas. None takes the one
+    of the adapter's training."""
     negative: str | None = None
     """What not to draw."""
     num: int = 1
@@ -94,16 +99,26 @@ class GenerateOptions(ModelOptions, SamplingOptions):
         check("seed", 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
         for name, side in (("width", self.width), ("height", self.height)):
             check(name, side is None or side >= 1, side, "1 or more")
-        prompts, images = len(self.prompt), len(self.image)
+        if bool(self.image) == bool(self.photo):
+            given = "--image and --photo are both" if self.image else "neither --image nor --photo is"
+            raise UserError(f"{given} given: give one of them")
+        if self.condition and not self.photo:
+            raise UserError(f"--condition {self.condition}: makes conditions of --photo FILE, which is not given")
+        prompts, images = len(self.prompt), len(self.files)
         if not prompts or not images or (prompts != images and 1 not in (prompts, images)):
             raise UserError(
-                f"--prompt has {prompts} entries and --image {images}: "
+                f"--prompt has {prompts} entries and --{'photo' if self.photo else 'image'} {images}: "
                 "give as many of one as of the other, or a single one of either."
             )
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The images or photos, whichever are given."""
+        return self.image or self.photo
+
     def pairs(self) -> list[tuple[str, str]]:
-        """(prompt, image file) of each picture row, the single one of either repeated."""
-        count = max(len(self.prompt), len(self.image))
+        """(prompt, file) of each picture row, the single one of either repeated."""
+        count = max(len(self.prompt), len(self.files))
         prompts = self.prompt * count if len(self.prompt) == 1 else self.prompt
-        images = self.image * count if len(self.image) == 1 else self.image
-        return list(zip(prompts, images, strict=True))
+        files = self.files * count if len(self.files) == 1 else self.files
+        return list(zip(prompts, files, strict=True))

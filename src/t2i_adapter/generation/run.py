@@ -12,8 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from t2i_adapter.conditions.table import Annotator
 from t2i_adapter.errors import UserError
-from t2i_adapter.generation.condition import fit_condition, read_condition
+from t2i_adapter.generation.condition import find_annotator, fit_condition, make_condition, read_condition
 from t2i_adapter.generation.generate import generate
 from t2i_adapter.generation.options import GenerateOptions
 from t2i_adapter.generation.pipeline import Models, open_models
@@ -23,12 +24,13 @@ LIBRARIES = ("sdxl-t2i-adapter", "torch", "diffusers", "transformers")
 
 
 def run(options: GenerateOptions) -> None:
-    """Draws `num` pictures for each pair of prompt and image and writes them to `out`."""
+    """Draws `num` pictures for each pair of prompt and file and writes them to `out`."""
     pairs = options.pairs()
-    conditions = {path: read_condition(path) for _, path in pairs}
+    read = {path: read_condition(path, "--photo" if options.photo else "--image") for _, path in pairs}
     models = open_models(options)
-    size = picture_size(options, models, conditions[pairs[0][1]])
-    fitted = {path: fit_condition(condition, size, models.channels) for path, condition in conditions.items()}
+    size = picture_size(options, models, read[pairs[0][1]])
+    annotator = find_annotator(options.condition, models.metadata, options.adapter) if options.photo else None
+    fitted = {path: _condition(picture, size, models.channels, annotator) for path, picture in read.items()}
     wanted = [(prompt, path, options.seed + i) for prompt, path in pairs for i in range(options.num)]
     out = output_folder(options.out)
     pictures = generate(
@@ -41,8 +43,8 @@ def run(options: GenerateOptions) -> None:
         negative=options.negative,
     )
     for picture, (prompt, path, seed) in zip(pictures, wanted, strict=True):
-        record = picture_record(options, models, size, prompt, path, seed)
-        print(_save(out, picture, record))
+        record = picture_record(options, models, size, prompt, path, seed, annotator)
+        print(_save(out, picture, record, fitted[path] if annotator else None))
 
 
 def picture_size(options: GenerateOptions, models: Models, condition: Image.Image) -> tuple[int, int]:
@@ -55,14 +57,21 @@ def picture_size(options: GenerateOptions, models: Models, condition: Image.Imag
 
 
 def picture_record(
-    options: GenerateOptions, models: Models, size: tuple[int, int], prompt: str, image: str, seed: int
+    options: GenerateOptions,
+    models: Models,
+    size: tuple[int, int],
+    prompt: str,
+    file: str,
+    seed: int,
+    annotator: Annotator | None = None,
 ) -> dict[str, Any]:
     """All that a picture depends on, and the command that draws it again. Plain JSON types."""
     base = models.base.options
     single = replace(
         options,
         prompt=(prompt,),
-        image=(image,),
+        **{"photo" if options.photo else "image": (file,)},
+        condition=annotator.spec if annotator else None,
         seed=seed,
         num=1,
         height=size[0],
@@ -79,7 +88,7 @@ def picture_record(
         "command": command_line(single),
         "options": asdict(single),
         "adapter_sha256": models.digest,
-        "image_sha256": hashlib.sha256(Path(image).expanduser().read_bytes()).hexdigest(),
+        "image_sha256": hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest(),
         "versions": {name: version(name) for name in LIBRARIES},
     }
 
@@ -110,11 +119,20 @@ def output_folder(out: str) -> Path:
     return folder
 
 
-def _save(out: Path, picture: Image.Image, record: dict[str, Any]) -> Path:
-    """Writes picture and record under the next free number; returns the picture's path."""
+def _condition(picture: Image.Image, size: tuple[int, int], channels: int, annotator: Annotator | None) -> Image.Image:
+    if annotator is None:
+        return fit_condition(picture, size, channels)
+    return make_condition(picture, size, channels, annotator)
+
+
+def _save(out: Path, picture: Image.Image, record: dict[str, Any], made: Image.Image | None) -> Path:
+    """Writes picture and record, and the condition where it was made here, under the next free number; returns the
+    picture's path."""
     taken = [int(path.stem) for path in out.glob("*.png") if path.stem.isdigit()]
     path = out / f"{max(taken, default=-1) + 1:05d}.png"
     picture.save(path)
+    if made:
+        made.save(path.with_name(f"{path.stem}_condition.png"))
     text = json.dumps(record, indent=2, ensure_ascii=False)
     path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     return path

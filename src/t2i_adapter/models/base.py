@@ -113,6 +113,10 @@ class Base(ABC):
         """The base's noise schedule."""
 
     @abstractmethod
+    def tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+        """Both tokenizers; no weights are read."""
+
+    @abstractmethod
     def text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
         """Both tokenizers and text encoders, on the device."""
 
@@ -234,13 +238,16 @@ class FolderBase(Base):
         scheduler: Any = EulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
         return scheduler
 
+    def tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+        first, second = (CLIPTokenizer.from_pretrained(self.folder / part) for part in TEXT_PARTS[:2])
+        return first, second
+
     def text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-        tokenizers = [CLIPTokenizer.from_pretrained(self.folder / part) for part in TEXT_PARTS[:2]]
         encoders = [
             self._load(kind, part, device, dtype)
             for kind, part in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
         ]
-        return TextEncoder((tokenizers[0], tokenizers[1]), (encoders[0], encoders[1]), torch.device(device))
+        return TextEncoder(self.tokenizers(), (encoders[0], encoders[1]), torch.device(device))
 
     def unet(self, device: torch.device | str, dtype: torch.dtype) -> UNet2DConditionModel:
         return self._load(UNet2DConditionModel, "unet", device, dtype)

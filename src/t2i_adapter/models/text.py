@@ -21,7 +21,7 @@ class TextEncoder:
 
     def count_tokens(self, caption: str) -> int:
         """Tokens of a caption, start and end included; what lies beyond `max_tokens` is not seen by the model."""
-        return len(self.tokenizers[0](caption, truncation=False, verbose=False).input_ids)
+        return count_tokens(self.tokenizers[0], caption)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -40,3 +40,8 @@ class TextEncoder:
             pooled = output[0]
         assert pooled is not None
         return torch.cat(hidden, dim=-1), pooled
+
+
+def count_tokens(tokenizer: Any, caption: str) -> int:
+    """Tokens of a caption, start and end included."""
+    return len(tokenizer(caption, truncation=False, verbose=False).input_ids)

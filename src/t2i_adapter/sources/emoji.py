@@ -26,7 +26,7 @@ from .shapes import COLORS, SPACED
 CONDITIONS = ("outline", "canny")
 SPLITS = ("train", "test")
 
-_ICONS = "icons.json"
+_ICONS, _METADATA = "icons.json", "metadata.json"
 _MAX_BYTES = 64 * 2**20  # the whole set is 6 MB of JSON; more is not an icon set
 _CANNY = (100, 200)
 _OUTLINE_COLORS = 8  # flat art has few colours; the boundaries between them are its outlines
@@ -65,7 +65,7 @@ def read_icons(package: Path) -> list[Icon]:
     """All icons of a .tgz, a package folder or an icons.json, sorted by name. Nothing else of the package is read."""
     source = f"{package}: {_ICONS}"
     try:
-        data = json.loads(_read_icons_json(package))
+        data = json.loads(_read_file(package, _ICONS))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{source} is not JSON: {error}") from None
     icons = data.get("icons") if isinstance(data, dict) else None
@@ -77,10 +77,19 @@ def read_icons(package: Path) -> list[Icon]:
     return [_icon(name, icons[name], sides, source) for name in sorted(icons)]
 
 
-def caption(icon: Icon, background: str = "white") -> str:
-    """ "flat emoji of a red apple on a white background"."""
+def read_categories(package: Path) -> dict[str, str]:
+    """The category of each icon ("Food & Drink" -> "food and drink"), by name; none where the package has no table."""
+    try:
+        groups = json.loads(_read_file(package, _METADATA)).get("categories", {})
+        return {name: group.lower().replace("&", "and") for group, names in groups.items() for name in names}
+    except (UserError, ValueError, AttributeError, TypeError):
+        return {}  # categories only add words to captions
+
+
+def caption(icon: Icon, background: str | None = "white") -> str:
+    """ "flat emoji of a red apple on a white background"; without a background's name, as far as that."""
     article = "an" if icon.words[0] in "aeiou" else "a"
-    return f"flat emoji of {article} {icon.words} on a {SPACED[background]} background"
+    return f"flat emoji of {article} {icon.words}" + (f" on a {SPACED[background]} background" if background else "")
 
 
 def render(icon: Icon, size: int, background: str | None = "white") -> Image.Image:
@@ -119,12 +128,14 @@ def write_dataset(
     background: str = "white",
     overwrite: bool = False,
 ) -> Path:
-    """Write a split's emoji to out/split as a `datasets` image folder, the first `num` or all; returns that folder.
+    """Write a split's emoji to out/split as a `datasets` image folder, all or `num` spread evenly; returns that folder.
 
     The layout is that of `shapes.write_dataset`, with the emoji's name in the place of the scene.
     """
     _check_write(split, condition, background)
-    icons = [icon for icon in read_icons(package) if icon.split == split][:num]
+    icons = [icon for icon in read_icons(package) if icon.split == split]
+    num = min(num or len(icons), len(icons))
+    icons = [icons[i * len(icons) // num] for i in range(num)]
     folder = out / split
     if (folder / "metadata.jsonl").exists() and not overwrite:
         raise UserError(f"{folder} already holds a data set; choose another folder or allow to overwrite it")
@@ -138,8 +149,8 @@ def write_dataset(
 def _write_sample(folder: Path, number: int, icon: Icon, size: int, kind: str, background: str) -> dict[str, str]:
     name, condition_name = f"{number:05d}.png", f"{number:05d}_cond.png"
     picture = render(icon, size, background)
-    picture.save(folder / name)
-    condition(picture, kind).save(folder / condition_name)
+    picture.save(folder / name, optimize=True)
+    condition(picture, kind).save(folder / condition_name, optimize=True)
     return {
         "file_name": name,
         "conditioning_image_file_name": condition_name,
@@ -170,28 +181,31 @@ def _color_boundaries(picture: Image.Image) -> np.ndarray:
     return lines
 
 
-def _read_icons_json(package: Path) -> bytes:
+def _read_file(package: Path, name: str) -> bytes:
+    """One file of the package; `package` may also be that file itself, or an icons.json with others beside it."""
+    if package.suffix == ".json":
+        package = package.parent if name != _ICONS else package
     if package.is_dir():
-        package = package / _ICONS
+        package = package / name
     if not package.is_file():
         raise UserError(f"{package}: no such file; give the .tgz of `npm pack @iconify-json/fluent-emoji-flat`")
     if package.suffix == ".json":
         return package.read_bytes()
     try:
-        return _member(package)
-    except tarfile.TarError as error:
+        return _member(package, name)
+    except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{package} is neither an icons.json nor a tar archive: {error}") from None
 
 
-def _member(archive: Path) -> bytes:
-    """package/icons.json out of the archive, into memory: no member's path is ever used as a path on disk."""
+def _member(archive: Path, name: str) -> bytes:
+    """package/`name` out of the archive, into memory: no member's path is ever used as a path on disk."""
     with tarfile.open(archive) as tar:
         for member in tar:
-            if member.name in (f"package/{_ICONS}", _ICONS) and member.isreg() and member.size <= _MAX_BYTES:
+            if member.name in (f"package/{name}", name) and member.isreg() and member.size <= _MAX_BYTES:
                 file = tar.extractfile(member)
                 assert file is not None  # a regular file has content
                 return file.read()
-    raise UserError(f"{archive} has no {_ICONS} in it")
+    raise UserError(f"{archive} has no {name} in it")
 
 
 def _icon(name: str, entry: Any, sides: tuple[int, int], source: str) -> Icon:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from t2i_adapter.errors import UserError
 
+Kind = Literal["circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring"]
 MADE = ".made.json"  # written beside train/ and test/; a hidden file, so that `datasets` does not read it
 
 
@@ -37,11 +38,14 @@ class ShapesOptions:
     """Which map of the scene is the condition picture."""
     max_shapes: int = 3
     """Shapes in a scene, at most; at least one."""
+    kinds: tuple[Kind, ...] = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
+    """Which shapes there are."""
     patterns: tuple[Literal["plain", "striped", "dotted", "floral"], ...] = ("plain", "striped", "dotted", "floral")
     """Which backgrounds there are."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.max_shapes <= 3, f"--max_shapes {self.max_shapes}: allowed is 1 to 3")
+        _require(len(self.kinds) > 0, "--kinds: name at least one")
         _require(len(self.patterns) > 0, "--patterns: name at least one")
         _require(self.num >= 1, f"--num {self.num}: allowed is 1 or more")
         _require(self.num_test >= 0, f"--num_test {self.num_test}: allowed is 0 or more")
@@ -60,12 +64,18 @@ class EmojiOptions:
     """Folder to write; must be new or empty."""
     package: Path
     """The package: the .tgz of `npm pack @iconify-json/fluent-emoji-flat`, its folder, or its icons.json."""
+    num: int | None = None
+    """Pairs to train on, in train/, spread evenly over the names; None takes all."""
+    num_test: int | None = None
+    """Held-out pairs, in test/, likewise."""
     size: int = 128
     """Side of the pictures in pixels."""
     condition: Literal["outline", "canny"] = "outline"
     """How the condition picture is made from the emoji."""
 
     def __post_init__(self) -> None:
+        for name, num in (("num", self.num), ("num_test", self.num_test)):
+            _require(num is None or num >= 1, f"--{name} {num}: allowed is 1 or more")
         _require(16 <= self.size <= 4096, f"--size {self.size}: allowed is 16 to 4096 pixels")
 
 
@@ -82,6 +92,7 @@ def make_shapes(options: ShapesOptions) -> None:
             size=options.size,
             condition=options.condition,
             max_shapes=options.max_shapes,
+            kinds=options.kinds,
             patterns=options.patterns,
         )
 
@@ -94,7 +105,12 @@ def make_emoji(options: EmojiOptions) -> None:
 
     def write(folder: Path, split: str) -> Path:
         return write_dataset(
-            folder, package=options.package, split=split, size=options.size, condition=options.condition
+            folder,
+            package=options.package,
+            num=options.num if split == "train" else options.num_test,
+            split=split,
+            size=options.size,
+            condition=options.condition,
         )
 
     _make(options.out, asdict(options), ("train", "test"), write)

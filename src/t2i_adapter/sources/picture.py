@@ -1,80 +1,50 @@
-"""A picture as a row stores it, read and decoded: bytes with a name for messages, then RGB and upright."""
+"""A picture as it is stored, read and decoded: bytes with a name for messages, then RGB and upright."""
 
 from __future__ import annotations
 
 import io
-import os.path
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from t2i_adapter.errors import UserError
 
 MAX_PIXELS = 100_000_000
 """A picture's largest area, 10,000 x 10,000: checked in its header, before anything is unpacked."""
 
-BACKGROUND = (255, 255, 255)
-"""What shows through transparent pixels."""
+MAX_SIDE = 16_384
+"""A picture's longest side: what is longer is a strip, of which a crop shows next to nothing."""
 
+Color = tuple[int, int, int]
+WHITE: Color = (255, 255, 255)
 WIDE_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclass(frozen=True)
 class StoredPicture:
-    """A picture's bytes as they are stored, and the file or cell they came from."""
+    """A picture's bytes as they are stored, and the file or cell they came from.
+
+    Of a picture that is drawn, `draw` makes it (RGB), and `data` stands for all that decides it.
+    """
 
     name: str
     data: bytes
+    draw: Callable[[], Image.Image] | None = None
 
 
-def read_cell(value: Any, *, cell: str, roots: Iterable[Path]) -> StoredPicture:
-    """The stored bytes of an image column's value: a path, bytes, or `datasets`' {"bytes", "path"}.
-
-    Args:
-        value: what the row holds.
-        cell: names row and column in messages.
-        roots: folders that paths may lie in; a relative path is taken from the first.
-    """
-    if isinstance(value, dict) and set(value) <= {"bytes", "path"} and value:
-        data, path = value.get("bytes"), value.get("path")
-        if data is not None:
-            return StoredPicture(f"{cell} ({path})" if path else cell, data)
-        value = path
-    if value is None:
-        raise UserError(f"{cell}: there is no picture. Every row needs one: add it or leave the row out.")
-    if isinstance(value, bytes):
-        return StoredPicture(cell, value)
-    if isinstance(value, str):
-        path = resolve(value, cell=cell, roots=list(roots))
-        return StoredPicture(str(path), read_file(path, cell))
-    raise UserError(f"{cell}: holds {type(value).__name__}; allowed are pictures, paths or bytes.")
-
-
-def resolve(text: str, *, cell: str, roots: list[Path]) -> Path:
-    """The file that a row's path names, which must lie in one of `roots`.
-
-    The path itself is judged, not where a symbolic link leads: links are set by the folder's owner, paths by the row.
-    """
-    if "\0" in text:
-        raise UserError(f"{cell}: {text!r} is no path: it holds a zero byte.")
-    if "://" in text:
-        raise UserError(f"{cell}: {text!r} is an address; only files are read. Download it and give its path.")
-    if not roots:
-        raise UserError(f"{cell}: {text!r} is a path, but this data set has no folder that it could lie in.")
-    path = normal(roots[0] / text)
-    if not any(path.is_relative_to(normal(root)) for root in roots):
-        raise UserError(f"{cell}: {text!r} leaves the data folder {roots[0]}. Paths must stay in it.")
-    return path
-
-
-def normal(path: Path) -> Path:
-    """Absolute, with `.` and `..` taken out, links kept."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve() would follow links
+def color(text: str) -> Color:
+    """(red, green, blue), 0 to 255, of a colour's name or #rrggbb. Raises UserError."""
+    try:
+        channels = ImageColor.getrgb(text)
+    except ValueError:
+        channels = ()
+    if len(channels) != 3:
+        raise UserError(f"--data.background {text}: allowed is a colour's name, such as white, or #rrggbb.")
+    return channels
 
 
 def read_file(path: Path, cell: str) -> bytes:
@@ -86,11 +56,13 @@ def read_file(path: Path, cell: str) -> bytes:
         raise UserError(f"{cell}: {path} cannot be read: {fault.strerror}.") from fault
 
 
-def decode(stored: StoredPicture) -> Image.Image:
-    """RGB and upright (EXIF), transparency over white, 16-bit grey scaled to 8 bits. Raises UserError.
+def decode(stored: StoredPicture, background: Color = WHITE) -> Image.Image:
+    """RGB and upright (EXIF), transparency over `background`, 16-bit grey scaled to 8 bits. Raises UserError.
 
     Colour profiles are not applied.
     """
+    if stored.draw:
+        return stored.draw()
     if not stored.data:
         raise UserError(f"{stored.name}: the file is empty; a picture is needed.")
     try:
@@ -99,7 +71,7 @@ def decode(stored: StoredPicture) -> Image.Image:
             picture = Image.open(io.BytesIO(stored.data))
         _check_header(picture, stored.name)
         picture.load()
-        return to_rgb(ImageOps.exif_transpose(picture), stored.name)
+        return to_rgb(ImageOps.exif_transpose(picture), stored.name, background)
     except Image.DecompressionBombError as fault:
         raise UserError(f"{stored.name}: too large to decode ({fault}); at most {MAX_PIXELS:,} pixels.") from fault
     except UnidentifiedImageError:
@@ -108,14 +80,14 @@ def decode(stored: StoredPicture) -> Image.Image:
         raise UserError(f"{stored.name}: damaged picture: {fault}.") from fault
 
 
-def to_rgb(picture: Image.Image, name: str) -> Image.Image:
-    """RGB with 8 bits a channel, transparency composited over white. `name` is for messages."""
+def to_rgb(picture: Image.Image, name: str, background: Color = WHITE) -> Image.Image:
+    """RGB with 8 bits a channel, transparency composited over `background`. `name` is for messages."""
     if picture.mode == "F":
         raise UserError(f"{name}: holds floating point numbers, whose range is not known; save it with 8 or 16 bits.")
     if picture.mode in WIDE_GREY:
         picture = _scale_to_8_bits(picture, name)
     if picture.has_transparency_data:
-        layered = Image.new("RGBA", picture.size, BACKGROUND)
+        layered = Image.new("RGBA", picture.size, background)
         layered.alpha_composite(picture.convert("RGBA"))
         return layered.convert("RGB")
     return picture.convert("RGB")
@@ -125,6 +97,8 @@ def _check_header(picture: Image.Image, name: str) -> None:
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise UserError(f"{name}: {width}x{height} pixels; at most {MAX_PIXELS:,} are decoded. Scale it down.")
+    if max(width, height) > MAX_SIDE:
+        raise UserError(f"{name}: {width}x{height} pixels; a side has at most {MAX_SIDE:,}. Scale it down, or cut it.")
     frames = getattr(picture, "n_frames", 1)
     if frames > 1 and picture.format != "MPO":  # cameras keep a preview as a second frame of their JPEG
         raise UserError(f"{name}: animated, {frames} frames; save the one that is meant as a still picture.")

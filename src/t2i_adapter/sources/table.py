@@ -1,9 +1,9 @@
-"""A source over a table of rows: which column is what, and every fault of a row named."""
+"""Training pairs by number, whatever they come from: rows chosen, pictures decoded, every fault of a row named."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +13,10 @@ from PIL.Image import Image
 
 from t2i_adapter.config import DataOptions
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources.folder import FolderRows, find_metadata
 from t2i_adapter.sources.geometry import aspect_gap
-from t2i_adapter.sources.picture import StoredPicture, decode, read_cell
+from t2i_adapter.sources.kinds import open_kind
+from t2i_adapter.sources.picture import color, decode
+from t2i_adapter.sources.rows import Row, Rows
 from t2i_adapter.types import Sample
 
 MAX_ASPECT_GAP = 1.0  # pixels: what rounding a size makes
@@ -31,7 +32,20 @@ class Identity:
 
 
 class Source(Protocol):
-    """Training pairs by number. Every call reads afresh and depends on nothing but the number."""
+    """Training pairs by number. Every call reads afresh and depends on nothing but the number.
+
+    Attributes:
+        shards: how many pairs lie together in storage, in order; they sum to the number of pairs. Reading them in that
+            order is cheap; a source where all orders are has one.
+        annotate: the annotator that is to make the conditions, `Sample.condition` being None; None where the data has
+            them.
+    """
+
+    @property
+    def shards(self) -> tuple[int, ...]: ...
+
+    @property
+    def annotate(self) -> str | None: ...
 
     def __len__(self) -> int: ...
 
@@ -39,130 +53,128 @@ class Source(Protocol):
         """The pair, decoded and checked. Raises UserError naming the row or file."""
         ...
 
-    def identify(self, index: int) -> Identity:
-        """The pair's key, captions and content hash: reads the stored bytes, decodes nothing. Raises UserError."""
+    def key(self, index: int) -> str:
+        """Names the pair, as `Sample.key`, also where the row cannot be read."""
+        ...
+
+    def identify(self, index: int, digest: str | None = None) -> Identity:
+        """The pair's key, captions and content hash. Decodes nothing; reads the stored bytes to hash them, or takes
+        `digest` where it is known and reads no picture. Raises UserError."""
+        ...
+
+    def stamp(self, index: int) -> str | None:
+        """What is the same for as long as the row's stored bytes are, told without reading them: each file's absolute
+        path, size and time of change (a shard's, and the row in it). None where nothing tells."""
         ...
 
     def describe(self) -> str:
-        """One line for the plan: how many pairs, from where."""
+        """One line for the plan: how many pairs, from where, of what kind."""
         ...
-
-
-class Rows(Protocol):
-    """A table: what `TableSource` needs of a folder or a `datasets` split."""
-
-    place: str
-    columns: tuple[str, ...]
-    roots: tuple[Path, ...]
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
-    def column(self, name: str) -> list[Any]: ...
-    def keys(self, image_column: str) -> list[str]: ...
-    def where(self, index: int) -> str: ...
 
 
 def open_source(options: DataOptions, seed: int) -> Source:
     """Opens the data that the options name; `seed` chooses the rows where max_train_samples is set.
 
-    Columns and captions are checked here, pictures when they are read. Raises UserError.
+    What concerns all rows is checked here, a row's faults when it is read. Raises UserError.
     """
-    rows = open_rows(options)
-    return TableSource(rows, options, choose(len(rows), options.max_train_samples, seed))
+    background = color(options.background)
+    rows, what = open_kind(options)
+    numbers, unused = leave_out(rows, options.skip)
+    numbers = choose(numbers, options.max_train_samples, seed)
+    if not len(numbers):
+        raise UserError(f"--data.skip {options.skip}: leaves out all {len(rows)} rows of {rows.place}.")
+    return TableSource(rows, numbers, background=background, what=what + unused)
 
 
-def open_rows(options: DataOptions) -> Rows:
-    if bool(options.train_data_dir) == bool(options.dataset_name):
-        given = "both are given" if options.dataset_name else "neither is given"
-        raise UserError(f"--dataset_name or --train_data_dir names the data; {given}: give one of them.")
-    folder = Path(options.train_data_dir or options.dataset_name or "").expanduser()
-    if options.train_data_dir and not folder.is_dir():
-        raise UserError(f"--train_data_dir {options.train_data_dir}: no such folder.")
-    metadata = find_metadata(folder, options.split) if folder.is_dir() else None
-    if metadata:
-        return FolderRows(metadata)
-    from t2i_adapter.sources import hub  # the `datasets` library takes a second to load; image folders do without
+def leave_out(rows: Rows, skip: str | None) -> tuple[Sequence[int] | np.ndarray, str]:
+    """Numbers of the rows whose keys the file `skip` does not list, ascending, and words for the keys that no row has.
 
-    return hub.open_rows(options, options.train_data_dir or options.dataset_name or "")
+    Raises UserError where the file cannot be read.
+    """
+    if skip is None:
+        return range(len(rows)), ""
+    try:
+        text = Path(skip).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as fault:
+        reason = getattr(fault, "strerror", None) or fault
+        raise UserError(f"--data.skip {skip}: cannot be read ({reason}). It holds keys of rows, one a line.") from fault
+    keys = {line.strip() for line in text.splitlines() if line.strip()}
+    found = np.fromiter((rows.key(number) in keys for number in range(len(rows))), bool, len(rows))
+    known = {rows.key(int(number)) for number in np.flatnonzero(found)}
+    words = f"; {len(known)} rows are left out by {skip}"
+    if keys - known:
+        words += f", where {len(keys - known)} keys are of no row, such as {min(keys - known)!r}"
+    return np.flatnonzero(~found), words
 
 
-def choose(count: int, most: int | None, seed: int) -> Sequence[int]:
-    """Numbers of the rows that are used, ascending: all, or `most` drawn by the seed."""
-    if most is None or most >= count:
-        return range(count)
-    return sorted(np.random.default_rng(seed).choice(count, most, replace=False).tolist())
+def choose(numbers: Sequence[int] | np.ndarray, most: int | None, seed: int) -> Sequence[int] | np.ndarray:
+    """All of the ascending `numbers`, or `most` of them drawn by the seed, ascending."""
+    if most is None or most >= len(numbers):
+        return numbers
+    chosen = np.sort(np.random.default_rng(seed).choice(len(numbers), most, replace=False))
+    return chosen if isinstance(numbers, range) else np.asarray(numbers)[chosen]
 
 
 class TableSource:
-    """Pairs from a table of rows, by column names. What needs no picture is checked when it is made."""
+    """Pairs made of some rows, by number."""
 
-    def __init__(self, rows: Rows, options: DataOptions, numbers: Sequence[int]) -> None:
-        self._rows = rows
-        self._options = options
-        self._numbers = numbers
-        self._check_columns()
-        self._captions = rows.column(options.caption_column)
-        self._keys = rows.keys(options.image_column)
-        for number in numbers:
-            check_caption(self._captions[number], self._cell(number, options.caption_column))
+    def __init__(
+        self, rows: Rows, numbers: Sequence[int] | np.ndarray, *, background: tuple[int, int, int], what: str
+    ) -> None:
+        self._rows, self._numbers, self._background, self._what = rows, numbers, background, what
+        self.annotate = rows.annotate
+        self.shards = shards_of(rows.shards, numbers)
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> Sample:
-        number = self._numbers[index]
-        row = self._rows[number]
-        stored = self._stored(number, row)
-        image, condition = decode(stored[0]), decode(stored[1])
-        self._check_aspect(number, image, condition)
-        identity = self._identity(number, stored)
-        return Sample(identity.key, image, condition, identity.captions, identity.digest, self._meta(row))
+        number = int(self._numbers[index])
+        row = self._rows.row(number)
+        image = decode(row.image, self._background)
+        condition = row.condition and decode(row.condition, self._background)
+        if condition:
+            self._check_aspect(number, image, condition)
+        return Sample(
+            self._rows.key(number), image, condition, self._texts(number, row.captions), hash_row(row), row.meta
+        )
 
-    def identify(self, index: int) -> Identity:
-        number = self._numbers[index]
-        return self._identity(number, self._stored(number, self._rows[number]))
+    def key(self, index: int) -> str:
+        return self._rows.key(int(self._numbers[index]))
+
+    def identify(self, index: int, digest: str | None = None) -> Identity:
+        number = int(self._numbers[index])
+        if digest is not None:
+            return Identity(self._rows.key(number), self._texts(number, self._rows.captions(number)), digest)
+        row = self._rows.row(number)
+        return Identity(self._rows.key(number), self._texts(number, row.captions), hash_row(row))
+
+    def stamp(self, index: int) -> str | None:
+        return self._rows.stamp(int(self._numbers[index]))
 
     def describe(self) -> str:
         of = f" of {len(self._rows)}" if len(self) < len(self._rows) else ""
-        return f"{len(self)}{of} pairs from {self._rows.place}"
+        return f"{len(self)}{of} pairs from {self._rows.place}, read as {self._what}"
 
-    def _stored(self, number: int, row: Mapping[str, Any]) -> tuple[StoredPicture, StoredPicture]:
-        columns = self._options.image_column, self._options.conditioning_image_column
-        image, condition = (
-            read_cell(row.get(column), cell=self._cell(number, column), roots=self._rows.roots) for column in columns
-        )
-        return image, condition
-
-    def _identity(self, number: int, stored: tuple[StoredPicture, StoredPicture]) -> Identity:
-        captions = self._captions[number]
-        texts = (captions,) if isinstance(captions, str) else tuple(captions)
-        return Identity(self._keys[number], texts, digest(*stored))
-
-    def _meta(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        options = self._options
-        used = (options.image_column, options.conditioning_image_column, options.caption_column)
-        return {k: v for k, v in row.items() if k not in used and isinstance(v, str | int | float | bool)}
-
-    def _cell(self, number: int, column: str) -> str:
-        return f"{self._rows.where(number)}, column {column}"
-
-    def _check_columns(self) -> None:
-        if not len(self._rows):
-            raise UserError(f"{self._rows.place}: there are no rows.")
-        for flag in ("image_column", "conditioning_image_column", "caption_column"):
-            if getattr(self._options, flag) not in self._rows.columns:
-                raise UserError(
-                    f"--{flag} {getattr(self._options, flag)}: {self._rows.place} has no such column; "
-                    f"there are: {', '.join(self._rows.columns)}."
-                )
+    def _texts(self, number: int, captions: Any) -> tuple[str, ...]:
+        check_caption(captions, self._rows.caption_cell(number))
+        return (captions,) if isinstance(captions, str) else tuple(captions)
 
     def _check_aspect(self, number: int, image: Image, condition: Image) -> None:
         if aspect_gap((image.height, image.width), (condition.height, condition.width)) > MAX_ASPECT_GAP:
             raise UserError(
-                f"{self._rows.where(number)} ({self._keys[number]}): the condition is "
+                f"{self._rows.where(number)} ({self._rows.key(number)}): the condition is "
                 f"{condition.width}x{condition.height} and its image {image.width}x{image.height}: another aspect, so "
                 "they would not lie on each other. Make the condition at its image's size, or at one scale of it."
             )
+
+
+def shards_of(stored: tuple[int, ...], numbers: Sequence[int] | np.ndarray) -> tuple[int, ...]:
+    """How many of the ascending `numbers` lie in each stored shard, empty ones left out."""
+    if isinstance(numbers, range):
+        return stored
+    ends = np.searchsorted(numbers, np.cumsum(stored))
+    return tuple(int(count) for count in np.diff(ends, prepend=0) if count)
 
 
 def check_caption(value: Any, cell: str) -> None:
@@ -177,9 +189,10 @@ def check_caption(value: Any, cell: str) -> None:
             raise UserError(f"{cell}: holds {type(text).__name__}; a caption is a string or a list of strings.")
 
 
-def digest(image: StoredPicture, condition: StoredPicture) -> str:
+def hash_row(row: Row) -> str:
     """sha256 (hex) of both pictures' stored bytes."""
-    whole = hashlib.sha256(len(image.data).to_bytes(8, "little"))
-    whole.update(image.data)
-    whole.update(condition.data)
+    whole = hashlib.sha256(len(row.image.data).to_bytes(8, "little"))
+    whole.update(row.image.data)
+    if row.condition:
+        whole.update(row.condition.data)
     return whole.hexdigest()

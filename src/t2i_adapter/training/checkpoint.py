@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import move_whole
 
 SCHEMA = 1
 PREFIX = "checkpoint-"
@@ -49,8 +49,7 @@ def save(output_dir: Path, adapter: Any, training: TrainingState, keep: int | No
         _write(aside, adapter, training)
         if final.exists():  # the same step again, after a resume from before it
             shutil.rmtree(final)
-        aside.rename(final)
-        _fsync(output_dir)
+        move_whole(aside, final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     if keep is not None:
@@ -67,8 +66,6 @@ def _write(aside: Path, adapter: Any, training: TrainingState) -> None:
     files = {str(p.relative_to(aside)): _sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
     state = json.dumps({"schema": SCHEMA, **training.state, "files": files}, indent=1)
     (aside / "state.json").write_text(state, encoding="utf-8")
-    for path in (*aside.rglob("*"), aside):
-        _fsync(path)
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
@@ -164,11 +161,3 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: Mapping[str, Any]
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

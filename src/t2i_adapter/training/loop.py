@@ -19,7 +19,7 @@ from t2i_adapter.training import checkpoint, optim, tracking
 from t2i_adapter.training.ema import Ema
 from t2i_adapter.training.meter import Meter
 from t2i_adapter.training.plan import Plan
-from t2i_adapter.training.step import Frozen, batch_losses, to_device
+from t2i_adapter.training.step import Frozen, batch_losses
 from t2i_adapter.types import Batch
 
 
@@ -27,7 +27,8 @@ from t2i_adapter.types import Batch
 class Trainer:
     """One run on one process; every process of a run holds an equal one.
 
-    adapter: the network that learns, float32. batches: first step -> micro-batches from there on, in order.
+    adapter: the network that learns, float32. batches: first step -> micro-batches from there on, in order,
+    on the device.
     validate: (adapter, step) -> None, or None; it is called on the main process. versions: library -> version.
     """
 
@@ -80,7 +81,7 @@ class Trainer:
         """Adds the gradients of one global batch; processes exchange them once, with the last micro-batch."""
         count = self.plan.accumulate
         for micro in range(count):
-            batch = to_device(next(batches), self.accelerator.device)
+            batch = next(batches)
             last = micro == count - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 gamma = self.config.objective.min_snr_gamma

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from t2i_adapter.config import Config
+from typing import Any
+
+from t2i_adapter.conditions.table import kinds, open_annotator
+from t2i_adapter.config import Config, DataOptions
 from t2i_adapter.errors import UserError
 from t2i_adapter.export import hub
 from t2i_adapter.export.adapter import save_adapter
@@ -63,7 +66,7 @@ def metadata(trainer: Trainer, base: Base) -> Metadata:
             "variant": named.variant,
             "vae": named.vae,
         },
-        condition={"channels": trainer.adapter.config["in_channels"], "column": options.data.conditioning_image_column},
+        condition={**condition_record(options.data), "channels": trainer.adapter.config["in_channels"]},
         resolution=options.data.resolution,
         data={"name": options.data.train_data_dir or options.data.dataset_name, "split": options.data.split},
         optim={"name": options.optim.name, "learning_rate": trainer.plan.lr, "schedule": options.optim.schedule},
@@ -78,3 +81,13 @@ def metadata(trainer: Trainer, base: Base) -> Metadata:
         seed=trainer.plan.seed,
         versions=trainer.versions,
     )
+
+
+def condition_record(options: DataOptions) -> dict[str, Any]:
+    """What the run's conditions are: how they were made, so that others are made alike, or where they came from."""
+    spec = options.condition
+    if spec is None:
+        return {"column": options.conditioning_image_column, "kind": options.condition_kind}
+    if spec.partition(",")[0].strip() in kinds() or ":" in spec:
+        return open_annotator(spec).record()
+    return {"name": spec, "kind": options.condition_kind}  # a map that the data's generator draws itself

@@ -20,8 +20,8 @@ from diffusers.utils.import_utils import is_xformers_available
 from torch import Tensor
 
 from t2i_adapter import load
-from t2i_adapter.batches.loader import make_batches
-from t2i_adapter.cache.prepare import Prepared, prepare
+from t2i_adapter.cache.live import Encoders, Live
+from t2i_adapter.cache.prepare import Prepared
 from t2i_adapter.config import Config, to_dict
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError
@@ -29,6 +29,7 @@ from t2i_adapter.models.adapter import build_adapter, check_fits, check_resoluti
 from t2i_adapter.models.base import Base, open_base, release
 from t2i_adapter.sources.table import Source, open_source
 from t2i_adapter.training import checkpoint, optim, tracking
+from t2i_adapter.training.data import make_batches, prepare_data
 from t2i_adapter.training.lock import lock
 from t2i_adapter.training.loop import Trainer
 from t2i_adapter.training.plan import Plan, make_plan
@@ -82,6 +83,28 @@ def run(config: Config, *, dry_run: bool = False) -> None:
         if accelerator.is_main_process:
             publish(trainer, setup.base, repo_id)
         tracking.finish(accelerator)
+
+
+def prepare(config: Config, *, dry_run: bool = False) -> None:
+    """Makes what a run with these options would find in the cache, and stops. Raises UserError.
+
+    dry_run prints the options and what there is to prepare, and stops.
+    """
+    if config.data.cache == "none":
+        raise UserError("--data.cache none: keeps nothing, so there is nothing to prepare; leave it out.")
+    if config.data.max_train_samples is not None and config.train.seed is None:
+        raise UserError("--max_train_samples: the seed chooses the rows; give the --seed that training will have.")
+    accelerator = make_accelerator(config)
+    rows = read_rows(config)
+    base = open_base(config.base)
+    seed = config.train.seed or 0
+    make_adapter(config, base, seed)  # checks that the sizes fit
+    source = open_source(config.data, seed)
+    accelerator.print(source.describe(), flush=True)
+    if dry_run:
+        accelerator.print(f"Options\n{load.dump(config)}")
+        return
+    prepare_data(config, accelerator, base, source, DTYPES[accelerator.mixed_precision], [row.prompt for row in rows])
 
 
 def set_up(config: Config) -> Setup:
@@ -187,22 +210,11 @@ def _seed(accelerator: Accelerator, config: Config, resume: Path | None) -> int:
 
 
 def make_trainer(setup: Setup) -> Trainer:
-    """Prepares the data, then loads the UNet alone: the encoders have left the device by then."""
+    """Prepares the data, then loads the UNet: the encoders have left the device by then, but for those that encode
+    within the step, which come when the first batch needs them."""
     config, accelerator, plan, base = setup.config, setup.accelerator, setup.plan, setup.base
     dtype = DTYPES[accelerator.mixed_precision]
-    prepared = prepare(
-        setup.source,
-        resolution=config.data.resolution,
-        in_channels=config.adapter.in_channels,
-        base=base,
-        device=accelerator.device,
-        dtype=dtype,
-        root=prepared_root(config),
-        extra_captions=("", *(row.prompt for row in setup.rows)),
-        # Each machine prepares for itself: they may not share a disk.
-        rank=accelerator.local_process_index,
-        world=int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes),
-    )
+    facts = prepare_data(config, accelerator, base, setup.source, dtype, [row.prompt for row in setup.rows])
     release(accelerator.device)
     frozen = Frozen(
         _unet(config, base, accelerator.device, dtype),
@@ -210,20 +222,21 @@ def make_trainer(setup: Setup) -> Trainer:
         base.latent_scale,
         dtype,
     )
+    encoders = Encoders(base, accelerator.device, dtype)
     seeded = replace(config, train=replace(config.train, seed=plan.seed))
 
     def batches(start_step: int) -> Iterator[Batch]:
         return make_batches(
-            prepared,
+            facts,
             seeded,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
+            encoders,
+            accelerator,
             start_step=start_step,
             stop_step=plan.steps,
             num_timesteps=frozen.schedule.num_timesteps,
         )
 
-    validator = _validator(setup, frozen, prepared)
+    validator = _validator(setup, frozen, facts, encoders)
     return Trainer(config, plan, accelerator, setup.adapter, frozen, batches, validator, versions())
 
 
@@ -236,28 +249,25 @@ def _unet(config: Config, base: Base, device: torch.device, dtype: torch.dtype) 
     return unet
 
 
-def prepared_root(config: Config) -> Path:
-    """Where prepared latents and text states are kept: the option, else $T2I_ADAPTER_CACHE, else the user's cache."""
-    named = config.data.prepared_dir or os.environ.get("T2I_ADAPTER_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "t2i_adapter" / "prepared"
-
-
-def _validator(setup: Setup, frozen: Frozen, prepared: Prepared) -> Validator | None:
+def _validator(setup: Setup, frozen: Frozen, facts: Prepared | Live, encoders: Encoders) -> Validator | None:
     if not setup.rows or not setup.accelerator.is_main_process:
         return None
     prompts = [row.prompt for row in setup.rows]
     text = text_states(
         prompts,
-        {prompt: _states(prepared, prompt, frozen) for prompt in {"", *prompts}},
+        {prompt: _states(facts, encoders, prompt, frozen) for prompt in {"", *prompts}},
         zeros=setup.base.zeros_for_empty_prompt,
         repeat=setup.config.validation.num_images,
     )
     return Validator(setup.config, setup.base, frozen, setup.rows, text, setup.accelerator, setup.plan.seed)
 
 
-def _states(prepared: Prepared, caption: str, frozen: Frozen) -> tuple[Tensor, Tensor]:
-    record = prepared.text(prepared.text_key(caption))
-    states, pooled = torch.tensor(record.states), torch.tensor(record.pooled)
+def _states(facts: Prepared | Live, encoders: Encoders, prompt: str, frozen: Frozen) -> tuple[Tensor, Tensor]:
+    record = facts.text(prompt)
+    if record:
+        states, pooled = torch.tensor(record.states), torch.tensor(record.pooled)
+    else:
+        states, pooled = (part[0] for part in encoders.states([prompt]))
     return states.to(frozen.unet.device, frozen.dtype), pooled.to(frozen.unet.device, frozen.dtype)
 
 

@@ -47,12 +47,3 @@ def predict(adapter: Any, frozen: Frozen, noisy: Tensor, batch: Batch) -> Tensor
         down_intrablock_additional_residuals=features,
         return_dict=False,
     )[0]
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device, copied without waiting where its memory is pinned."""
-    moved: dict[str, Any] = {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in vars(batch).items()
-    }
-    return Batch(**moved)

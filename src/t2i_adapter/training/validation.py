@@ -41,7 +41,8 @@ def read_rows(config: Config) -> list[Row]:
         if not path.is_file():
             raise UserError(f"--validation_image {file}: no such file.")
         decoded = picture.decode(picture.StoredPicture(f"--validation_image {file}", path.read_bytes()))
-        cut = geometry.plan((decoded.height, decoded.width), config.data.resolution)
+        resolution = config.data.resolution
+        cut = geometry.cover((decoded.height, decoded.width), (resolution, resolution))
         rows.append(Row(prompt, geometry.apply(decoded, cut, "bilinear")))
     return rows
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...errors import UserError
 from .draw import CONDITIONS, condition, render
 from .sample import sample_scene
-from .scene import PATTERNS, Scene
+from .scene import KINDS, PATTERNS, Scene
 
 SPLITS = ("train", "test")
 #: test scenes are numbered from here, so that no number of training scenes reaches them
@@ -31,6 +31,7 @@ def write_dataset(
     size: int = 128,
     condition: str = "outline",
     max_shapes: int = 3,
+    kinds: tuple[str, ...] = KINDS,
     patterns: tuple[str, ...] = PATTERNS,
     overwrite: bool = False,
 ) -> Path:
@@ -47,7 +48,7 @@ def write_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(num):
-        scene = sample_scene(seed, start + i, max_shapes=max_shapes, patterns=patterns)
+        scene = sample_scene(seed, start + i, max_shapes=max_shapes, kinds=kinds, patterns=patterns)
         rows.append(_write_sample(folder, i, scene, size, condition))
     # The table comes last: a folder with one is complete.
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

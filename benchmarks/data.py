@@ -1,0 +1,323 @@
+"""Loading training data: samples a second on one core, and what a million rows cost.
+
+The other side is the diffusers script's own data path, imported from its file and not changed: `datasets`, its
+transforms, its cached caption states and its collate function. Both sides read the same files, in this process, in
+turn, several rounds each. The script's file is not part of this repository.
+
+    python benchmarks/data.py --script PATH/train_t2i_adapter_sdxl.py [--rounds 5] [--out benchmarks/data.json]
+
+Measured:
+  cached     SDXL's sizes, everything precomputed: ours moments, condition and caption states; theirs caption states,
+             the rest decoded and transformed at each draw
+  uncached   decode, resize, crop to 1024 px and Canny edges, nothing kept
+  million    a million rows in parquet shards: seconds from a fresh process's first line of ours to the first batch,
+             at row 0 and at row 900,000, and the process's peak memory
+  flat       microseconds a sample from 1,000 to 1,000,000 rows
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import date
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+from PIL import Image
+
+from t2i_adapter.batches.loader import make_drafts
+from t2i_adapter.batches.order import Order
+from t2i_adapter.cache.live import Live
+from t2i_adapter.cache.prepare import Prepared, prepare
+from t2i_adapter.cache.records import pack_image, pack_text, view_keys
+from t2i_adapter.cache.shards import Shards, ShardWriter
+from t2i_adapter.cache.texts import Texts
+from t2i_adapter.cache.work import Machine
+from t2i_adapter.config import BaseOptions, Config, DataOptions, TrainOptions
+from t2i_adapter.models.base import open_base
+from t2i_adapter.sources import shapes
+from t2i_adapter.sources.geometry import Framing
+from t2i_adapter.sources.table import open_source
+
+SIDE, PAIRS, BATCH = 1024, 48, 4
+STATES, POOLED = (77, 2048), (1280,)  # of SDXL's text encoders
+LIBRARIES = ("torch", "numpy", "datasets", "pyarrow", "Pillow", "sdxl-t2i-adapter")
+ROWS, SHARDS = 1_000_000, 10
+RESUME_AT = 900_000
+COUNTS = (1_000, 10_000, 100_000, 1_000_000)
+TIMED = 400  # draws that a point of the curve is the mean of
+
+
+def write_pairs(folder: Path) -> Path:
+    """PAIRS pictures of 1280 x 1152 px,
+    as large in bytes as photographs: scenes with grain, JPEG; outlines as PNG."""
+    split, rng, rows = folder / "train", np.random.default_rng(0), []
+    split.mkdir(parents=True)
+    for i in range(PAIRS):
+        scene = shapes.sample_scene(0, i)
+        picture = np.asarray(shapes.render(scene, SIDE).resize((1280, 1152)), np.float32)
+        grain = cv2.GaussianBlur(rng.normal(0, 30, picture.shape).astype(np.float32), (0, 0), 1.5)
+        Image.fromarray((picture + grain).clip(0, 255).astype(np.uint8)).save(split / f"{i:03d}.jpg", quality=92)
+        shapes.condition(scene, SIDE, "outline").resize((1280, 1152)).save(split / f"{i:03d}_cond.png")
+        row = {"file_name": f"{i:03d}.jpg", "conditioning_image_file_name": f"{i:03d}_cond.png", "text": scene.caption}
+        rows.append(json.dumps(row))
+    (split / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def cached_facts(data: DataOptions, root: Path) -> Prepared:
+    """Records of SDXL's sizes for the pairs: true conditions, random moments and states, which cost the same."""
+    source, rng, framing = open_source(data, 0), np.random.default_rng(1), Framing.of(data)
+    images, texts, keys = root / "images", Texts(Shards(root / "texts"), "benchmark"), []
+    with ShardWriter(images) as some, ShardWriter(root / "texts") as others:
+        for i in range(len(source)):
+            sample = source[i]
+            condition = np.asarray(sample.condition.resize((SIDE, SIDE)), np.uint8).transpose(2, 0, 1)
+            geometry = framing.plan((sample.image.height, sample.image.width), sample.digest, 0)
+            moments = rng.normal(size=(8, SIDE // 8, SIDE // 8)).astype(np.float32)
+            key = view_keys(np.frombuffer(bytes.fromhex(sample.digest), np.uint8)[None], 0)
+            keys.append(key)
+            some.add(key.tobytes(), pack_image(moments, condition, geometry, name=sample.key))
+            states, pooled = rng.normal(size=STATES), rng.normal(size=POOLED)
+            others.add(texts.keys(sample.captions).tobytes(), pack_text(states, pooled, tokens=9, name="caption"))
+    texts.shards.refresh()
+    found = Shards(images)
+    rows = found.find(np.concatenate(keys)).astype(np.int32)[None]
+    numbers = np.arange(len(source), dtype=np.int32)
+    return Prepared(source, numbers, rows, (numbers,), (len(source),), found, texts)
+
+
+def live_facts(data: DataOptions, root: Path, *, channels: int = 3) -> Live:
+    base = open_base(BaseOptions())
+    facts = prepare(
+        open_source(data, 0),
+        replace(data, cache="none"),
+        Machine(base, "cpu", torch.float32, root, progress=False),
+        in_channels=channels,
+    )
+    assert isinstance(facts, Live)
+    return facts
+
+
+def drafts(facts: Any, data: DataOptions, *, start: int = 0, steps: int = 10**6, batch: int = BATCH) -> Iterator[Any]:
+    config = Config(data=replace(data, num_workers=0), train=TrainOptions(batch_size=batch, seed=0))
+    return make_drafts(facts, config, rank=0, world=1, start_step=start, stop_step=start + steps, num_timesteps=1000)
+
+
+def script_module(path: Path) -> ModuleType:
+    """The diffusers script as a module; torchvision's transforms are stood in for where it is not installed."""
+    here = importlib.util.spec_from_file_location("stand_in", Path(__file__).with_name("torchvision_stand_in.py"))
+    assert here is not None and here.loader is not None
+    stand_in = importlib.util.module_from_spec(here)
+    here.loader.exec_module(stand_in)
+    if importlib.util.find_spec("torchvision") is None:
+        stand_in.install()
+    found = importlib.util.spec_from_file_location("diffusers_script", path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def script_batches(script: ModuleType, folder: Path, *, canny: bool) -> Iterator[Any]:
+    """The script's loader over the same folder, its caption states (random ones of SDXL's size) cached by `map`."""
+    import datasets
+    from accelerate import Accelerator
+
+    columns = {"image_column": "image", "conditioning_image_column": "conditioning_image", "caption_column": "text"}
+    script.args = argparse.Namespace(resolution=SIDE, **columns)  # the script's functions read this global
+    rng = np.random.default_rng(1)
+
+    def embed(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        count = len(batch["text"])
+        return {
+            "prompt_embeds": torch.from_numpy(rng.normal(size=(count, *STATES)).astype(np.float32)),
+            "text_embeds": torch.from_numpy(rng.normal(size=(count, *POOLED)).astype(np.float32)),
+            "time_ids": torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]] * count),
+        }
+
+    data = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
+    data = data.map(embed, batched=True, batch_size=16)
+    if canny:
+        data = data.cast_column("conditioning_image", datasets.Image(decode=False))
+    data = script.prepare_train_dataset(data, Accelerator(cpu=True))
+    if canny:
+        transform = data.format["format_kwargs"]["transform"]
+
+        def annotated(examples: dict[str, Any]) -> dict[str, Any]:
+            edges = [Image.fromarray(cv2.Canny(np.asarray(i.convert("RGB")), 100, 200)) for i in examples["image"]]
+            return transform({**examples, "conditioning_image": edges})
+
+        data = data.with_transform(annotated)
+    while True:
+        yield from torch.utils.data.DataLoader(data, shuffle=True, collate_fn=script.collate_fn, batch_size=BATCH)
+
+
+def rate(batches: Iterator[Any], seconds: float) -> float:
+    """Samples a second over at least `seconds`, after two batches of warm-up."""
+    for _ in islice(batches, 2):
+        pass
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        next(batches)
+        count += BATCH
+    return count / (time.perf_counter() - began)
+
+
+def side_by_side(
+    ours: Callable[[], Iterator[Any]], theirs: Callable[[], Iterator[Any]], options: Any
+) -> dict[str, Any]:
+    found: dict[str, list[float]] = {"ours": [], "script": []}
+    sides = {"ours": ours(), "script": theirs()}
+    for _ in range(options.rounds):
+        for name, batches in sides.items():
+            found[name].append(round(rate(batches, options.seconds), 1))
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    ratios = sorted(a / b for a, b in zip(found["ours"], found["script"], strict=True))
+    return {
+        "samples_per_s": found,
+        "median": medians,
+        "ratio": round(medians["ours"] / medians["script"], 2),
+        "ratio_range": [round(ratios[0], 2), round(ratios[-1], 2)],
+    }
+
+
+def write_rows(folder: Path, count: int) -> Path:
+    """`count` rows in parquet shards: a thousand different pictures of 64 px, over and over, captions of their own."""
+    folder.mkdir(parents=True)
+    pictures, conditions = [], []
+    for i in range(min(count, 1000)):
+        scene = shapes.sample_scene(0, i)
+        drawn = shapes.render(scene, 64), shapes.condition(scene, 64, "outline")
+        for kept, picture in zip((pictures, conditions), drawn, strict=True):
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            kept.append(buffer.getvalue())
+    shards = min(SHARDS, max(1, count // 1000))
+    for shard in range(shards):
+        rows = range(shard * count // shards, (shard + 1) * count // shards)
+        table = pyarrow.table(
+            {
+                "image": [pictures[i % len(pictures)] for i in rows],
+                "conditioning_image": [conditions[i % len(conditions)] for i in rows],
+                "text": [f"picture number {i}" for i in rows],
+            }
+        )
+        pyarrow.parquet.write_table(table, folder / f"train-{shard:05d}.parquet", row_group_size=2000)
+    return folder
+
+
+def rows_options(folder: Path) -> DataOptions:
+    return DataOptions(train_data_dir=f"{folder}/*.parquet", resolution=64, cache="none", num_workers=0)
+
+
+def first_batch(folder: Path, start: int) -> None:
+    """Run in a process of its own: prints seconds to the first batch at row `start`, and the peak memory."""
+    began = time.perf_counter()
+    data = rows_options(folder)
+    with tempfile.TemporaryDirectory() as root:
+        next(drafts(live_facts(data, Path(root)), data, start=start // BATCH))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": round(time.perf_counter() - began, 2), "peak_mib": round(peak)}))
+
+
+def measure_first_batch(folder: Path, start: int, rounds: int) -> dict[str, Any]:
+    line = [sys.executable, __file__, "--first_batch", str(folder), "--start", str(start)]
+    runs = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        done = subprocess.run(line, check=True, capture_output=True, text=True, timeout=300)
+        runs.append(json.loads(done.stdout.splitlines()[-1]) | {"process_s": round(time.perf_counter() - began, 2)})
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]} | {"runs": runs}
+
+
+def cost_of_a_sample(folder: Path) -> float:
+    """Microseconds a sample, at draws far apart in the order."""
+    data = rows_options(folder)
+    with tempfile.TemporaryDirectory() as root:
+        facts = live_facts(data, Path(root))
+        batches = drafts(facts, data)
+        for _ in islice(batches, 20):
+            pass
+        began = time.perf_counter()
+        for _ in islice(batches, TIMED // BATCH):
+            pass
+        taken = time.perf_counter() - began
+        assert isinstance(Order(facts.groups, facts.shards, 0, BATCH).number(0), int)
+    return round(taken / TIMED * 1e6, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--script", type=Path, help="train_t2i_adapter_sdxl.py of diffusers")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="that a rate is measured for")
+    parser.add_argument("--rows", type=int, default=ROWS, help="rows of the large set")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/data.json"))
+    parser.add_argument("--first_batch", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    if options.first_batch:
+        first_batch(options.first_batch, options.start)
+        return
+    if options.script is None:
+        parser.error("--script is needed: the file to compare with")
+    measure(options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    script = script_module(options.script)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, root = write_pairs(Path(temporary) / "pairs"), Path(temporary)
+        data = DataOptions(train_data_dir=str(folder), resolution=SIDE, num_workers=0)
+        edges = replace(data, condition="canny", cache="none")
+        facts, live = cached_facts(data, root / "cached"), live_facts(edges, root / "live")
+        result: dict[str, Any] = {
+            "date": date.today().isoformat(),
+            "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine(), "threads": 1},
+            "versions": {name: version(name) for name in LIBRARIES},
+            "settings": {"side": SIDE, "pairs": PAIRS, "batch": BATCH, "rounds": options.rounds, "rows": options.rows},
+            "cached": side_by_side(
+                lambda: drafts(facts, data), lambda: script_batches(script, folder, canny=False), options
+            ),
+            "uncached": side_by_side(
+                lambda: drafts(live, edges), lambda: script_batches(script, folder, canny=True), options
+            ),
+        }
+        print(json.dumps({name: result[name]["median"] for name in ("cached", "uncached")}), flush=True)
+        large = write_rows(root / "large", options.rows)
+        result["million"] = {
+            "row 0": measure_first_batch(large, 0, 3),
+            f"row {RESUME_AT * options.rows // ROWS}": measure_first_batch(large, RESUME_AT * options.rows // ROWS, 3),
+        }
+        counts = [count for count in COUNTS if count < options.rows]
+        folders = {count: write_rows(root / f"rows-{count}", count) for count in counts} | {options.rows: large}
+        result["flat"] = {str(count): cost_of_a_sample(where) for count, where in folders.items()}
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

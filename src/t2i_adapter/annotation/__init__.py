@@ -1,0 +1,1 @@
+"""Condition maps of pictures and data sets, by the annotators of `conditions`."""

@@ -1,0 +1,81 @@
+"""Digests of files that were read before, so that a start over unchanged files reads none of them.
+
+A row's stamp (paths, sizes, times of change) leads to the digest that its bytes had then. What the cache is keyed by
+stays the digest: a stamp that is not known, or has changed, costs one reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from t2i_adapter.cache.keys import KEY_BYTES, Keys
+from t2i_adapter.files import write_whole
+
+STAMP_BYTES = 16
+ENTRY = np.dtype([("stamp", "u1", STAMP_BYTES), ("digest", "u1", KEY_BYTES)])
+SUFFIX = ".stamps"
+MAX_FILES = 16  # more are made one
+
+
+class Stamps:
+    """Stamp -> digest, kept in `folder`; several processes may add to it at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = sorted(folder.glob(f"*{SUFFIX}"))
+        parts = [_read(file) for file in self._files]
+        self._entries = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, ENTRY), *parts])
+        self._keys = Keys(self._entries["stamp"])
+        self._new: list[np.ndarray] = []
+
+    def digests(self, stamps: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
+        """Digests (N,32) uint8 of rows by their stamps, and (N,) bool which of them are known."""
+        found = self._keys.find(_hashes(stamps))
+        known = found >= 0
+        digests = np.zeros((len(stamps), KEY_BYTES), np.uint8)
+        digests[known] = self._entries["digest"][found[known]]
+        return digests, known
+
+    def add(self, stamps: Sequence[str | None], digests: np.ndarray) -> None:
+        """Remembers rows whose digests (N,32) were just made; those without a stamp are passed over."""
+        has_one = np.array([stamp is not None for stamp in stamps], bool)
+        entries = np.empty(int(has_one.sum()), ENTRY)
+        entries["stamp"] = _hashes(stamps)[has_one]
+        entries["digest"] = digests[has_one]
+        self._new.append(entries)
+
+    def save(self) -> None:
+        """Writes what was added, whole or not at all. Raises OSError."""
+        entries = np.concatenate([np.empty(0, ENTRY), *self._new])
+        if not len(entries):
+            return
+        crowded = len(self._files) >= MAX_FILES
+        data = (np.concatenate([self._entries, entries]) if crowded else entries).tobytes()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / f"{uuid.uuid4().hex}{SUFFIX}", [data, zlib.crc32(data).to_bytes(4, "little")])
+        for file in self._files if crowded else ():
+            file.unlink(missing_ok=True)
+        self._new = []
+
+
+def _read(file: Path) -> np.ndarray:
+    """A file's entries; none where it is damaged, or another process has just made it part of a larger one."""
+    try:
+        content = memoryview(file.read_bytes())
+    except OSError:
+        return np.empty(0, ENTRY)
+    data = content[:-4]
+    whole = len(data) % ENTRY.itemsize == 0 and zlib.crc32(data).to_bytes(4, "little") == content[-4:]
+    return np.frombuffer(data, ENTRY) if whole else np.empty(0, ENTRY)
+
+
+def _hashes(stamps: Sequence[str | None]) -> np.ndarray:
+    """(N,16) uint8."""
+    joined = b"".join(hashlib.blake2b((s or "").encode(), digest_size=STAMP_BYTES).digest() for s in stamps)
+    return np.frombuffer(joined, np.uint8).reshape(-1, STAMP_BYTES)

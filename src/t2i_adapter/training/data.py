@@ -1,0 +1,107 @@
+"""A run's pairs: prepared before it, and made batches of on its way."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from t2i_adapter.batches.loader import make_drafts
+from t2i_adapter.cache.faults import BadRow, BadRows, list_bad_rows
+from t2i_adapter.cache.live import Encoders, Live
+from t2i_adapter.cache.prepare import Prepared, prepare
+from t2i_adapter.cache.work import Machine
+from t2i_adapter.config import Config
+from t2i_adapter.errors import UserError
+from t2i_adapter.models.base import Base
+from t2i_adapter.sources.remote import cache_root
+from t2i_adapter.sources.table import Source
+from t2i_adapter.types import Batch, Draft
+
+BAD_SAMPLES = "bad_samples.jsonl"
+"""In a run's folder: a line {"key", "reason"} for each row left out."""
+
+
+def prepare_data(
+    config: Config, accelerator: Accelerator, base: Base, source: Source, dtype: torch.dtype, prompts: Sequence[str]
+) -> Prepared | Live:
+    """The run's pairs, what can be kept of them made and kept; rows left out are listed in the run's folder.
+
+    dtype: arithmetic of the text encoders. prompts: captions to have besides the source's and the empty one.
+    """
+    meeting = [secrets.token_hex(8)]
+    broadcast_object_list(meeting)
+    machine = Machine(
+        base,
+        accelerator.device,
+        dtype,
+        cache_root(config.data.prepared_dir),
+        # Each machine prepares for itself: they may not share a disk.
+        rank=accelerator.local_process_index,
+        world=int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes),
+        meeting=meeting[0],
+    )
+    return prepare(
+        source,
+        config.data,
+        machine,
+        in_channels=config.adapter.in_channels,
+        extra_captions=("", *prompts),
+        bad_list=Path(config.output_dir) / BAD_SAMPLES,
+    )
+
+
+def make_batches(
+    facts: Prepared | Live,
+    config: Config,
+    encoders: Encoders,
+    accelerator: Accelerator,
+    *,
+    start_step: int,
+    stop_step: int,
+    num_timesteps: int,
+) -> Iterator[Batch]:
+    """This process's micro-batches from step `start_step` on, complete, on the device. Raises UserError."""
+    drafts = make_drafts(
+        facts,
+        config,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        start_step=start_step,
+        stop_step=stop_step,
+        num_timesteps=num_timesteps,
+    )
+    for draft in _listed(drafts, facts, config):
+        yield encoders.complete(to_device(draft, accelerator.device))
+
+
+def _listed(drafts: Iterable[Draft], facts: Prepared | Live, config: Config) -> Iterator[Draft]:
+    """The drafts; rows that turned out bad only now are listed. Raises UserError where there are too many."""
+    bad = BadRows(config.data, len(facts))
+    for draft in drafts:
+        for number, reason in draft.bad:
+            if number not in bad.found:
+                row = BadRow.of(facts.source, int(facts.numbers[number]), UserError(reason))
+                list_bad_rows(Path(config.output_dir) / BAD_SAMPLES, [(row.key, row.reason)])
+                bad.add(row._replace(number=number))
+        yield draft
+
+
+def to_device(draft: Draft, device: torch.device) -> Draft:
+    """The draft with its tensors on the device, copied without waiting where its memory is pinned."""
+    moved = {name: _moved(value, device) for name, value in vars(draft).items() if isinstance(value, torch.Tensor)}
+    return replace(draft, **moved)
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Channels that are views of one cross over as one: torch would spread them out first, in memory that is not
+    pinned."""
+    if tensor.ndim == 4 and tensor.stride(1) == 0:
+        return tensor[:, :1].to(device, non_blocking=True).expand_as(tensor)
+    return tensor.to(device, non_blocking=True)

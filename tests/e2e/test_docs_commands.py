@@ -1,0 +1,149 @@
+"""Every command that the documentation shows is run, in the order of its page, with stand-ins for what is large or far.
+
+tests/contract/test_docs.py reads the pages and holds each command to this version's flags; here they do their work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from t2i_adapter.cli import PROG, main
+from t2i_adapter.models import nano
+from t2i_adapter.sources.shapes import write_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "contract"))
+from test_docs import PAGES, code, commands  # noqa: E402 - the path above leads to it
+
+STAND_INS = {
+    "stabilityai/stable-diffusion-xl-base-1.0": "nano",
+    "madebyollin/sdxl-vae-fp16-fix": str(nano.path() / "vae"),
+    "fusing/fill50k": "my-pictures",
+    "$MODEL_DIR": "nano",
+    "$OUTPUT_DIR": "guide",
+    "OUTPUT_DIR": "runs/demo/adapter",
+    "runs/nano-palette": "runs/from-recipe",
+    "iconify-json-fluent-emoji-flat-1.2.6.tgz": "icons.json",
+}
+"""What stands on this machine for what a command names; the rest of the line is as it is shown."""
+
+SMALLER = (
+    (r"--num 2000\b", "--num 4"),
+    (r"--num_test 64\b", "--num_test 2"),
+    (r"--num 64\b", "--num 2"),
+    (r"\bshapes:\d+", "shapes:4"),
+    (r"(--resolution[= ]|--data\.resolution )1024\b", r"\g<1>128"),
+    (r"(--max_train_steps[= ]|--train\.max_steps )\d+", r"\g<1>2"),
+    (r'--report_to="?wandb"?', "--report_to=none"),
+    (r" --push_to_hub", ""),
+)
+"""(pattern, what is run instead): a few pictures and steps are enough to see that a command works."""
+
+NOT_RUN = {
+    "make ": "each target runs tests or the whole demo",
+    f"{PROG} VERB": "the form of a command",
+    f"{PROG} train --recipe FILE.yaml": "the form of a command",
+    f"{PROG} prepare --recipe FILE.yaml": "the form of a command",
+    f"{PROG} push": "needs the hub; tests/unit/test_push.py runs it against a server",
+    f"{PROG} annotate depth": "needs weights of the hub; tests/unit/test_conditions_depth.py has small ones",
+    f"{PROG} annotate segmentation": "needs weights; tests/unit/test_conditions_segmentation.py has small ones",
+    f'{PROG} train --data.train_data_dir "': "shards elsewhere; tests/e2e/test_sources.py reads them from servers",
+    "python -m t2i_adapter.conditions.weights": "downloads",
+    "python -m t2i_adapter.nano_maker": "hours; tests/unit/test_nano.py makes a base in small",
+}
+
+PAGES_WITH_COMMANDS = [page for page in PAGES if page.suffix == ".md" and commands(page)]
+ICONS = {f"thing-{i}": {"body": f'<circle cx="16" cy="16" r="{4 + i % 9}" fill="#f00"/>'} for i in range(24)}
+OWN_ANNOTATOR = ROOT / "docs" / "add-a-condition.md"
+
+
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a reader of the documentation has it: pictures, conditions, recipes and a finished adapter."""
+    root = tmp_path_factory.mktemp("docs")
+    for name in ("recipes", "train_t2i_adapter_sdxl.py"):
+        (root / name).symlink_to(ROOT / name)
+    for folder in ("my-pictures", "runs/demo/data"):
+        write_dataset(root / folder, num=4, split="train")
+        write_dataset(root / folder, num=2, split="test")
+    for name in ("house_outline", "circle", "condition", "conditioning_image_1", "conditioning_image_2"):
+        shutil.copy(root / "my-pictures/test/00000_cond.png", root / f"{name}.png")
+    shutil.copy(root / "my-pictures/test/00000.png", root / "photo.png")
+    (root / "icons.json").write_text(json.dumps({"prefix": "x", "height": 32, "icons": ICONS}))
+    (root / "tones.py").write_text(code(OWN_ANNOTATOR, '"""The picture in a few tones, for adapters that shade."""'))
+    run(
+        f"{PROG} train --data.train_data_dir runs/demo/data --data.resolution 128 --train.max_steps 1 "
+        "--output_dir runs/demo/adapter",
+        root,
+    )
+    return root
+
+
+@pytest.fixture
+def world(surroundings: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """One page's own copy, with the data that its commands take for made; docs/data.md makes it itself."""
+    root = tmp_path / "world"
+    shutil.copytree(surroundings, root, symlinks=True)
+    if "data.md" not in request.node.name:
+        shutil.copytree(root / "my-pictures", root / "data")
+    return root
+
+
+def small(command: str, number: int) -> str:
+    """The command as it is run here, the `number`th of its page."""
+    for pattern, instead in SMALLER:
+        command = re.sub(pattern, instead, command)
+    for name, here in STAND_INS.items():
+        command = command.replace(name, here)
+    if " train " in command:
+        command = command.partition(" #")[0]
+        ours = {"--train.max_steps": "2", "--output_dir": f"runs/{number}"}
+        if "--recipe" in command:
+            ours |= {"--data.train_data_dir": "my-pictures"}
+            ours["--output_dir"] = "runs/again" if "resume" in command or number == 0 else f"runs/{number}"
+        else:
+            ours |= {"--data.resolution": "128"}
+        command += "".join(f" {flag} {value}" for flag, value in ours.items() if flag not in command)
+    return command
+
+
+def run(command: str, cwd: Path) -> None:
+    """Verbs in this process, which has loaded the libraries already; launchers as programs."""
+    words = shlex.split(command, comments=True)
+    if words[0] == PROG:
+        here = Path.cwd()
+        os.chdir(cwd)
+        try:
+            assert main(words[1:]) == 0, command
+        except SystemExit as stop:
+            assert not stop.code, command
+        finally:
+            os.chdir(here)
+        return
+    programs = {"accelerate": ["accelerate.commands.accelerate_cli"], "torchrun": ["torch.distributed.run"]}
+    line = [sys.executable, *(["-m", *programs[words[0]]] if words[0] in programs else []), *words[1:]]
+    done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=240, env=dict(os.environ))
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_COMMANDS, ids=lambda page: page.name)
+def test_the_commands_of_a_page_work(page: Path, world: Path):
+    wanted = [command for command in commands(page) if not command.startswith(tuple(NOT_RUN))]
+    for number, command in enumerate(wanted):
+        run(small(command, number), world)
+
+
+def test_every_exception_is_still_needed():
+    shown = [command for page in PAGES for command in commands(page)]
+    assert all(any(command.startswith(start) for command in shown) for start in NOT_RUN)
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert all(name in text for name in STAND_INS)

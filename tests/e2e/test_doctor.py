@@ -1,0 +1,276 @@
+"""`doctor` finds every fault that is planted in a good data set, at its row, and none in the good one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from t2i_adapter.cli import main
+from t2i_adapter.doctor.offset import SURE, find_offset
+from t2i_adapter.sources.shapes import CONDITIONS, write_dataset
+
+ROWS = 48
+SIZE = 128
+PAIR = ("file_name", "conditioning_image_file_name")
+Rows = list[Any]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set without faults. Read only."""
+    folder = tmp_path_factory.mktemp("good")
+    write_dataset(folder, num=ROWS, size=SIZE)
+    return folder
+
+
+def look_over(data: Path, out: Path, *words: str, workers: int = 0) -> tuple[int, dict[str, Any]]:
+    """The exit code and what --json wrote."""
+    flags = ["--data.resolution", str(SIZE), "--workers", str(workers), "--json", str(out / "found.json"), *words]
+    try:
+        code = main(["doctor", str(data), "--measure", "0", *flags])
+    except SystemExit as stop:
+        code = stop.code
+    assert isinstance(code, int)
+    return code, json.loads((out / "found.json").read_text())
+
+
+def planted(report: dict[str, Any]) -> dict[str, list[str]]:
+    """Kind -> keys of its rows."""
+    return {finding["kind"]: [row["key"] for row in finding["rows"]] for finding in report["findings"]}
+
+
+def crops_of(report: dict[str, Any]) -> dict[tuple[int, int], int]:
+    return {(crop["height"], crop["width"]): crop["pictures"] for crop in report["crops"]}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_good_set_has_no_finding(condition: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dataset(tmp_path, num=120, size=SIZE, condition=condition, seed=3)
+    code, report = look_over(tmp_path, tmp_path)
+    assert (code, report["findings"]) == (0, [])
+    assert crops_of(report) == {(128, 128): 120}
+    assert capsys.readouterr().out.endswith("nothing is wrong\n")
+    if condition != "palette":  # its cells' borders are no edges of the image, and nothing is told by them
+        assert report["offset"]["median"] == pytest.approx([0, 0], abs=0.1)
+
+
+def test_it_measures_and_reads_with_several_processes(good: Path, tmp_path: Path) -> None:
+    code, report = look_over(good, tmp_path, "--measure", "2", workers=2)
+    alone = look_over(good, tmp_path)[1]
+    measured, needs = report["needs"].pop("measured"), report["needs"]
+    assert code == 0
+    assert measured["picture_seconds"] > 0 and measured["caption_seconds"] > 0 and measured["peak_bytes"] > 2**20
+    spent = needs["crops"] * measured["picture_seconds"] + needs["captions"] * measured["caption_seconds"]
+    assert needs.pop("seconds") == pytest.approx(spent)
+    alone["needs"].pop("measured"), alone["needs"].pop("seconds")
+    assert {**report, "seconds": 0} == {**alone, "seconds": 0}
+
+
+def test_the_disk_that_it_tells_is_what_the_cache_takes(good: Path, tmp_path: Path) -> None:
+    needs = look_over(good, tmp_path)[1]["needs"]
+    flags = ["--data.resolution", str(SIZE), "--data.prepared_dir", str(tmp_path / "cache")]
+    assert main(["prepare", "--data.train_data_dir", str(good), *flags]) == 0
+    tail = 20  # bytes at a shard's end, which belong to no record
+    for kind in ("picture", "caption"):
+        shards = list((tmp_path / "cache" / f"{'image' if kind == 'picture' else 'text'}s").rglob("*.shard"))
+        assert shards
+        assert needs[f"{kind}_bytes"] == sum(path.stat().st_size - tail for path in shards)
+
+
+class Spoiler:
+    """A copy of a data set, with the faults that were planted in it."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        shutil.copytree(source, folder)
+        self.folder = folder / "train"
+        self.rows: Rows = [json.loads(line) for line in (self.folder / "metadata.jsonl").read_text().splitlines()]
+        self.expected: dict[str, list[str]] = {}
+
+    def plant(self, kind: str, number: int, spoil: Callable[[Spoiler, int], None], key: str = "") -> None:
+        spoil(self, number)
+        self.expected.setdefault(kind, []).append(key or f"train/{self.rows[number]['file_name']}")
+
+    def file(self, number: int, which: int) -> Path:
+        return self.folder / self.rows[number][PAIR[which]]
+
+    def write(self) -> None:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in self.rows]
+        (self.folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def paint(which: int, change: Callable[[Image.Image], Image.Image]) -> Callable[[Spoiler, int], None]:
+    """Saves a row's image (0) or condition (1) changed."""
+
+    def spoil(data: Spoiler, number: int) -> None:
+        path = data.file(number, which)
+        change(Image.open(path).convert("RGB")).save(path)
+
+    return spoil
+
+
+def store(which: int, change: Callable[[bytes], bytes]) -> Callable[[Spoiler, int], None]:
+    def spoil(data: Spoiler, number: int) -> None:
+        path = data.file(number, which)
+        path.write_bytes(change(path.read_bytes()))
+
+    return spoil
+
+
+def say(value: Any) -> Callable[[Spoiler, int], None]:
+    def spoil(data: Spoiler, number: int) -> None:
+        data.rows[number]["text"] = value
+
+    return spoil
+
+
+def shift(picture: Image.Image, right: int = 3) -> Image.Image:
+    return Image.fromarray(np.roll(np.asarray(picture), right, axis=1))
+
+
+def bomb(data: bytes) -> bytes:
+    """A PNG whose header claims 11,000 x 11,000 pixels."""
+    header = b"IHDR" + struct.pack(">II", 11_000, 11_000) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
+def copy_of(other: int, quality: int | None = None) -> Callable[[Spoiler, int], None]:
+    """Another row's pair, its image saved anew as a smaller JPEG where a quality is given."""
+
+    def spoil(data: Spoiler, number: int) -> None:
+        shutil.copy(data.file(other, 1), data.file(number, 1))
+        shutil.copy(data.file(other, 0), data.file(number, 0))
+        if quality:
+            picture = Image.open(data.file(number, 0)).resize((112, 112), Image.Resampling.BICUBIC)
+            data.rows[number]["file_name"] = f"{number:05d}.jpg"
+            picture.save(data.file(number, 0), quality=quality)
+
+    return spoil
+
+
+def sure_rows(data: Spoiler) -> list[int]:
+    """Rows whose edges are plain enough to tell an offset by."""
+
+    def margin(number: int) -> float:
+        image, condition = (np.asarray(Image.open(data.file(number, which))).transpose(2, 0, 1) for which in (0, 1))
+        offset = find_offset(image, condition)
+        return offset.margin if offset else 0.0
+
+    return [number for number in range(40, ROWS) if margin(number) > 1.5 * SURE]
+
+
+@pytest.fixture(scope="module")
+def spoilt(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Spoiler:
+    """A copy of the good set with each kind of fault at known rows."""
+    data = Spoiler(good, tmp_path_factory.mktemp("spoilt") / "data")
+    smaller = paint(0, lambda picture: picture.resize((48, 48), Image.Resampling.LANCZOS))
+    data.plant("missing", 1, lambda data, number: data.file(number, 0).unlink())
+    data.plant(
+        "missing", 2, lambda data, number: data.rows[number].update(file_name="../../x.png"), "train/../../x.png"
+    )
+    data.plant("empty", 3, store(1, lambda _: b""))
+    data.plant("unreadable", 4, store(0, lambda png: png[: len(png) // 2]))
+    data.plant("huge", 5, store(0, bomb))
+    data.plant("caption", 6, say(None))
+    data.plant("aspect", 7, paint(1, lambda picture: picture.resize((SIZE, SIZE // 2))))
+    data.plant("row", 8, lambda data, number: data.rows.__setitem__(number, "{oops"), "train/line 9")
+    data.plant("polarity", 9, paint(1, ImageOps.invert))
+    data.plant("constant", 10, paint(1, lambda picture: Image.new("RGB", picture.size)))
+    data.plant("coloured", 11, paint(1, lambda picture: ImageOps.colorize(picture.convert("L"), "black", "red")))
+    data.plant("duplicate", 13, copy_of(12))
+    data.plant("near_duplicate", 15, copy_of(14, quality=90))
+    data.plant("tiny", 16, smaller)
+    data.plant("tiny_condition", 17, paint(1, lambda picture: picture.resize((48, 48), Image.Resampling.BILINEAR)))
+    data.plant("long_caption", 18, say("<script>alert(1)</script> " + "a red circle and a blue star, " * 12))
+    data.plant("mute_caption", 19, say(["a caption", " "]))
+    data.plant("offset_row", sure_rows(data)[0], paint(1, shift))
+    data.write()
+    return data
+
+
+def test_a_spoilt_set_has_just_the_planted_findings(
+    spoilt: Spoiler, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, report = look_over(spoilt.folder, tmp_path, "--html", str(tmp_path / "page.html"))
+    assert code == 1
+    assert planted(report) == spoilt.expected
+    assert (report["errors"], report["warnings"]) == (7, 10)
+    told = capsys.readouterr().out
+    assert "error: a picture is not there: 2 rows (train/00001.png, train/../../x.png)" in told
+    assert "3 px right" in told and told.endswith("7 errors, 10 warnings\n")
+    page = (tmp_path / "page.html").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert all(escape(finding["what"]) in page for finding in report["findings"])
+    assert page.count("data:image/png;base64,") > 40
+
+
+def test_its_list_leaves_out_what_is_not_to_be_trained_on(spoilt: Spoiler, tmp_path: Path) -> None:
+    skip = tmp_path / "skip.txt"
+    look_over(spoilt.folder, tmp_path, "--skip_list", str(skip))
+    code, report = look_over(spoilt.folder, tmp_path, "--data.skip", str(skip))
+    kept = {"tiny", "tiny_condition", "long_caption", "mute_caption"}
+    left_out = [key for kind, keys in spoilt.expected.items() if kind not in kept for key in keys]
+    assert sorted(skip.read_text().splitlines()) == sorted(left_out)
+    assert code == 0
+    assert set(planted(report)) == kept
+
+
+def test_a_set_whose_conditions_all_lie_aside_is_told_as_a_whole(good: Path, tmp_path: Path) -> None:
+    data = Spoiler(good, tmp_path / "data")
+    for number in range(ROWS):
+        paint(1, shift)(data, number)
+    code, report = look_over(data.folder, tmp_path)
+    assert code == 1
+    assert planted(report) == {"offset": []}
+    assert report["offset"]["median"] == pytest.approx([0, 3], abs=0.1)
+    assert report["findings"][0]["whole"].startswith("3 px right of their images")
+
+
+def test_buckets_views_and_annotators_are_as_in_training(good: Path, tmp_path: Path) -> None:
+    data = Spoiler(good, tmp_path / "data")
+    for number in range(6):
+        wide = cv2.resize(np.asarray(Image.open(data.file(number, 0))), (200, 100))
+        Image.fromarray(wide).save(data.file(number, 0))
+        data.file(number, 1).unlink()
+    words = ["--data.buckets", "generated", "--data.bucket_step", "32", "--data.flip", "--data.condition", "canny"]
+    _, report = look_over(data.folder, tmp_path, *words)
+    assert report["findings"] == [] and report["conditions"] == {} and report["offset"] is None
+    assert crops_of(report) == {(128, 128): ROWS - 6, (96, 160): 6}
+    assert report["needs"]["crops"] == 2 * ROWS
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "DATA: required, and not given"),
+        (["nowhere"], "nowhere"),
+        (["data", "--data.train_data_dir", "x"], "DATA names the data already"),
+        (["data", "--json", "no/such/folder.json"], "--json no/such/folder.json: there is no such folder"),
+        (["data", "--measure", "-1"], "--measure -1: 0 or more"),
+        (["data", "--data.resolution", "100"], "--data.resolution 100: allowed are multiples of 8"),
+        (["data", "--wrokers", "1"], "--wrokers: no such flag; did you mean --workers?"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *words]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1 and said in told
+
+
+def test_processes_that_read_load_no_torch() -> None:
+    code = "import sys, t2i_adapter.doctor.scan, t2i_adapter.sources.table; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr

@@ -1,0 +1,211 @@
+"""Data elsewhere, on loopback: a web server with byte ranges, an S3 server, and writers of every layout of pairs."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import re
+import shutil
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+BUCKET = "pairs"
+S3_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class WebServer:
+    """What the server does and has done.
+
+    Attributes:
+        address: of the folder that is served.
+        failures: how many of the next requests are answered with `status` instead.
+        has_ranges: whether a part of a file can be asked for.
+        asked: how often each "METHOD /path" was asked for.
+    """
+
+    address: str
+    failures: int = 0
+    status: int = 503
+    has_ranges: bool = True
+    asked: Counter[str] = field(default_factory=Counter)
+
+
+@contextmanager
+def serve_folder(folder: Path) -> Iterator[WebServer]:
+    """Serves the folder's files while the block runs."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer()
+
+        do_HEAD = do_GET  # noqa: N815 - the base class's names
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Says nothing."""
+
+        def _answer(self) -> None:
+            inner = unquote(urlsplit(self.path).path)
+            web.asked[f"{self.command} {inner}"] += 1
+            if web.failures:
+                web.failures -= 1
+                return self._send(web.status, b"")
+            path = folder / inner.lstrip("/")
+            if not path.is_file():
+                return self._send(404, b"")
+            data = path.read_bytes()
+            mark = hashlib.sha1(data).hexdigest()
+            span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if not span or not web.has_ranges:
+                return self._send(200, data, ETag=f'"{mark}"')
+            start, end = int(span[1]), min(int(span[2] or len(data)), len(data) - 1)
+            part = data[start : end + 1]
+            return self._send(206, part, **{"ETag": f'"{mark}"', "Content-Range": f"bytes {start}-{end}/{len(data)}"})
+
+        def _send(self, status: int, data: bytes, **headers: str) -> None:
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(data))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web = WebServer(f"http://127.0.0.1:{server.server_port}")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield web
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def serve_s3(folder: Path) -> Iterator[dict[str, str]]:
+    """An S3 server whose bucket holds the folder's files while the block runs; gives the environment to reach it by."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line a request
+    server = ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        env = {**S3_KEYS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+        client = boto3.client(
+            "s3",
+            endpoint_url=env["AWS_ENDPOINT_URL"],
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+            region_name="us-east-1",
+        )
+        client.create_bucket(Bucket=BUCKET)
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                client.put_object(Bucket=BUCKET, Key=str(path.relative_to(folder)), Body=path.read_bytes())
+        yield env
+    finally:
+        server.stop()
+
+
+def read_rows(split: Path) -> Rows:
+    """The rows of an image folder's split, with the pictures' paths under "image" and "condition"."""
+    rows = [json.loads(line) for line in (split / "metadata.jsonl").read_text().splitlines()]
+    return [
+        {
+            "image": split / row["file_name"],
+            "condition": split / row["conditioning_image_file_name"],
+            "text": row["text"],
+        }
+        for row in rows
+    ]
+
+
+def write_paired(folder: Path, rows: Rows) -> Path:
+    """images/, conditions/ and captions in .txt."""
+    for name in ("images", "conditions"):
+        (folder / name).mkdir(parents=True)
+    for row in rows:
+        shutil.copy(row["image"], folder / "images")
+        shutil.copy(row["condition"], folder / "conditions" / row["image"].name)
+        (folder / "images" / row["image"].name).with_suffix(".txt").write_text(row["text"] + "\n")
+    return folder
+
+
+def write_manifest(path: Path, rows: Rows) -> Path:
+    """A .jsonl, .csv or .parquet of `rows` as they are, pictures being paths or addresses."""
+    columns = {"image": "image", "conditioning_image": "condition", "text": "text"}
+    table = [{column: str(row[part]) for column, part in columns.items()} for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(table), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in table))
+    return path
+
+
+def write_parquet_shards(folder: Path, rows: Rows, shards: int = 2, group: int = 2) -> Path:
+    """train-NNNNN.parquet with pictures as `datasets` stores them, `group` rows a row group."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        table = [
+            {
+                "image": {"bytes": row["image"].read_bytes(), "path": row["image"].name},
+                "conditioning_image": {"bytes": row["condition"].read_bytes(), "path": None},
+                "text": row["text"],
+            }
+            for row in rows[shard::shards]
+        ]
+        path = folder / f"train-{shard:05d}-of-{shards:05d}.parquet"
+        pq.write_table(pa.Table.from_pylist(table), path, row_group_size=group)
+    return folder
+
+
+def write_tar_shards(folder: Path, rows: Rows, shards: int = 2) -> Path:
+    """NNNN.tar with STEM.png, STEM.cond.png and a caption, in .txt and in .json by turns."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        members: dict[str, bytes] = {}
+        for number, row in enumerate(rows[shard::shards]):
+            stem = row["image"].stem
+            members[f"{stem}.png"] = row["image"].read_bytes()
+            members[f"{stem}.cond.png"] = row["condition"].read_bytes()
+            if number % 2:
+                members[f"{stem}.json"] = json.dumps({"text": row["text"], "number": number}).encode()
+            else:
+                members[f"{stem}.txt"] = row["text"].encode() + b"\n"
+        write_tar(folder / f"{shard:04d}.tar", members)
+    return folder
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
