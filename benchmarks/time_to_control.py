@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from t2i_adapter.config import CheckpointOptions, Config, ObjectiveOptions, OptimOptions, TrackingOptions, TrainOptions
-from t2i_adapter.demo_options import GUIDANCE, SIZE, training
+from t2i_adapter.demo_options import GUIDANCE, SIZE, DemoOptions, training
 from t2i_adapter.evaluation.controls import ADAPTER
 from t2i_adapter.evaluation.evaluate import evaluate
 from t2i_adapter.evaluation.pairs import Pair, read_pairs
@@ -143,14 +143,15 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=10, help="training seconds between measurements")
     parser.add_argument("--pairs", type=int, default=32, help="unseen conditions that are measured")
     parser.add_argument("--sampling_steps", type=int, default=12, help="denoising steps of a measured picture")
-    parser.add_argument("--sweep", type=float, nargs="*", default=[1e-4, 1e-3, 3e-3], help="more learning rates")
+    parser.add_argument("--sweep", type=float, nargs="*", default=[1e-4, 1e-3], help="more learning rates")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/time_to_control.json"))
     options = parser.parse_args()
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary) / "data"
-        write_dataset(data, num=2000, split="train", seed=0, size=SIZE, condition="outline")
-        write_dataset(data, num=options.pairs, split="test", seed=0, size=SIZE, condition="outline")
+        scenes = {"kinds": DemoOptions().kinds, "max_shapes": DemoOptions().max_shapes, "patterns": ("plain",)}
+        for split, num in (("train", DemoOptions().num_train), ("test", options.pairs)):
+            write_dataset(data, num=num, split=split, seed=0, size=SIZE, condition="outline", **scenes)
         recipes = {"ours": ours(data, Path(temporary) / "ours")}
         for lr in (1e-5, 5e-6, *options.sweep):
             recipes[f"diffusers recipe, lr {lr:g}"] = diffusers_recipe(data, Path(temporary) / f"theirs-{lr:g}", lr)

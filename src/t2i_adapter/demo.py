@@ -54,7 +54,14 @@ def run(options: DemoOptions) -> None:
 
 def _make_data(options: DemoOptions, data: Path) -> None:
     wanted = ShapesOptions(
-        out=data, num=options.num_train, num_test=options.num_test, size=SIZE, seed=options.seed, patterns=("plain",)
+        out=data,
+        num=options.num_train,
+        num_test=options.num_test,
+        size=SIZE,
+        seed=options.seed,
+        kinds=options.kinds,
+        max_shapes=options.max_shapes,
+        patterns=("plain",),
     )
     try:
         make_shapes(wanted)

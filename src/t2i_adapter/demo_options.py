@@ -13,6 +13,7 @@ from t2i_adapter.config import (
     TrackingOptions,
     TrainOptions,
 )
+from t2i_adapter.sources.make_data import Kind
 
 SIZE = 128
 GUIDANCE = 3.0
@@ -34,6 +35,10 @@ class DemoOptions:
     """Unseen pairs to measure on."""
     steps: int = 1000
     """Updates of the adapter."""
+    kinds: tuple[Kind, ...] = ("circle",)
+    """Shapes to draw: circles, as in the set that the guide trains on, or any of the others too."""
+    max_shapes: int = 1
+    """Shapes in a scene, at most; 1 to 3."""
     seed: int = 0
     """Decides scenes, training and pictures."""
 

@@ -5,6 +5,7 @@ tests/contract/test_docs.py reads the pages and holds each command to this versi
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,7 @@ STAND_INS = {
     "$OUTPUT_DIR": "guide",
     "OUTPUT_DIR": "runs/demo/adapter",
     "runs/nano-palette": "runs/from-recipe",
-    "iconify-json-fluent-emoji-flat-1.2.6.tgz": "icons.json",
+    "iconify-json-fluent-emoji-flat-1.2.6.tgz": "icons.tgz",
 }
 """What stands on this machine for what a command names; the rest of the line is as it is shown."""
 
@@ -62,7 +64,7 @@ NOT_RUN = {
 }
 
 PAGES_WITH_COMMANDS = [page for page in PAGES if page.suffix == ".md" and commands(page)]
-ICONS = {f"thing-{i}": {"body": f'<circle cx="16" cy="16" r="{4 + i % 9}" fill="#f00"/>'} for i in range(24)}
+ICONS = {f"thing-{i}": {"body": f'<circle cx="16" cy="16" r="{4 + i % 9}" fill="#f00"/>'} for i in range(60)}
 OWN_ANNOTATOR = ROOT / "docs" / "add-a-condition.md"
 
 
@@ -78,7 +80,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("house_outline", "circle", "condition", "conditioning_image_1", "conditioning_image_2"):
         shutil.copy(root / "my-pictures/test/00000_cond.png", root / f"{name}.png")
     shutil.copy(root / "my-pictures/test/00000.png", root / "photo.png")
-    (root / "icons.json").write_text(json.dumps({"prefix": "x", "height": 32, "icons": ICONS}))
+    write_icons(root / "icons.tgz")
     (root / "tones.py").write_text(code(OWN_ANNOTATOR, '"""The picture in a few tones, for adapters that shade."""'))
     run(
         f"{PROG} train --data.train_data_dir runs/demo/data --data.resolution 128 --train.max_steps 1 "
@@ -86,6 +88,14 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root,
     )
     return root
+
+
+def write_icons(file: Path) -> None:
+    content = json.dumps({"prefix": "x", "height": 32, "icons": ICONS}).encode()
+    with tarfile.open(file, "w:gz") as tar:
+        member = tarfile.TarInfo("package/icons.json")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
 
 
 @pytest.fixture

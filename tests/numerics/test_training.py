@@ -231,6 +231,18 @@ def test_objective_options_change_the_loss(config: Config, changes: dict[str, An
     assert losses(other) != losses(config)
 
 
+def test_validation_draws_in_bf16_too(config: Config, tiny_data: Path):
+    picture = next((tiny_data / "test").glob("*_*.png"))
+    seen = moved(
+        config,
+        "half-validated",
+        train=replace(config.train, mixed_precision="bf16"),
+        validation=ValidationOptions(("red circle",), (str(picture),), num_images=1, every=100, steps=2),
+    )
+    run(seen)
+    assert (Path(seen.output_dir) / "validation" / "step-000000" / "0.png").is_file()
+
+
 def test_validation_draws_the_first_the_due_and_the_last_and_changes_nothing(config: Config, tiny_data: Path):
     run(config)
     picture = next((tiny_data / "test").glob("*_*.png"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +91,11 @@ class Validator:
         tracking.log_pictures(self.accelerator, named, step)
 
     def _pipeline_with(self, adapter: Any) -> Any:
-        """The pipeline, made once, with a copy of the adapter's present weights in the base's arithmetic."""
+        """The pipeline, made once, with an adapter of its own in the present weights in the base's arithmetic."""
         device, dtype = self.accelerator.device, self.frozen.dtype
         if self._pipeline is None:
-            own = copy.deepcopy(adapter).eval()
+            # Not a copy of the one that trains, whose forward accelerate has wrapped to give float32.
+            own = type(adapter).from_config(adapter.config).eval()
             self._pipeline = self.base.pipeline(own, device, dtype, unet=self.frozen.unet, with_text=False)
         self._pipeline.vae.to(device)
         self._pipeline.adapter.load_state_dict(adapter.state_dict())
