@@ -83,27 +83,27 @@ class Base(ABC):
 
     # What a kind of base must answer -------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     @abstractmethod
     def unet_config(self) -> dict[str, Any]:
         """The UNet's config; no weights are read."""
 
-    @property
+    @cached_property
     @abstractmethod
     def vae_config(self) -> dict[str, Any]:
         """The VAE's config; no weights are read."""
 
-    @property
+    @cached_property
     @abstractmethod
     def zeros_for_empty_prompt(self) -> bool:
         """Whether pipelines of this base use zeros where no negative prompt is given (SDXL's own does)."""
 
-    @property
+    @cached_property
     @abstractmethod
     def text_fingerprint(self) -> str:
         """sha256 of all that decides a caption's states: configs, vocabularies, weights."""
 
-    @property
+    @cached_property
     @abstractmethod
     def vae_fingerprint(self) -> str:
         """sha256 of all that decides a picture's moments: config and weights."""

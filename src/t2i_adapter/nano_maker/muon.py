@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(parameters), {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         assert closure is None
         for group in self.param_groups:
             used = [p for p in group["params"] if p.grad is not None]
