@@ -23,7 +23,6 @@ import io
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -237,7 +236,15 @@ def first_batch(folder: Path, start: int) -> None:
     data = rows_options(folder)
     with tempfile.TemporaryDirectory() as root:
         next(drafts(live_facts(data, Path(root)), data, start=start // BATCH))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage, which hands a parent's peak on to what it starts
+    peak = (
+        int(
+            next(
+                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+            ).split()[1]
+        )
+        / 1024
+    )
     print(json.dumps({"seconds": round(time.perf_counter() - began, 2), "peak_mib": round(peak)}))
 
 
@@ -249,6 +256,11 @@ def measure_first_batch(folder: Path, start: int, rounds: int) -> dict[str, Any]
         done = subprocess.run(line, check=True, capture_output=True, text=True, timeout=300)
         runs.append(json.loads(done.stdout.splitlines()[-1]) | {"process_s": round(time.perf_counter() - began, 2)})
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]} | {"runs": runs}
+
+
+def million(folder: Path, rows: int) -> dict[str, Any]:
+    later = RESUME_AT * rows // ROWS
+    return {"row 0": measure_first_batch(folder, 0, 3), f"row {later}": measure_first_batch(folder, later, 3)}
 
 
 def cost_of_a_sample(folder: Path) -> float:
@@ -297,6 +309,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="that a rate is measured for")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of the large set")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/data.json"))
+    parser.add_argument("--only_million", action="store_true", help="that part alone, anew, in an earlier result file")
     parser.add_argument("--first_batch", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -304,6 +317,12 @@ def main() -> None:
     cv2.setNumThreads(1)
     if options.first_batch:
         first_batch(options.first_batch, options.start)
+        return
+    if options.only_million:
+        result = json.loads(options.out.read_text(encoding="utf-8"))
+        with tempfile.TemporaryDirectory() as temporary:
+            result["million"] = million(write_rows(Path(temporary) / "large", options.rows), options.rows)
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return
     if options.script is None:
         parser.error("--script is needed: the file to compare with")
@@ -331,10 +350,7 @@ def measure(options: argparse.Namespace) -> None:
         }
         print(json.dumps({name: result[name]["median"] for name in ("cached", "uncached")}), flush=True)
         large = write_rows(root / "large", options.rows)
-        result["million"] = {
-            "row 0": measure_first_batch(large, 0, 3),
-            f"row {RESUME_AT * options.rows // ROWS}": measure_first_batch(large, RESUME_AT * options.rows // ROWS, 3),
-        }
+        result["million"] = million(large, options.rows)
         counts = [count for count in COUNTS if count < options.rows]
         folders = {count: write_rows(root / f"rows-{count}", count) for count in counts} | {options.rows: large}
         result["flat"] = {str(count): cost_of_a_sample(where) for count, where in folders.items()}

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TrainFlags:
-    """Train an adapter. Options are the defaults, then what --recipe sets, then what the flags set."""
+    """A run's options: the defaults, then what --recipe sets, then what the flags set."""
 
     recipe: str | None = None
     """YAML file of options; flags win over it."""

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -325,7 +325,7 @@ class Store:
     def _make_room(self, need: int) -> None:
         """Deletes what was used least recently until `need` more bytes fit the limit, and the disk."""
         _make_folder(self._fetched)
-        held = [(path.stat(), path) for path in self._fetched.iterdir() if not path.name.startswith(".")]
+        held = list(_held(self._fetched))
         total, free = sum(state.st_size for state, _ in held), shutil.disk_usage(self._fetched).free
         for state, path in sorted(held, key=lambda one: one[0].st_atime):
             is_dead = path.suffix == ".part" and time.time() - state.st_mtime > STALE_SECONDS
@@ -356,6 +356,14 @@ def _aside(path: Path) -> Iterator[Path]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _held(folder: Path) -> Iterator[tuple[os.stat_result, Path]]:
+    """The files of a folder in which others write: one that is renamed while we look is left out."""
+    for path in folder.iterdir():
+        if not path.name.startswith("."):
+            with suppress(FileNotFoundError):
+                yield path.stat(), path
 
 
 def _touch(path: Path) -> bool:
