@@ -136,8 +136,8 @@ def _limits(numbers: dict[str, Any]) -> list[str]:
     limits, right, moved = [], numbers["follows"]["right_shape"], numbers["crop_effect"]
     if right < 0.9:
         limits.append(
-            f"Shapes by their names: {right:.0%} are of the right kind, where guessing one of eight gives 12%. Most\n"
-            "  are blobs of the right colour, size and place; the form is what an adapter brings."
+            f"Shapes by their names: {right:.0%} are of the right kind, where guessing one of eight gives 12%. The\n"
+            "  others are blobs of the right colour, size and place."
         )
     sharpness = list(numbers["size_effect"].values())
     if sharpness[-1] < 1.1 * sharpness[0]:
