@@ -7,37 +7,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+from doc_pages import PAGES, commands
 
 from t2i_adapter import compat
 from t2i_adapter.cli import PROG, VERBS, resolve
 from t2i_adapter.flags import parse_flags, parse_train
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "recipes").glob("*.yaml"))]
-LAUNCHERS = ("accelerate launch", "torchrun", "python")
-SHOWS_A_MISTAKE = "error:"
-
-
-def commands(page: Path) -> list[str]:
-    """Command lines of a page: what stands indented, fenced or after `# ` and `$ `; continued lines joined."""
-    text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
-    lines = [re.sub(r"^(\s|#|\$ )+", "", line) for line in text.splitlines()]
-    found = []
-    for line, after in zip(lines, [*lines[1:], ""], strict=True):
-        starts = (f"{PROG} ", *LAUNCHERS, "make ")
-        if line.startswith(starts) and not after.startswith(SHOWS_A_MISTAKE) and not line.endswith(":"):
-            found.append(line)
-    return found
-
-
-def code(page: Path, first: str) -> str:
-    """A page's indented program that begins with the line `first`."""
-    lines = page.read_text(encoding="utf-8").splitlines()
-    inside = lines[lines.index(f"    {first}") :]
-    end = next(i for i, line in enumerate(inside) if line.strip() and not line.startswith("    "))
-    return "\n".join(line.removeprefix("    ") for line in inside[:end]).rstrip() + "\n"
-
-
 SHOWN = [(page, command) for page in PAGES for command in commands(page)]
 
 

@@ -17,14 +17,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from doc_pages import PAGES, code, commands
 
 from t2i_adapter.cli import PROG, main
 from t2i_adapter.models import nano
 from t2i_adapter.sources.shapes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "contract"))
-from test_docs import PAGES, code, commands  # noqa: E402 - the path above leads to it
 
 STAND_INS = {
     "stabilityai/stable-diffusion-xl-base-1.0": "nano",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from doc_pages import code
 from PIL import Image
 
 from t2i_adapter.cli import main
@@ -15,8 +15,6 @@ from t2i_adapter.conditions.table import annotate, kinds, open_annotator
 from t2i_adapter.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "contract"))
-from test_docs import code  # noqa: E402 - the path above leads to it
 
 PROGRAM = code(ROOT / "docs" / "add-a-condition.md", '"""The picture in a few tones, for adapters that shade."""')
 
