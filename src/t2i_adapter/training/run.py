@@ -23,13 +23,13 @@ from t2i_adapter import load
 from t2i_adapter.cache.live import Encoders, Live
 from t2i_adapter.cache.prepare import Prepared
 from t2i_adapter.config import Config, to_dict
-from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError
 from t2i_adapter.models.adapter import build_adapter, check_fits, check_resolution, load_adapter
 from t2i_adapter.models.base import Base, open_base, release
 from t2i_adapter.sources.table import Source, open_source
 from t2i_adapter.training import checkpoint, optim, tracking
 from t2i_adapter.training.data import make_batches, prepare_data
+from t2i_adapter.training.frozen import load_frozen
 from t2i_adapter.training.lock import lock
 from t2i_adapter.training.loop import Trainer
 from t2i_adapter.training.plan import Plan, make_plan
@@ -216,12 +216,7 @@ def make_trainer(setup: Setup) -> Trainer:
     dtype = DTYPES[accelerator.mixed_precision]
     facts = prepare_data(config, accelerator, base, setup.source, dtype, [row.prompt for row in setup.rows])
     release(accelerator.device)
-    frozen = Frozen(
-        _unet(config, base, accelerator.device, dtype),
-        NoiseSchedule.of(base.scheduler()).to(accelerator.device),
-        base.latent_scale,
-        dtype,
-    )
+    frozen = load_frozen(config, base, accelerator.device, dtype)
     encoders = Encoders(base, accelerator.device, dtype)
     seeded = replace(config, train=replace(config.train, seed=plan.seed))
 
@@ -238,15 +233,6 @@ def make_trainer(setup: Setup) -> Trainer:
 
     validator = _validator(setup, frozen, facts, encoders)
     return Trainer(config, plan, accelerator, setup.adapter, frozen, batches, validator, versions())
-
-
-def _unet(config: Config, base: Base, device: torch.device, dtype: torch.dtype) -> Any:
-    unet = base.unet(device, dtype)
-    if config.train.xformers:
-        unet.enable_xformers_memory_efficient_attention()
-    if config.train.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet
 
 
 def _validator(setup: Setup, frozen: Frozen, facts: Prepared | Live, encoders: Encoders) -> Validator | None:
