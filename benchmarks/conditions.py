@@ -4,8 +4,8 @@
     python benchmarks/conditions.py --kinds canny lineart --workers 1 2 4
 
 Pictures are scenes of shapes on patterned grounds. The first picture of each process, which may load weights, is not
-counted. Kinds that cannot run here are told and left out. The result goes to benchmarks/conditions.json, from which
-`t2i-adapter conditions` shows it, and the table to the screen.
+counted. Kinds that cannot run here are told and left out; none takes longer than some half a minute. The numbers go to
+benchmarks/conditions.json, from which `t2i-adapter conditions` shows them, and as a table to benchmarks/conditions.md.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -35,9 +37,9 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.sources.shapes import render, sample_scene
 
 SEED = 5
-LEAST_S = 1.0
-"""Seconds that one process is measured for at least: a quick kind is drawn many times over."""
-ROUNDS = 5
+LEAST_S, MOST_S = 1.0, 8.0
+"""A quick kind is drawn for at least so long, over and over; a slow one for no longer than a picture after so long."""
+LEAST_PICTURES = 3
 
 
 def pictures(count: int, size: int) -> list[Image.Image]:
@@ -45,30 +47,26 @@ def pictures(count: int, size: int) -> list[Image.Image]:
 
 
 def seconds(name: str, photos: Sequence[Image.Image]) -> float:
-    """Median over rounds of the mean time of a picture, in this process."""
+    """Median time of a picture, in this process."""
     annotator = open_annotator(name)
-    start = time.perf_counter()
     annotate(annotator, photos[0])  # loads what it needs
-    annotate(annotator, photos[0])
-    once = time.perf_counter() - start
-    repeats = max(1, round(LEAST_S / ROUNDS / max(once, 1e-4) / len(photos)))
-    found = []
-    for _ in range(1 if once > LEAST_S else ROUNDS):
+    times: list[float] = []
+    for photo in cycle(photos):
         start = time.perf_counter()
-        for _ in range(repeats):
-            for photo in photos:
-                annotate(annotator, photo)
-        found.append((time.perf_counter() - start) / (repeats * len(photos)))
-    return median(found)
+        annotate(annotator, photo)
+        times.append(time.perf_counter() - start)
+        if sum(times) > MOST_S or (sum(times) > LEAST_S and len(times) >= LEAST_PICTURES):
+            return median(times)
+    raise AssertionError("a cycle has no end")
 
 
 def pictures_a_second(name: str, workers: int, photos: Sequence[Image.Image], each: float) -> float:
     """With so many processes, each of which draws the pictures again and again; `each` is what one takes."""
-    repeats = max(1, round(LEAST_S / each / len(photos)))
+    count = max(1, round(LEAST_S / each))
     with ProcessPoolExecutor(workers, get_context("spawn"), _start, (name, list(photos))) as pool:
-        list(pool.map(_draw, [1] * workers * 4))  # all are up, and have loaded what they need
+        list(pool.map(_draw, [1] * workers * 2))  # all are up, and have loaded what they need
         start = time.perf_counter()
-        drawn = sum(pool.map(_draw, [repeats] * workers))
+        drawn = sum(pool.map(_draw, [count] * workers))
         return drawn / (time.perf_counter() - start)
 
 
@@ -81,12 +79,21 @@ def _start(name: str, photos: list[Image.Image]) -> None:
     _here = open_annotator(name), photos
 
 
-def _draw(repeats: int) -> int:
+def _draw(count: int) -> int:
     annotator, photos = _here
-    for _ in range(repeats):
-        for photo in photos:
-            annotate(annotator, photo)
-    return repeats * len(photos)
+    for photo in islice(cycle(photos), count):
+        annotate(annotator, photo)
+    return count
+
+
+def write(kinds: dict[str, Any], lines: Sequence[str], options: argparse.Namespace) -> None:
+    """Both files, with what is measured so far."""
+    settings = {"size": options.size, "pictures": options.pictures, "seed": SEED, "cores": os.cpu_count()}
+    settings |= {"date": date.today().isoformat(), "machine": platform.machine(), "opencv": cv2.__version__}
+    options.out.write_text(json.dumps({"settings": settings, "kinds": kinds}, indent=1) + "\n", encoding="utf-8")
+    told = f"# What a condition map takes\n\nPictures of {options.size} x {options.size}, {settings['date']}, "
+    told += f"{settings['cores']} cores ({settings['machine']}), by `python benchmarks/conditions.py`.\n\n"
+    options.out.with_suffix(".md").write_text(told + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -101,8 +108,11 @@ def main() -> None:
     cv2.setNumThreads(1)
     photos = pictures(options.pictures, options.size)
     kinds: dict[str, Any] = {}
-    print(f"| kind | s a picture, one core | {' | '.join(f'pictures/s, {n} processes' for n in options.workers)} |")
-    print("|---|---|" + "---|" * len(options.workers), flush=True)
+    lines = [
+        f"| kind | s a picture, one core | {' | '.join(f'pictures/s, {n} processes' for n in options.workers)} |",
+        "|---|---|" + "---|" * len(options.workers),
+    ]
+    print("\n".join(lines), flush=True)
     for name in options.kinds:
         try:
             each = seconds(name, photos)
@@ -111,10 +121,9 @@ def main() -> None:
             print(f"left out: {name}: {fault}", flush=True)
             continue
         kinds[name] = {"seconds": float(f"{each:.3g}"), "pictures_a_second": rates}
-        print(f"| {name} | {each:.3g} | {' | '.join(f'{rate:g}' for rate in rates.values())} |", flush=True)
-    settings = {"size": options.size, "pictures": options.pictures, "seed": SEED, "cores": os.cpu_count()}
-    content = {"settings": {**settings, "machine": platform.machine(), "opencv": cv2.__version__}, "kinds": kinds}
-    options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        lines.append(f"| {name} | {each:.3g} | {' | '.join(f'{rate:g}' for rate in rates.values())} |")
+        print(lines[-1], flush=True)
+        write(kinds, lines, options)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from t2i_adapter.cache.live import Live
 from t2i_adapter.cache.prepare import Prepared, prepare
 from t2i_adapter.cache.records import pack_image, pack_text, view_keys
 from t2i_adapter.cache.shards import Shards, ShardWriter
+from t2i_adapter.cache.stage import Stage
 from t2i_adapter.cache.texts import Texts
 from t2i_adapter.cache.work import Machine
 from t2i_adapter.config import BaseOptions, Config, DataOptions, TrainOptions
@@ -103,7 +104,7 @@ def cached_facts(data: DataOptions, root: Path) -> Prepared:
     found = Shards(images)
     rows = found.find(np.concatenate(keys)).astype(np.int32)[None]
     numbers = np.arange(len(source), dtype=np.int32)
-    return Prepared(source, numbers, rows, (numbers,), (len(source),), found, texts)
+    return Prepared(source, Stage.of(data, 3, None), numbers, rows, (numbers,), (len(source),), found, texts)
 
 
 def live_facts(data: DataOptions, root: Path, *, channels: int = 3) -> Live:

@@ -84,7 +84,7 @@ ROWS = (
     Row("checkpointing_steps", "checkpoint.every", int, 500, "Updates between checkpoints."),
     Row("checkpoints_total_limit", "checkpoint.keep", int, 3, "Checkpoints to keep; the oldest goes last."),
     Row("resume_from_checkpoint", "checkpoint.resume", str, None,
-        "`latest` or a checkpoint's folder; goes on where it stopped (the script crashes)."),
+        "`auto`, `latest` or a checkpoint's folder; goes on where it stopped (the script crashes)."),
     Row("gradient_accumulation_steps", "train.gradient_accumulation_steps", int, 1, "Micro-steps an update."),
     _switch("gradient_checkpointing", "train.gradient_checkpointing", "Less memory, more time."),
     Row("learning_rate", "optim.lr", float, 5e-6, "Peak learning rate; our own default is higher."),
@@ -135,8 +135,10 @@ SCRIPT_WAYS = {
     "objective.timesteps": "cubic",
     "objective.min_snr_gamma": None,
     "objective.noise_offset": 0.0,
+    "objective.stratify": False,
     "optim.name": "adamw",
     "train.ema_decay": 0.0,
+    "train.noise_draws": 1,
 }
 """What the script does without a flag for it: kept, wherever our own defaults have moved on."""
 
@@ -180,9 +182,9 @@ def _train(argv: list[str]) -> None:
         return print(_parser().format_help())
     flags = parse(argv)
     _tell_idle(argv)
-    from t2i_adapter.training.run import run
+    from t2i_adapter.cli import resolve
 
-    return run(flags.config, dry_run=flags.dry_run)
+    return resolve("t2i_adapter.training.run:run")(flags.config, dry_run=flags.dry_run)
 
 
 def _tell_idle(argv: list[str]) -> None:

@@ -13,15 +13,43 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from math import inf
 from typing import Any, Literal
 
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, has_login, keep_secret
 
 NANO = "nano"
 SECRET = "secret"  # metadata key of fields that are never written anywhere
 
 
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def seconds_of(text: str) -> int:
+    """The seconds that `90m`, `1h30m`, `12:00:00`, `1-12:00:00` (days) or a bare number of seconds mean.
+
+    Raises UserError.
+    """
+    clock = re.fullmatch(r"(?:([0-9]{1,4})-)?([0-9]{1,4}):([0-9]{2}):([0-9]{2})", text)
+    parts = zip("dhms", clock.groups(default="0"), strict=True) if clock else ()
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        parts = (("s", text),)
+    elif re.fullmatch(r"([0-9]{1,6}[dhms])+", text):
+        parts = ((part[-1], part[:-1]) for part in re.findall(r"[0-9]+[dhms]", text))
+    seconds = sum(_UNITS[unit] * int(count) for unit, count in parts)
+    _allow("train.max_time", seconds > 0, repr(text), "write 90m, 1h30m, 12:00:00, 1-12:00:00 (days) or seconds")
+    return seconds
+
+
 def _allow(flag: str, ok: bool, got: object, allowed: str) -> None:
     if not ok:
         raise UserError(f"--{flag} {got}: {allowed}")
+
+
+def check_no_login(flag: str, address: str) -> None:
+    """An address with a password would be kept in options, records and cards."""
+    if has_login(address):
+        raise UserError(
+            f"--{flag} {address}: an address may not hold a login, as it is written down with the run; "
+            "put it into ~/.netrc (http), or into the environment (s3)"
+        )
 
 
 @dataclass(frozen=True)
@@ -41,6 +69,8 @@ class BaseOptions:
     """Another VAE: hub id or folder. SDXL's own overflows in fp16; madebyollin/sdxl-vae-fp16-fix does not."""
     cache_dir: str | None = None
     """Folder for what is downloaded from the hub; None is the hub library's own."""
+    quantize: Literal["none", "float8", "int8", "nf4"] = "none"
+    """Keep the matrices of the UNet's transformer blocks in 8 bits, or 4 (nf4), while training; docs/memory.md."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +83,9 @@ class AdapterOptions:
     """Channels of the condition picture; the official SDXL adapters have 3."""
     num_res_blocks: int = 2
     """Residual blocks a stage. ComfyUI and A1111 open adapters with 2 only."""
-    init: Literal["default", "quiet"] = "default"
+    init: Literal["default", "quiet", "zero"] = "default"
     """`default` is diffusers' random start; `quiet` scales all features to 1 % of it, so that step 0 leaves the base
-    all but undisturbed."""
+    all but undisturbed; `zero` to nothing, by a first convolution of zeros."""
 
     def __post_init__(self) -> None:
         _allow("adapter.num_res_blocks", self.num_res_blocks >= 1, self.num_res_blocks, "1 or more")
@@ -144,6 +174,7 @@ class DataOptions:
     $T2I_ADAPTER_CACHE)."""
 
     def __post_init__(self) -> None:
+        check_no_login("train_data_dir", self.train_data_dir or "")
         share = self.proportion_empty_prompts
         _allow("proportion_empty_prompts", 0 <= share <= 1, share, "allowed is a share from 0 to 1")
         _allow("resolution", 1 <= self.resolution <= 8192, self.resolution, "allowed is 1 to 8192 pixels")
@@ -162,8 +193,16 @@ class DataOptions:
 class ObjectiveOptions:
     """What is learned at which noise level."""
 
-    timesteps: Literal["cubic", "uniform"] = "cubic"
-    """`cubic` draws t = (1 - u^3) T (paper 2302.08453, section 3.4): structure is decided where noise is high."""
+    timesteps: Literal["cubic", "uniform", "logit_normal"] = "cubic"
+    """`cubic` draws t = (1 - u^3) T (paper 2302.08453, section 3.4): structure is decided where noise is high.
+    `logit_normal` draws t = T / (1 + exp(-z)), z normal with logit_mean and logit_std."""
+    logit_mean: float = 0.0
+    """Mean of logit_normal's z: half of the draws lie above T / (1 + exp(-mean)), so above 0.73 T for 1."""
+    logit_std: float = 1.0
+    """Standard deviation of logit_normal's z; a small one keeps to timesteps near the middle of all draws."""
+    stratify: bool = False
+    """Spread each update's timesteps evenly over their distribution: one in each of as many equal parts as there are
+    draws in the global batch. Each draw's own distribution stays as it is."""
     min_snr_gamma: float | None = None
     """Min-SNR weighting (paper 2303.09556) with this gamma, 5 in the paper; None weighs every timestep alike."""
     noise_offset: float = 0.0
@@ -172,6 +211,8 @@ class ObjectiveOptions:
     def __post_init__(self) -> None:
         gamma = self.min_snr_gamma
         _allow("objective.min_snr_gamma", gamma is None or gamma > 0, gamma, "allowed is a number above 0")
+        _allow("objective.logit_mean", abs(self.logit_mean) <= 10, self.logit_mean, "allowed is -10 to 10")
+        _allow("objective.logit_std", 0 < self.logit_std <= 10, self.logit_std, "allowed is above 0, up to 10")
         _allow("objective.noise_offset", 0 <= self.noise_offset < inf, self.noise_offset, "allowed is 0 or more")
 
 
@@ -179,16 +220,17 @@ class ObjectiveOptions:
 class OptimOptions:
     """The optimiser and its learning rate."""
 
-    name: Literal["adamw", "adamw8bit"] = "adamw"
-    """`adamw8bit` needs bitsandbytes and a GPU: `pip install 'sdxl-t2i-adapter[adam8bit]'`."""
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """`adamw8bit` needs bitsandbytes and a GPU: `pip install 'sdxl-t2i-adapter[adam8bit]'`. `muon` orthogonalises each
+    weight matrix's update and takes about ten times AdamW's learning rate; docs/sample-efficiency.md."""
     lr: float = 1e-4
     """Peak learning rate."""
     scale_lr: bool = False
     """Multiply the learning rate by the global batch."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of Adam's two moments."""
+    """Decay of Adam's two moments; with muon that is for the biases alone."""
     weight_decay: float = 1e-2
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     eps: float = 1e-8
     """Added to Adam's denominator."""
     max_grad_norm: float = 1.0
@@ -234,6 +276,9 @@ class TrainOptions:
     """Samples a device and micro-step."""
     gradient_accumulation_steps: int = 1
     """Micro-steps an update; the global batch is batch_size x this x processes."""
+    noise_draws: int = 1
+    """Draws of noise and timestep for each sample of a batch: its pair is read and its condition goes through the
+    adapter once for all of them, the UNet computes each."""
     max_steps: int | None = None
     """Updates in all; None derives them from epochs."""
     epochs: int = 1
@@ -243,23 +288,50 @@ class TrainOptions:
     configuration."""
     gradient_checkpointing: bool = False
     """Recompute the UNet's activations in the backward pass: less memory, more time."""
+    checkpoint_blocks: Literal["all", "large"] = "all"
+    """What gradient_checkpointing recomputes: every block, or only those of the two highest resolutions, where most of
+    the memory is and less of the time."""
     seed: int | None = None
     """Every random choice is a function of this and of a sample's place in the run; None draws a seed and prints it."""
     allow_tf32: bool = False
     """TF32 matrix products on NVIDIA Ampere and newer."""
+    profile: bool = False
+    """Write a trace of some updates, and a page that sums up where their time went, to profile/ in the run's folder."""
     xformers: bool = False
     """xFormers' attention instead of torch's scaled dot product attention."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the UNet (on a GPU its repeated blocks): minutes at first, kept for later runs, and each step faster.
+    `auto` does it on a CPU for runs of 20,000 updates or more. Where compiling fails the run says so and goes on
+    without."""
+    channels_last: bool = False
+    """Keep the UNet's weights and pictures with channels last: on a CPU no difference, on a GPU not measured."""
+    lanes: int | None = None
+    """On a CPU, threads that share each micro-batch, every one with an equal part of the cores; None takes one a core,
+    at most one a sample. Another number changes a run's last bits only."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the adapter, which is then what is saved; 0 keeps none."""
+    max_time: str | None = None
+    """Stop, save and exit 0 once the run has taken this long: 90m, 1h30m, 12:00:00, 1-12:00:00 (days) or seconds.
+    Leave room for a step and a save before the scheduler's own limit."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do where a step's gradient is no finite number; in neither case does it reach the optimiser. `skip`
+    goes on with the next step."""
+    max_nonfinite: int = 10
+    """Steps of the whole run that on_nonfinite skip may pass over; one more stops it."""
 
     def __post_init__(self) -> None:
         _allow("train_batch_size", self.batch_size >= 1, self.batch_size, "1 or more")
         accumulate = self.gradient_accumulation_steps
         _allow("gradient_accumulation_steps", accumulate >= 1, accumulate, "1 or more")
+        _allow("train.noise_draws", 1 <= self.noise_draws <= 64, self.noise_draws, "allowed is 1 to 64")
         _allow("max_train_steps", self.max_steps is None or self.max_steps >= 1, self.max_steps, "1 or more")
         _allow("num_train_epochs", self.epochs >= 1, self.epochs, "1 or more")
         _allow("seed", self.seed is None or 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
+        _allow("train.lanes", self.lanes is None or self.lanes >= 1, self.lanes, "1 or more")
         _allow("train.ema_decay", 0 <= self.ema_decay < 1, self.ema_decay, "allowed is 0 up to, not including, 1")
+        _allow("train.max_nonfinite", self.max_nonfinite >= 0, self.max_nonfinite, "0 or more")
+        if self.max_time is not None:
+            seconds_of(self.max_time)
 
 
 @dataclass(frozen=True)
@@ -269,13 +341,22 @@ class CheckpointOptions:
     every: int = 500
     """Updates between checkpoints."""
     keep: int | None = 3
-    """How many to keep; the oldest goes only after the newest is whole. None keeps all."""
+    """How many of the newest to keep; the oldest goes only after the newest is whole. None keeps all."""
+    keep_every: int | None = None
+    """Keep the checkpoints of every so many updates too, whatever their age."""
+    keep_best: bool = False
+    """Save and keep the checkpoint whose validation pictures follow their conditions best, by `validation.judge`."""
     resume: str | None = None
-    """`latest`, or a checkpoint's folder."""
+    """`auto` (or `latest`) starts, goes on from the newest whole checkpoint, or finds the run finished: one command for
+    a job that is started again and again. Or a checkpoint's folder."""
+    allow_changed: bool = False
+    """Go on from a checkpoint although options have changed that make it another run."""
 
     def __post_init__(self) -> None:
         _allow("checkpointing_steps", self.every >= 1, self.every, "1 or more")
         _allow("checkpoints_total_limit", self.keep is None or self.keep >= 1, self.keep, "1 or more")
+        each = self.keep_every
+        _allow("checkpoint.keep_every", each is None or each >= 1, each, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -294,6 +375,9 @@ class ValidationOptions:
     """Denoising steps a picture."""
     guidance: float = 5.0
     """Classifier-free guidance scale."""
+    judge: str | None = None
+    """Kind of condition that is made of each validation picture and compared with the row's own: how well the adapter
+    controls, logged with the curves. None takes `data.condition`'s; `none` measures nothing."""
 
     def __post_init__(self) -> None:
         prompts, images = len(self.prompts), len(self.images)
@@ -349,6 +433,9 @@ class HubOptions:
     """Make the repository private, where it is created."""
     license: str | None = None
     """Licence of the adapter as the hub names it, for example apache-2.0, for the card; None states none."""
+
+    def __post_init__(self) -> None:
+        keep_secret(self.token)
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,10 @@ def training(data_dir: str, output_dir: str, *, steps: int, seed: int) -> Config
     return Config(
         output_dir=output_dir,
         data=DataOptions(train_data_dir=data_dir, resolution=SIZE, num_workers=0),
-        train=TrainOptions(batch_size=16, max_steps=steps, seed=seed),
+        train=TrainOptions(batch_size=16, max_steps=steps, seed=seed, ema_decay=0.9),
         # On a base this small the layout is settled where nearly all is noise: weigh the loss towards there.
-        objective=ObjectiveOptions(min_snr_gamma=MIN_SNR_GAMMA),
-        optim=OptimOptions(lr=2e-3, schedule="cosine", warmup_steps=20),
+        objective=ObjectiveOptions(min_snr_gamma=MIN_SNR_GAMMA, stratify=True),
+        optim=OptimOptions(name="muon", lr=4e-2, schedule="cosine", warmup_steps=0),
         checkpoint=CheckpointOptions(every=steps, keep=1),
         tracking=TrackingOptions(log_every=10),
     )

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 import tyro
 
 from t2i_adapter.config import Config
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, keep_secret
 from t2i_adapter.load import describe, load, nearest, option_types, with_values
 
 T = TypeVar("T")
@@ -40,18 +40,35 @@ def parse_train(
     defaults: Config | None = None,
     values: Mapping[str, Any] | None = None,
     names: Mapping[str, str] | None = None,
-) -> TrainFlags:
+    cls: Any = TrainFlags,
+) -> Any:
     """Flags of a training run: `defaults`, then the recipe, then `values` by dotted path, then what `argv` sets.
 
-    `names` as in `parse_flags`.
+    `names` as in `parse_flags`. cls: what is returned, a run's options (`config`) and what a verb has beside them.
     """
+    argv = [_spelt_out(word) for word in argv]
     recipe = _recipe(argv)
     config = load(recipe, defaults or Config()) if recipe else defaults or Config()
     config = with_values(config, values or {})
-    types = {"recipe": str | None, "dry_run": bool, **option_types(Config)}
-    flags = parse_flags(TrainFlags, argv, prog, replace(TrainFlags(), config=config), types, names)
+    flags = parse_flags(cls, argv, prog, replace(cls(), config=config), None, names)
     _check_named(flags.config)
     return flags
+
+
+SHORT = {
+    "profile": "train.profile",
+    "max_time": "train.max_time",
+    "on_nonfinite": "train.on_nonfinite",
+    "allow_changed": "checkpoint.allow_changed",
+}
+"""Flags of a run that people know by their last word alone, from other trainers."""
+
+
+def _spelt_out(word: str) -> str:
+    """A word of the command line, where it is one of those flags with its whole path."""
+    name, equals, value = word.partition("=")
+    path = SHORT.get(name[2:].replace("-", "_")) if name.startswith("--") else None
+    return f"--{path}{equals}{value}" if path else word
 
 
 def parse_flags(
@@ -91,7 +108,7 @@ def flag_types(cls: Any) -> dict[str, Any]:
     """Flag -> type of every option of `cls` that is a flag, and not told by its place among the words."""
     hints = get_type_hints(cls, include_extras=True)
     return {
-        path: kind
+        path.removeprefix("config."): kind  # a run's options stand beside a verb's own
         for path, kind in option_types(cls).items()
         if tyro.conf.Positional not in getattr(hints.get(path), "__metadata__", ())
     }
@@ -143,6 +160,8 @@ def _check_known(argv: Sequence[str], prog: str, types: Mapping[str, Any], names
                 off = f"--{head}.no_{tail}" if head else f"--no_{tail}"
                 raise UserError(f"{word}: takes no value; write --{switch} or {off}")
         elif stem not in types or word.startswith("---"):
+            if "tok" in stem:  # a misspelt --hub.token
+                keep_secret(value)
             raise UnknownFlagError(f"{word}: no such flag; {_hint(stem, equals + value, prog, types, names)}")
 
 

@@ -86,17 +86,35 @@ def nearest(name: str, known: list[str]) -> list[str]:
 
 def _compose(file: Path) -> yaml.Node | None:
     try:
-        return yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = file.read_text(encoding="utf-8")
+        _check_depth(text, file)
+        return yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"--recipe {file}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise UserError(f"--recipe {file}: is not text in UTF-8; a recipe is a YAML file") from None
-    except RecursionError:
-        raise UserError(f"{file}: is nested too deeply to be a recipe") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise UserError(f"{file}{f':{mark.line + 1}' if mark else ''}: not YAML: {problem}") from None
+
+
+def _check_depth(text: str, file: Path) -> None:
+    """PyYAML takes time with the square of the depth, and then all of the stack."""
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        depth += isinstance(token, _OPENING)
+        depth -= isinstance(token, _CLOSING)
+        if depth > _DEEPEST:
+            raise UserError(f"{file}:{token.start_mark.line + 1}: is nested too deeply to be a recipe")
+
+
+_DEEPEST = 50
+_OPENING = (
+    *(yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken),
+    *(yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken),
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 
 def _read_options(node: yaml.Node, cls: type, prefix: str, file: Path) -> Iterator[tuple[str, Any]]:

@@ -93,15 +93,17 @@ class Draft:
 class Batch:
     """Everything one micro-step needs; a batch fully determines a step.
 
+    Each sample has K draws of noise, one after another: K is 1 unless `train.noise_draws` says otherwise.
+
     Attributes:
         moments: (B,8,h,w) float, mean and standard deviation of the VAE's posterior, before scaling.
         condition: (B,C,H,W) float in [0,1].
         text: (B,L,D) float, both text encoders' penultimate states side by side.
         pooled: (B,P) float, the second text encoder's projection.
         time_ids: (B,6) int64.
-        timesteps: (B,) int64 in [0, T).
-        noise: (B,4,h,w) float32, what is added to the latent.
-        latent_noise: (B,4,h,w) float32, the draw from the VAE's posterior.
+        timesteps: (B K,) int64 in [0, T).
+        noise: (B K,4,h,w) float32, what is added to the latent.
+        latent_noise: (B K,4,h,w) float32, the draw from the VAE's posterior.
         keys: the samples' keys, for messages.
     """
 
@@ -117,3 +119,8 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def draws(self) -> int:
+        """K, how many draws of noise each sample has."""
+        return len(self.timesteps) // len(self.keys)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from t2i_adapter.conditions.canny import Canny
-from t2i_adapter.conditions.cut import cut
+from t2i_adapter.conditions.cut import cut, redraw
 from t2i_adapter.conditions.table import TABLE, annotate, find_plugin, open_annotator
 from t2i_adapter.errors import UserError
 from t2i_adapter.sources.geometry import Framing
@@ -44,18 +44,47 @@ def test_every_row_makes_the_condition_of_the_cut_image(name: str, channels: int
     for view in range(3):
         part = cut(sample, framing, view, channels, annotator=annotator)
         seen = Image.fromarray(part.image.transpose(1, 2, 0))
-        expected = np.asarray(annotate(annotator, seen, f"d/{view}").convert("L" if channels == 1 else "RGB"))
+        expected = np.asarray(annotate(annotator, seen).convert("L" if channels == 1 else "RGB"))
         assert part.condition.shape == (channels, *part.geometry.target)
         assert np.array_equal(part.condition.transpose(1, 2, 0).squeeze(), expected)
 
 
-def test_what_is_drawn_by_chance_is_drawn_anew_for_each_picture_and_view() -> None:
+def test_what_is_drawn_by_chance_is_a_function_of_the_draw() -> None:
     values = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     image = Image.fromarray(values).resize((390, 270))  # gradients around the thresholds
     annotator = open_annotator("canny,vary=1")
-    maps = {np.asarray(annotate(annotator, image, draw)).tobytes() for draw in ("d/0", "d/1", "e/0", "e/1")}
+    maps = {np.asarray(annotate(annotator, image, draw)).tobytes() for draw in ("5/0", "5/1", "6/0", "6/1")}
     assert len(maps) == 4
-    assert np.asarray(annotate(annotator, image, "d/0")).tobytes() in maps
+    assert np.asarray(annotate(annotator, image, "5/0")).tobytes() in maps
+
+
+@pytest.mark.parametrize(
+    ("spec", "chance"),
+    [
+        ("canny", False),
+        ("canny,vary=0.5", True),
+        ("sketch", False),
+        ("sketch,random_threshold=true", True),
+        ("normal", False),
+        ("lineart", False),
+    ],
+)
+def test_a_kind_tells_whether_its_options_leave_anything_to_chance(spec: str, chance: bool) -> None:
+    annotator = open_annotator(spec)
+    assert annotator.chance is chance
+    assert pickle.loads(pickle.dumps(annotator)).chance is chance
+
+
+def test_a_cut_keeps_the_image_where_the_condition_is_left_to_chance() -> None:
+    sample = Sample("row", picture((90, 130)), None, ("",), "d")
+    part = cut(sample, Framing(64, flip=True, views=2), 1, 1, annotator=open_annotator("canny,vary=1"))
+    assert part.geometry.flipped
+    assert np.array_equal(part.condition, part.image)
+    seen = Image.fromarray(part.image.transpose(1, 2, 0))
+    for channels in (1, 3):
+        drawn = redraw(part.condition, channels, open_annotator("canny,vary=1"), "5/17")
+        expected = np.asarray(annotate(open_annotator("canny,vary=1"), seen, "5/17"))
+        assert drawn.shape == (channels, 64, 64) and all(np.array_equal(plane, expected) for plane in drawn)
 
 
 def test_a_fingerprint_is_the_same_each_time_and_another_for_each_change(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ STAND_INS = {
     "$OUTPUT_DIR": "guide",
     "OUTPUT_DIR": "runs/demo/adapter",
     "runs/nano-palette": "runs/from-recipe",
+    "my-adapter/options.yaml": "runs/again/options.yaml",
     "iconify-json-fluent-emoji-flat-1.2.6.tgz": "icons.tgz",
 }
 """What stands on this machine for what a command names; the rest of the line is as it is shown."""
@@ -40,7 +41,7 @@ STAND_INS = {
 SMALLER = (
     (r"--num 2000\b", "--num 4"),
     (r"--num_test 64\b", "--num_test 2"),
-    (r"--num 64\b", "--num 2"),
+    (r"--num (64|400)\b", "--num 2"),
     (r"\bshapes:\d+", "shapes:4"),
     (r"(--resolution[= ]|--data\.resolution )1024\b", r"\g<1>128"),
     (r"(--max_train_steps[= ]|--train\.max_steps )\d+", r"\g<1>2"),
@@ -54,11 +55,13 @@ NOT_RUN = {
     f"{PROG} VERB": "the form of a command",
     f"{PROG} train --recipe FILE.yaml": "the form of a command",
     f"{PROG} prepare --recipe FILE.yaml": "the form of a command",
+    f"{PROG} plan --recipe recipes/sdxl": "needs the hub; tests/unit/test_plan.py plans for a card too",
     f"{PROG} push": "needs the hub; tests/unit/test_push.py runs it against a server",
     f"{PROG} annotate depth": "needs weights of the hub; tests/unit/test_conditions_depth.py has small ones",
     f"{PROG} annotate segmentation": "needs weights; tests/unit/test_conditions_segmentation.py has small ones",
     f'{PROG} train --data.train_data_dir "': "shards elsewhere; tests/e2e/test_sources.py reads them from servers",
     "python -m t2i_adapter.conditions.weights": "downloads",
+    "python benchmarks/campaigns.py": "minutes to hours; tests/campaigns runs the same code in short",
     "python -m t2i_adapter.nano_maker": "hours; tests/unit/test_nano.py makes a base in small",
 }
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
+from t2i_adapter.config import ObjectiveOptions
 from t2i_adapter.diffusion import objective, timesteps
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError
+from t2i_adapter.load import with_values
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
@@ -121,15 +123,32 @@ def test_an_unknown_kind_of_model_is_refused():
         NoiseSchedule.of(EulerDiscreteScheduler(prediction_type="flow_prediction"))
 
 
+GRID = (np.arange(100_000) + 0.5) / 100_000
+
+
 def test_cubic_sampling_follows_its_distribution():
     """P(t < x T) = 1 - (1 - x)^(1/3), inverted from t = (1 - u^3) T; checked at 99 places on a fine grid of u."""
-    draws = np.array([timesteps.sample("cubic", u, 1000) for u in (np.arange(100_000) + 0.5) / 100_000])
+    draws = np.array([timesteps.sample(ObjectiveOptions(timesteps="cubic"), u, 1000) for u in GRID])
     for percent in range(1, 100):
         below = (draws < percent * 10).mean()
         assert below == pytest.approx(1 - (1 - percent / 100) ** (1 / 3), abs=2e-5)
 
 
-@pytest.mark.parametrize("name", sorted(timesteps.SAMPLERS))
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.0, 0.5), (-0.7, 2.0)])
+def test_logit_normal_sampling_follows_its_density(mean: float, std: float):
+    """p(x) = exp(-(logit(x) - m)^2 / 2 s^2) / (s sqrt(2 pi) x (1 - x)) with x = t / T, integrated over 20 bins."""
+    options = ObjectiveOptions(timesteps="logit_normal", logit_mean=mean, logit_std=std)
+    draws = np.array([timesteps.sample(options, u, 1000) for u in GRID])
+    x = (np.arange(1_000_000) + 0.5) / 1_000_000
+    logit = np.log(x / (1 - x))
+    density = np.exp(-((logit - mean) ** 2) / (2 * std**2)) / (std * np.sqrt(2 * np.pi) * x * (1 - x))
+    expected = density.reshape(20, -1).mean(1) / 20
+    assert expected.sum() == pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(np.histogram(draws, 20, (0, 1000))[0] / len(draws), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["cubic", "uniform", "logit_normal"])
 def test_samplers_stay_in_range_and_reach_both_ends(name: str):
-    ends = {timesteps.sample(name, u, 1000) for u in (0.0, 1e-12, 0.5, np.nextafter(1.0, 0.0))}
+    options = with_values(ObjectiveOptions(), {"timesteps": name})
+    ends = {timesteps.sample(options, u, 1000) for u in (0.0, 1e-12, 0.5, np.nextafter(1.0, 0.0), 1.0)}
     assert min(ends) == 0 and max(ends) == 999

@@ -26,6 +26,7 @@ from t2i_adapter.config import (
 )
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError
+from t2i_adapter.load import with_values
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.base import open_base
 from t2i_adapter.training.run import run
@@ -82,9 +83,15 @@ def random_batch(base_config: dict[str, Any], size: int = 2) -> Batch:
     )
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_a_resumed_run_is_the_straight_run_to_the_bit(config: Config, ema: float):
-    config = replace(config, train=replace(config.train, ema_decay=ema))
+EFFICIENT = {"optim.name": "muon", "train.noise_draws": 2, "objective.stratify": True}
+
+
+CHANGES = {"plain": {}, "average": {"train.ema_decay": 0.9}, "efficient": EFFICIENT, "lanes": {"train.lanes": 2}}
+
+
+@pytest.mark.parametrize("changes", list(CHANGES.values()), ids=list(CHANGES))
+def test_a_resumed_run_is_the_straight_run_to_the_bit(config: Config, changes: dict[str, Any]):
+    config = with_values(config, changes)
     straight = moved(config, "straight")
     run(straight)
     first = moved(config, "stopped", train=replace(config.train, max_steps=6))
@@ -202,6 +209,11 @@ def test_a_quiet_start_scales_every_feature_and_hardly_moves_the_base(tiny_base:
     picture = torch.rand(1, 3, 64, 64)
     for a, b in zip(loud(picture), quiet(picture), strict=True):
         torch.testing.assert_close(b, 0.01 * a, rtol=1e-4, atol=1e-7)
+    silent = build_adapter(AdapterOptions(init="zero"), unet_config)
+    assert all(not feature.any() for feature in silent(picture))
+    sum(feature.sum() for feature in silent(picture)).backward()
+    gradient = silent.get_parameter("adapter.conv_in.weight").grad
+    assert gradient is not None and gradient.abs().sum() > 0, "a start of zeros that could not learn is no start"
 
 
 def test_bf16_trains_and_lies_near_float32(config: Config):
@@ -223,7 +235,9 @@ def test_fp16_without_a_gpu_says_so_and_computes_in_fp32(config: Config, capsys:
     assert_same_bits(weights(half), weights(moved(config, "plain")))
 
 
-@pytest.mark.parametrize("changes", [{"min_snr_gamma": 0.01}, {"noise_offset": 0.1}, {"timesteps": "uniform"}])
+@pytest.mark.parametrize(
+    "changes", [{"min_snr_gamma": 0.01}, {"noise_offset": 0.1}, {"timesteps": "uniform"}, {"stratify": True}]
+)
 def test_objective_options_change_the_loss(config: Config, changes: dict[str, Any]):
     run(config)
     other = moved(config, "other", objective=ObjectiveOptions(**changes))
@@ -261,7 +275,7 @@ def test_validation_draws_the_first_the_due_and_the_last_and_changes_nothing(con
 def test_a_new_run_does_not_mix_into_an_old_ones_folder(config: Config):
     run(config)
     kept = weights(config)
-    with pytest.raises(UserError, match="checkpoint-6 of an earlier run.*--resume_from_checkpoint latest"):
+    with pytest.raises(UserError, match="checkpoint-6 of an earlier run.*--resume_from_checkpoint auto"):
         run(config)
     assert_same_bits(weights(config), kept)
 

@@ -18,6 +18,7 @@ from t2i_adapter.batches.packing import Packed, unpack
 from t2i_adapter.cache.records import ImageRecord, TextRecord
 from t2i_adapter.config import Config, DataOptions, ObjectiveOptions, TrainOptions
 from t2i_adapter.errors import UserError
+from t2i_adapter.load import with_values
 from t2i_adapter.types import Draft, Geometry
 
 TENSORS = ("moments", "pixels", "condition", "text", "pooled", "time_ids", "timesteps", "noise", "latent_noise")
@@ -52,7 +53,7 @@ class Memory:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def fetch(self, number: int, view: int) -> ImageRecord:
+    def fetch(self, number: int, view: int, draw: str = "") -> ImageRecord:
         if number in self.bad:
             raise UserError(f"row {number}: damaged picture")
         generator = np.random.default_rng([number, view])
@@ -284,6 +285,64 @@ def test_the_noise_offset_reaches_the_batches() -> None:
     [a], [b] = drafts(Memory(), plain, stop=1), drafts(Memory(), options, stop=1)
     assert (a.noise - b.noise).abs().max() > 0.05
     assert torch.equal(a.latent_noise, b.latent_noise)
+
+
+def drawing(draws: int, *, stratify: bool = False, timesteps: str = "uniform", **options: Any) -> Config:
+    plain = config(**options)
+    changes = {"train.noise_draws": draws, "objective.stratify": stratify, "objective.timesteps": timesteps}
+    return with_values(plain, changes)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_several_draws_of_noise_follow_the_first_and_share_its_sample(workers: int) -> None:
+    single, several = drafts(Memory(), drawing(1)), drafts(Memory(), drawing(3, workers=workers))
+    for one, many in zip(single, several, strict=True):
+        assert many.keys == one.keys and many.captions == one.captions
+        assert many.moments is not None and many.moments.shape == (4, 8, 8, 8)
+        assert many.timesteps.shape == (12,) and many.noise.shape == many.latent_noise.shape == (12, 4, 8, 8)
+        for name in ("timesteps", "noise", "latent_noise"):
+            assert torch.equal(getattr(many, name)[::3], getattr(one, name)), "the first draw is the one there was"
+    noise = torch.cat([part.noise for part in several]).flatten(1)
+    correlation = torch.corrcoef(noise) - torch.eye(len(noise))
+    assert correlation.abs().max() < 6 / np.sqrt(noise.shape[1]), "every draw has noise of its own"
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_stratified_timesteps_fill_every_part_once_an_update_and_keep_their_distribution(draws: int) -> None:
+    steps, count = 200, 8 * draws
+    parts = drafts(Memory(), drawing(draws, stratify=True, batch_size=8), stop=steps)
+    timesteps = np.stack([part.timesteps.numpy() for part in parts])
+    assert timesteps.shape == (steps, count)
+    filled = np.sort(timesteps * count // 1000, axis=1)
+    # a part's edge may lie within a timestep, whose number then counts for the part before it
+    assert (np.abs(filled - np.arange(count)) <= (1000 % count != 0)).all()
+    for place in range(count):
+        values = timesteps[:, place] / 1000
+        # Kolmogorov's bound at 1 in a million: each place alone is as evenly spread as an unstratified draw
+        distance = np.abs(np.sort(values) - (np.arange(steps) + 0.5) / steps).max()
+        assert distance < np.sqrt(np.log(2e6) / (2 * steps)), place
+    assert len(np.unique(timesteps)) > 0.7 * 1000 * (1 - np.exp(-steps * count / 1000))
+
+
+@pytest.mark.parametrize(("batch", "accumulate", "world"), [(2, 4, 1), (4, 1, 2), (1, 2, 4)])
+def test_stratified_timesteps_do_not_depend_on_how_a_global_batch_is_cut(
+    batch: int, accumulate: int, world: int
+) -> None:
+    whole = rows(drafts(Memory(), drawing(1, stratify=True, batch_size=8), stop=2))
+    options = drawing(1, stratify=True, batch_size=batch, accumulate=accumulate)
+    ranks = [drafts(Memory(), options, rank=rank, world=world, stop=2) for rank in range(world)]
+    parts = rows([ranks[rank][micro] for micro in range(2 * accumulate) for rank in range(world)])
+    assert [row["timesteps"] for row in parts] == [row["timesteps"] for row in whole]
+    later = rows(drafts(Memory(), drawing(1, stratify=True, batch_size=8), start=1, stop=2))
+    assert [row["timesteps"] for row in later] == [row["timesteps"] for row in whole[8:]]
+    assert [row["timesteps"] for row in whole[:8]] != [row["timesteps"] for row in whole[8:]]
+
+
+def test_stratifying_changes_no_other_choice() -> None:
+    plain, spread = (rows(drafts(Memory(), drawing(1, stratify=stratify))) for stratify in (False, True))
+    for name in ("noise", "latent_noise", "moments"):
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(plain, spread, strict=True))
+    assert [row["timesteps"] for row in plain] != [row["timesteps"] for row in spread]
 
 
 def test_captions_are_drawn_and_dropped_draw_by_draw() -> None:

@@ -1,14 +1,25 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import T2IAdapter
+from safetensors.torch import load_file, save_file
 
 from t2i_adapter.errors import UserError
-from t2i_adapter.training import checkpoint
+from t2i_adapter.training import checkpoint, saving
+from t2i_adapter.training.checkpoint import Keep, TrainingState
+from t2i_adapter.training.saving import Saver
+from t2i_adapter.training.tensor_file import write_tensors
+
+PLAN = {"seed": 0, "global_batch": 2, "samples": 8}
 
 
 def small_adapter(seed: int = 0) -> T2IAdapter:
@@ -26,11 +37,18 @@ def trained(adapter: T2IAdapter, steps: int) -> torch.optim.Optimizer:
     return optimizer
 
 
-def write(folder: Path, step: int, keep: int | None = None) -> Path:
+def snapshot(step: int) -> checkpoint.Snapshot:
     adapter = small_adapter(step)
     tensors, numbers = checkpoint.pack_optimizer(trained(adapter, 1))
-    state = {"step": step, "seed": 0, "numbers": numbers}
-    return checkpoint.save(folder, adapter, checkpoint.TrainingState(tensors, state), keep)
+    return checkpoint.take(adapter, TrainingState(tensors, state_of(step, numbers)))
+
+
+def state_of(step: int, numbers: dict[str, Any]) -> dict[str, Any]:
+    return {"step": step, "plan": PLAN, "numbers": numbers, "scaler": {}, "options": {}, "versions": {}}
+
+
+def write(folder: Path, step: int) -> Path:
+    return checkpoint.write(folder, snapshot(step))
 
 
 def test_an_optimiser_goes_on_to_the_bit(tmp_path: Path):
@@ -39,9 +57,7 @@ def test_an_optimiser_goes_on_to_the_bit(tmp_path: Path):
     stopped = small_adapter()
     optimizer = trained(stopped, 1)
     tensors, numbers = checkpoint.pack_optimizer(optimizer)
-    folder = checkpoint.save(
-        tmp_path, stopped, checkpoint.TrainingState(tensors, {"step": 1, "numbers": numbers}), None
-    )
+    folder = checkpoint.write(tmp_path, checkpoint.take(stopped, TrainingState(tensors, state_of(1, numbers))))
     weights, training = checkpoint.load(folder, torch.device("cpu"))
     resumed = small_adapter(seed=9)
     resumed.load_state_dict(weights)
@@ -55,11 +71,59 @@ def test_an_optimiser_goes_on_to_the_bit(tmp_path: Path):
         assert torch.equal(a, b)
 
 
-def test_the_newest_are_kept_and_the_adapter_opens_by_itself(tmp_path: Path):
+def test_the_adapter_of_a_checkpoint_opens_by_itself(tmp_path: Path):
+    opened = T2IAdapter.from_pretrained(write(tmp_path, 5) / "t2iadapter", local_files_only=True)
+    written = small_adapter(5)
+    trained(written, 1)
+    for name, value in written.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], value), name
+
+
+def test_a_snapshot_shares_nothing_with_what_trains_on():
+    adapter = small_adapter()
+    taken = checkpoint.take(adapter, TrainingState({}, state_of(1, {})))
+    before = {name: value.clone() for name, value in taken.weights.items()}
+    trained(adapter, 1)
+    assert all(torch.equal(taken.weights[name], before[name]) for name in before)
+    assert not all(torch.equal(value, before[name]) for name, value in adapter.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [
+        (Keep(2), None, [15, 100]),
+        (Keep(), None, [5, 10, 15, 100]),
+        (Keep(1, every=10), None, [10, 100]),
+        (Keep(1), 5, [5, 100]),
+    ],
+)
+def test_the_newest_the_kth_and_the_best_are_kept(tmp_path: Path, keep: Keep, best: int | None, left: list[int]):
     for step in (5, 10, 15, 100):
-        folder = write(tmp_path, step, keep=2)
-    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [15, 100]
-    T2IAdapter.from_pretrained(folder / "t2iadapter", local_files_only=True)
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.rotate(tmp_path, keep, best)
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == left
+
+
+def test_what_comes_after_where_a_run_goes_on_is_set_aside(tmp_path: Path):
+    for step in (5, 10, 15):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    lines = checkpoint.set_aside_after(tmp_path, 5)
+    assert len(lines) == 2 and "checkpoint-10.set-aside" in lines[0]
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [5]
+    assert (tmp_path / "checkpoint-15.set-aside").is_dir()
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint-1").symlink_to(elsewhere)
+    (run / "checkpoint-2").mkdir()
+    checkpoint.rotate(run, Keep(1))
+    assert [path.name for path in run.iterdir()] == ["checkpoint-2"]
+    assert (elsewhere / "precious").is_file()
 
 
 def test_nothing_but_safetensors_and_json_is_written(tmp_path: Path):
@@ -104,22 +168,201 @@ def test_resume_names_what_there_is(tmp_path: Path):
     assert checkpoint.find(tmp_path / "empty", "latest") == (None, [])
 
 
-def test_a_newer_schema_is_refused(tmp_path: Path):
-    folder = write(tmp_path, 1)
+@pytest.mark.parametrize("resume", ["checkpoint-2", "auto"])
+def test_a_newer_schema_is_refused_whatever_older_ones_there_are(tmp_path: Path, resume: str):
+    write(tmp_path, 1)
+    folder = write(tmp_path, 2)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, "schema": 99}))
-    with pytest.raises(UserError, match="newer version"):
-        checkpoint.find(tmp_path, "checkpoint-1")
+    with pytest.raises(UserError, match="checkpoint-2: .* newer version .schema 99.*update the package"):
+        checkpoint.find(tmp_path, resume)
 
 
-def test_a_save_that_fails_leaves_the_older_ones_and_nothing_half_written(tmp_path: Path):
+def write_schema_1(folder: Path, step: int) -> Path:
+    """As the version of that time wrote it."""
+    adapter = small_adapter(step)
+    tensors, numbers = checkpoint.pack_optimizer(trained(adapter, 1))
+    target = folder / f"checkpoint-{step}"
+    target.mkdir(parents=True)
+    adapter.save_pretrained(target / "t2iadapter")
+    save_file(tensors, target / "training.safetensors")
+    files = {
+        str(path.relative_to(target)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(target.rglob("*"))
+        if path.is_file()
+    }
+    state = {"schema": 1, "step": step, "samples": step * 16, "seed": 7, "numbers": numbers, "scaler": {}}
+    (target / "state.json").write_text(json.dumps({**state, "options": {}, "versions": {}, "files": files}))
+    return target
+
+
+def test_an_older_schema_still_loads(tmp_path: Path):
+    folder = write_schema_1(tmp_path, 3)
+    assert checkpoint.find(tmp_path, "auto") == (folder, [])
+    weights, training = checkpoint.load(folder, torch.device("cpu"))
+    assert training.state["plan"] == {"seed": 7, "global_batch": 16, "samples": 0}
+    expected = small_adapter(3)
+    trained(expected, 1)
+    assert all(torch.equal(weights[name], value) for name, value in expected.state_dict().items())
+    (folder / "training.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="checksum"):
+        checkpoint.find(tmp_path, "auto")
+
+
+@pytest.mark.parametrize("change", [{"step": 7}, {"plan": {**PLAN, "seed": 1}}, {"numbers": {"optimizer.0.step": 1.0}}])
+def test_a_changed_number_in_the_state_is_found(tmp_path: Path, change: dict[str, Any]):
+    folder = write(tmp_path, 1)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, **change}, indent=1))
+    assert checkpoint.damage(folder) == "state.json does not have the checksum it was written with"
+
+
+def test_what_is_no_plain_file_of_a_checkpoint_is_not_read(tmp_path: Path):
+    folder = write(tmp_path, 1)
+    state = json.loads((folder / "state.json").read_text())
+    del state["sha256"]
+    state["files"]["/dev/zero"] = ""
+    (folder / "state.json").write_text(json.dumps({**state, "sha256": checkpoint._digest(state)}))
+    assert "files lists others" in str(checkpoint.damage(folder))
+
+    linked = write(tmp_path, 2)
+    file = linked / "training.safetensors"
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    assert "is no plain file" in str(checkpoint.damage(linked))
+
+
+def test_a_save_does_not_write_through_a_link(tmp_path: Path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("")
+    (tmp_path / ".checkpoint-1.writing").symlink_to(elsewhere)
     write(tmp_path, 1)
+    assert checkpoint.find(tmp_path, "auto")[0] == tmp_path / "checkpoint-1"
+    assert [path.name for path in elsewhere.iterdir()] == ["precious"]
 
-    class Full:
-        def save_pretrained(self, folder: Path) -> None:
-            raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
-        checkpoint.save(tmp_path, Full(), checkpoint.TrainingState({}, {"step": 2}), keep=1)
-    assert checkpoint.find(tmp_path, "latest") == (tmp_path / "checkpoint-1", [])
+def test_our_tensor_file_is_one_of_the_library(tmp_path: Path):
+    tensors = {
+        "a": torch.rand(3, 5),
+        "scalar": torch.tensor(2.5),
+        "half": torch.rand(7).half(),
+        "brain": torch.rand(2, 2).bfloat16(),
+        "flags": torch.tensor([True, False, True]),
+        "numbers": torch.arange(5),
+        "none": torch.empty(0, 4),
+        "turned": torch.rand(4, 6).T,
+    }
+    digest = write_tensors(tmp_path / "x.safetensors", tensors, {"format": "pt"})
+    assert digest == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert loaded[name].dtype == value.dtype and torch.equal(loaded[name], value), name
+
+
+# Saving beside the training ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def saver(tmp_path: Path, told: list[str]) -> Saver:
+    return Saver(tmp_path / "run", Keep(1), told.append)
+
+
+def test_saving_returns_before_the_file_is_there_and_the_next_waits(saver: Saver, monkeypatch: pytest.MonkeyPatch):
+    gate, whole = threading.Event(), checkpoint.write
+
+    def slowly(folder: Path, taken: checkpoint.Snapshot) -> Path:
+        assert gate.wait(20)
+        return whole(folder, taken)
+
+    monkeypatch.setattr(checkpoint, "write", slowly)
+    saver.output_dir.mkdir()
+    saver.save(snapshot(1))
+    assert saver.saved is None
+    gate.set()
+    saver.save(snapshot(2))
+    saver.close()
+    assert saver.saved == 2
+    assert checkpoint.list_checkpoints(saver.output_dir) == [(2, saver.output_dir / "checkpoint-2")]
+
+
+def test_without_room_the_older_one_stays_and_the_bytes_are_named(saver: Saver, told: list[str]):
+    """A file in the folder's place is what a full disk is here: nothing can be written, and OSError says so."""
+    saver.output_dir.mkdir()
+    saver.save(snapshot(1))
+    saver.wait()
+    shutil.move(saver.output_dir, saver.output_dir.with_name("away"))
+    saver.output_dir.write_text("")
+    saver.save(snapshot(2))
+    while not told:
+        time.sleep(0.01)
+    assert "checkpoint-2 could not be written" in told[0] and "tried again" in told[0]
+    saver.output_dir.unlink()
+    shutil.move(saver.output_dir.with_name("away"), saver.output_dir)
+    saver.close()  # tries once more, and there is room now
+    assert saver.saved == 2
+
+
+def test_no_room_is_told_in_bytes_before_anything_is_written(tmp_path: Path):
+    class Huge(checkpoint.Snapshot):
+        nbytes = 1 << 60
+
+    taken = snapshot(1)
+    with pytest.raises(OSError, match=r"No space left.*1,152,921,504,606,846,976 bytes are needed and [\d,]+ are free"):
+        saving._check_room(tmp_path, Huge(taken.config, taken.weights, taken.training))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_save_that_waits_for_room_gives_way_to_the_next(saver: Saver, told: list[str]):
+    saver.output_dir.write_text("")
+    saver.save(snapshot(1))
+    while not told:
+        time.sleep(0.01)
+    saver.output_dir.unlink()
+    saver.output_dir.mkdir()
+    saver.save(snapshot(2))
+    saver.close()
+    assert [step for step, _ in checkpoint.list_checkpoints(saver.output_dir)] == [2]
+
+
+def test_a_mistake_of_ours_in_the_writer_surfaces(saver: Saver):
+    saver.output_dir.mkdir()
+    taken = snapshot(1)
+    saver.save(checkpoint.Snapshot(taken.config, {"x": torch.zeros(1, dtype=torch.complex64)}, taken.training))
+    with pytest.raises(KeyError, match="complex64"):
+        saver.close()
+    assert not list(saver.output_dir.iterdir())
+
+
+def test_what_the_disk_holds_is_compared_with_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A disk that keeps something else than it was given: here the file is changed once it is written."""
+
+    def spoilt(path: Path, *rest: Any) -> str:
+        digest = write_tensors(path, *rest)
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        return digest
+
+    write(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "write_tensors", spoilt)
+    with pytest.raises(OSError, match="it was written, but .* does not have the checksum"):
+        write(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_the_best_is_kept_through_rotation_and_remembered(saver: Saver):
+    saver.output_dir.mkdir()
+    for step, score in ((1, 0.5), (2, 0.9), (3, 0.1), (4, 0.2)):
+        saver.save(snapshot(step))
+        if saver.best is None or score > saver.best[1]:
+            saver.keep_as_best(step, score)
+    saver.close()
+    assert [step for step, _ in checkpoint.list_checkpoints(saver.output_dir)] == [2, 4]
+    assert saving.read_best(saver.output_dir) == (2, 0.9)
+    shutil.rmtree(saver.output_dir / "checkpoint-2")
+    assert saving.read_best(saver.output_dir) is None

@@ -163,7 +163,7 @@ def test_write_dataset(tmp_path):
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert folder == tmp_path / "train" and len(rows) == 3
     for row in rows:
-        assert set(row) == {"file_name", "conditioning_image_file_name", "text", "scene"}
+        assert set(row) == {"file_name", "conditioning_image_file_name", "text", "shapes", "scene"}
         scene = Scene.from_dict(json.loads(row["scene"]))
         assert row["text"] == scene.caption
         picture = np.asarray(Image.open(folder / row["file_name"]))

@@ -125,6 +125,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
         lock(tmp_path / "file" / "run")
 
 
+def test_a_lock_and_a_curve_are_not_written_through_links(tmp_path: Path):
+    precious = tmp_path / "precious"
+    precious.write_text("whole")
+    for name in (".lock", "metrics.jsonl"):
+        (tmp_path / name).symlink_to(precious)
+    with pytest.raises(UserError, match="cannot be written"):
+        lock(tmp_path)
+    tracking.append_metrics(tmp_path / "metrics.jsonl", {"loss": 1.0}, 1)
+    tracking.truncate_metrics(tmp_path / "metrics.jsonl", 1)
+    assert precious.read_text() == "whole"
+
+
 @pytest.mark.parametrize("nothing", ["none", "", " "])
 def test_no_tracker(nothing: str):
     assert tracking.trackers_named(nothing) is None
@@ -142,6 +154,8 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     for step in (1, 2, 3):
         tracking.append_metrics(path, {"loss": step / 2}, step)
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')  # a kill cut it off
     tracking.truncate_metrics(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 

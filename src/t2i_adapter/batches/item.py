@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from t2i_adapter.batches.captions import told
-from t2i_adapter.batches.order import DRAW_STREAM, VIEW_STREAM, Order
+from t2i_adapter.batches.order import AGAIN_STREAM, DRAW_STREAM, VIEW_STREAM, Order
 from t2i_adapter.cache.facts import Facts
 from t2i_adapter.cache.records import ImageRecord, TextRecord
 from t2i_adapter.config import Config
@@ -39,22 +39,23 @@ class Choices:
 
 @dataclass(frozen=True)
 class Item:
-    """One sample of a batch; fields as in `types.Draft`, without the batch's axis."""
+    """One sample of a batch; fields as in `types.Draft`, with the K draws of noise for the batch's axis, or none."""
 
     record: ImageRecord
     text: TextRecord | None
     caption: str
     time_ids: tuple[int, ...]
-    timestep: int
+    timesteps: tuple[int, ...]
     noise: np.ndarray
     latent_noise: np.ndarray
     bad: tuple[tuple[int, str], ...]
 
 
-def choose(seed: int, draw: int, latent: tuple[int, int], noise_offset: float = 0.0) -> Choices:
-    """A function of (seed, draw) alone. The scalars are drawn first, so that they are the same at any size, and the
-    offset is drawn even where it is 0, so that it changes nothing else."""
-    generator = np.random.Generator(np.random.PCG64([DRAW_STREAM, seed, draw]))
+def choose(seed: int, draw: int, latent: tuple[int, int], noise_offset: float = 0.0, again: int = 0) -> Choices:
+    """A function of (seed, draw, again) alone: `again` counts a sample's further draws of noise. The scalars are drawn
+    first, so that they are the same at any size, and the offset even where it is 0, so that it changes nothing else."""
+    key = [AGAIN_STREAM, seed, draw, again] if again else [DRAW_STREAM, seed, draw]
+    generator = np.random.Generator(np.random.PCG64(key))
     caption, drop, timestep = generator.random(3)
     offset = generator.standard_normal((4, 1, 1), dtype=np.float32)
     noise, latent_noise = generator.standard_normal((2, 4, *latent), dtype=np.float32)
@@ -74,10 +75,15 @@ def make_item(facts: Facts, order: Order, config: Config, draw: int, *, seed: in
     """The item that draw `draw` of the run gives. Raises UserError where its row cannot be read and may not be
     skipped."""
     view, tags = choose_view(seed, draw)
-    record, captions, bad = _fetch(facts, order, draw, int(view * facts.views), skip=_may_skip(config))
+    fetched = _fetch(facts, order, draw, int(view * facts.views), seed=seed, skip=_may_skip(config))
+    record, captions, bad = fetched
     height, width = record.condition.shape[-2:]
-    choices = choose(seed, draw, (height // 8, width // 8), config.objective.noise_offset)
-    caption = told(captions, config.data, pick=choices.caption, drop=choices.drop, tags=tags)
+    latent, offset = (height // 8, width // 8), config.objective.noise_offset
+    first, *_ = every = [choose(seed, draw, latent, offset, again) for again in range(config.train.noise_draws)]
+    caption = told(captions, config.data, pick=first.caption, drop=first.drop, tags=tags)
+    quantiles = [choices.timestep for choices in every]
+    if config.objective.stratify:
+        quantiles = order.stratified(draw, quantiles)
     original_h, original_w, top, left, *target = record.geometry.time_ids()
     top, left = top + config.data.crops_coords_top_left_h, left + config.data.crops_coords_top_left_w
     return Item(
@@ -85,9 +91,9 @@ def make_item(facts: Facts, order: Order, config: Config, draw: int, *, seed: in
         text=facts.text(caption),
         caption=caption,
         time_ids=(original_h, original_w, top, left, *target),
-        timestep=timesteps.sample(config.objective.timesteps, choices.timestep, num_timesteps),
-        noise=choices.noise,
-        latent_noise=choices.latent_noise,
+        timesteps=tuple(timesteps.sample(config.objective, quantile, num_timesteps) for quantile in quantiles),
+        noise=np.stack([choices.noise for choices in every]),
+        latent_noise=np.stack([choices.latent_noise for choices in every]),
         bad=bad,
     )
 
@@ -98,7 +104,7 @@ def _may_skip(config: Config) -> bool:
 
 
 def _fetch(
-    facts: Facts, order: Order, draw: int, view: int, *, skip: bool
+    facts: Facts, order: Order, draw: int, view: int, *, seed: int, skip: bool
 ) -> tuple[ImageRecord, tuple[str, ...], tuple[tuple[int, str], ...]]:
     """Record and captions of the draw's sample, or where it cannot be read of the next of its group that can; and
     (number, reason) of those that were passed over."""
@@ -108,7 +114,7 @@ def _fetch(
     for further in range(min(len(numbers), MAX_BAD_ROWS)):
         number = int(numbers[(index + further) % len(numbers)])
         try:
-            return facts.fetch(number, view), facts.captions(number), tuple(bad)
+            return facts.fetch(number, view, f"{seed}/{draw}"), facts.captions(number), tuple(bad)
         except UserError as fault:
             if not skip:
                 raise

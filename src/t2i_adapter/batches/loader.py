@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +41,7 @@ def make_drafts(
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_the_trainer,
         generator=torch.Generator(),  # else it takes a number from torch's global generator
     )
     slots: dict[tuple[int, int], Tensor] = {}
@@ -87,3 +89,10 @@ class MicroBatches(Dataset[Any]):
 
 def _as_it_is(parts: Any) -> Any:
     return parts
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """A scheduler signals every process of a job, and the step that is then finished still needs its batches. A worker
+    ends with the process that it works for."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

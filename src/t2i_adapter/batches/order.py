@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-EPOCH_STREAM, DRAW_STREAM, VIEW_STREAM, GROUP_STREAM, SHARD_STREAM = range(5)
+EPOCH_STREAM, DRAW_STREAM, VIEW_STREAM, GROUP_STREAM, SHARD_STREAM, AGAIN_STREAM, STRATA_STREAM = range(7)
 """First word of every generator's key, so that no two purposes ever share a row of numbers."""
 
 BLOCK_ROWS = 1024
@@ -59,6 +59,15 @@ class Order:
         """Number of the sample that draw `draw` takes."""
         group, index = self.place(draw)
         return int(self._groups[group][index])
+
+    def stratified(self, draw: int, quantiles: Sequence[float]) -> list[float]:
+        """The draw's numbers in [0,1), each moved into a part of [0,1) of its own: a step has as many equal parts as
+        numbers, and gives them out by chance, so that each number alone is as evenly spread as before."""
+        step, within = divmod(draw, self._global_batch)
+        count = len(quantiles)
+        parts = strata(step, self._global_batch * count, self._seed)
+        mine = parts[within * count : (within + 1) * count]
+        return [(int(part) + quantile) / len(parts) for part, quantile in zip(mine, quantiles, strict=True)]
 
     def _epoch(self, group: int, epoch: int) -> np.ndarray | ShardwisePermutation:
         """The last few are kept: a step may reach over an epoch's end, and groups take turns."""
@@ -165,6 +174,12 @@ def _turns(block: int, sizes: tuple[int, ...], seed: int) -> tuple[np.ndarray, n
     for g in np.unique(mixed):
         turns[mixed == g] = np.sort(turn[mine][group[mine] == g])
     return mixed, turns
+
+
+@lru_cache(maxsize=4)
+def strata(step: int, count: int, seed: int) -> np.ndarray:
+    """The parts, 0 to count - 1, in the order in which a step's numbers take them, (count,)."""
+    return np.random.default_rng([STRATA_STREAM, seed, step]).permutation(count)
 
 
 def draws_of(step: int, micro: int, rank: int, *, batch_size: int, accumulate: int, world: int) -> range:

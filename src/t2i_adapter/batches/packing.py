@@ -92,6 +92,7 @@ def unpack(packed: Packed, slots: dict[tuple[int, int], Tensor], *, pin: bool) -
     assert memory is not None
     arrays: dict[str, Any] = dict.fromkeys(ARRAYS)
     arrays |= {column.name: _tensor(memory, column) for column in packed.columns}
+    arrays |= {name: arrays[name].flatten(0, 1) for name in DRAWN}
     fields = dict(packed.fields)
     whole = {name: torch.tensor(fields.pop(name)) for name in ("time_ids", "timesteps")}
     return Draft(**arrays, **whole, **fields)
@@ -109,6 +110,8 @@ def _arrays(item: Item) -> Mapping[str, np.ndarray | None]:
     }
 
 
+DRAWN = ("noise", "latent_noise")
+"""Of these every sample has a row for each of its draws of noise."""
 ARRAYS = ("moments", "pixels", "condition", "text", "pooled", "noise", "latent_noise")
 
 
@@ -116,7 +119,7 @@ def _fields(items: Sequence[Item]) -> dict[str, Any]:
     return {
         "captions": tuple(item.caption for item in items),
         "time_ids": [item.time_ids for item in items],
-        "timesteps": [item.timestep for item in items],
+        "timesteps": [timestep for item in items for timestep in item.timesteps],
         "keys": tuple(item.record.key for item in items),
         "bad": tuple(bad for item in items for bad in item.bad),
     }

@@ -30,9 +30,9 @@ class Facts(Protocol):
 
     def __len__(self) -> int: ...
 
-    def fetch(self, number: int, view: int) -> ImageRecord:
-        """One view of a sample: `moments`, or `pixels` where they are still to be encoded. Raises UserError naming
-        the row, or the damaged file."""
+    def fetch(self, number: int, view: int, draw: str = "") -> ImageRecord:
+        """One view of a sample: `moments`, or `pixels` where they are still to be encoded. What chance decides about
+        its condition is a function of `draw`. Raises UserError naming the row, or the damaged file."""
         ...
 
     def captions(self, number: int) -> tuple[str, ...]:

@@ -22,7 +22,9 @@ from t2i_adapter.sources.table import Source
 from t2i_adapter.types import Batch, Draft
 
 IMAGE_BATCH_PIXELS = 4 * 1024**2
-"""Encoded at once, on every device."""
+"""Encoded at once, on a GPU."""
+CPU_BATCH_PIXELS = 8 * 128**2
+"""Encoded at once, on a CPU: more than its caches hold takes longer a pixel (benchmarks/speed_options.json)."""
 KEPT_TEXT_BYTES = 256 * 2**20
 """Of captions' states on the device, the last used: 850 captions of an SDXL."""
 
@@ -51,10 +53,11 @@ class Live:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def fetch(self, number: int, view: int) -> ImageRecord:
+    def fetch(self, number: int, view: int, draw: str = "") -> ImageRecord:
         """Raises UserError naming the row."""
         cut = self.stage.cut(self.source[int(self.numbers[number])], view)
-        return ImageRecord(cut.key, None, cut.condition, cut.geometry, pixels=cut.image)
+        record = ImageRecord(cut.key, None, cut.condition, cut.geometry, pixels=cut.image)
+        return self.stage.drawn(record, draw)
 
     def captions(self, number: int) -> tuple[str, ...]:
         """Raises UserError naming the row."""
@@ -143,10 +146,11 @@ class Encoders:
 
 def encode_pixels(encoder: LatentEncoder, pixels: Tensor) -> Tensor:
     """pixels (B,3,H,W) u8 on the encoder's device -> moments (B,8,h,w) float16, a bounded number of pixels at once."""
-    size = batch_size(pixels.shape[-2] * pixels.shape[-1])
+    size = batch_size(pixels.shape[-2] * pixels.shape[-1], pixels.device)
     return torch.cat([encoder.encode(some.float() / 255).half() for some in pixels.split(size)])
 
 
-def batch_size(pixels: int) -> int:
+def batch_size(pixels: int, device: torch.device | str) -> int:
     """How many crops of that many pixels are encoded at once."""
-    return max(1, min(32, IMAGE_BATCH_PIXELS // pixels))
+    most = CPU_BATCH_PIXELS if torch.device(device).type == "cpu" else IMAGE_BATCH_PIXELS
+    return max(1, min(32, most // pixels))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from t2i_adapter.cache.work import Machine, bar, batched, batched_alike, run_ahe
 from t2i_adapter.conditions.cut import Cut
 from t2i_adapter.errors import UserError
 from t2i_adapter.models.base import release
+from t2i_adapter.models.latents import LatentEncoder
+from t2i_adapter.models.threads import cores_of, sharing_cores
 from t2i_adapter.sources.table import Source
 
 CHUNK = 4096
@@ -142,23 +145,29 @@ def build_images(
     there are too many, and where the disk has no room for what the first batch lets expect.
     """
     encoder = machine.base.latent_encoder(machine.device)
-    size = batch_size(stage.framing.resolution**2)
+    size = batch_size(stage.framing.resolution**2, machine.device)
     results = run_ahead(pool, lambda lack: _ready(source, stage, lack), work, 2 * size)
     ready = _good(bar(results, len(work), "encoding pictures", machine.show), bad)
     is_first, started = True, time.monotonic()
-    with ShardWriter(folder) as writer:
-        for batch in batched_alike(ready, lambda one: one.cut.geometry.target, size):
-            pixels = torch.from_numpy(np.stack([one.cut.image for one in batch])).to(machine.device)
-            moments = encode_pixels(encoder, pixels).cpu().numpy()
+    batches = batched_alike(ready, lambda one: one.cut.geometry.target, size)
+    lanes = cores_of(machine.device)
+    with ShardWriter(folder) as writer, sharing_cores(lanes) as encoding:
+        for batch, moments in run_ahead(encoding, partial(_encoded, encoder), batches, lanes):
             for one, moment in zip(batch, moments, strict=True):
                 record = image_record(moment, one.condition, one.cut.geometry, name=one.cut.key)
                 writer.add(view_keys(_row(one.cut.digest), one.cut.view).tobytes(), record)
             if is_first:
                 share, is_first = crops / len(batch), False
-                _predict(machine, crops, writer.written * share, (time.monotonic() - started) * share)
+                _predict(machine, crops, writer.written * share, (time.monotonic() - started) * share / lanes)
     del encoder
     release(machine.device)
     bad.settle()
+
+
+def _encoded(encoder: LatentEncoder, batch: Sequence[Ready]) -> tuple[Sequence[Ready], np.ndarray]:
+    """The batch with its moments (B,8,h,w) float16."""
+    pixels = torch.from_numpy(np.stack([one.cut.image for one in batch])).to(encoder.device)
+    return batch, encode_pixels(encoder, pixels).cpu().numpy()
 
 
 def _predict(machine: Machine, crops: int, size: float, seconds: float) -> None:

@@ -55,6 +55,7 @@ class Prepared:
     """
 
     source: Source
+    stage: Stage
     numbers: np.ndarray
     rows: np.ndarray
     groups: tuple[np.ndarray, ...]
@@ -70,10 +71,11 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def fetch(self, number: int, view: int) -> ImageRecord:
+    def fetch(self, number: int, view: int, draw: str = "") -> ImageRecord:
         """Raises UserError where the record's file is damaged."""
         key = self.source.key(int(self.numbers[number]))
-        return unpack_image(self.images.read(int(self.rows[view, number])), key)
+        record = unpack_image(self.images.read(int(self.rows[view, number])), key)
+        return self.stage.drawn(record, draw)
 
     def captions(self, number: int) -> tuple[str, ...]:
         """Raises UserError naming the row."""
@@ -154,7 +156,7 @@ def _prepared(pool: Executor, source: Source, stage: Stage, bad: BadRows, machin
     _check_any(numbers, source)
     groups = groups_of(images.tags[rows[0]])
     shards = shards_of(source.shards, numbers)
-    return Prepared(source, numbers, rows, groups, shards, images, None), f" ({len(missing)} new)"
+    return Prepared(source, stage, numbers, rows, groups, shards, images, None), f" ({len(missing)} new)"
 
 
 def _live(pool: Executor, source: Source, stage: Stage, bad: BadRows, machine: Machine) -> Live:

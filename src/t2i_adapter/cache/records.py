@@ -31,7 +31,7 @@ class ImageRecord:
         key: names the row for people.
         moments: (8,h,w) float16, mean and standard deviation of the VAE's posterior, before scaling; None where the
             picture is still to be encoded.
-        condition: (C,H,W) uint8.
+        condition: (C,H,W) uint8; on disk, where each draw makes its own, the crop (3,H,W) (`stage.Stage.drawn`).
         geometry: where the crop lies on the original picture.
         pixels: (3,H,W) uint8, the crop itself, where there are no moments.
     """

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import mmap
 import struct
 import sys
@@ -29,7 +30,7 @@ import numpy as np
 
 from t2i_adapter.cache.keys import KEY_BYTES, Keys
 from t2i_adapter.errors import UserError
-from t2i_adapter.files import sweep, write_whole
+from t2i_adapter.files import parse_json, sweep, write_whole
 
 SUFFIX = ".shard"
 MAGIC = b"T2ASHRD2"
@@ -110,7 +111,7 @@ class Shards:
         try:
             data = memoryview(self._map(int(self._shard[row])))
             record = unpack(data[int(entry["place"]) :][: int(entry["size"])], check=not self._checked[row])
-        except (OSError, ValueError, DamagedShardError) as fault:
+        except (OSError, ValueError, DamagedShardError) as fault:  # ValueError: the file is empty by now
             raise UserError(
                 f"{self.folder / name}: a prepared record cannot be read ({fault}). "
                 "Delete that file and start again: what it held is made anew."
@@ -229,21 +230,27 @@ def pack(record: Record) -> list[bytes]:
 
 
 def unpack(data: memoryview, *, check: bool) -> Record:
-    """The record whose bytes `data` are, its arrays views of them. Raises DamagedShardError, ValueError."""
+    """The record whose bytes `data` are, its arrays views of them. Raises DamagedShardError."""
     if len(data) < HEAD.size:
         raise DamagedShardError("its end is missing")
     length, checksum = HEAD.unpack_from(data)
     if check and zlib.crc32(data[HEAD.size :]) != checksum:
         raise DamagedShardError("its bytes do not match their checksum")
-    start = HEAD.size + length
-    header = json.loads(bytes(data[HEAD.size : start]))
+    try:
+        return _read_record(data, HEAD.size + length)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as fault:
+        raise DamagedShardError(f"its header is none ({fault})") from fault
+
+
+def _read_record(data: memoryview, start: int) -> Record:
+    """The header lies before `start`, the arrays behind it. A checksum is no seal: a header may hold anything."""
+    header = parse_json(bytes(data[HEAD.size : start]))
     arrays = {}
     for name, (dtype, shape, place) in header["arrays"].items():
-        count = 1
-        for side in shape:
-            count *= side
-        arrays[name] = np.frombuffer(data, dtype, count, start + place).reshape(shape)
-    return Record(arrays, header["facts"], header["tag"])
+        if place < 0 or any(side < 0 for side in shape):
+            raise ValueError(f"array {name} at {place} with shape {shape}")
+        arrays[name] = np.frombuffer(data, dtype, math.prod(shape), start + place).reshape(shape)
+    return Record(arrays, dict(header["facts"]), header["tag"])
 
 
 def read_index(path: Path) -> np.ndarray:
@@ -272,6 +279,6 @@ def damage(path: Path) -> str | None:
             for entry in index:
                 file.seek(int(entry["place"]))
                 unpack(memoryview(file.read(int(entry["size"]))), check=True)
-    except (OSError, ValueError, KeyError, DamagedShardError) as fault:
+    except (OSError, DamagedShardError) as fault:
         return str(fault)
     return None

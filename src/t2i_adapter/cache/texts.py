@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ import torch
 from t2i_adapter.cache.folders import open_folder, show_bytes
 from t2i_adapter.cache.records import TEXT_VERSION, TextRecord, fingerprint, pack_text, text_key, unpack_text
 from t2i_adapter.cache.shards import Shards, ShardWriter
-from t2i_adapter.cache.work import Machine, bar, batched
+from t2i_adapter.cache.work import Machine, bar, batched, run_ahead
 from t2i_adapter.config import DataOptions
 from t2i_adapter.errors import UserError
 from t2i_adapter.models.base import Base, release
+from t2i_adapter.models.text import TextEncoder
+from t2i_adapter.models.threads import cores_of, sharing_cores
 
 TOKENS = 77
 TEXT_BATCH = 32
@@ -110,14 +113,21 @@ def choose_captions(captions: Iterable[str], options: DataOptions, each: int) ->
 def build_texts(captions: Sequence[str], texts: Texts, machine: Machine) -> None:
     """Encodes the captions and appends their records."""
     encoder = machine.base.text_encoder(machine.device, machine.dtype)
-    with ShardWriter(texts.shards.folder) as writer:
-        for batch in batched(bar(captions, len(captions), "encoding captions", machine.show), TEXT_BATCH):
-            states, pooled = (part.float().cpu().numpy() for part in encoder.encode(batch))
+    waiting = batched(bar(captions, len(captions), "encoding captions", machine.show), TEXT_BATCH)
+    lanes = cores_of(machine.device)
+    with ShardWriter(texts.shards.folder) as writer, sharing_cores(lanes) as encoding:
+        for batch, states, pooled in run_ahead(encoding, partial(_encoded, encoder), waiting, lanes):
             for caption, state, pool in zip(batch, states, pooled, strict=True):
                 tokens, name = encoder.count_tokens(caption), f"caption {caption!r}"
                 writer.add(text_key(caption, texts.fingerprint), pack_text(state, pool, tokens=tokens, name=name))
     del encoder
     release(machine.device)
+
+
+def _encoded(encoder: TextEncoder, captions: Sequence[str]) -> tuple[Sequence[str], np.ndarray, np.ndarray]:
+    """The captions with their states (N,L,D) and pooled (N,P), float32."""
+    states, pooled = (part.float().cpu().numpy() for part in encoder.encode(captions))
+    return captions, states, pooled
 
 
 def tell_long(texts: Texts, captions: Sequence[str]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from t2i_adapter.cache.folders import ABOUT, KINDS, STAMPS, show_bytes
 from t2i_adapter.cache.options import CacheOptions, RemoveOptions
 from t2i_adapter.cache.shards import SUFFIX, DamagedShardError, damage, read_index
 from t2i_adapter.cache.work import bar
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, public
+from t2i_adapter.files import parse_json
 from t2i_adapter.sources.remote import cache_root
 
 DAY = 24 * 3600
@@ -37,8 +37,8 @@ class Held:
         files = tuple(sorted(folder.glob(f"*{SUFFIX}")))
         newest = max(path.stat().st_mtime for path in (about, *files, folder) if path.exists())
         try:
-            told = json.loads(about.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            told = dict(parse_json(about.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
             told = {}
         size = sum(path.stat().st_size for path in files)
         return cls(folder, folder.parent.name, told, files, size, time.time() - newest)
@@ -46,7 +46,7 @@ class Held:
     def describe(self) -> str:
         """One line: fingerprint, kind, records, bytes, when it was last used, what it is of."""
         records = sum(_records(file) for file in self.files)
-        of = ", ".join(f"{name} {value}" for name, value in self.about.items()) or "made by an older version"
+        of = public(", ".join(f"{name} {value}" for name, value in self.about.items())) or "made by an older version"
         days = f"{self.unused / DAY:.0f} days ago" if self.unused >= DAY else "today"
         name = self.folder.name[:SHOWN]
         return f"{name}  {self.kind:<6}  {records:>9,} records  {show_bytes(self.size):>9}  {days:<12}  {of}"
@@ -92,16 +92,24 @@ def rm(options: RemoveOptions) -> None:
     elif options.unused_days is not None:
         held = [one for one in held if one.unused > options.unused_days * DAY]
     for one in held:
-        shutil.rmtree(one.folder)
+        _remove(one.folder)
         print(f"removed {one.folder.name[:SHOWN]} ({one.kind}, {show_bytes(one.size)})")
     if options.all:
-        shutil.rmtree(root / STAMPS, ignore_errors=True)
+        _remove(root / STAMPS)
     print(f"{show_bytes(sum(one.size for one in held))} freed at {root}")
 
 
 def folders(root: Path) -> list[Held]:
     """The folders of records under `root`. Nothing else there is ever looked at."""
     return [Held.of(path) for kind in KINDS for path in sorted((root / kind).glob("*")) if path.is_dir()]
+
+
+def _remove(folder: Path) -> None:
+    """A link is removed itself: what it leads to may be anyone's."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=not folder.exists())
 
 
 def _named(held: list[Held], name: str) -> Held:

@@ -21,8 +21,8 @@ class Canny:
     class Options:
         """Gradients above `high` start an edge, those above `low` continue one; of 8-bit grey levels, Sobel, 3 x 3.
 
-        With `vary` above 0 each picture's thresholds are both multiplied by one number, drawn between 1 / (1 + vary)
-        and 1 + vary, as often above 1 as below: an adapter that saw fine and coarse edges takes either.
+        With `vary` above 0 both thresholds are multiplied by one number, drawn each time between 1 / (1 + vary) and
+        1 + vary, as often above 1 as below: an adapter that saw fine and coarse edges takes either.
         """
 
         low: float = 100.0
@@ -46,9 +46,9 @@ class Canny:
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        self.chance = options.vary > 0
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
-        options, factor = self._options, 1.0
-        if options.vary and rng is not None:
-            factor = (1 + options.vary) ** rng.uniform(-1, 1)
+        options = self._options
+        factor = 1.0 if rng is None else (1 + options.vary) ** rng.uniform(-1, 1)
         return Image.fromarray(cv2.Canny(np.asarray(image), options.low * factor, options.high * factor))

@@ -22,7 +22,8 @@ CONDITION_FILTER: Resample = "bilinear"
 class Cut:
     """A pair ready for the encoder: image (3,H,W) u8 and condition (C,H,W) u8 of one view of a sample.
 
-    The condition is read-only; a grey one in three channels is one in memory.
+    The condition is read-only; a grey one in three channels is one in memory. Where it is left to chance the image
+    stands in its place, for `redraw`.
     """
 
     key: str
@@ -55,13 +56,26 @@ def cut(
     size = sample.image.height, sample.image.width
     geometry = framing.plan(size, sample.digest, view)
     image = apply(sample.image, geometry, IMAGE_FILTER)
-    if annotator is not None:
-        condition = annotate(annotator, image, f"{sample.digest}/{view}")
+    pixels = channels_first(image)
+    if annotator is None:
+        condition = _as_condition(_cut_condition(sample, geometry, in_channels, kind), in_channels)
+    elif annotator.chance:
+        condition = pixels
     else:
-        condition = _cut_condition(sample, geometry, in_channels, kind)
-    condition = channels_first(condition.convert("L") if in_channels == 1 else condition)
-    condition = np.broadcast_to(condition, (in_channels, *geometry.target))
-    return Cut(sample.key, sample.digest, view, channels_first(image), condition, geometry)
+        condition = _as_condition(annotate(annotator, image), in_channels)
+    return Cut(sample.key, sample.digest, view, pixels, condition, geometry)
+
+
+def redraw(pixels: np.ndarray, in_channels: int, annotator: Annotator, draw: str) -> np.ndarray:
+    """The condition (C,H,W) u8, read-only, of a cut image (3,H,W) u8, by an annotator with chance: what is drawn is a
+    function of `draw`."""
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return _as_condition(annotate(annotator, image, draw), in_channels)
+
+
+def _as_condition(picture: Image.Image, in_channels: int) -> np.ndarray:
+    values = channels_first(picture.convert("L") if in_channels == 1 else picture)
+    return np.broadcast_to(values, (in_channels, picture.height, picture.width))
 
 
 def channels_first(picture: Image.Image) -> np.ndarray:

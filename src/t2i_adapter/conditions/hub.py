@@ -19,6 +19,7 @@ PINNED = {
     "nvidia/segformer-b0-finetuned-ade-512-512": "489d5cd81a0b59fab9b7ea758d3548ebe99677da",
     "facebook/sam-vit-base": "70c1a07f894ebb5b307fd9eaaee97b9dfc16068f",
     "lllyasviel/Annotators": "982e7edaec38759d914a963c48c4726685de7d96",
+    "yzd-v/DWPose": "1a7144101628d69ee7a3768d1ee3a094070dc388",
 }
 """Hub id -> the commit that is meant where none is named."""
 FOLDER_MARK = "sha256:"

@@ -45,6 +45,7 @@ class Normal:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._depth = open_annotator(options.depth) if options.depth else None
+        self.chance = self._depth is not None and self._depth.chance
         if self._depth:
             self.version = 1000 * self._depth.version + Normal.version  # another depth map, other normals
 

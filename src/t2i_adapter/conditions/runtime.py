@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -52,6 +53,26 @@ def open_tflite(name: str, kind: str) -> Any:
         interpreter = litert.Interpreter(model_path=str(path), num_threads=1)
         interpreter.allocate_tensors()
     return interpreter
+
+
+@cache
+def open_onnx(path: Path, kind: str, extra: str) -> Any:
+    """A session of a network in an .onnx file, on one thread of the CPU, loaded once a process. Raises UserError where
+    the package is missing or the file cannot be read."""
+    onnxruntime = optional("onnxruntime", kind, extra)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # sums have one order then
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as fault:  # what a broken file raises is as manifold as what can be in one
+        reason = str(fault).strip().partition("\n")[0]
+        raise UserError(f"{kind}: {path}: cannot be loaded ({reason}).") from fault
+
+
+def run_onnx(session: Any, values: np.ndarray) -> list[np.ndarray]:
+    """The outputs, in their order, for one input of (C,H,W) float32; all without the axis of the batch."""
+    name = session.get_inputs()[0].name
+    return [output[0] for output in session.run(None, {name: np.ascontiguousarray(values[None], np.float32)})]
 
 
 @contextmanager

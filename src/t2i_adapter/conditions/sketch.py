@@ -29,8 +29,8 @@ class Sketch:
     @dataclass(frozen=True)
     class Options:
         """`sigma` is the stroke's width in pixels of a picture of 512 and grows with it; a stroke's strength, 0 to 1,
-        rises with `gain` and is drawn above `threshold`. `random_threshold` draws that anew for each picture, evenly
-        from 0.3 to 0.8."""
+        rises with `gain` and is drawn above `threshold`. `random_threshold` draws that anew each time, evenly from
+        0.3 to 0.8."""
 
         sigma: float = 1.0
         gain: float = 50.0
@@ -56,11 +56,11 @@ class Sketch:
 
     def __init__(self, options: Options) -> None:
         self._options = options
+        self.chance = options.random_threshold
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
-        options, threshold = self._options, self._options.threshold
-        if options.random_threshold and rng is not None:
-            threshold = rng.uniform(*OFFICIAL)
+        options = self._options
+        threshold = options.threshold if rng is None else rng.uniform(*OFFICIAL)
         return Image.fromarray(np.where(strokes(image, options.sigma, options.gain) > threshold, 255, 0).astype("u1"))
 
 

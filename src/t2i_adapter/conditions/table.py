@@ -37,6 +37,7 @@ TABLE = {
     "softedge": "t2i_adapter.conditions.softedge:SoftEdge",
     "pose": "t2i_adapter.conditions.pose:Pose",
     "person": "t2i_adapter.conditions.person:Person",
+    "dwpose": "t2i_adapter.conditions.dwpose:DwPose",
     "depth": "t2i_adapter.conditions.depth:Depth",
     "segmentation": "t2i_adapter.conditions.segmentation:Segmentation",
     "sam": "t2i_adapter.conditions.segmentation:Sam",
@@ -74,6 +75,8 @@ class Plugin(Protocol):
         kind: what its colours mean, as `DataOptions.condition_kind`.
         polarity: what is bright.
         levels: 2 where every value is 0 or 255 whatever the options, else 256.
+        chance: whether these options leave something to `rng`; may be left out, and is then False. Maps of such a kind
+            are not kept while training: each draw of a picture makes its own.
         licence: of code and weights.
         weights: where its weights come from, "hub: ..." where they are fetched; "" where it has none.
         needs: what `pip install` adds for it, "sdxl-t2i-adapter[pose]"; "" where nothing.
@@ -93,7 +96,7 @@ class Plugin(Protocol):
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
         """The condition of an RGB image, at the same size, pixel on pixel. Whatever is drawn by chance comes from
-        `rng`; None asks for none."""
+        `rng`; None asks for none, and is all that a plug-in without `chance` gets."""
         ...
 
 
@@ -108,7 +111,7 @@ class Annotator:
         options: every option with its value, plain JSON types.
         fingerprint: of name, options and version (and of the file's content, where it is a file of the user's): other
             conditions, another fingerprint.
-        version, channels, kind, polarity, levels: as in `Plugin`.
+        version, channels, kind, polarity, levels, chance: as in `Plugin`.
     """
 
     spec: str
@@ -120,6 +123,7 @@ class Annotator:
     kind: Kind
     polarity: Polarity
     levels: Literal[2, 256]
+    chance: bool
     make: Callable[[Image.Image, np.random.Generator | None], Image.Image]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -148,13 +152,22 @@ def open_annotator(spec: str) -> Annotator:
     known = {"name": _identity(name, place), "options": asdict(options), "version": made.version}
     fingerprint = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
     declared = {key: getattr(made, key) for key in DECLARED}
-    return Annotator(spec, name, known["options"], fingerprint, make=made, **declared)
+    chance = bool(getattr(made, "chance", False))
+    return Annotator(spec, name, known["options"], fingerprint, make=made, chance=chance, **declared)
 
 
 def open_recorded(record: Mapping[str, Any]) -> Annotator:
-    """The annotator that `Annotator.record` told of. Raises UserError where it is no longer there, or has changed."""
-    settings = (f"{key}={value}" for key, value in record.get("options", {}).items())
-    annotator = open_annotator(",".join((record["name"], *settings)))
+    """The annotator that `Annotator.record` told of. Raises UserError where it is no longer there, or has changed.
+
+    An adapter's folder may come from anywhere, so it can name what is installed here and no other code.
+    """
+    name, options = record.get("name"), record.get("options", {})
+    if name not in kinds() or not isinstance(options, dict):
+        raise UserError(
+            f"the adapter's record says that {name!r} made its conditions, which is no installed annotator, and code "
+            "that a file names is not run. If you trust it, name it yourself with --condition."
+        )
+    annotator = open_annotator(",".join((name, *(f"{key}={value}" for key, value in options.items()))))
     if annotator.version != record.get("version", annotator.version):
         raise UserError(
             f"{annotator.name}: the adapter's conditions were made by its version {record['version']}, and here is "
@@ -177,11 +190,13 @@ def annotate(annotator: Annotator, image: Image.Image, draw: str | None = None) 
     """The condition of an RGB image, mode L or RGB, of its size.
 
     Args:
-        draw: what the annotator's chance is a function of; None leaves none to it.
+        draw: what the annotator's chance, where it has any, is a function of; None leaves none to it.
 
     Raises UserError where a plug-in gives another size or mode.
     """
-    rng = None if draw is None else np.random.default_rng(list(hashlib.sha256(draw.encode()).digest()))
+    rng = None
+    if annotator.chance and draw is not None:
+        rng = np.random.default_rng(list(hashlib.sha256(draw.encode()).digest()))
     condition = annotator.make(image, rng)
     mode = "L" if annotator.channels == 1 else "RGB"
     if (condition.mode, condition.size) != (mode, image.size):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.evaluation.color import srgb_to_lab
 from t2i_adapter.evaluation.figure import figure_mask
 from t2i_adapter.evaluation.metrics import NamedColor, Truth
+from t2i_adapter.files import parse_json
 from t2i_adapter.generation.condition import fit, fit_condition, make_condition
 from t2i_adapter.sources.shapes import COLORS, Scene, visible_masks
 from t2i_adapter.sources.table import Source
@@ -72,7 +72,7 @@ def make_pair(sample: Sample, resolution: int, channels: int, annotator: Annotat
 
 def _scene_truth(sample: Sample, target: Image.Image) -> Truth:
     try:
-        scene = Scene.from_dict(json.loads(sample.meta[SCENE]))
+        scene = Scene.from_dict(parse_json(sample.meta[SCENE]))
     except (TypeError, ValueError) as fault:
         raise UserError(f"{sample.key}: column {SCENE!r} does not hold the JSON of a scene: {fault}.") from fault
     if sample.image.width != sample.image.height:

@@ -31,7 +31,7 @@ from t2i_adapter.sources.table import Source, open_source
 _SHEET_ROWS = 16
 
 
-def run(options: EvaluateOptions) -> None:
+def run(options: EvaluateOptions) -> Evaluation:
     """Measures the adapter on held-out pairs, writes the three files to `out` and prints the means."""
     source = open_pairs(options)
     models = open_models(options)
@@ -47,6 +47,7 @@ def run(options: EvaluateOptions) -> None:
     print(summary(evaluation))
     for name in ("evaluation.json", "report.html", "sheet.png"):
         print(out / name)
+    return evaluation
 
 
 def open_pairs(options: EvaluateOptions) -> Source:

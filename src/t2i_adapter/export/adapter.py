@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.export.files import CONFIG, WEIGHTS, WEIGHTS_FP16
 from t2i_adapter.files import move_whole
 from t2i_adapter.models.metadata import FILE_NAME, SCHEMA, Metadata
+
+_ASIDE = ".saving-"
 
 
 def save_adapter(
@@ -38,7 +41,9 @@ def save_adapter(
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as temporary:
+        for killed in target.glob(f"{_ASIDE}*"):  # a folder has one writer
+            shutil.rmtree(killed, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=target) as temporary:
             names = _write(adapter, Path(temporary), record, fp16)
             for name in names:
                 move_whole(Path(temporary) / name, target / name)

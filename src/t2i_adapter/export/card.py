@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,9 @@ from PIL import Image
 
 from t2i_adapter.config import NANO
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import parse_json
 from t2i_adapter.models.metadata import Metadata, is_path
+from t2i_adapter.sources.picture import StoredPicture, decode, read_file
 
 CARD = "README.md"
 PICTURES = "images"
@@ -160,12 +161,12 @@ def add_evaluation(folder: str | Path, evaluation: str | Path) -> None:
     root, source = Path(folder), Path(evaluation)
     head, body = _split(root / CARD)
     try:
-        content = json.loads((source / "evaluation.json").read_text(encoding="utf-8"))
+        content = parse_json((source / "evaluation.json").read_text(encoding="utf-8"))
         section = _evaluation(content)
-        with Image.open(source / "sheet.png") as sheet:
-            (root / PICTURES).mkdir(exist_ok=True)
-            sheet.convert("RGB").save(root / PICTURES / "sheet.png")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+        sheet = decode(StoredPicture(str(source / "sheet.png"), read_file(source / "sheet.png", "--evaluation")))
+        (root / PICTURES).mkdir(exist_ok=True)
+        sheet.save(root / PICTURES / "sheet.png")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StopIteration) as fault:
         raise UserError(f"{source}: not a folder that `evaluate` wrote ({fault!r}).") from fault
     begin, end = _EVALUATION
     if begin not in body or end not in body:
@@ -248,6 +249,7 @@ def _interval(value: Mapping[str, Any]) -> str:
 
 
 def _yaml_block(head: Mapping[str, Any]) -> str:
+    """Raises TypeError or ValueError where `head` is no mapping."""
     return f"---\n{yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True)}---\n"
 
 
@@ -255,7 +257,8 @@ def _split(card: Path) -> tuple[dict[str, Any], str]:
     """Front matter and body of a card."""
     try:
         _, head, body = card.read_text(encoding="utf-8").split("---\n", 2)
-        content = yaml.safe_load(head)
-    except (OSError, ValueError, yaml.YAMLError) as fault:
+        content = yaml.safe_load(head) or {}
+        _yaml_block(content)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as fault:
         raise UserError(f"{card}: there is no model card with YAML front matter.") from fault
-    return dict(content or {}), body
+    return content, body

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, keep_secret, public
 from t2i_adapter.export.card import CARD, PICTURE_NAME, PICTURES
 from t2i_adapter.export.files import CONFIG, WEIGHTS, WEIGHTS_FP16
 from t2i_adapter.models.metadata import FILE_NAME, read_metadata
@@ -63,12 +63,19 @@ def _operations(folder: Path) -> Iterator[CommitOperationAdd]:
         raise UserError(f"{folder}: there is no finished adapter ({CONFIG}, {WEIGHTS}, {FILE_NAME}).")
     for name in FILES:
         if (folder / name).is_file():
-            yield CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name)
+            yield CommitOperationAdd(path_in_repo=name, path_or_fileobj=_own(folder / name))
     record = json.dumps(metadata.public().to_dict(), indent=2, ensure_ascii=False) + "\n"
     yield CommitOperationAdd(path_in_repo=FILE_NAME, path_or_fileobj=record.encode())
     for picture in sorted((folder / PICTURES).glob("*")):
         if PICTURE_NAME.fullmatch(picture.name) and picture.is_file():
-            yield CommitOperationAdd(path_in_repo=f"{PICTURES}/{picture.name}", path_or_fileobj=picture)
+            yield CommitOperationAdd(path_in_repo=f"{PICTURES}/{picture.name}", path_or_fileobj=_own(picture))
+
+
+def _own(path: Path) -> Path:
+    """A link in a folder that came from elsewhere could name any file of this machine."""
+    if path.is_symlink() or path.parent.is_symlink():
+        raise UserError(f"{path}: is a link, and what it leads to is not uploaded: put the file itself in its place.")
+    return path
 
 
 def _full_id(name: str, account: str) -> str:
@@ -77,23 +84,17 @@ def _full_id(name: str, account: str) -> str:
 
 @contextmanager
 def _asking_the_hub(what: str, token: str | None) -> Iterator[None]:
-    """Any fault of the hub or the way to it becomes a UserError of one line, without the token.
+    """Any fault of the hub or the way to it becomes a UserError of one line, without the token, which clients quote.
 
     All exceptions are taken: the client lets those of its HTTP library through, which differ between its versions,
     and a failed upload must never end a run in another way than this.
     """
+    keep_secret(token)
+    keep_secret(get_token())
     try:
         yield
     except UserError:
         raise
     except Exception as fault:
-        line = " ".join(_without_token(str(fault), token).split())
+        line = " ".join(public(str(fault)).split())
         raise UserError(f"{what}: the hub does not take it ({type(fault).__name__}: {line[:300]}).") from None
-
-
-def _without_token(text: str, token: str | None) -> str:
-    """A client quotes a header that it cannot send, as it is or with escapes: so each line of a token counts."""
-    for secret in filter(None, (token, get_token())):
-        for part in secret.split():
-            text = text.replace(part, "[token]")
-    return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from t2i_adapter.config import SECRET
+from t2i_adapter.errors import keep_secret
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +24,6 @@ class PushOptions:
     """Licence of the adapter, for the card, for example apache-2.0; None leaves the card as it is."""
     evaluation: str | None = None
     """Folder that `evaluate` wrote: its numbers and its picture sheet are put into the card."""
+
+    def __post_init__(self) -> None:
+        keep_secret(self.token)

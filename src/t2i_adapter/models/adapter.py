@@ -12,7 +12,8 @@ from diffusers import T2IAdapter
 from t2i_adapter.config import AdapterOptions
 from t2i_adapter.errors import UserError
 
-QUIET_GAIN = 0.01
+GAINS = {"default": 1.0, "quiet": 0.01, "zero": 0.0}
+"""`adapter.init` -> what all features are multiplied by at the start."""
 DOWNSCALE = 16
 """PixelUnshuffle factor at the adapter's input, with which its features lie on those of SDXL's UNet."""
 
@@ -35,8 +36,8 @@ def build_adapter(options: AdapterOptions, unet_config: Mapping[str, Any]) -> T2
         downscale_factor=DOWNSCALE,
         adapter_type="full_adapter_xl",
     )
-    if options.init == "quiet":
-        _scale_features(adapter, QUIET_GAIN)
+    if options.init != "default":
+        _scale_features(adapter, GAINS[options.init])
     return adapter
 
 

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from t2i_adapter.config import NANO, BaseOptions
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import parse_json
 from t2i_adapter.models.latents import LatentEncoder, LatentScale
 from t2i_adapter.models.text import TextEncoder
 
@@ -140,8 +141,10 @@ class Base(ABC):
         return LatentScale.of(self.vae_config)
 
     def latent_encoder(self, device: torch.device | str) -> LatentEncoder:
-        """The VAE's encoder, on the device, float32."""
-        return LatentEncoder(self.vae(device, torch.float32), torch.device(device))
+        """The VAE's encoder, on the device, float32, channels last: on a CPU that is faster
+        (benchmarks/speed_options.json)."""
+        vae: Any = self.vae(device, torch.float32)
+        return LatentEncoder(vae.to(memory_format=torch.channels_last), torch.device(device))
 
     def pipeline(
         self,
@@ -338,9 +341,12 @@ def frozen(model: Any, device: torch.device | str) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
         raise UserError(f"{path}: {first_line(fault)}; a JSON file of a diffusers model is needed.") from fault
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds {type(content).__name__}; a JSON object of a diffusers model is needed.")
+    return content
 
 
 def first_line(fault: Exception) -> str:

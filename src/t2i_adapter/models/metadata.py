@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import parse_json
 
 FILE_NAME = "t2i_adapter.json"
 SCHEMA = 1
+MAX_RESOLUTION = 8192
 BASE_FIELDS = ("name", "config", "revision", "variant", "vae")
 
 
@@ -50,11 +51,14 @@ class Metadata:
         known = {"schema", *cls.__dataclass_fields__}
         if unknown := sorted(set(content) - known):
             raise UserError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(known))}.")
-        return cls(
+        record = cls(
             base=_checked_base(content.get("base"), where),
             **{key: _checked(content.get(key, {}), where, key, dict) for key in _MAPPINGS},
             **{key: _checked(content.get(key), where, key, int, optional=True) for key in _NUMBERS},
         )
+        if record.resolution is not None and not 1 <= record.resolution <= MAX_RESOLUTION:
+            raise UserError(f"{where}: resolution is {record.resolution}; allowed is 1 to {MAX_RESOLUTION} pixels.")
+        return record
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads them back to an equal record."""
@@ -79,7 +83,7 @@ def read_metadata(adapter: str | Path) -> Metadata | None:
     if path is None or not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
         raise UserError(f"{path} cannot be read as JSON: {fault}.") from fault
     return Metadata.from_dict(data, str(path))
@@ -120,4 +124,6 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_without_paths(item) for item in value]
-    return Path(value).name if isinstance(value, str) and is_path(value) else value
+    if not isinstance(value, str) or not is_path(value):
+        return value
+    return Path(value.partition("?")[0] if "://" in value else value).name  # signatures stand behind a question mark

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_TOKENIZING = Lock()
+"""A tokenizer keeps the padding and truncation of a call in itself, so that threads take turns."""
 
 
 @dataclass
@@ -32,16 +36,22 @@ class TextEncoder:
         """
         hidden, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            ids = tokenizer(
-                list(captions), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-            ).input_ids
-            output = encoder(ids.to(self.device), output_hidden_states=True)
+            output = encoder(self._ids(tokenizer, captions).to(self.device), output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
             pooled = output[0]
         assert pooled is not None
         return torch.cat(hidden, dim=-1), pooled
 
+    def _ids(self, tokenizer: Any, captions: Sequence[str]) -> Tensor:
+        length = self.max_tokens
+        with _TOKENIZING:
+            found = tokenizer(
+                list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+        return found.input_ids
+
 
 def count_tokens(tokenizer: Any, caption: str) -> int:
     """Tokens of a caption, start and end included."""
-    return len(tokenizer(caption, truncation=False, verbose=False).input_ids)
+    with _TOKENIZING:
+        return len(tokenizer(caption, truncation=False, verbose=False).input_ids)

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from t2i_adapter.evaluation.color import ciede2000, srgb_to_lab
-from t2i_adapter.nano_maker import card, judge, pictures, vae
+from t2i_adapter.nano_maker import card, judge, micro, pictures, vae
 from t2i_adapter.nano_maker.corpus import Corpus
 from t2i_adapter.sources import shapes
 
@@ -22,6 +22,7 @@ GUIDANCE = 3.0
 _BATCH = 32
 _SEED = 0  # of the test scenes: the first ones that make-data writes
 _SEEN = 20 * 1024  # training captions to keep the prompts apart from
+_PAIRED = 512  # pictures denoised twice, with right and with wrong size or crop numbers
 _FEW = 48  # prompts for the comparisons, where the mean over pairs is what counts
 
 
@@ -50,7 +51,8 @@ def run(folder: Path, num: int) -> None:
         "patterned": _only(images, asked, patterned=True),
         "guidance_effect": _guidance_effect(base, asked[:_FEW]),
         "size_effect": _size_effect(base, asked[:_FEW]),
-        "crop_effect": _crop_effect(base, asked[:_FEW]),
+        "crop_effect": micro.crop_effect(base, asked[:_FEW], sample),
+        "wrong_numbers_cost": micro.costs(base, _PAIRED),
     }
     (folder / "measurements.json").write_text(json.dumps(numbers, indent=1) + "\n")
     sheet(base).save(folder / "samples.png")
@@ -142,18 +144,6 @@ def _sharpness(image: np.ndarray) -> float:
     """The 99th percentile of the differences between neighbours, 0 to 255."""
     values = image.astype(np.float32)
     return float(np.quantile(np.abs(np.diff(values, axis=1)).max(axis=-1), 0.99))
-
-
-def _crop_effect(base: StableDiffusionXLPipeline, asked: Sequence[shapes.Scene]) -> dict[str, float]:
-    """Where the object's centre lies, in pixels from the left and from the top, by the crop that is asked for."""
-
-    def centre(top_left: tuple[int, int]) -> list[float]:
-        images = sample(base, [scene.caption for scene in asked], crops_coords_top_left=top_left)
-        masks = [mask for mask in (judge.look_at(image).mask for image in images) if mask.any()]
-        return np.mean([np.argwhere(mask).mean(axis=0) for mask in masks], axis=0).tolist()
-
-    whole, from_left, from_top = centre((0, 0)), centre((0, 40)), centre((40, 0))
-    return {"moved_left_px": whole[1] - from_left[1], "moved_up_px": whole[0] - from_top[0]}
 
 
 SHEET_PROMPTS = (

@@ -12,9 +12,9 @@ from PIL import Image
 from t2i_adapter.sources import shapes
 
 NATIVE = 128  # pixels: the side of the base's pictures
-_CROPPED_SHARE = 0.5
-_BLURRED_SHARE = 0.3
-_OTHER_SIZE_SHARE = 0.1
+_CROPPED_SHARE = 0.2
+_BLURRED_SHARE = 0.15
+_OTHER_SIZE_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def sample_view(rng: np.random.Generator, size: int) -> View:
     """Most pictures are whole and of native size; some were small (and are blurred), large, or are cut out."""
     resized, top, left = size, 0, 0
     if rng.random() < _CROPPED_SHARE:
-        resized = int(size * rng.uniform(1.1, 1.9))
+        resized = int(size * rng.uniform(1.1, 1.6))
         top, left = (int(v) for v in rng.integers(0, resized - size + 1, size=2))
     draw = rng.random()
     if draw < _BLURRED_SHARE:

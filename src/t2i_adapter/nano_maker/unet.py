@@ -11,11 +11,11 @@ from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from t2i_adapter.nano_maker.cache import Samples
-from t2i_adapter.nano_maker.muon import Muon
 from t2i_adapter.nano_maker.pictures import NATIVE
 from t2i_adapter.nano_maker.run import Stage, averaged, device, follow, rank, world
 from t2i_adapter.nano_maker.text import POOLED, WIDTHS, TextModels
 from t2i_adapter.nano_maker.vae import REDUCTION
+from t2i_adapter.training.muon import Muon
 
 _CHANNELS = (48, 96, 128)
 _GROUPS = 4

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from t2i_adapter.config import DataOptions
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, has_login
 from t2i_adapter.sources.picture import StoredPicture, read_file
 from t2i_adapter.sources.remote import Blob, Store, file_stamp, is_url, local_path
 from t2i_adapter.sources.rows import Row
@@ -82,7 +82,7 @@ class Cells:
             blob = self._blob(value, "")
             path = self.store.place(blob) if blob.is_remote and self.store else Path(blob.name)
             return file_stamp(blob.name, path.stat())
-        except (OSError, UserError):
+        except (OSError, ValueError, UserError):  # ValueError: a name that no file can have
             return None  # reading it says what is wrong
 
     def _blob(self, text: str, cell: str) -> Blob:
@@ -110,6 +110,8 @@ class Cells:
                 f"{cell}: {url!r} is an address; only files are read. Download it and give its path, or make the "
                 "table a manifest (--data.kind manifest), whose rows may name addresses."
             )
+        if has_login(url):
+            raise UserError(f"{cell}: {url!r} held a login, which rows may not; put it into ~/.netrc.")
         if not url.startswith("file://"):
             return Blob(url, 0, None)
         if self.base:
@@ -130,9 +132,12 @@ def normal(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve() would follow links
 
 
+_SCHEME = re.compile("[A-Za-z][A-Za-z0-9+.-]*:")
+
+
 def _inside(text: str, base: str, cell: str) -> str:
     path = os.path.normpath(text)
-    if path.startswith(("/", "..")) or urlsplit(path).scheme:
+    if path.startswith(("/", "..")) or _SCHEME.match(path):
         raise UserError(f"{cell}: {text!r} leaves the data folder {base}. Paths must stay in it.")
     return path
 
@@ -174,7 +179,10 @@ class CellRows:
         row_stamp = self._table.stamp(index, self._pictures)
         if row_stamp is not None:
             return "\n".join([row_stamp, *self._pictures])
-        stamps = [self._cells.stamp(self._table.value(index, column)) for column in self._pictures]
+        try:
+            stamps = [self._cells.stamp(self._table.value(index, column)) for column in self._pictures]
+        except UserError:
+            return None  # reading it says what is wrong
         return None if None in stamps else "\n".join(map(str, stamps))
 
     def _read(self, index: int, row: Mapping[str, Any]) -> tuple[StoredPicture, StoredPicture | None]:

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
+from ..files import parse_json
 from .shapes import COLORS, SPACED
 
 CONDITIONS = ("outline", "canny")
@@ -28,9 +29,17 @@ SPLITS = ("train", "test")
 
 _ICONS, _METADATA = "icons.json", "metadata.json"
 _MAX_BYTES = 64 * 2**20  # the whole set is 6 MB of JSON; more is not an icon set
+_MAX_UNPACKED = 2**29
+_MAX_SIDE = 4096  # of an icon's own coordinates
+_MAX_BODY = 2**18  # letters of SVG; the longest emoji has 13,000
 _CANNY = (100, 200)
 _OUTLINE_COLORS = 8  # flat art has few colours; the boundaries between them are its outlines
 _TONES = re.compile(r"(-(medium-light|medium-dark|light|medium|dark))+$")
+_REACHING = re.compile(
+    r"<[!?]|<\s*/?\s*(image|feImage|script|style|foreignObject|svg)\b|href\s*=\s*[\"'](?!\s*#)|url\((?!\s*[\"']?#)",
+    re.I,
+)
+"""SVG that defines entities, names files, runs, or leaves its own document."""
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -65,8 +74,8 @@ def read_icons(package: Path) -> list[Icon]:
     """All icons of a .tgz, a package folder or an icons.json, sorted by name. Nothing else of the package is read."""
     source = f"{package}: {_ICONS}"
     try:
-        data = json.loads(_read_file(package, _ICONS))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        data = parse_json(_read_file(package, _ICONS))
+    except ValueError as error:
         raise UserError(f"{source} is not JSON: {error}") from None
     icons = data.get("icons") if isinstance(data, dict) else None
     if not isinstance(icons, dict) or not icons:
@@ -80,7 +89,7 @@ def read_icons(package: Path) -> list[Icon]:
 def read_categories(package: Path) -> dict[str, str]:
     """The category of each icon ("Food & Drink" -> "food and drink"), by name; none where the package has no table."""
     try:
-        groups = json.loads(_read_file(package, _METADATA)).get("categories", {})
+        groups = parse_json(_read_file(package, _METADATA)).get("categories", {})
         return {name: group.lower().replace("&", "and") for group, names in groups.items() for name in names}
     except (UserError, ValueError, AttributeError, TypeError):
         return {}  # categories only add words to captions
@@ -201,6 +210,8 @@ def _member(archive: Path, name: str) -> bytes:
     """package/`name` out of the archive, into memory: no member's path is ever used as a path on disk."""
     with tarfile.open(archive) as tar:
         for member in tar:
+            if member.offset_data + member.size > _MAX_UNPACKED:
+                raise UserError(f"{archive}: unpacks to more than {_MAX_UNPACKED:,} bytes; that is no icon set")
             if member.name in (f"package/{name}", name) and member.isreg() and member.size <= _MAX_BYTES:
                 file = tar.extractfile(member)
                 assert file is not None  # a regular file has content
@@ -213,6 +224,10 @@ def _icon(name: str, entry: Any, sides: tuple[int, int], source: str) -> Icon:
     if not isinstance(body, str) or not _NAME.fullmatch(name):
         raise UserError(f"{source}: icon {name!r} is not of the form {{'body': '<svg content>'}} under a plain name")
     width, height = entry.get("width", sides[0]), entry.get("height", sides[1])
+    if not all(type(side) in (int, float) and 0 < side <= _MAX_SIDE for side in (width, height)):
+        raise UserError(f"{source}: icon {name!r} is {width!r} x {height!r}; allowed are sides up to {_MAX_SIDE}")
+    if len(body) > _MAX_BODY or _REACHING.search(body):
+        raise UserError(f"{source}: icon {name!r} is longer than {_MAX_BODY:,} letters, or not of shapes alone")
     return Icon(name, f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{body}</svg>')
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from t2i_adapter.config import DataOptions
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources.remote import base_name, is_url
+from t2i_adapter.sources.remote import base_name, is_url, local_path
 from t2i_adapter.sources.rows import Rows
 
 
@@ -64,7 +64,7 @@ def open_kind(options: DataOptions) -> tuple[Rows, str]:
 
 def detect(location: str, options: DataOptions) -> str:
     """The kind that a location's name and content tell: what is there goes before what it is called."""
-    path = Path(location).expanduser()
+    path = local_path(location)
     if path.is_dir():
         return _of_folder(path, options)
     suffix = re.search(r"\.[A-Za-z0-9]+$", base_name(location).rstrip("}"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, public
+from t2i_adapter.files import parse_json
 
 FILE_NAME = "file_name"
 _CHUNK, _BLOCK = 16 * 2**20, 2 * 2**20
@@ -66,7 +66,8 @@ class LineTable:
             image = None
         if image is None:
             return self._prefix + line
-        return f"{self._prefix}{image} ({line})" if str(image) in self._repeated else f"{self._prefix}{image}"
+        name = self._prefix + public(str(image))  # keys are written down with the run
+        return f"{name} ({line})" if str(image) in self._repeated else name
 
     def where(self, index: int) -> str:
         return f"{self.place}, line {self._lines[index]}"
@@ -145,11 +146,11 @@ def find_lines(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode())
+        row = parse_json(line.decode())
     except UnicodeDecodeError as fault:
         raise UserError(f"{where}: not UTF-8 text ({fault.reason} at byte {fault.start}).") from fault
-    except json.JSONDecodeError as fault:
-        raise UserError(f"{where}: not JSON: {fault.msg} at column {fault.colno}.") from fault
+    except ValueError as fault:
+        raise UserError(f"{where}: not JSON: {fault}.") from fault
     if not isinstance(row, dict):
         raise UserError(f'{where}: holds {type(row).__name__}; each line is one object: {{"file_name": ..., ...}}.')
     return {_column(name): value for name, value in row.items()}

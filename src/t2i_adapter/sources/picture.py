@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,12 @@ MAX_PIXELS = 100_000_000
 
 MAX_SIDE = 16_384
 """A picture's longest side: what is longer is a strip, of which a crop shows next to nothing."""
+
+MAX_BYTES = 512 * 2**20
+"""A picture's largest file: 16 bits a channel, not compressed, fit in it at MAX_PIXELS' half."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+"""What is decoded. Pillow knows more, among them formats that start other programs (EPS) or hold other files."""
 
 Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
@@ -48,12 +56,23 @@ def color(text: str) -> Color:
 
 
 def read_file(path: Path, cell: str) -> bytes:
+    """A picture's file, into memory. Raises UserError where it is missing, none, or too large."""
     try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):  # a pipe blocks, and some devices have no end
+            raise UserError(f"{cell}: {path} is a folder, a pipe or a device; a picture's file is needed.")
+        check_size(state.st_size, f"{cell}: {path}")
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{cell}: {path}: no such file.") from None
-    except OSError as fault:
-        raise UserError(f"{cell}: {path} cannot be read: {fault.strerror}.") from fault
+    except (OSError, ValueError) as fault:  # ValueError: a name that no file can have
+        raise UserError(f"{cell}: {path} cannot be read: {getattr(fault, 'strerror', None) or fault}.") from fault
+
+
+def check_size(count: int, name: str) -> None:
+    """Raises UserError where a picture's file has more bytes than are read into memory."""
+    if count > MAX_BYTES:
+        raise UserError(f"{name}: {count:,} bytes; a picture's file has at most {MAX_BYTES:,}.")
 
 
 def decode(stored: StoredPicture, background: Color = WHITE) -> Image.Image:
@@ -68,7 +87,7 @@ def decode(stored: StoredPicture, background: Color = WHITE) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below
-            picture = Image.open(io.BytesIO(stored.data))
+            picture = Image.open(io.BytesIO(stored.data), formats=_formats())
         _check_header(picture, stored.name)
         picture.load()
         return to_rgb(ImageOps.exif_transpose(picture), stored.name, background)
@@ -76,7 +95,9 @@ def decode(stored: StoredPicture, background: Color = WHITE) -> Image.Image:
         raise UserError(f"{stored.name}: too large to decode ({fault}); at most {MAX_PIXELS:,} pixels.") from fault
     except UnidentifiedImageError:
         raise UserError(f"{stored.name}: not a picture that can be read ({len(stored.data)} bytes).") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as fault:  # what Pillow's decoders raise on damaged files
+    except UserError:
+        raise
+    except Exception as fault:  # Pillow's decoders raise nearly anything on files made to break them
         raise UserError(f"{stored.name}: damaged picture: {fault}.") from fault
 
 
@@ -93,15 +114,22 @@ def to_rgb(picture: Image.Image, name: str, background: Color = WHITE) -> Image.
     return picture.convert("RGB")
 
 
+@cache
+def _formats() -> list[str]:
+    """Those of FORMATS that this build of Pillow has."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def _check_header(picture: Image.Image, name: str) -> None:
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise UserError(f"{name}: {width}x{height} pixels; at most {MAX_PIXELS:,} are decoded. Scale it down.")
     if max(width, height) > MAX_SIDE:
         raise UserError(f"{name}: {width}x{height} pixels; a side has at most {MAX_SIDE:,}. Scale it down, or cut it.")
-    frames = getattr(picture, "n_frames", 1)
-    if frames > 1 and picture.format != "MPO":  # cameras keep a preview as a second frame of their JPEG
-        raise UserError(f"{name}: animated, {frames} frames; save the one that is meant as a still picture.")
+    # Not n_frames, which reads all of a GIF. Cameras keep a preview as a second frame of their JPEG.
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+        raise UserError(f"{name}: animated, several frames; save the one that is meant as a still picture.")
 
 
 def _scale_to_8_bits(picture: Image.Image, name: str) -> Image.Image:

@@ -15,15 +15,16 @@ import os
 import re
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, has_login
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,6 +38,8 @@ STALE_SECONDS = 86_400.0
 """Age at which a download that was never finished is taken for a killed process's."""
 _CONNECT_SECONDS, _READ_SECONDS = 20, 60
 _AT_ONCE = 16  # requests for sizes in flight
+_SUM_BYTES = 4
+_UNTOLD_BYTES = 2**30  # of a file whose size its server does not tell: a picture that a row names
 _MAX_BRACES = 1_000_000
 _TRY_AGAIN, _MISSING = (408, 425, 429), (404, 410)
 _FOREIGN = ("aiohttp", "aiobotocore", "botocore", "httpx", "huggingface_hub", "fsspec", "s3fs")
@@ -70,7 +73,7 @@ def is_url(text: str) -> bool:
 
 def base_name(text: str) -> str:
     """The last part of a path or URL, without what an address may have after its path."""
-    path = urlsplit(text).path if text.startswith(("http://", "https://")) else text
+    path = re.split("[?#]", text, maxsplit=1)[0] if text.startswith(("http://", "https://")) else text
     return path.rpartition("/")[2]
 
 
@@ -154,14 +157,20 @@ def _find_local(pattern: str, flag: str, is_glob: bool) -> list[Blob]:
 
 def local_path(text: str) -> Path:
     """The file that a path or a file:// URL names."""
-    return Path(unquote(urlsplit(text).path) if text.startswith("file://") else text).expanduser().absolute()
+    if text.startswith("file://"):
+        inner = re.split("[?#]", text, maxsplit=1)[0].removeprefix("file://")
+        text = unquote("/" + inner.partition("/")[2])
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:  # ~NAME of nobody here
+        return Path(text).absolute()
 
 
 def local_blob(path: Path, flag: str) -> Blob:
     """Raises UserError where there is no such file."""
     try:
         state = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         raise UserError(f"--{flag} {path}: no such file.") from None
     return Blob(str(path), state.st_size, file_stamp(str(path), state))
 
@@ -203,7 +212,7 @@ def attempt(function: Callable[[], T], url: str) -> T:
             fault = _cause(caught)
             if isinstance(fault, FileNotFoundError) or _status(fault) in _MISSING:
                 raise UserError(f"{url}: no such file there.") from None
-            if not isinstance(fault, OSError) and type(fault).__module__.partition(".")[0] not in _FOREIGN:
+            if not isinstance(fault, OSError | ValueError) and type(fault).__module__.partition(".")[0] not in _FOREIGN:
                 raise
             if pause is None or not _may_pass(fault):
                 tries = f"{len(PAUSES) + 1} tries" if pause is None else "1 try"
@@ -233,7 +242,8 @@ def _status(fault: Exception) -> int | None:
 def _may_pass(fault: Exception) -> bool:
     status = _status(fault)
     refused = status is not None and 400 <= status < 500 and status not in _TRY_AGAIN
-    return not refused and not isinstance(fault, PermissionError) and "Credentials" not in type(fault).__name__
+    final = isinstance(fault, PermissionError | ValueError) or "Credentials" in type(fault).__name__
+    return not refused and not final
 
 
 def _reason(fault: Exception) -> str:
@@ -243,9 +253,11 @@ def _reason(fault: Exception) -> str:
 
 def _file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the URL as it names things. Made anew: one made before a fork is of no use."""
-    scheme = urlsplit(url).scheme
-    if scheme not in SCHEMES or "::" in url:
-        raise UserError(f"{url}: addresses of this kind are not read; allowed are {', '.join(SCHEMES)} and file.")
+    scheme = url.partition("://")[0]
+    if scheme not in SCHEMES or "::" in url or has_login(url):
+        raise UserError(
+            f"{url}: addresses of this kind are not read; allowed are {', '.join(SCHEMES)} and file, without a login."
+        )
     try:
         import fsspec
 
@@ -297,26 +309,27 @@ class Store:
         import pyarrow as pa
 
         path = self._indices / (hashlib.sha256(key.encode()).hexdigest()[:40] + ".arrow")
-        try:
-            with pa.OSFile(str(path)) as file:
-                return pa.ipc.open_file(file).read_all()
-        except (OSError, pa.ArrowInvalid):
-            table = make()
+        with suppress(OSError):
+            content = memoryview(path.read_bytes())
+            if content[:_SUM_BYTES] == _sum(content[_SUM_BYTES:]):
+                return pa.ipc.open_file(pa.py_buffer(content[_SUM_BYTES:])).read_all()
+        table = make()
         sink = io.BytesIO()
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         _make_folder(self._indices)
         with _aside(path) as aside:
-            aside.write_bytes(sink.getbuffer())
+            aside.write_bytes(_sum(sink.getbuffer()) + sink.getbuffer())
         return table
 
     def _fetch(self, blob: Blob, path: Path) -> None:
         system, inner = _file_system(blob.name)
         self._make_room(blob.size)
+        most = blob.size or min(self._limit, _UNTOLD_BYTES)
 
         def get() -> None:
             with _aside(path) as aside:
-                system.get_file(inner, str(aside))
+                system.get_file(inner, str(aside), callback=_bound(blob.name, most))
                 if blob.size and aside.stat().st_size != blob.size:
                     raise OSError(f"{aside.stat().st_size:,} bytes arrived of {blob.size:,}")
 
@@ -345,6 +358,23 @@ class Store:
         with (self._fetched / f".lock-{name[:2]}").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _bound(url: str, most: int) -> Any:
+    """Stops a transfer of more than `most` bytes: a server need not ever come to an end."""
+    from fsspec.callbacks import Callback
+
+    class Bound(Callback):
+        def call(self, *_: Any, **__: Any) -> None:
+            if self.value > most:
+                raise UserError(f"{url}: sends more than {most:,} bytes; it is not read.")
+
+    return Bound()
+
+
+def _sum(data: Any) -> bytes:
+    """Tells a damaged index: arrow itself would read other numbers from it."""
+    return zlib.crc32(data).to_bytes(_SUM_BYTES, "little")
 
 
 @contextmanager

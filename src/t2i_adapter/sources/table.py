@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from t2i_adapter.sources.picture import color, decode
 from t2i_adapter.sources.rows import Row, Rows
 from t2i_adapter.types import Sample
 
+_HALF_LETTER = re.compile("[\ud800-\udfff]")  # JSON can write them, UTF-8 cannot
 MAX_ASPECT_GAP = 1.0  # pixels: what rounding a size makes
 
 
@@ -187,6 +189,8 @@ def check_caption(value: Any, cell: str) -> None:
             raise UserError(f'{cell}: there is no caption. Add one ("" is allowed) or leave the row out.')
         if not isinstance(text, str):
             raise UserError(f"{cell}: holds {type(text).__name__}; a caption is a string or a list of strings.")
+        if _HALF_LETTER.search(text):
+            raise UserError(f"{cell}: holds half a letter (a lone surrogate), which is no text.")
 
 
 def hash_row(row: Row) -> str:

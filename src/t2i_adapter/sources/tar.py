@@ -21,8 +21,9 @@ import pyarrow as pa
 
 from t2i_adapter.config import DataOptions
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import parse_json
 from t2i_adapter.sources.parquet import describe, labels, shard_pattern, starts
-from t2i_adapter.sources.picture import StoredPicture
+from t2i_adapter.sources.picture import StoredPicture, check_size
 from t2i_adapter.sources.remote import Blob, Store, cache_root, find
 from t2i_adapter.sources.rows import Row
 
@@ -115,11 +116,9 @@ class TarRows:
         if data is None:
             return {}
         try:
-            row = json.loads(self._text(index, data))
-        except json.JSONDecodeError as fault:
-            raise UserError(
-                f"{self.where(index)}: its .json is not JSON: {fault.msg} at column {fault.colno}."
-            ) from fault
+            row = parse_json(self._text(index, data))
+        except ValueError as fault:
+            raise UserError(f"{self.where(index)}: its .json is not JSON: {fault}.") from fault
         if not isinstance(row, dict):
             raise UserError(f"{self.where(index)}: its .json holds {type(row).__name__}; an object is needed.")
         return row
@@ -136,6 +135,7 @@ class TarRows:
         if start == _ABSENT:
             return None
         shard = self._shard(index)
+        check_size(size, f"{self.where(index)}, {part}")
         data = os.pread(self._file(shard).fileno(), size, start)
         if len(data) != size:
             raise UserError(f"{self._blobs[shard].name}: has become shorter since it was indexed. Start again.")
@@ -196,6 +196,8 @@ def index_shard(path: Path, name: str, suffixes: dict[str, list[str]]) -> pa.Tab
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 _check_member(member, name)
+                if member.size < 0 or member.offset_data < end:
+                    raise UserError(f"{name}: member {member.name!r} is said to lie before the one before it.")
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK if member.isreg() else end
                 stem, suffix = split_name(member.name)
                 part = part_of.get(suffix.lower())

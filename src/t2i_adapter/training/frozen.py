@@ -5,24 +5,39 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from t2i_adapter.config import Config
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.models.base import Base
+from t2i_adapter.models.quantize import quantize
+from t2i_adapter.models.recompute import recompute
+from t2i_adapter.training import compiled
 from t2i_adapter.training.step import Frozen
 
 
-def load_frozen(config: Config, base: Base, device: torch.device, dtype: torch.dtype) -> Frozen:
-    """The base's UNet, schedule and latent scale on the device; dtype: the UNet's weights and arithmetic."""
-    return Frozen(
-        _unet(config, base, device, dtype), NoiseSchedule.of(base.scheduler()).to(device), base.latent_scale, dtype
-    )
+def load_frozen(
+    config: Config, base: Base, device: torch.device, dtype: torch.dtype, *, steps: int | None = None
+) -> Frozen:
+    """The base's UNet, schedule and latent scale on the device.
+
+    dtype: the UNet's weights and arithmetic. steps: updates of the run, by which is told whether compiling pays.
+    """
+    unet = _unet(config, base, device, dtype)
+    if compiled.pays(config.train.compile, device, steps):
+        compiled.compile_unet(unet, device, tqdm.write)
+    return Frozen(unet, NoiseSchedule.of(base.scheduler()).to(device), base.latent_scale, dtype)
 
 
 def _unet(config: Config, base: Base, device: torch.device, dtype: torch.dtype) -> Any:
-    unet = base.unet(device, dtype)
+    kind = config.base.quantize
+    unet: Any = (
+        base.unet(device, dtype) if kind == "none" else quantize(base.unet("cpu", dtype), kind, device).to(device)
+    )
+    if config.train.channels_last:
+        unet.to(memory_format=torch.channels_last)
     if config.train.xformers:
         unet.enable_xformers_memory_efficient_attention()
     if config.train.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        recompute(unet, config.train.checkpoint_blocks)
     return unet

@@ -17,7 +17,7 @@ def lock(folder: Path) -> IO[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a+", encoding="utf-8")
+        file = open(folder / ".lock", "a+", encoding="utf-8", opener=_not_through_a_link)  # noqa: SIM115
     except (OSError, ValueError) as fault:  # ValueError: a zero byte in the name
         raise UserError(f"--output_dir {folder}: cannot be written ({fault}).") from fault
     try:
@@ -34,3 +34,8 @@ def lock(folder: Path) -> IO[str]:
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    """A folder that somebody else packed may hold a link to what must not be overwritten."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

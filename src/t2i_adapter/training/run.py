@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,26 +23,30 @@ from torch import Tensor
 from t2i_adapter import load
 from t2i_adapter.cache.live import Encoders, Live
 from t2i_adapter.cache.prepare import Prepared
-from t2i_adapter.config import Config, to_dict
-from t2i_adapter.errors import UserError
+from t2i_adapter.conditions.table import Annotator
+from t2i_adapter.config import Config, seconds_of
+from t2i_adapter.errors import Stopped, UserError, public
+from t2i_adapter.files import write_whole
 from t2i_adapter.models.adapter import build_adapter, check_fits, check_resolution, load_adapter
 from t2i_adapter.models.base import Base, open_base, release
+from t2i_adapter.models.metadata import read_metadata
 from t2i_adapter.sources.table import Source, open_source
-from t2i_adapter.training import checkpoint, optim, tracking
+from t2i_adapter.training import checkpoint, continuity, optim, tracking
 from t2i_adapter.training.data import make_batches, prepare_data
 from t2i_adapter.training.frozen import load_frozen
 from t2i_adapter.training.lock import lock
-from t2i_adapter.training.loop import Trainer
+from t2i_adapter.training.loop import PATIENCE, Trainer
 from t2i_adapter.training.plan import Plan, make_plan
 from t2i_adapter.training.publish import find_repository, publish
+from t2i_adapter.training.signals import Stopper
 from t2i_adapter.training.step import Frozen
-from t2i_adapter.training.validation import Row, Validator, read_rows, text_states
+from t2i_adapter.training.validation import Row, Validator, find_judge, read_rows, text_states
 from t2i_adapter.types import Batch
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "sdxl-t2i-adapter")
-# The main process may prepare data or validate for long while the others wait.
-PATIENCE = timedelta(days=7)
+OPTIONS = "options.yaml"
+"""In a run's folder: its resolved options with the seed, a recipe that repeats it or goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -55,34 +60,100 @@ class Setup:
     source: Source
     plan: Plan
     rows: list[Row]
+    judge: Annotator | None
     resume: Path | None
 
 
-def run(config: Config, *, dry_run: bool = False) -> None:
-    """Trains an adapter as the options say. Raises UserError for what a person can mend, as early as it can be known.
+def run(config: Config, *, dry_run: bool = False, stop_after: int | None = None) -> None:
+    """Trains an adapter as the options say. Raises UserError for what a person can mend, as early as it can be known,
+    and Stopped where a signal or `max_time` ends the run before its last step.
 
-    dry_run prints the options and the plan, and stops before anything is written or any weight is loaded.
+    dry_run prints the options and the plan, and stops before anything is written or any weight is loaded. stop_after:
+    a step after which to stop as if the time were up.
     """
+    limit = config.train.max_time
+    try:
+        with Stopper(seconds_of(limit) if limit else None, stop_after) as stopper:
+            _run(config, stopper, dry_run)
+    except Stopped as stop:
+        is_main = os.environ.get("RANK", "0") == "0"
+        raise Stopped(f"{stop}{_how_to_go_on(config)}" if is_main else "", stop.code) from None
+    except Exception as fault:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            who = f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+            print(public(f"{who} fails: {type(fault).__name__}: {fault}"), file=sys.stderr, flush=True)
+        raise
+
+
+def _run(config: Config, stopper: Stopper, dry_run: bool) -> None:
     setup = set_up(config)
     accelerator = setup.accelerator
     accelerator.print(f"{setup.source.describe()}\nPlan\n{setup.plan.describe()}", flush=True)
     if dry_run:
         accelerator.print(f"Options\n{load.dump(config)}")
         return
+    if _is_finished(setup):
+        accelerator.print(f"Finished already, with {setup.resume}: the adapter is in {config.output_dir}.")
+        return
     with ExitStack() as held:
         repo_id = None
         if accelerator.is_main_process:
             held.enter_context(lock(Path(config.output_dir)))
-            repo_id = find_repository(config)
+            checkpoint.tidy(Path(config.output_dir))
+            repo_id = _repository(config, resumed=setup.resume is not None)
             _write_options(config, setup.plan)
-        trainer = make_trainer(setup)
+            if setup.resume is None:  # a start that was killed before its first checkpoint has left lines
+                tracking.truncate_metrics(Path(config.output_dir) / "metrics.jsonl", 0)
+        trainer = make_trainer(setup, stopper)
         if setup.resume:
-            _resume(trainer, setup.resume)
+            trainer.resume(setup.resume)
         tracking.start(accelerator, config)
-        trainer.fit()
+        try:
+            trainer.fit()
+        except Stopped:
+            tracking.finish(accelerator)
+            raise
         if accelerator.is_main_process:
+            repo_id = repo_id or _repository(config, resumed=True)
             publish(trainer, setup.base, repo_id)
         tracking.finish(accelerator)
+
+
+def _repository(config: Config, *, resumed: bool) -> str | None:
+    """Where the adapter will be published. A new run is refused where that will not work; one that goes on was not
+    refused when it began, and a hub that is away meanwhile must not keep it from its end."""
+    try:
+        return find_repository(config)
+    except UserError as fault:
+        if not resumed:
+            raise
+        print(f"{fault} Training does not wait for it; `t2i-adapter push` publishes later.", flush=True)
+        return None
+
+
+def _is_finished(setup: Setup) -> bool:
+    """Whether the run that is to go on has made its last step, and its adapter has been written since."""
+    if setup.resume is None or setup.config.checkpoint.resume not in ("auto", "latest"):
+        return False
+    try:
+        record = read_metadata(setup.config.output_dir)
+    except UserError:  # it is written anew
+        return False
+    made = checkpoint.read_state(setup.resume)["step"]
+    return made >= setup.plan.steps and record is not None and record.steps == made
+
+
+def _how_to_go_on(config: Config) -> str:
+    """The command that goes on with a run, once its options are written."""
+    recipe = Path(config.output_dir) / OPTIONS
+    if not recipe.is_file():
+        return ""
+    here, world = os.environ.get("LOCAL_WORLD_SIZE", "1"), os.environ.get("WORLD_SIZE", "1")
+    if here != world:
+        return " Go on with the command that started it, and --checkpoint.resume auto."
+    launch = "t2i-adapter" if world == "1" else f"torchrun --nproc_per_node {world} -m t2i_adapter"
+    token = " --hub.token TOKEN" if config.hub.token else ""
+    return f" Go on with:\n  {launch} train --recipe {shlex.quote(str(recipe))} --checkpoint.resume auto{token}"
 
 
 def prepare(config: Config, *, dry_run: bool = False) -> None:
@@ -126,7 +197,10 @@ def set_up(config: Config) -> Setup:
         trainable_parameters=sum(parameter.numel() for parameter in adapter.parameters()),
         device=str(accelerator.device),
     )
-    return Setup(config, accelerator, base, adapter, source, plan, rows, resume)
+    if resume:
+        _check_same_run(accelerator, config, plan, resume)
+    judge = find_judge(config, source.annotate)
+    return Setup(config, accelerator, base, adapter, source, plan, rows, judge, resume)
 
 
 def _check_packages(config: Config) -> None:
@@ -188,7 +262,7 @@ def _find_checkpoint(accelerator: Accelerator, config: Config) -> Path | None:
             lock(output).close()  # if that run still goes on, this says so instead
             raise UserError(
                 f"--output_dir {output} holds {old[-1][1].name} of an earlier run: go on with "
-                "--resume_from_checkpoint latest, or name another folder."
+                "--resume_from_checkpoint auto, or name another folder."
             )
         return None
     found, skipped = checkpoint.find(output, config.checkpoint.resume)
@@ -203,20 +277,20 @@ def _seed(accelerator: Accelerator, config: Config, resume: Path | None) -> int:
     if config.train.seed is not None:
         return config.train.seed
     if resume:
-        return checkpoint.read_state(resume)["seed"]
+        return checkpoint.read_state(resume)["plan"]["seed"]
     drawn = [secrets.randbelow(2**31)]
     broadcast_object_list(drawn)
     return drawn[0]
 
 
-def make_trainer(setup: Setup) -> Trainer:
+def make_trainer(setup: Setup, stopper: Stopper | None = None) -> Trainer:
     """Prepares the data, then loads the UNet: the encoders have left the device by then, but for those that encode
     within the step, which come when the first batch needs them."""
     config, accelerator, plan, base = setup.config, setup.accelerator, setup.plan, setup.base
     dtype = DTYPES[accelerator.mixed_precision]
     facts = prepare_data(config, accelerator, base, setup.source, dtype, [row.prompt for row in setup.rows])
     release(accelerator.device)
-    frozen = load_frozen(config, base, accelerator.device, dtype)
+    frozen = load_frozen(config, base, accelerator.device, dtype, steps=plan.steps)
     encoders = Encoders(base, accelerator.device, dtype)
     seeded = replace(config, train=replace(config.train, seed=plan.seed))
 
@@ -232,7 +306,9 @@ def make_trainer(setup: Setup) -> Trainer:
         )
 
     validator = _validator(setup, frozen, facts, encoders)
-    return Trainer(config, plan, accelerator, setup.adapter, frozen, batches, validator, versions())
+    return Trainer(
+        config, plan, accelerator, setup.adapter, frozen, batches, validator, versions(), stopper or Stopper()
+    )
 
 
 def _validator(setup: Setup, frozen: Frozen, facts: Prepared | Live, encoders: Encoders) -> Validator | None:
@@ -245,7 +321,9 @@ def _validator(setup: Setup, frozen: Frozen, facts: Prepared | Live, encoders: E
         zeros=setup.base.zeros_for_empty_prompt,
         repeat=setup.config.validation.num_images,
     )
-    return Validator(setup.config, setup.base, frozen, setup.rows, text, setup.accelerator, setup.plan.seed)
+    return Validator(
+        setup.config, setup.base, frozen, setup.rows, text, setup.accelerator, setup.plan.seed, setup.judge
+    )
 
 
 def _states(facts: Prepared | Live, encoders: Encoders, prompt: str, frozen: Frozen) -> tuple[Tensor, Tensor]:
@@ -257,30 +335,25 @@ def _states(facts: Prepared | Live, encoders: Encoders, prompt: str, frozen: Fro
     return states.to(frozen.unet.device, frozen.dtype), pooled.to(frozen.unet.device, frozen.dtype)
 
 
-def _resume(trainer: Trainer, folder: Path) -> None:
-    changes = _changed(checkpoint.read_state(folder)["options"], to_dict(trainer.config))
-    for line in changes:
-        trainer.accelerator.print(f"Changed since {folder.name}: {line}")
-    trainer.resume(folder)
-
-
-def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """One line for each option that differs, but for where to resume from."""
-    lines = []
-    for name in sorted(old.keys() | new.keys()):
-        before, after, path = old.get(name), new.get(name), f"{prefix}{name}"
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += _changed(before, after, f"{path}.")
-        elif before != after and path != "checkpoint.resume":
-            lines.append(f"{path} {before} -> {after}")
-    return lines
+def _check_same_run(accelerator: Accelerator, config: Config, plan: Plan, folder: Path) -> None:
+    """Lists what has changed since a checkpoint. Raises UserError where that makes another run, unless it may."""
+    state = checkpoint.read_state(folder)
+    found = continuity.changes(state, config, plan.to_dict())
+    for change in found:
+        accelerator.print(f"Changed since {folder.name}: {change}")
+    for name, now in versions().items():
+        before = state.get("versions", {}).get(name, now)
+        if before != now:
+            accelerator.print(f"Changed since {folder.name}: {name} {before} -> {now}; last bits may differ")
+    continuity.check(found, folder.name, allowed=config.checkpoint.allow_changed)
 
 
 def _write_options(config: Config, plan: Plan) -> None:
     """The resolved options and the plan, beside the run; options.yaml is a recipe that repeats it."""
     output = Path(config.output_dir)
-    seeded = replace(config, train=replace(config.train, seed=plan.seed))
-    (output / "options.yaml").write_text(load.dump(seeded), encoding="utf-8")
+    plain = replace(config.checkpoint, resume=None, allow_changed=False)
+    seeded = replace(config, train=replace(config.train, seed=plan.seed), checkpoint=plain)
+    write_whole(output / OPTIONS, [load.dump(seeded).encode()])
 
 
 def versions() -> dict[str, str]:

@@ -23,27 +23,36 @@ class Frozen(NamedTuple):
 
 
 def batch_losses(adapter: Any, frozen: Frozen, batch: Batch, *, min_snr_gamma: float | None = None) -> Tensor:
-    """Each sample's loss, (B,) float32.
+    """Each sample's loss, (B,) float32, the mean over its draws of noise.
 
     adapter: condition (B,C,H,W) -> four features; it may run under autocast and be wrapped for several processes.
     """
-    latents = frozen.latent_scale.sample(batch.moments, batch.latent_noise)
+    latents = frozen.latent_scale.sample(each_draw(batch.moments, batch), batch.latent_noise)
     noisy = objective.add_noise(latents, batch.noise, batch.timesteps, frozen.schedule)
     goal = objective.target(latents, batch.noise, batch.timesteps, frozen.schedule)
     prediction = predict(adapter, frozen, noisy, batch)
     weight = objective.weights(batch.timesteps, frozen.schedule, min_snr_gamma)
-    return objective.losses(prediction, goal, weight)
+    return objective.losses(prediction, goal, weight).view(len(batch), batch.draws).mean(1)
+
+
+def each_draw(rows: Tensor, batch: Batch) -> Tensor:
+    """One row a sample, (B,...), repeated for each of its draws of noise, (B K,...)."""
+    return rows.repeat_interleave(batch.draws, 0) if batch.draws > 1 else rows
 
 
 def predict(adapter: Any, frozen: Frozen, noisy: Tensor, batch: Batch) -> Tensor:
-    """The UNet's answer (B,4,h,w) to the noisy latents, the adapter's features added inside it."""
+    """The UNet's answer (B K,4,h,w) to the noisy latents, the adapter's features added inside it: computed once a
+    sample, whatever the number of draws."""
     dtype = frozen.dtype
-    features = [feature.to(dtype) for feature in adapter(batch.condition)]
+    features = [each_draw(feature.to(dtype), batch) for feature in adapter(batch.condition)]
     return frozen.unet(
         noisy.to(dtype),
         batch.timesteps,
-        encoder_hidden_states=batch.text.to(dtype),
-        added_cond_kwargs={"text_embeds": batch.pooled.to(dtype), "time_ids": batch.time_ids},
+        encoder_hidden_states=each_draw(batch.text.to(dtype), batch),
+        added_cond_kwargs={
+            "text_embeds": each_draw(batch.pooled.to(dtype), batch),
+            "time_ids": each_draw(batch.time_ids, batch),
+        },
         down_intrablock_additional_residuals=features,
         return_dict=False,
     )[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from PIL.Image import Image
 
 from t2i_adapter.config import Config, to_dict
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import parse_json, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +43,14 @@ def start(accelerator: Accelerator, config: Config) -> None:
     if not accelerator.log_with:
         return
     folder = Path(config.output_dir) / config.tracking.logging_dir
-    folder.mkdir(parents=True, exist_ok=True)
     places = {"wandb": {"dir": str(folder)}}  # it would write into the current folder
     options = _flat(to_dict(config))
-    _guarded(lambda: accelerator.init_trackers(config.tracking.project, options, places), "start")
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers(config.tracking.project, options, places)
+
+    _guarded(begin, "start")
 
 
 def log(accelerator: Accelerator, values: Mapping[str, float], step: int) -> None:
@@ -116,16 +123,28 @@ PICTURES: dict[str, Callable[[Any, str, str, Sequence[Image], int], None]] = {
 
 
 def append_metrics(path: Path, values: Mapping[str, float], step: int) -> None:
-    """One JSON line a log entry, beside whatever the trackers keep."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, **values}) + "\n")
+    """One JSON line a log entry, beside whatever the trackers keep. A full disk costs the line, not the run."""
+    try:
+        place = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        with os.fdopen(place, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+    except OSError as fault:
+        logger.warning("%s: step %d could not be logged (%s); training goes on.", path, step, fault)
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the entries after `step`: a resumed run writes them again."""
+    """Drops the entries after `step`, which a resumed run writes again, and lines that a kill has cut off."""
     if path.is_file():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= step]
+        write_whole(path, [line + b"\n" for line in kept])
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a log entry; beyond all for what is none."""
+    try:
+        return int(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from t2i_adapter.conditions.table import Annotator, annotate, open_annotator
 from t2i_adapter.config import Config
 from t2i_adapter.errors import UserError
+from t2i_adapter.evaluation.metrics import condition_agreement
 from t2i_adapter.export.card import CardSample, strip
 from t2i_adapter.generation.generate import TextStates, generate
 from t2i_adapter.generation.options import SamplingOptions
@@ -46,8 +49,25 @@ def read_rows(config: Config) -> list[Row]:
     return rows
 
 
+def find_judge(config: Config, made_by: str | None) -> Annotator | None:
+    """What makes the drawn pictures' own conditions, or None where they are not measured.
+
+    made_by: the annotator that makes the data's conditions, if one does. Raises UserError, also where the best
+    checkpoint is to be kept and nothing tells which it is.
+    """
+    options = config.validation
+    spec = options.judge or made_by
+    if options.prompts and spec not in (None, "none"):
+        return open_annotator(spec)
+    if config.checkpoint.keep_best:
+        lacking = "--validation.judge (a kind of condition)" if options.prompts else "--validation_prompt"
+        raise UserError(f"--checkpoint.keep_best: nothing tells which checkpoint is the best: give {lacking}.")
+    return None
+
+
 class Validator:
-    """Draws the rows with the adapter as it stands, keeps the pictures in the run's folder, shows them to trackers."""
+    """Draws the rows with the adapter as it stands, keeps the pictures in the run's folder, shows them to trackers, and
+    tells how well they follow their conditions."""
 
     def __init__(
         self,
@@ -58,19 +78,21 @@ class Validator:
         text: TextStates,
         accelerator: Accelerator,
         seed: int,
+        judge: Annotator | None,
     ) -> None:
         """`text` holds the rows' prompts, in their order, each repeated for every picture of a row.
 
         `latest` holds what was drawn last.
         """
         self.config, self.base, self.frozen, self.rows, self.text = config, base, frozen, rows, text
-        self.accelerator, self.seed = accelerator, seed
+        self.accelerator, self.seed, self.judge = accelerator, seed, judge
         self.sampling = SamplingOptions(steps=config.validation.steps, guidance=config.validation.guidance)
         self.folder = Path(config.output_dir) / FOLDER
         self.latest: list[CardSample] = []
         self._pipeline: Any = None
 
-    def __call__(self, adapter: Any, step: int) -> None:
+    def __call__(self, adapter: Any, step: int) -> float | None:
+        """How well the pictures follow, 0 to 1, or None without a judge."""
         count, side = self.config.validation.num_images, self.config.data.resolution
         pipeline = self._pipeline_with(adapter)
         pictures = generate(
@@ -89,6 +111,15 @@ class Validator:
         self._keep(step)
         named = {f"validation/{i}": (s.prompt, [s.condition, *s.pictures]) for i, s in enumerate(self.latest)}
         tracking.log_pictures(self.accelerator, named, step)
+        return float(np.mean([self._control(s, p) for s in self.latest for p in s.pictures])) if self.judge else None
+
+    def _control(self, sample: CardSample, drawn: Image.Image) -> float:
+        """Agreement of a picture's own condition with the one it was drawn from: F1 of two-valued maps, of others one
+        less the root of their mean squared difference."""
+        assert self.judge is not None
+        own = annotate(self.judge, drawn.convert("RGB")).convert(sample.condition.mode)
+        found = condition_agreement(np.asarray(own), np.asarray(sample.condition), self.judge.levels)
+        return found["condition_f1"] if "condition_f1" in found else 1 - found["condition_error"]
 
     def _pipeline_with(self, adapter: Any) -> Any:
         """The pipeline, made once, with an adapter of its own in the present weights in the base's arithmetic."""

@@ -37,8 +37,9 @@ def write_dataset(
 ) -> Path:
     """Write `num` scenes to out/split: NNNNN.png, NNNNN_cond.png and metadata.jsonl. Returns that folder.
 
-    Each row of metadata.jsonl has file_name, conditioning_image_file_name, text, and scene: the JSON of
-    `Scene.to_dict` as one string, from which `Scene.from_dict(json.loads(...))` gives the scene back.
+    Each row of metadata.jsonl has file_name, conditioning_image_file_name, text, shapes (a caption that names no colour
+    and no place), and scene: the JSON of `Scene.to_dict` as one string, from which `Scene.from_dict(json.loads(...))`
+    gives the scene back.
     """
     if condition not in CONDITIONS:
         raise UserError(f"unknown condition {condition!r}; allowed: {', '.join(CONDITIONS)}")
@@ -63,5 +64,6 @@ def _write_sample(folder: Path, number: int, scene: Scene, size: int, kind: str)
         "file_name": name,
         "conditioning_image_file_name": condition_name,
         "text": scene.caption,
+        "shapes": " and ".join(f"a {shape.kind}" for shape in scene.shapes),
         "scene": json.dumps(scene.to_dict()),
     }

@@ -13,32 +13,43 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 _MOMENTUM = 0.95
-_BETAS, _DECAY, _EPS = (0.9, 0.99), 1e-4, 1e-8
 _ROUNDS = 5
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # X <- aX + b(XX')X + c(XX')^2 X drives singular values to about 1
-_ADAM_RMS = 0.2  # of an AdamW update, which Muon's is scaled to, so that one rate suits both (arXiv 2502.16982, 2.2)
+_ADAM_RMS = 0.2  # of an AdamW update well into a run, which Muon's is scaled to (arXiv 2502.16982, 2.2)
 
 
 class Muon(torch.optim.Optimizer):
-    """Weights of two dimensions and more by Muon, all others by AdamW, at one learning rate.
+    """Weights of two dimensions and more by Muon, all others by AdamW, at one learning rate and decoupled decay.
 
     Convolutions count as matrices of (out, in * kh * kw). With several processes each orthogonalises its share; their
     gradients must be equal, as after an all-reduce.
+
+    betas, eps: of the AdamW part.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
-        super().__init__(list(parameters), {"lr": lr})
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(list(parameters), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         assert closure is None
         for group in self.param_groups:
             used = [p for p in group["params"] if p.grad is not None]
+            for parameter in used:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
             matrices = [p for p in used if p.ndim >= 2]
             for parameter, update in zip(matrices, self._updates(matrices), strict=True):
                 parameter.sub_(update.view_as(parameter), alpha=group["lr"])
             for parameter in (p for p in used if p.ndim < 2):
-                self._adam_step(parameter, group["lr"])
+                self._adam_step(parameter, group)
 
     def _updates(self, matrices: list[nn.Parameter]) -> list[Tensor]:
         """The orthogonalised momenta, (out, rest) each: every process makes some, and all get all."""
@@ -65,7 +76,8 @@ class Muon(torch.optim.Optimizer):
         state["momentum"].lerp_(parameter.grad, 1 - _MOMENTUM)
         return parameter.grad.lerp(state["momentum"], _MOMENTUM).flatten(1)
 
-    def _adam_step(self, parameter: nn.Parameter, rate: float) -> None:
+    def _adam_step(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        """AdamW's step but for the decay, which all parameters have had."""
         assert parameter.grad is not None
         state: dict[str, Any] = self.state[parameter]
         if not state:
@@ -73,11 +85,11 @@ class Muon(torch.optim.Optimizer):
                 step=torch.zeros(()), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
             )
         state["step"] += 1
-        (b1, b2), k = _BETAS, state["step"].item()
+        (b1, b2), k = group["betas"], state["step"].item()
         state["exp_avg"].lerp_(parameter.grad, 1 - b1)
         state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - b2)
-        scale = (state["exp_avg_sq"] / (1 - b2**k)).sqrt_().add_(_EPS)
-        parameter.mul_(1 - rate * _DECAY).addcdiv_(state["exp_avg"], scale, value=-rate / (1 - b1**k))
+        scale = (state["exp_avg_sq"] / (1 - b2**k)).sqrt_().add_(group["eps"])
+        parameter.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - b1**k))
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -1,0 +1,33 @@
+"""Threads that share a CPU's cores between them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import torch
+
+
+def sharing_cores(count: int) -> ThreadPoolExecutor:
+    """A pool of `count` threads, in each of which torch's operations use an equal part of this process' cores.
+
+    The operations of a small model are too short to be divided between cores one by one; whole samples are not. Such
+    threads run side by side, because torch lets go of the interpreter inside its operations.
+    """
+    cores = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, "sharing-cores")
+    together = Barrier(count)  # so that every thread of the pool takes one of the calls
+
+    def settle(_: int) -> None:
+        torch.get_num_threads()  # a thread takes the process' number when it first asks, and after that keeps its own
+        torch.set_num_threads(max(1, cores // count))
+        together.wait()
+
+    list(pool.map(settle, range(count)))
+    torch.set_num_threads(cores)
+    return pool
+
+
+def cores_of(device: torch.device | str) -> int:
+    """How many such threads keep a device busy: one a core of a CPU, and one for anything else."""
+    return torch.get_num_threads() if torch.device(device).type == "cpu" else 1

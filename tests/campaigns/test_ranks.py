@@ -1,0 +1,121 @@
+"""Two processes, one of them killed: both are gone within a minute, and the same command goes on to the same end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kills import differences, left_behind
+from soak import children
+from test_kills import WORDS, make_data
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+GONE_WITHIN = 60.0
+PATIENCE = 600.0
+
+
+def kill_ranks(folder: Path, kills: int, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Runs WORDS with two processes alone, then one more time with `kills` kills of one rank; what was found."""
+    make_data(folder)
+    choices = random.Random(seed)
+    alone, out = folder / "alone", folder / "run"
+    end = wait(start(folder, alone), PATIENCE)
+    if end != 0:
+        raise RuntimeError(f"the run left alone failed: {(folder / 'alone.log').read_text()[-3000:]}")
+    faults, slowest, ranks = [], 0.0, []
+    for kill in range(kills):
+        run = start(folder, out)
+        lines = count_lines(out / "metrics.jsonl")
+        wanted, rank = lines + choices.randint(0, 3), choices.randint(0, 1)
+        members = await_members(run, out, wanted)
+        if run.poll() is not None:
+            break  # it is through
+        os.kill(members[rank], signal.SIGKILL)
+        killed = time.monotonic()
+        code = wait(run, GONE_WITHIN)
+        slowest = max(slowest, time.monotonic() - killed)
+        ranks.append(rank)
+        if code in (0, None):
+            faults.append(f"kill {kill}: torchrun ended with {code}")
+        faults += [f"process {one} outlived its run" for one in members if not is_gone(one)]
+        tell(f"kill {kill + 1} of {kills}: rank {rank}, all gone after {time.monotonic() - killed:.1f} s")
+    code = wait(start(folder, out), PATIENCE)
+    if code != 0:
+        faults.append(f"the last start ended with {code}: {(folder / 'run.log').read_text()[-2000:]}")
+    else:
+        faults += differences(alone, out) + left_behind(out)
+    counts = {"kills": len(ranks), "of_rank_0": ranks.count(0), "slowest_end_s": round(slowest, 1)}
+    return {**counts, "found": faults, "faults": len(faults)}
+
+
+def start(folder: Path, out: Path) -> subprocess.Popen[bytes]:
+    places = ["--output_dir", str(out), "--data.prepared_dir", str(out.with_name(f"{out.name}-cache"))]
+    with (folder / f"{out.name}.log").open("w") as log:
+        return subprocess.Popen(
+            [*LAUNCH, "-m", "t2i_adapter", *WORDS, *places],
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+
+def await_members(run: subprocess.Popen[bytes], out: Path, lines: int) -> list[int]:
+    """The two processes of the run, by rank, once metrics.jsonl has more than so many lines."""
+    end = time.monotonic() + PATIENCE
+    while run.poll() is None and time.monotonic() < end:
+        if count_lines(out / "metrics.jsonl") > lines:
+            by_rank = {rank: one for one in children(run.pid) if (rank := rank_of(one)) is not None}
+            return [by_rank[0], by_rank[1]]
+        time.sleep(0.05)
+    return []
+
+
+def rank_of(process: int) -> int | None:
+    """Of a process that torchrun has started itself; loader workers have their parent's environment too."""
+    try:
+        words = (Path("/proc") / str(process) / "environ").read_bytes().split(b"\0")
+        parent = int((Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[1])
+        command = (Path("/proc") / str(parent) / "cmdline").read_bytes()
+    except OSError:
+        return None
+    ranks = [int(word.removeprefix(b"RANK=")) for word in words if word.startswith(b"RANK=")]
+    return ranks[0] if ranks and b"torch.distributed.run" in command else None
+
+
+def count_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.is_file() else 0
+
+
+def wait(run: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """The exit code; None where it had to be ended after so many seconds."""
+    try:
+        return run.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        return None
+
+
+def is_gone(process: int) -> bool:
+    try:
+        return (Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_one_of_two_processes_killed(tmp_path: Path):
+    found = kill_ranks(tmp_path, 10, seed=0, tell=print)
+    assert found["found"] == []
+    assert found["kills"] >= 1

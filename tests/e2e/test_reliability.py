@@ -1,0 +1,298 @@
+"""A run is never lost: stopped, killed, full, spoilt, spread otherwise; each fault as it comes, through the command.
+
+Runs are processes forked from this one, which has the libraries loaded: they are signalled and killed like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t2i_adapter.cli import main
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+STEPS = 12
+
+
+STARTED: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    yield
+    while STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(STARTED.pop(), signal.SIGKILL)
+
+
+class Run:
+    """`t2i-adapter WORDS` in a process of its own, in the folder `cwd`."""
+
+    def __init__(self, cwd: Path, *words: str) -> None:
+        self.log = cwd / f"log-{time.monotonic_ns()}"
+        self.log.touch()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._be(cwd, words)
+        STARTED.append(self.pid)
+
+    def _be(self, cwd: Path, words: tuple[str, ...]) -> None:
+        code = 99
+        try:
+            os.setsid()
+            os.chdir(cwd)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with self.log.open("w") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            torch.set_num_threads(1)
+            code = main(words)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 98
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, seconds: float = 200) -> int:
+        """The exit code, negative for a signal that killed it."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+        raise AssertionError(f"it did not end in {seconds} s:\n{self.said()}")
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+def until(true: Callable[[], object], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.01)
+
+
+def steps_logged(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_data: Path) -> Path:
+    """A folder with run.yaml and straight/, the run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("reliability")
+    recipe = f"""
+base: {{name: {tiny_base}}}
+data: {{train_data_dir: {tiny_data}, resolution: 64, num_workers: 0, proportion_empty_prompts: 0.3}}
+train: {{batch_size: 2, max_steps: {STEPS}, seed: 5, ema_decay: 0.9}}
+optim: {{lr: 1.0e-3, schedule: cosine, warmup_steps: 2}}
+checkpoint: {{every: 4}}
+tracking: {{report_to: none, log_every: 1}}
+"""
+    (folder / "run.yaml").write_text(recipe)
+    assert Run(folder, *words("straight")).wait() == 0
+    return folder
+
+
+def words(name: str, *more: str) -> tuple[str, ...]:
+    return ("train", "--recipe", "run.yaml", "--output_dir", name, *more)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    for name in (WEIGHTS, f"checkpoint-{STEPS}/training.safetensors"):
+        a, b = load_file(one / name), load_file(other / name)
+        assert a.keys() == b.keys()
+        assert [key for key in a if not torch.equal(a[key], b[key])] == []
+    assert losses(one) == losses(other)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)], ids=lambda value: str(value)
+)
+def test_a_signal_saves_and_the_printed_command_goes_on_to_the_same_bits(work: Path, number: signal.Signals, code: int):
+    name = f"stopped-by-{number}"
+    run = Run(work, *words(name, "--checkpoint.every", "100"))
+    until(lambda: steps_logged(work / name) >= 2)
+    run.send(number)
+    assert run.wait() == code
+    (saved,) = (work / name).glob("checkpoint-*")
+    step = int(saved.name.partition("-")[2])
+    assert 2 <= step < STEPS
+    assert f"Stopped after step {step} of {STEPS}: {number.name}." in run.said()
+    command = shlex.split(run.said().rstrip().splitlines()[-1])
+    assert command[0] == "t2i-adapter" and command[-1] == "auto"
+    again = Run(work, *command[1:])
+    assert again.wait() == 0, again.said()
+    assert f"Resuming from {name}/{saved.name}" in again.said()
+    assert_same_run(work / name, work / "straight")
+
+
+def test_auto_starts_goes_on_after_a_kill_and_finds_the_run_finished(work: Path):
+    command = words("killed", "--checkpoint.resume", "auto")
+    run = Run(work, *command)
+    until(lambda: (work / "killed" / "checkpoint-4").is_dir())
+    run.send(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert "a new run begins" in run.said()
+    again = Run(work, *command)
+    assert again.wait() == 0, again.said()
+    assert "Resuming from killed/checkpoint-" in again.said()
+    assert_same_run(work / "killed", work / "straight")
+    before = {file: file.stat().st_mtime_ns for file in (work / "killed").rglob("*") if file.is_file()}
+    third = Run(work, *command)
+    assert third.wait() == 0
+    assert "Finished already, with killed/checkpoint-12" in third.said()
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_a_second_interrupt_leaves_at_once(work: Path):
+    run = Run(work, *words("impatient", "--train.gradient_accumulation_steps", "5000"))
+    until(lambda: "training:" in run.said())
+    time.sleep(1.0)
+    run.send(signal.SIGINT)
+    run.send(signal.SIGINT)  # the same keystroke, passed on by a launcher: not a second one
+    time.sleep(1.5)
+    assert os.waitpid(run.pid, os.WNOHANG) == (0, 0), run.said()
+    run.send(signal.SIGINT)
+    assert run.wait(10) == 130
+    assert "left at once" in run.said()
+
+
+def test_max_time_ends_a_run_well(work: Path):
+    run = Run(work, *words("timed", "--max_time", "1s", "--train.max_steps", "4000"))
+    assert run.wait() == 0
+    assert "--train.max_time is reached" in run.said()
+    assert list((work / "timed").glob("checkpoint-*"))
+
+
+def test_a_signal_while_pictures_are_prepared_leaves_what_is_whole(work: Path):
+    more = ("--data.train_data_dir", "shapes:100000", "--data.kind", "shapes", "--data.prepared_dir", "cache")
+    run = Run(work, *words("preparing", *more))
+    until(lambda: "Plan" in run.said())
+    time.sleep(1.0)
+    run.send(signal.SIGTERM)
+    assert run.wait(60) == 143
+    assert "nothing was trained yet" in run.said() and "Traceback" not in run.said()
+    assert not list((work / "preparing").glob("checkpoint-*"))
+
+
+def test_rows_of_a_group_signal_do_not_end_the_loaders_under_a_run(work: Path):
+    """A scheduler signals every process of a job, the loader's too, which must still build the step that is made."""
+    run = Run(work, *words("group", "--data.num_workers", "1", "--checkpoint.every", "100"))
+    until(lambda: steps_logged(work / "group") >= 2)
+    os.killpg(run.pid, signal.SIGTERM)
+    assert run.wait() == 143, run.said()
+    assert "Traceback" not in run.said()
+    assert list((work / "group").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "allowed"),
+    [
+        (("--train.batch_size", "1", "--train.gradient_accumulation_steps", "2"), True),
+        (("--checkpoint.keep", "1", "--tracking.log_every", "2"), True),
+        (("--train.batch_size", "1"), False),
+        (("--train.seed", "6"), False),
+        (("--optim.lr", "2e-3"), False),
+        (("--data.proportion_empty_prompts", "0.5"), False),
+    ],
+    ids=lambda value: str(value),
+)
+def test_what_makes_another_run_needs_to_be_allowed(work: Path, change: tuple[str, ...], allowed: bool):
+    command = words("straight", "--checkpoint.resume", "checkpoint-4", "--dry-run", *change)
+    plain = Run(work, *command)
+    assert plain.wait() == (0 if allowed else 2), plain.said()
+    if not allowed:
+        assert re.search(r"error: --checkpoint.resume: .* -> .*not be the run of checkpoint-4", plain.said())
+        assert Run(work, *command, "--allow-changed").wait() == 0
+
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "t2i_adapter"]
+
+
+def launched(work: Path, *more: str) -> subprocess.Popen[str]:
+    """Two processes under torchrun."""
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        [*LAUNCH, *more], cwd=work, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def ranks(launcher: int) -> dict[int, int]:
+    """Rank -> process of what torchrun has started."""
+    found = {}
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        env = dict(part.split("=", 1) for part in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in part)
+        if "RANK" in env:
+            found[int(env["RANK"])] = int(child)
+    return found
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_goes_on(work: Path):
+    name = "two"
+    running = launched(work, *words(name, "--train.batch_size", "1", "--checkpoint.every", "100"))
+    until(lambda: steps_logged(work / name) >= 2)
+    os.kill(ranks(running.pid)[1], signal.SIGTERM)
+    said = running.communicate(timeout=200)[0]
+    assert "exitcode  : 143" in said or "exitcode: 143" in said, said
+    (saved,) = (work / name).glob("checkpoint-*")
+    assert f"Stopped after step {saved.name.partition('-')[2]} of {STEPS}: SIGTERM" in said
+    alone = Run(work, *words(name, "--checkpoint.resume", "auto"))
+    assert alone.wait() == 0, alone.said()
+    assert "train.batch_size 1 -> 2" in alone.said()
+    # Halves of a batch averaged over processes: another order of float32 sums, grown by a dozen updates
+    assert losses(work / name) == pytest.approx(losses(work / "straight"), rel=1e-4)
+
+
+def ends_within_a_minute(running: subprocess.Popen[str], processes: dict[int, int]) -> str:
+    """What was said by the end, which must come soon, and of all."""
+    began = time.monotonic()
+    said = running.communicate(timeout=120)[0]
+    assert time.monotonic() - began < 60
+    assert running.returncode != 0
+    assert all(not Path(f"/proc/{pid}").exists() for pid in processes.values())
+    return said
+
+
+def test_one_killed_process_ends_all_within_a_minute_and_is_named(work: Path):
+    running = launched(work, *words("one-killed", "--train.batch_size", "1", "--train.max_steps", "4000"))
+    until(lambda: steps_logged(work / "one-killed") >= 2)
+    processes = ranks(running.pid)
+    os.kill(processes[1], signal.SIGKILL)
+    assert re.search(r"rank\s*: 1", ends_within_a_minute(running, processes))
+
+
+def test_one_process_that_fails_ends_all_within_a_minute_and_is_named(work: Path, tiny_data: Path):
+    """A picture goes away: the process that comes upon it first fails, while the other waits for its gradients."""
+    shutil.copytree(tiny_data, work / "spoilt")
+    more = ("--data.train_data_dir", "spoilt", "--data.cache", "none", "--train.max_steps", "4000")
+    running = launched(work, *words("one-fails", "--train.batch_size", "1", *more))
+    until(lambda: steps_logged(work / "one-fails") >= 2)
+    processes = ranks(running.pid)
+    (work / "spoilt" / "train" / "00003.png").unlink()
+    said = ends_within_a_minute(running, processes)
+    assert re.search(r"process [01] of 2 fails: UserError: .*00003", said), said

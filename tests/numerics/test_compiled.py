@@ -1,0 +1,91 @@
+"""A compiled UNet: the same numbers and gradients; and where there is no compiler, a line and a run that goes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from t2i_adapter.training.compiled import PAYS_FROM_STEPS, pays
+
+SCRIPT = """
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from t2i_adapter.models.threads import sharing_cores
+from t2i_adapter.training.compiled import compile_unet
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = ResnetBlock2D(in_channels=8, out_channels=8, temb_channels=4, groups=2)
+
+    def forward(self, picture, time):
+        return self.block(picture, time)
+
+torch.manual_seed(0)
+unet = Net().requires_grad_(False)
+picture, time = torch.randn(2, 8, 4, 4), torch.randn(2, 4)
+
+def gradient(_=None):
+    given = picture.clone().requires_grad_()
+    (got,) = torch.autograd.grad(unet(given, time).square().sum(), given)
+    return got
+
+plain = gradient()
+said = []
+assert compile_unet(unet, torch.device("cpu"), said.append) == 1
+with sharing_cores(2) as lanes:
+    found = list(lanes.map(gradient, range(4)))
+for got in found:
+    torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-5)
+graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+with torch.no_grad():
+    unet(picture[:1], time[:1])  # another shape, as in validation: it is not compiled for
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+blocks = torch.nn.ModuleList([Net(), Net(), Net()])
+assert compile_unet(blocks, torch.device("cuda"), said.append) == 3, "on a GPU each block by itself"
+print(graphs, len(said), *said)
+"""
+
+
+def run(**environment: str) -> tuple[int, int, str]:
+    """Graphs that were made, lines said, and those."""
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    graphs, lines, *said = done.stdout.strip().splitlines()[-1].split(" ", 2)
+    return int(graphs), int(lines), "".join(said)
+
+
+def test_compiled_it_gives_the_same_gradients_on_several_threads_at_once():
+    graphs, lines, said = run()
+    assert graphs >= 1
+    assert lines == 0, said
+
+
+def test_without_a_compiler_one_line_says_so_and_it_runs_as_it_is():
+    graphs, lines, said = run(CXX="no-such-compiler", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
+    assert lines == 1
+    assert said.startswith("--train.compile: the UNet cannot be compiled here (")
+    assert graphs == 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "steps", "compiles"),
+    [
+        ("auto", "cpu", PAYS_FROM_STEPS, True),
+        ("auto", "cpu", PAYS_FROM_STEPS - 1, False),
+        ("auto", "cpu", None, False),
+        ("auto", "cuda", 10**6, False),
+        ("on", "cuda", 1, True),
+        ("on", "cpu", None, True),
+        ("off", "cpu", 10**6, False),
+    ],
+)
+def test_auto_knows_when_a_run_is_too_short(wanted, device: str, steps: int | None, compiles: bool):
+    assert pays(wanted, torch.device(device), steps) is compiles

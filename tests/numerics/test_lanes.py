@@ -1,0 +1,118 @@
+"""Threads that share a micro-batch: the same update, whatever their number."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.diffusion.schedule import NoiseSchedule
+from t2i_adapter.models.adapter import build_adapter
+from t2i_adapter.models.base import open_base
+from t2i_adapter.models.threads import sharing_cores
+from t2i_adapter.training.lanes import Lanes, count_lanes
+from t2i_adapter.training.step import Frozen, batch_losses
+from t2i_adapter.types import Batch
+
+SIZE, DRAWS = 5, 2
+
+
+@pytest.fixture(scope="module")
+def frozen(tiny_base: Path) -> Frozen:
+    base = open_base(BaseOptions(name=str(tiny_base)))
+    return Frozen(base.unet("cpu", torch.float32), NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
+
+
+@pytest.fixture
+def adapter(frozen: Frozen) -> Any:
+    torch.manual_seed(0)
+    return build_adapter(AdapterOptions(), frozen.unet.config)
+
+
+@pytest.fixture(scope="module")
+def batch(frozen: Frozen) -> Batch:
+    """Five samples of two draws each, all different."""
+    config = frozen.unet.config
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    torch.manual_seed(1)
+    return Batch(
+        moments=torch.rand(SIZE, 8, 8, 8),
+        condition=torch.rand(SIZE, 3, 64, 64),
+        text=torch.randn(SIZE, 77, config["cross_attention_dim"]),
+        pooled=torch.randn(SIZE, pooled),
+        time_ids=torch.tensor([[64, 64, 0, 0, 64, 64]] * SIZE),
+        timesteps=torch.randint(0, 1000, (SIZE * DRAWS,)),
+        noise=torch.randn(SIZE * DRAWS, 4, 8, 8),
+        latent_noise=torch.randn(SIZE * DRAWS, 4, 8, 8),
+        keys=tuple(map(str, range(SIZE))),
+    )
+
+
+def gradients(adapter: Any) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in adapter.parameters()]
+
+
+def lanes_for(adapter: Any, frozen: Frozen, count: int) -> Lanes:
+    return Lanes(count, adapter, lambda network, samples: batch_losses(network, frozen, samples))
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_any_number_of_threads_gives_the_gradients_of_the_whole(adapter: Any, frozen: Frozen, batch: Batch, count: int):
+    whole = batch_losses(adapter, frozen, batch).sum() * 0.1
+    whole.backward()
+    wanted = gradients(adapter)
+    lanes = lanes_for(adapter, frozen, count)
+    adapter.zero_grad()
+    loss = lanes.add(batch, 0.1)
+    torch.testing.assert_close(loss, whole.detach())
+    for got, exact in zip(gradients(adapter), wanted, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+    once = gradients(adapter)
+    lanes.add(batch, 0.1)  # on top of what is there, as with accumulation
+    for got, first in zip(gradients(adapter), once, strict=True):
+        torch.testing.assert_close(got, 2 * first, rtol=1e-5, atol=1e-6 * float(first.abs().max()))
+
+
+def test_the_sum_has_the_same_bits_each_time_and_follows_the_weights(adapter: Any, frozen: Frozen, batch: Batch):
+    lanes = lanes_for(adapter, frozen, 2)
+    found = []
+    for _ in range(4):
+        adapter.zero_grad()
+        lanes.add(batch, 0.1)
+        found.append(gradients(adapter))
+    assert all(torch.equal(a, b) for later in found[1:] for a, b in zip(found[0], later, strict=True))
+    with torch.no_grad():
+        adapter.adapter.conv_in.weight.mul_(2)  # as an optimiser writes: in place
+    adapter.zero_grad()
+    lanes.add(batch, 0.1)
+    assert not torch.equal(gradients(adapter)[-1], found[0][-1])
+
+
+def test_where_a_thread_fails_nothing_is_added(adapter: Any, frozen: Frozen, batch: Batch):
+    lanes = lanes_for(adapter, frozen, 2)
+    broken = replace(batch, text=torch.cat([batch.text[:4], torch.full_like(batch.text[4:], 1.0)])[:, :, :-1])
+    with pytest.raises(RuntimeError):
+        lanes.add(broken, 0.1)
+    assert all(parameter.grad is None for parameter in adapter.parameters())
+
+
+def test_lanes_are_for_a_cpu_and_one_process():
+    cpu = torch.device("cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert count_lanes(None, cpu, samples=8, processes=1) == 4
+        assert count_lanes(None, cpu, samples=3, processes=1) == 3
+        assert count_lanes(2, cpu, samples=8, processes=1) == 2
+        assert count_lanes(2, cpu, samples=8, processes=2) == 1
+        assert count_lanes(2, torch.device("cuda"), samples=8, processes=1) == 1
+        with sharing_cores(2) as pool:
+            assert list(pool.map(lambda _: torch.get_num_threads(), range(4))) == [2, 2, 2, 2]
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)

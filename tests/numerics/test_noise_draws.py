@@ -1,0 +1,87 @@
+"""Several draws of noise for each sample: the update is the mean of the updates that separate passes would give."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.diffusion.schedule import NoiseSchedule
+from t2i_adapter.models.adapter import build_adapter
+from t2i_adapter.models.base import open_base
+from t2i_adapter.training.accumulate import part
+from t2i_adapter.training.step import Frozen, batch_losses
+from t2i_adapter.types import Batch
+
+SIZE, DRAWS = 2, 3
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_base: Path) -> tuple[Frozen, Any]:
+    base = open_base(BaseOptions(name=str(tiny_base)))
+    frozen = Frozen(
+        base.unet("cpu", torch.float32), NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32
+    )
+    torch.manual_seed(0)
+    return frozen, build_adapter(AdapterOptions(), base.unet_config)
+
+
+@pytest.fixture(scope="module")
+def batch(parts: tuple[Frozen, Any]) -> Batch:
+    """Two samples of three draws, all as different as can be."""
+    config = parts[0].unet.config
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    torch.manual_seed(1)
+    return Batch(
+        moments=torch.rand(SIZE, 8, 8, 8),
+        condition=torch.rand(SIZE, 3, 64, 64),
+        text=torch.randn(SIZE, 77, config["cross_attention_dim"]),
+        pooled=torch.randn(SIZE, pooled),
+        time_ids=torch.tensor([[64, 64, 0, 0, 64, 64], [90, 70, 4, 8, 64, 64]]),
+        timesteps=torch.tensor([10, 300, 990, 950, 600, 0]),
+        noise=torch.randn(SIZE * DRAWS, 4, 8, 8),
+        latent_noise=torch.randn(SIZE * DRAWS, 4, 8, 8),
+        keys=("a", "b"),
+    )
+
+
+def one_draw(batch: Batch, draw: int) -> Batch:
+    """The batch with the samples' draw number `draw` alone."""
+    chosen = {name: getattr(batch, name)[draw::DRAWS] for name in ("timesteps", "noise", "latent_noise")}
+    return replace(batch, **chosen)
+
+
+def gradient(parts: tuple[Frozen, Any], batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    frozen, adapter = parts
+    losses = batch_losses(adapter, frozen, batch, min_snr_gamma=1.0)
+    return losses.detach(), list(torch.autograd.grad(losses.mean(), list(adapter.parameters())))
+
+
+def test_loss_and_gradient_are_the_mean_of_separate_passes(parts: tuple[Frozen, Any], batch: Batch):
+    assert batch.draws == DRAWS
+    together, gradients = gradient(parts, batch)
+    separate = [gradient(parts, one_draw(batch, draw)) for draw in range(DRAWS)]
+    torch.testing.assert_close(together, torch.stack([losses for losses, _ in separate]).mean(0), rtol=1e-5, atol=1e-6)
+    for index, got in enumerate(gradients):
+        alone = torch.stack([each[index] for _, each in separate])
+        assert not torch.allclose(alone[0], alone[1], rtol=1e-2, atol=0), "the draws differ, or nothing is tested"
+        torch.testing.assert_close(got, alone.mean(0), rtol=1e-4, atol=1e-7)
+
+
+def test_the_adapter_runs_once_for_all_draws(parts: tuple[Frozen, Any], batch: Batch):
+    frozen, adapter = parts
+    seen: list[int] = []
+    handle = adapter.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+    batch_losses(adapter, frozen, batch)
+    handle.remove()
+    assert seen == [SIZE]
+
+
+def test_a_batch_cut_for_memory_keeps_each_samples_draws(parts: tuple[Frozen, Any], batch: Batch):
+    whole, _ = gradient(parts, batch)
+    cut = [gradient(parts, part(batch, number, number + 1))[0] for number in range(SIZE)]
+    torch.testing.assert_close(torch.cat(cut), whole, rtol=1e-5, atol=1e-6)

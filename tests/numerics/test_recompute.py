@@ -1,0 +1,53 @@
+"""Recomputing activations: the same gradients, from less that is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.diffusion.schedule import NoiseSchedule
+from t2i_adapter.models.adapter import build_adapter
+from t2i_adapter.models.base import open_base
+from t2i_adapter.models.quantize import quantize
+from t2i_adapter.models.recompute import recompute
+from t2i_adapter.training.estimate import example_batch
+from t2i_adapter.training.step import Frozen, batch_losses
+
+
+def gradients(blocks: str | None, *, quantized: bool = False) -> tuple[list[torch.Tensor], int]:
+    """The adapter's on one batch, and the bytes kept for the backward pass, weights left out."""
+    base = open_base(BaseOptions())
+    unet: Any = base.unet("cpu", torch.float32)
+    if quantized:
+        quantize(unet, "int8", "cpu")
+    if blocks:
+        recompute(unet, blocks)  # pyright: ignore[reportArgumentType]
+    frozen = Frozen(unet, NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
+    torch.manual_seed(0)
+    adapter = build_adapter(AdapterOptions(), base.unet_config)
+    batch = example_batch(base.unet_config, 4, height=128, width=128)
+    own = {t.untyped_storage().data_ptr() for t in (*unet.parameters(), *unet.buffers(), *adapter.parameters())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = batch_losses(adapter, frozen, batch).mean()
+    loss.backward()
+    return [parameter.grad for parameter in adapter.parameters() if parameter.grad is not None], sum(kept.values())
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_gradients_are_the_same_to_the_bit_and_less_is_kept(quantized: bool):
+    plain, kept = gradients(None, quantized=quantized)
+    for blocks, most in (("large", 0.75), ("all", 0.4)):
+        found, less = gradients(blocks, quantized=quantized)
+        assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+        assert less < most * kept, blocks

@@ -1,0 +1,297 @@
+"""The same run whatever happens to it: a step that is lost, a limit, another split, its best moment kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from doc_pages import code
+from safetensors.torch import load_file, save_file
+
+from t2i_adapter import compat, load
+from t2i_adapter.config import (
+    BaseOptions,
+    CheckpointOptions,
+    Config,
+    DataOptions,
+    HubOptions,
+    OptimOptions,
+    TrackingOptions,
+    TrainOptions,
+    ValidationOptions,
+    seconds_of,
+    to_dict,
+)
+from t2i_adapter.errors import Stopped, UserError
+from t2i_adapter.flags import parse_train
+from t2i_adapter.training import continuity, nonfinite, verify
+from t2i_adapter.training.loop import Trainer
+from t2i_adapter.training.run import make_trainer, run, set_up
+from t2i_adapter.training.signals import Stopper
+from t2i_adapter.training.step import batch_losses
+from t2i_adapter.training.verify_options import VerifyOptions
+from t2i_adapter.types import Batch
+
+BAD_STEP = 3
+
+
+@pytest.fixture
+def config(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> Config:
+    return Config(
+        output_dir=str(tmp_path / "run"),
+        base=BaseOptions(name=str(tiny_base)),
+        data=DataOptions(train_data_dir=str(tiny_data), resolution=64, num_workers=0),
+        train=TrainOptions(batch_size=2, max_steps=6, seed=5, ema_decay=0.9),
+        optim=OptimOptions(lr=1e-3, schedule="cosine", warmup_steps=2),
+        checkpoint=CheckpointOptions(every=1, keep=None),
+        tracking=TrackingOptions(report_to="none", log_every=1),
+    )
+
+
+def with_nan(batches: Callable[[int], Iterator[Batch]]) -> Callable[[int], Iterator[Batch]]:
+    """Batches whose second sample of step BAD_STEP has noise that is no number."""
+
+    def spoilt(start: int) -> Iterator[Batch]:
+        for step, batch in enumerate(batches(start), start):
+            if step == BAD_STEP:
+                noise = batch.noise.clone()
+                noise[1, 0, 0, 0] = torch.nan
+                batch = replace(batch, noise=noise)
+            yield batch
+
+    return spoilt
+
+
+def trainer_with_a_bad_step(config: Config, stop_after: int | None = None) -> Trainer:
+    trainer = make_trainer(set_up(config), Stopper(stop_after=stop_after))
+    trainer.batches = with_nan(trainer.batches)
+    Path(config.output_dir).mkdir(exist_ok=True)
+    return trainer
+
+
+def checkpoint_of(config: Config, step: int) -> dict[str, torch.Tensor]:
+    folder = Path(config.output_dir) / f"checkpoint-{step}"
+    return load_file(folder / "t2iadapter" / "diffusion_pytorch_model.safetensors") | load_file(
+        folder / "training.safetensors"
+    )
+
+
+def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name in a | b if name not in a or name not in b or not torch.equal(a[name], b[name])]
+
+
+def test_a_bad_step_stops_before_the_optimiser_names_its_sample_and_keeps_its_batch(config: Config):
+    trainer = trainer_with_a_bad_step(config)
+    with pytest.raises(UserError, match="gradient of step 3 is no finite number and was not applied") as told:
+        trainer.fit()
+    whole = replace(config, output_dir=f"{config.output_dir}-whole")
+    run(whole)
+    assert not different(checkpoint_of(config, BAD_STEP), checkpoint_of(whole, BAD_STEP))
+    now = trainer.adapter.state_dict()
+    kept = checkpoint_of(config, BAD_STEP)
+    assert all(torch.equal(value, kept[f"weights.{name}"]) for name, value in now.items()), "the weights were touched"
+    assert not (Path(config.output_dir) / "checkpoint-4").exists()
+
+    (Path(config.output_dir) / "options.yaml").write_text(load.dump(config))
+    page = Path(__file__).parents[2] / "docs" / "reliability.md"
+    shown: dict[str, Any] = {}
+    exec(code(page, "from dataclasses import replace").replace("my-adapter", config.output_dir), shown)
+    (batch,) = shown["batches"]
+    assert f"it had {batch.keys[1]} (timestep {batch.timesteps[1]}, loss nan)" in str(told.value)
+    assert batch.keys[0] not in str(told.value)
+    replayed = batch_losses(shown["setup"].adapter, shown["frozen"], batch).tolist()
+    assert replayed[0] == replayed[0] and replayed[1] != replayed[1]
+
+
+def test_a_bad_step_may_be_passed_over_and_the_run_still_resumes_to_the_bit(config: Config):
+    config = replace(config, train=replace(config.train, on_nonfinite="skip", max_nonfinite=1))
+    trainer_with_a_bad_step(config).fit()
+    assert not different(
+        {k: v for k, v in checkpoint_of(config, 4).items() if k.startswith("weights.")},
+        {k: v for k, v in checkpoint_of(config, 3).items() if k.startswith("weights.")},
+    ), "the bad step moved the weights"
+    rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 5, 6] and all(row["loss"] > 0 for row in rows)
+
+    stopped = replace(config, output_dir=f"{config.output_dir}-stopped")
+    with pytest.raises(Stopped):
+        trainer_with_a_bad_step(stopped, stop_after=4).fit()
+    again = trainer_with_a_bad_step(replace(stopped, checkpoint=replace(stopped.checkpoint, resume="auto")))
+    again.resume(Path(stopped.output_dir) / "checkpoint-4")
+    assert again.passed_over == 1
+    again.fit()
+    assert not different(checkpoint_of(config, 6), checkpoint_of(stopped, 6))
+
+
+def test_more_bad_steps_than_may_be_passed_over_stop_the_run(config: Config):
+    trainer = trainer_with_a_bad_step(
+        replace(config, train=replace(config.train, on_nonfinite="skip", max_nonfinite=0))
+    )
+    with pytest.raises(UserError, match="step 3 is no finite number"):
+        trainer.fit()
+
+
+def test_a_fused_optimiser_that_is_told_leaves_all_as_it_is():
+    """What the guard relies on where the host does not wait for the device."""
+    torch.manual_seed(0)
+    network = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
+    guard = nonfinite.Guard(optimizer, told=True, scaled=False)
+
+    def step(number: int, spoil: bool) -> None:
+        network(torch.ones(1, 3)).sum().backward()
+        if spoil:
+            network.weight.grad[0, 0] = torch.nan  # type: ignore[index]
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        assert guard.allows(norm, number)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def everything() -> list[torch.Tensor]:
+        state = [value.clone() for entry in optimizer.state.values() for value in entry.values()]
+        return [*(value.detach().clone() for value in network.parameters()), *state]
+
+    step(0, False)
+    before = everything()
+    step(1, True)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    step(2, False)
+    assert not torch.equal(before[0], everything()[0])
+    assert guard.all() == [1] and guard.all() == []
+
+
+def test_verify_resume_finds_no_difference(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "run.yaml").write_text(load.dump(config))
+    verify.run(VerifyOptions(str(tmp_path / "run.yaml"), steps=2))
+    said = capsys.readouterr().out
+    assert "are the same to the bit" in said and "logged losses" in said and "optimizer.0.exp_avg" in said
+    assert not Path(config.output_dir).exists()
+
+
+def test_verify_resume_would_see_a_difference(tmp_path: Path):
+    for name, seed in (("a", 0), ("b", 1)):
+        torch.manual_seed(seed)
+        folder = tmp_path / name / "checkpoint-2"
+        (folder / "t2iadapter").mkdir(parents=True)
+        save_file({"w": torch.rand(3)}, folder / "t2iadapter" / "diffusion_pytorch_model.safetensors")
+        save_file({"s": torch.ones(1), f"only-{name}": torch.ones(1)}, folder / "training.safetensors")
+        (tmp_path / name / "metrics.jsonl").write_text('{"loss": 1.0}\n')
+    found = verify.differences(tmp_path / "a", tmp_path / "b", 2)
+    assert found["s"] == found["logged losses"] == 0 and 0 < found["w"] < 1
+    assert found["only-a"] == found["only-b"] == float("inf")
+
+
+def test_the_best_checkpoint_by_its_pictures_is_kept(config: Config, tiny_data: Path):
+    picture = next((tiny_data / "test").glob("*_*.png"))
+    judged = replace(
+        config,
+        checkpoint=CheckpointOptions(every=6, keep=1, keep_best=True),
+        validation=ValidationOptions(("red circle",), (str(picture),), num_images=1, every=2, steps=2, judge="grey"),
+    )
+    run(judged)
+    folder = Path(judged.output_dir)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scores = {row["step"]: row["control"] for row in rows if "control" in row}
+    assert sorted(scores) == [0, 2, 4, 6] and all(0 <= score <= 1 for score in scores.values())
+    best = max((step for step in scores if step), key=lambda step: scores[step])
+    assert json.loads((folder / "best.json").read_text()) == {"step": best, "score": scores[best]}
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-6", f"checkpoint-{best}"}
+
+
+def test_keep_best_without_anything_to_go_by_is_refused(config: Config, tiny_data: Path):
+    asked = replace(config, checkpoint=replace(config.checkpoint, keep_best=True))
+    with pytest.raises(UserError, match="keep_best: nothing tells.*--validation_prompt"):
+        set_up(asked)
+    picture = next((tiny_data / "test").glob("*_*.png"))
+    shown = replace(asked, validation=ValidationOptions(("red circle",), (str(picture),)))
+    with pytest.raises(UserError, match="keep_best: nothing tells.*--validation.judge"):
+        set_up(shown)
+
+
+def test_a_hub_out_of_reach_and_a_tracker_that_cannot_write_stop_no_run_that_goes_on(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    with pytest.raises(Stopped):
+        run(config, stop_after=3)
+    (tmp_path / "run" / "logs").write_text("a file where the tracker's folder is to be")
+    again = replace(
+        config,
+        hub=HubOptions(push=True, token="hf_planted"),
+        tracking=TrackingOptions(report_to="tensorboard", log_every=1),
+        checkpoint=replace(config.checkpoint, resume="auto"),
+    )
+    with pytest.raises(UserError, match="push_to_hub"):
+        run(replace(again, output_dir=f"{config.output_dir}-new"))
+    run(again)  # the tests' surroundings are offline
+    assert "Training does not wait for it" in capsys.readouterr().out
+    assert "Could not start a tracker" in caplog.text
+    assert (tmp_path / "run" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+# What may change ------------------------------------------------------------------------------------------------------
+
+
+PLAN = {"seed": 5, "global_batch": 4, "samples": 8}
+
+
+def test_the_flags_that_stand_alone_are_those_of_the_tree_in_verb_and_script():
+    given = ("--max_time", "2h", "--on_nonfinite=skip", "--allow-changed")
+    for parsed in (
+        parse_train(["--data.train_data_dir", "x", *given], "t2i-adapter train"),
+        compat.parse(["--pretrained_model_name_or_path", "nano", "--train_data_dir", "x", *given]),
+    ):
+        config = parsed.config
+        assert (config.train.max_time, config.train.on_nonfinite) == ("2h", "skip")
+        assert config.checkpoint.allow_changed
+
+
+def changes(config: Config, plan: dict[str, int] = PLAN, **state: Any) -> list[continuity.Change]:
+    return continuity.changes({"options": to_dict(Config()), "plan": PLAN, **state}, config, plan)
+
+
+def test_every_name_in_the_table_of_harmless_changes_is_an_option():
+    known = set(load.option_types(Config))
+    groups = {path.partition(".")[0] for path in known if "." in path}
+    assert set(continuity.HARMLESS) <= known | groups
+
+
+@pytest.mark.parametrize("path", sorted({"base.name", "data.resolution", "adapter.num_res_blocks", "optim.name",
+                                         "optim.lr", "objective.timesteps", "data.train_data_dir"}))  # fmt: skip
+def test_what_decides_the_numbers_breaks_continuity(path: str):
+    assert not continuity.is_harmless(path)
+
+
+def test_a_global_batch_that_is_split_otherwise_is_the_same_run():
+    halves = replace(Config(), train=replace(Config().train, batch_size=2, gradient_accumulation_steps=2))
+    found = changes(halves)
+    assert [change.name for change in found] == ["train.batch_size", "train.gradient_accumulation_steps"]
+    continuity.check(found, "checkpoint-1", allowed=False)
+    with pytest.raises(UserError, match="the global batch 4 -> 8: .*allow_changed"):
+        continuity.check(changes(halves, {**PLAN, "global_batch": 8}), "checkpoint-1", allowed=False)
+
+
+def test_an_option_that_an_older_version_did_not_have_is_as_it_is_by_default():
+    old = to_dict(Config())
+    del old["train"]["ema_decay"]
+    assert changes(Config(), options=old) == []
+    newer = replace(Config(), train=replace(Config().train, ema_decay=0.9))
+    assert [str(change) for change in changes(newer, options=old)] == ["train.ema_decay 0.0 -> 0.9"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90m", 5400), ("1h30m", 5400), ("2h", 7200), ("12:00:00", 43200), ("1-12:00:00", 129600)],
+)
+def test_times(text: str, seconds: int):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "1.5h", "12:00", "h", "-1", "90 m", "1d2", "٣m"])
+def test_what_is_no_time_is_refused(text: str):
+    with pytest.raises(UserError, match="train.max_time .*write 90m"):
+        TrainOptions(max_time=text)

@@ -1,0 +1,244 @@
+"""Tokens and passwords are planted, and everything that is written or printed is searched for them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from push_hub import TOKEN, running_hub
+
+from t2i_adapter.cli import main
+from t2i_adapter.config import DataOptions
+from t2i_adapter.errors import UserError, keep_secret, public
+from t2i_adapter.sources.table import open_source
+
+ENVIRONMENT = {
+    "HF_TOKEN": "hf_planted-in-the-environment",
+    "WANDB_API_KEY": "planted0wandb0key0" + "0" * 22,
+    "AWS_SECRET_ACCESS_KEY": "planted-aws-secret-key",
+}
+LOGIN, PASSWORD = "planted-user", "planted-password"
+
+
+def run(*words: str, cwd: Path, **environment: str) -> str:
+    """Runs a program that may fail; returns all that it printed."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env={**os.environ, **ENVIRONMENT, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    return done.stdout
+
+
+def carriers(folder: Path, *secrets: str) -> list[str]:
+    """Files that hold a secret, plainly or in base64."""
+    needles = [form for one in secrets for form in (one.encode(), base64.b64encode(one.encode())[:-4])]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [f"{path}: {needle!r}" for path in files for needle in needles if needle in path.read_bytes()]
+
+
+def test_no_secret_is_in_anything_that_a_published_run_writes_or_says(tiny_base: Path, tiny_data: Path, tmp_path: Path):
+    """A whole run with checkpoints, trackers, card and upload."""
+    with running_hub() as hub:
+        said = run(
+            *("-m", "t2i_adapter", "train", "--base.name", str(tiny_base), "--data.train_data_dir", str(tiny_data)),
+            *("--data.resolution", "64", "--train.batch_size", "2", "--train.max_steps", "2", "--train.seed", "0"),
+            *("--checkpoint.every", "1", "--output_dir", "run", "--data.prepared_dir", "kept"),
+            *("--tracking.report_to", "tensorboard,wandb", "--hub.push", "--hub.token", TOKEN),
+            *("--validation.prompts", "a", "--validation.images", str(tiny_data / "train" / "00000_outline.png")),
+            *("--validation.steps", "1", "--validation.num_images", "1"),
+            cwd=tmp_path,
+            HF_ENDPOINT=hub.address,
+            HF_HUB_DISABLE_XET="1",
+            HF_HUB_OFFLINE="0",
+        )
+        assert "Published" in said, said
+        planted = (TOKEN, *ENVIRONMENT.values())
+        assert [one for one in planted if one in said] == []
+        assert carriers(tmp_path, *planted) == []
+        assert [name for name, content in hub.files.items() if any(one.encode() in content for one in planted)] == []
+        assert any(path.name.startswith("checkpoint-") for path in (tmp_path / "run").iterdir())
+        assert any("tfevents" in path.name for path in (tmp_path / "run").rglob("*")), "a tracker has written"
+
+
+def test_a_traceback_is_shown_without_secrets(tmp_path: Path):
+    """What is no person's fault keeps its traceback, in which libraries like to quote what they were given."""
+    program = (
+        "import os\nfrom t2i_adapter.cli import guarded\nfrom t2i_adapter.config import HubOptions\n"
+        f"HubOptions(token={TOKEN!r})\n"
+        "def crash():\n"
+        "    raise RuntimeError('401 for ' + os.environ['HF_TOKEN'] + ' at https://u:planted-password@h/x, "
+        f"{TOKEN}')\n"
+        "guarded(crash)\n"
+    )
+    (tmp_path / "crash.py").write_text(program.replace(repr(TOKEN), "os.environ['PLANTED']").replace(TOKEN, "x"))
+    said = run(str(tmp_path / "crash.py"), cwd=tmp_path, PLANTED=TOKEN)
+    assert "Traceback" in said and "RuntimeError: 401 for [secret] at https://h/x" in said
+    assert ENVIRONMENT["HF_TOKEN"] not in said and "u:planted" not in said.splitlines()[-1]
+
+
+def test_what_is_told_once_as_a_secret_is_taken_out_of_every_message():
+    keep_secret("planted-in-this-test")
+    assert str(UserError("the hub says: planted-in-this-test is wrong")) == "the hub says: [secret] is wrong"
+    assert public("s3://key:word@bucket/x and https://h/a.tar?X-Amz-Signature=ab12 fail") == (
+        "s3://bucket/x and https://h/a.tar?... fail"
+    )
+
+
+@pytest.mark.parametrize("flag", ["--hub.tokn=", "--hub_tokens=", "--token=", "--hub.token-="])
+def test_a_misspelt_flag_does_not_show_its_token(flag: str, capsys: pytest.CaptureFixture[str]):
+    secret = f"hf_planted{abs(hash(flag))}"
+    assert main(["train", f"{flag}{secret}"]) == 2
+    captured = capsys.readouterr()
+    assert secret not in captured.out + captured.err
+
+
+def test_a_token_has_no_place_in_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("hub:\n  token: hf_planted-in-a-recipe\n")
+    assert main(["train", "--recipe", str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert "is a secret and has no place in a recipe" in said and "hf_planted-in-a-recipe" not in said
+
+
+ADDRESS = f"https://{LOGIN}:{PASSWORD}@127.0.0.1:9/{{000..003}}.tar"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--data.train_data_dir", ADDRESS, "--output_dir", "run"],
+        ["prepare", "--data.train_data_dir", ADDRESS],
+        ["doctor", ADDRESS],
+        ["annotate", "canny", "--data", ADDRESS, "--out", "out"],
+        ["train", "--data.train_data_dir", f"s3://{LOGIN}:{PASSWORD}@bucket/0.tar", "--output_dir", "run"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_an_address_with_a_password_is_refused_without_showing_it(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert "may not hold a login" in captured.err and "~/.netrc" in captured.err
+    assert PASSWORD not in captured.err + captured.out and LOGIN not in captured.err + captured.out
+    assert carriers(tmp_path, PASSWORD) == []
+
+
+def test_an_address_with_a_password_in_a_row_is_refused_and_not_written_down(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = [
+        {"image": str(path), "conditioning_image": str(path), "text": "a"}
+        for path in sorted((tiny_data / "train").glob("0000?.png"))
+    ]
+    address = f"http://{LOGIN}:{PASSWORD}@127.0.0.1:9/x.png"
+    rows.append({"image": address, "conditioning_image": address, "text": "a"})
+    table = tiny_data / "train" / "rows.jsonl"
+    table.write_text("".join(json.dumps({**row}) + "\n" for row in rows))
+    out = tmp_path / "run"
+    try:
+        words = ["train", "--base.name", str(tiny_base), "--data.train_data_dir", str(table), "--output_dir", str(out)]
+        more = ["--data.resolution", "64", "--train.max_steps", "1", "--train.batch_size", "1", "--train.seed", "0"]
+        skip = ["--data.on_bad_sample", "skip", "--data.max_bad_share", "0.5", "--data.num_workers", "0"]
+        assert main([*words, *more, *skip, "--tracking.report_to", "none"]) == 0
+    finally:
+        table.unlink()
+    captured = capsys.readouterr()
+    assert "x.png" in (out / "bad_samples.jsonl").read_text()
+    assert PASSWORD not in captured.err + captured.out
+    assert carriers(tmp_path, PASSWORD) == []
+
+
+@pytest.fixture
+def locked() -> Iterator[str]:
+    """A web server that asks for a login."""
+    wanted = "Basic " + base64.b64encode(f"{LOGIN}:{PASSWORD}".encode()).decode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.headers.get("Authorization") == wanted
+            body = b'{"image": "x.png", "conditioning_image": "x.png", "text": "a"}\n' if known else b""
+            self.send_response(200 if known else 401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET  # noqa: N815 - the base class's names
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Says nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/rows.jsonl"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_login_comes_from_netrc(locked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What the refusal of an address with a password advises."""
+    options = DataOptions(train_data_dir=locked, prepared_dir=str(tmp_path / "kept"))
+    with pytest.raises(UserError, match="401"):
+        open_source(options, seed=0)
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"machine 127.0.0.1 login {LOGIN} password {PASSWORD}\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert len(open_source(options, seed=0)) == 1
+    assert carriers(tmp_path / "kept", PASSWORD) == []
+
+
+def test_an_endless_answer_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A picture's server may send for ever: the disk is not filled."""
+    from t2i_adapter.sources import remote
+
+    monkeypatch.setattr(remote, "_UNTOLD_BYTES", 2**20)
+    sent = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            try:
+                for _ in range(1_000):
+                    self.wfile.write(bytes(2**20))
+                    sent.append(1)
+            except OSError:
+                pass
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Says nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        folder = tmp_path / "data"
+        folder.mkdir()
+        address = f"http://127.0.0.1:{server.server_port}/x.png"
+        row = {"image": address, "conditioning_image": address, "text": "a"}
+        (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        options = DataOptions(train_data_dir=str(folder / "rows.jsonl"), prepared_dir=str(tmp_path / "kept"))
+        with pytest.raises(UserError, match="sends more than 1,048,576 bytes"):
+            open_source(options, seed=0)[0]
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert len(sent) < 500
+    assert sum(path.stat().st_size for path in (tmp_path / "kept").rglob("*") if path.is_file()) == 0

@@ -1,0 +1,120 @@
+"""Text of data, records and names is shown as text: in pages, cards and terminals. And links are not pushed."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from t2i_adapter.cli import main
+from t2i_adapter.errors import UserError, public
+from t2i_adapter.export.card import CardSample, markdown, write_card
+from t2i_adapter.export.hub import _operations
+from t2i_adapter.models.metadata import Metadata
+
+ATTACKS = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "![x](javascript:alert(1)) [y](http://evil/)",
+    "</code></td></table><iframe src=//evil>",
+    "---\nlicense: evil\n---",
+    "```\n<b>out of the fence</b>\n```",
+    "| a | b |\n|---|---|",
+    "&lt;b&gt; &amp; <!-- evaluation -->",
+)
+
+
+class Tags(HTMLParser):
+    """Every tag and attribute of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found |= {tag, *(name for name, _ in attrs)}
+
+
+def dangerous(page: str) -> set[str]:
+    tags = Tags()
+    tags.feed(page)
+    return {tag for tag in tags.found if tag in ("script", "iframe", "object", "embed") or tag.startswith("on")}
+
+
+def test_the_doctors_page_shows_captions_as_text(tiny_data: Path, tmp_path: Path):
+    folder = tmp_path / "data" / "train"
+    folder.mkdir(parents=True)
+    rows = []
+    for number, attack in enumerate(ATTACKS):
+        Image.new("RGB", (64, 64)).save(folder / f"{number}.png")
+        name = f"{number}.png"
+        rows.append({"file_name": name, "conditioning_image_file_name": name, "text": attack})
+    rows.append({"file_name": "<img src=x onerror=alert(1)>.png", "conditioning_image_file_name": "x", "text": "a"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = tmp_path / "page.html"
+    with pytest.raises(SystemExit):  # rows are at fault
+        main(["doctor", str(tmp_path / "data"), "--data.resolution", "64", "--workers", "0", "--html", str(page)])
+    text = page.read_text()
+    assert "alert(1)" in text, "the captions are shown"
+    assert dangerous(text) == set()
+    assert "default-src 'none'" in text
+
+
+def card(folder: Path, attack: str) -> str:
+    samples = [CardSample(attack, Image.new("RGB", (8, 8)), [Image.new("RGB", (8, 8))])]
+    record = Metadata(
+        base={"name": "nano"}, condition={"name": attack}, optim={attack: attack}, versions={attack: attack}, steps=1
+    )
+    made = write_card(folder, metadata=record, repo_id="someone/x", channels=3, samples=samples, license=attack)
+    return made.read_text()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_card_shows_names_and_prompts_as_text(tmp_path: Path, attack: str):
+    text = card(tmp_path, attack)
+    _, head, body = text.split("---\n", 2) if not attack.startswith("---") else (None, *text[4:].split("\n---\n", 1))
+    assert yaml.safe_load(head)["license"] == attack
+    fence, outside = False, []
+    for line in body.splitlines():  # a fence ends where a line begins with it
+        fence ^= line.startswith("```")
+        outside += [] if fence else [line]
+    assert dangerous("\n".join(outside)) == set() and "<b>" not in "\n".join(outside)
+    assert outside.count("<!-- evaluation -->") == 1
+
+
+def test_markdown_leaves_nothing_that_means_something():
+    for attack in ATTACKS:
+        shown = markdown(attack)
+        assert "\n" not in shown and "<" not in shown
+        assert "](" not in shown and "![" not in shown
+
+
+def test_a_terminal_is_not_steered(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "data" / "train"
+    folder.mkdir(parents=True)
+    row = {"file_name": "\x1b]0;owned\x07\x1b[2J\u202e.png", "conditioning_image_file_name": "x", "text": "a"}
+    (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["annotate", "canny", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "o"), "--workers=0"])
+    said = capsys.readouterr()
+    assert "\x1b" not in said.err + said.out and "\u202e" not in said.err + said.out
+    assert public("a\x1b[31mb\x00c") == "a\\x1b[31mb\\x00c"
+
+
+@pytest.mark.parametrize("name", ["README.md", "images/sample_00.png", "diffusion_pytorch_model.fp16.safetensors"])
+def test_a_link_in_an_adapters_folder_is_not_uploaded(tmp_path: Path, name: str):
+    folder, secret = tmp_path / "adapter", tmp_path / "id_rsa"
+    secret.write_text("secret")
+    (folder / "images").mkdir(parents=True)
+    for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (folder / file).write_text("{}")
+    (folder / "t2i_adapter.json").write_text(json.dumps({"schema": 1, "base": {"name": "nano"}}))
+    (folder / "notes.txt").write_text("not for the hub")
+    sent = {operation.path_in_repo for operation in _operations(folder)}
+    assert sent == {"config.json", "diffusion_pytorch_model.safetensors", "t2i_adapter.json"}
+    (folder / name).symlink_to(secret)
+    with pytest.raises(UserError, match="is a link"):
+        list(_operations(folder))

@@ -1,0 +1,59 @@
+"""benchmarks/sample_efficiency.py: every arm is a run that the options allow, and its table says what was measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "sample_efficiency.py"
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("sample_efficiency", PROGRAM)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def points(*ious: float) -> list[dict[str, Any]]:
+    return [
+        {"samples": 128 * (n + 1), "updates": 8 * (n + 1), "cpu_s": 2.0 * (n + 1), "error": 1 - iou, "iou": [iou, iou]}
+        for n, iou in enumerate(ious)
+    ]
+
+
+def test_every_arm_differs_from_the_recipe_by_allowed_options(program: ModuleType, tmp_path: Path):
+    made = {name: program.arm_config(changes, tmp_path, tmp_path, 3) for name, changes in program.ARMS.items()}
+    chosen = made.pop("chosen")
+    assert chosen.train.seed == 3
+    assert all(config != chosen for config in made.values())
+    assert len({repr(config) for config in made.values()}) == len(made), "no arm is measured twice"
+
+
+def test_a_crossing_lies_on_the_line_between_two_measurements(program: ModuleType):
+    curve = points(0.6, 0.7, 0.9)
+    assert program.crossing(curve, 0.8, "samples") == pytest.approx(128 * 2.5)
+    assert program.crossing(curve, 0.8, "cpu_s") == pytest.approx(5.0)
+    assert program.crossing(curve, 0.95, "samples") is None
+    assert program.crossing(points(0.7, 0.9, 0.6, 0.9), 0.8, "samples") == pytest.approx(192), "the first time"
+    assert program.crossing(points(0.85), 0.8, "samples") == 128, "by the first measurement"
+
+
+def test_the_table_tells_each_seeds_numbers_and_what_was_not_measured(program: ModuleType):
+    runs = [
+        {"set": "circles", "arm": "chosen", "seed": 0, "iou": True, "points": points(0.7, 0.9)},
+        {"set": "circles", "arm": "chosen", "seed": 1, "iou": True, "points": points(0.5, 0.6)},
+        {"set": "circles", "arm": "before", "seed": 0, "iou": False, "points": points(0.1, 0.2)},
+    ]
+    chosen, before = program.table(runs).splitlines()[2:]
+    assert "| 192, not in 256 (256, not in 256) | 3, not in 4 (4, not in 4) | 0.75 (" in chosen
+    assert "0.25 (0.10 to 0.40)" in chosen
+    assert before.count("not measured") == 3 and " -, 0.90, 0.80 " in before

@@ -1,0 +1,75 @@
+"""Who hears a wish to stop, and when it is obeyed. The signals are real ones, sent to this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+
+from t2i_adapter.errors import Stopped
+from t2i_adapter.training.signals import CODES, STEP_REACHED, TIME_IS_UP, Stopper
+
+HOUR = timedelta(hours=1)
+LISTENED_TO = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.01)  # the handler runs between two lines of Python
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+def test_before_training_a_signal_ends_the_run_where_it_stands(number: signal.Signals, code: int):
+    with pytest.raises(Stopped, match=f"stopped by {number.name}; nothing was trained") as stop, Stopper():
+        send(number)
+    assert stop.value.code == code
+
+
+@pytest.mark.parametrize("number", LISTENED_TO)
+def test_in_training_it_waits_to_be_asked_for(number: signal.Signals):
+    with Stopper() as stopper:
+        stopper.begin_training(HOUR)
+        assert stopper.asked(1) == 0
+        send(number)
+        assert stopper.asked(2) == number
+
+
+def test_what_would_take_long_is_cut_short():
+    began = time.monotonic()
+    with Stopper() as stopper:
+        stopper.begin_training(HOUR)
+        assert stopper.unless_heard(lambda: "drawn") == "drawn"
+        threading.Timer(0.05, send, (signal.SIGTERM,)).start()
+        assert stopper.unless_heard(lambda: time.sleep(30)) is None
+        assert stopper.unless_heard(lambda: pytest.fail("begun although a signal was heard")) is None
+    assert time.monotonic() - began < 20
+
+
+def test_after_the_run_signals_mean_what_they_meant_before():
+    before = [signal.getsignal(number) for number in LISTENED_TO]
+    with Stopper():
+        assert [signal.getsignal(number) for number in LISTENED_TO] != before
+    assert [signal.getsignal(number) for number in LISTENED_TO] == before
+
+
+def test_a_child_process_does_not_take_the_signal_for_its_own():
+    with Stopper() as stopper:
+        child = os.fork()
+        if child == 0:
+            send(signal.SIGTERM)
+            os._exit(7 if stopper.asked(1) == 0 else 8)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_time_and_a_step_are_reasons_too():
+    with Stopper(max_time=0.05) as stopper:
+        assert stopper.asked(1) == 0
+        time.sleep(0.06)
+        assert stopper.asked(2) == TIME_IS_UP
+    with Stopper(stop_after=3) as stopper:
+        assert [stopper.asked(step) for step in (2, 3, 4)] == [0, STEP_REACHED, 0]
+    assert CODES[TIME_IS_UP] == CODES[STEP_REACHED] == 0
