@@ -97,6 +97,7 @@ def serve_folder(folder: Path) -> Iterator[WebServer]:
 def serve_s3(folder: Path) -> Iterator[dict[str, str]]:
     """An S3 server whose bucket holds the folder's files while the block runs; gives the environment to reach it by."""
     import boto3
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line a request
@@ -119,6 +120,7 @@ def serve_s3(folder: Path) -> Iterator[dict[str, str]]:
         yield env
     finally:
         server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()  # connections to this server, which another's address would find
 
 
 def read_rows(split: Path) -> Rows:

@@ -33,7 +33,7 @@ class DemoOptions:
     """Pairs to train on."""
     num_test: int = 64
     """Unseen pairs to measure on."""
-    steps: int = 1000
+    steps: int = 400
     """Updates of the adapter."""
     kinds: tuple[Kind, ...] = ("circle",)
     """Shapes to draw: circles, as in the set that the guide trains on, or any of the others too."""
@@ -51,7 +51,7 @@ def training(data_dir: str, output_dir: str, *, steps: int, seed: int) -> Config
         train=TrainOptions(batch_size=16, max_steps=steps, seed=seed, ema_decay=0.9),
         # On a base this small the layout is settled where nearly all is noise: weigh the loss towards there.
         objective=ObjectiveOptions(min_snr_gamma=MIN_SNR_GAMMA, stratify=True),
-        optim=OptimOptions(name="muon", lr=4e-2, schedule="cosine", warmup_steps=0),
+        optim=OptimOptions(name="muon", lr=1e-2, schedule="cosine", warmup_steps=0),
         checkpoint=CheckpointOptions(every=steps, keep=1),
         tracking=TrackingOptions(log_every=10),
     )

@@ -180,6 +180,7 @@ def random_tree(tree: Any, choices: np.random.Generator) -> Any:
         "bucket_step": 64,
         "views": 2,
         "noise_draws": 2,
+        "max_time": "90m",
         "schedule": "cosine",
     }  # options of which not all values pass
     return replace(tree, **{**values, **{name: value for name, value in checked.items() if name in values}})

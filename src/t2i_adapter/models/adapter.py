@@ -53,19 +53,32 @@ def _scale_features(adapter: T2IAdapter, gain: float) -> None:
 
 def load_adapter(name: str, *, cache_dir: str | None = None) -> T2IAdapter:
     """A diffusers adapter from a folder or hub id, float32. Raises UserError if there is none."""
+    place: Any = {"cache_dir": cache_dir, "local_files_only": Path(name).exists()}
     try:
-        return T2IAdapter.from_pretrained(
-            name,
-            cache_dir=cache_dir,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            local_files_only=Path(name).exists(),
-        )
+        _check_sizes(T2IAdapter.load_config(name, **place), name)
+        return T2IAdapter.from_pretrained(name, use_safetensors=True, torch_dtype=torch.float32, **place)
     except (OSError, ValueError) as fault:
         raise UserError(
             f"No adapter at {name!r}: a folder with config.json and diffusion_pytorch_model.safetensors, or a hub id "
             f"that has these, is needed. ({_first_line(fault)})"
         ) from fault
+
+
+def _check_sizes(config: Any, name: str) -> None:
+    """Raises UserError unless a config that may come from anywhere describes a network that can be built."""
+    channels = config.get("channels", [1])  # what is not there has a default
+    if not isinstance(channels, list) or not 1 <= len(channels) <= 8:
+        raise UserError(f"{name}/config.json: channels is {str(channels)[:40]}, allowed is a list of 1 to 8 numbers.")
+    sizes = {f"channels[{i}]": (size, 8192) for i, size in enumerate(channels)}
+    sizes |= {key: (config.get(key, 1), 64) for key in ("in_channels", "num_res_blocks", "downscale_factor")}
+    for key, (size, most) in sizes.items():
+        if type(size) is not int or not 1 <= size <= most:
+            raise UserError(
+                f"{name}/config.json: {key} is {str(size)[:40]}, allowed is a whole number from 1 to {most}."
+            )
+    kind, kinds = config.get("adapter_type", "full_adapter"), ("full_adapter", "full_adapter_xl", "light_adapter")
+    if kind not in kinds:
+        raise UserError(f"{name}/config.json: adapter_type is {str(kind)[:40]}, allowed are {', '.join(kinds)}.")
 
 
 def check_fits(adapter_config: Mapping[str, Any], unet_config: Mapping[str, Any], name: str = "the adapter") -> None:

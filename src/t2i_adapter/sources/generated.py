@@ -117,7 +117,7 @@ class ShapesRows:
         condition = None
         if self.annotate is None:
             condition = drawn(image.name, (kind,), lambda: shapes.condition(scene, size, kind))
-        return Row(image, condition, scene.caption, {"scene": json.dumps(plain)})
+        return Row(image, condition, scene.caption, {"shapes": shapes.kinds_caption(scene), "scene": json.dumps(plain)})
 
     def captions(self, index: int) -> Any:
         return self._scene(index).caption

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from accelerate.utils import LoggerType
 from PIL.Image import Image
 
 from t2i_adapter.config import Config, to_dict
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, public
 from t2i_adapter.files import parse_json, write_whole
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def start(accelerator: Accelerator, config: Config) -> None:
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        sys.argv[:] = [public(word) for word in sys.argv]  # trackers record the command line
         accelerator.init_trackers(config.tracking.project, options, places)
 
     _guarded(begin, "start")

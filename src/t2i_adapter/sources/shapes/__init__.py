@@ -1,6 +1,6 @@
 """Synthetic scenes: flat shapes on plain or patterned backgrounds, with captions and exact maps, endless by seed."""
 
-from .dataset import SPLITS, TEST_START, split_start, write_dataset
+from .dataset import SPLITS, TEST_START, kinds_caption, split_start, write_dataset
 from .draw import CONDITIONS, SEGMENTATION_COLORS, background_mask, condition, render, visible_masks
 from .sample import MAX_TURN, default_accent, sample_scene
 from .scene import COLORS, KINDS, PATTERNS, SPACED, Background, Scene, Shape
@@ -21,6 +21,7 @@ __all__ = [
     "background_mask",
     "condition",
     "default_accent",
+    "kinds_caption",
     "render",
     "sample_scene",
     "split_start",

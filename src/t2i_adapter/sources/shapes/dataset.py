@@ -22,6 +22,11 @@ def split_start(split: str) -> int:
     return TEST_START if split == "test" else 0
 
 
+def kinds_caption(scene: Scene) -> str:
+    """A caption that names the shapes, and neither colours nor places: what is left must come from the condition."""
+    return " and ".join(f"a {shape.kind}" for shape in scene.shapes)
+
+
 def write_dataset(
     out: Path,
     *,
@@ -64,6 +69,6 @@ def _write_sample(folder: Path, number: int, scene: Scene, size: int, kind: str)
         "file_name": name,
         "conditioning_image_file_name": condition_name,
         "text": scene.caption,
-        "shapes": " and ".join(f"a {shape.kind}" for shape in scene.shapes),
+        "shapes": kinds_caption(scene),
         "scene": json.dumps(scene.to_dict()),
     }
