@@ -278,12 +278,18 @@ def ends_within_a_minute(running: subprocess.Popen[str], processes: dict[int, in
     return said
 
 
-def test_one_killed_process_ends_all_within_a_minute_and_is_named(work: Path):
-    running = launched(work, *words("one-killed", "--train.batch_size", "1", "--train.max_steps", "4000"))
+def test_one_killed_process_ends_all_within_a_minute_and_is_named_and_two_go_on(work: Path):
+    command = words("one-killed", "--train.batch_size", "1", "--checkpoint.every", "1")
+    running = launched(work, *command, "--train.max_steps", "4000")
     until(lambda: steps_logged(work / "one-killed") >= 2)
     processes = ranks(running.pid)
     os.kill(processes[1], signal.SIGKILL)
     assert re.search(r"rank\s*: 1", ends_within_a_minute(running, processes))
+    more = steps_logged(work / "one-killed") + 2
+    again = launched(work, *command, "--train.max_steps", str(more), "--checkpoint.resume", "auto")
+    said = again.communicate(timeout=200)[0]
+    assert again.returncode == 0 and "Resuming from" in said, said
+    assert steps_logged(work / "one-killed") == more
 
 
 def test_one_process_that_fails_ends_all_within_a_minute_and_is_named(work: Path, tiny_data: Path):

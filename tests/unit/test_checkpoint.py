@@ -58,7 +58,7 @@ def test_an_optimiser_goes_on_to_the_bit(tmp_path: Path):
     optimizer = trained(stopped, 1)
     tensors, numbers = checkpoint.pack_optimizer(optimizer)
     folder = checkpoint.write(tmp_path, checkpoint.take(stopped, TrainingState(tensors, state_of(1, numbers))))
-    weights, training = checkpoint.load(folder, torch.device("cpu"))
+    weights, training = checkpoint.load(folder)
     resumed = small_adapter(seed=9)
     resumed.load_state_dict(weights)
     fresh = torch.optim.AdamW(resumed.parameters(), lr=1e-3)
@@ -199,7 +199,7 @@ def write_schema_1(folder: Path, step: int) -> Path:
 def test_an_older_schema_still_loads(tmp_path: Path):
     folder = write_schema_1(tmp_path, 3)
     assert checkpoint.find(tmp_path, "auto") == (folder, [])
-    weights, training = checkpoint.load(folder, torch.device("cpu"))
+    weights, training = checkpoint.load(folder)
     assert training.state["plan"] == {"seed": 7, "global_batch": 16, "samples": 0}
     expected = small_adapter(3)
     trained(expected, 1)

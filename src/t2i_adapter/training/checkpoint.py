@@ -276,11 +276,11 @@ def _migrated(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def load(folder: Path, device: torch.device) -> tuple[dict[str, Tensor], TrainingState]:
+def load(folder: Path) -> tuple[dict[str, Tensor], TrainingState]:
     """(adapter weights as published, training state). Raises UserError if a file cannot be read."""
     try:
-        weights = load_file(folder / WEIGHTS, device=str(device))
-        tensors = load_file(folder / TENSORS, device=str(device))
+        weights = load_file(folder / WEIGHTS)
+        tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as fault:
         raise UserError(f"{folder}: {fault}; resume from another checkpoint.") from fault
     return weights, TrainingState(tensors, read_state(folder))

@@ -301,7 +301,7 @@ class Trainer:
 
     def resume(self, folder: Path) -> None:
         """Goes on from a checkpoint as if the run had not stopped. Raises UserError where it does not fit."""
-        published, training = checkpoint.load(folder, self.accelerator.device)
+        published, training = checkpoint.load(folder)
         state, tensors = training.state, training.tensors
         raw = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
         try:
