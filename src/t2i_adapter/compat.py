@@ -95,7 +95,7 @@ ROWS = (
     Row("lr_num_cycles", "optim.num_cycles", int, 1, "Hard restarts of cosine_with_restarts."),
     Row("lr_power", "optim.power", float, 1.0, "Power of the polynomial schedule."),
     _switch("use_8bit_adam", "optim.name", "AdamW with 8-bit states; needs bitsandbytes.", given="adamw8bit"),
-    Row("dataloader_num_workers", "data.num_workers", int, 1, "Processes that build batches."),
+    Row("dataloader_num_workers", "data.num_workers", int, None, "Processes that build batches; 1, or 0 on a CPU."),
     Row("adam_beta1", "optim.betas.0", float, 0.9, "Decay of Adam's first moment."),
     Row("adam_beta2", "optim.betas.1", float, 0.999, "Decay of Adam's second moment."),
     Row("adam_weight_decay", "optim.weight_decay", float, 1e-2, "Decoupled weight decay."),
@@ -203,12 +203,13 @@ def _parser() -> LineParser:
         description="Train a T2I-Adapter for SDXL: the flags of the diffusers script of this name.",
         epilog="Every flag of `t2i-adapter train --help` may stand beside them, such as --optim.warmup_steps 20.",
     )
+    kinds = option_types(Config)
     for row in ROWS:
         options: dict[str, Any] = {"help": _help(row)}
         if row.type is None:
             options |= {"action": "store_const", "const": row.given}
         else:
-            options |= {"type": _reader(row), "nargs": row.nargs, "choices": row.choices, "metavar": _metavar(row)}
+            options |= {"type": _reader(row, kinds.get(row.place)), "nargs": row.nargs, "choices": row.choices, "metavar": _metavar(row)}
         parser.add_argument(f"--{row.flag}", **options)
     return parser
 
@@ -226,9 +227,11 @@ def _metavar(row: Row) -> str | None:
     return None if row.choices or row.type is None else row.type.__name__.upper()
 
 
-def _reader(row: Row) -> Callable[[str], Any]:
-    """Reads the flag's text; what is allowed is told by the type of the flag, or by the list its option allows."""
-    kind = option_types(Config).get(row.place)
+def _reader(row: Row, kind: Any) -> Callable[[str], Any]:
+    """Reads the flag's text; what is allowed is told by the type of the flag, or by the list its option allows.
+
+    kind: that option's type.
+    """
     allowed = get_args(kind) if get_origin(kind) is Literal and row.choices is None else ()
 
     def read(text: str) -> Any:

@@ -161,8 +161,9 @@ class DataOptions:
     """Read captions as lists of tags between commas and shuffle them anew at each draw."""
     keep_tags: int = 0
     """How many first tags keep their place when tags are shuffled."""
-    num_workers: int = 1
-    """Processes that build batches; 0 builds them in the training process. The samples are the same for any number."""
+    num_workers: int | None = None
+    """Processes that build batches; 0 builds them in the training process. The samples are the same for any number.
+    None is 1, and 0 where training is on a CPU: there such a process takes from the step what it gives, and memory."""
     cache: Literal["disk", "none"] = "disk"
     """`disk` encodes every picture once and keeps the latents; `none` encodes at each step, for streams too large to
     keep."""
@@ -178,7 +179,8 @@ class DataOptions:
         share = self.proportion_empty_prompts
         _allow("proportion_empty_prompts", 0 <= share <= 1, share, "allowed is a share from 0 to 1")
         _allow("resolution", 1 <= self.resolution <= 8192, self.resolution, "allowed is 1 to 8192 pixels")
-        _allow("dataloader_num_workers", self.num_workers >= 0, self.num_workers, "0 or more")
+        workers = self.num_workers
+        _allow("dataloader_num_workers", workers is None or workers >= 0, workers, "0 or more")
         count = self.max_train_samples
         _allow("max_train_samples", count is None or count >= 1, count, "1 or more")
         bad = self.max_bad_share

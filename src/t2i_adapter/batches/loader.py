@@ -18,13 +18,26 @@ from t2i_adapter.config import Config
 from t2i_adapter.errors import UserError
 from t2i_adapter.types import Draft
 
+CPU = torch.device("cpu")
+
 
 def make_drafts(
-    facts: Facts, config: Config, *, rank: int, world: int, start_step: int, num_timesteps: int, stop_step: int
+    facts: Facts,
+    config: Config,
+    *,
+    rank: int,
+    world: int,
+    start_step: int,
+    num_timesteps: int,
+    stop_step: int,
+    device: torch.device = CPU,
 ) -> Iterator[Draft]:
     """Yields (stop_step - start_step) * gradient_accumulation_steps micro-batches, on the CPU, pinned where there is
     CUDA. They are the same for any number of workers, and a run that starts at step k gets what one that came there
-    got. `config.train.seed` must be set. Raises UserError where a row cannot be read or a prepared file is damaged."""
+    got. `config.train.seed` must be set. Raises UserError where a row cannot be read or a prepared file is damaged.
+
+    device: where they will be trained on.
+    """
     train = config.train
     accumulate = train.gradient_accumulation_steps
     plan = (
@@ -33,7 +46,7 @@ def make_drafts(
         for micro in range(accumulate)
     )
     pin = torch.cuda.is_available()
-    workers = config.data.num_workers
+    workers = count_workers(config.data.num_workers, device)
     loader = DataLoader(
         MicroBatches(facts, config, train.batch_size * accumulate * world, num_timesteps, pin=pin),
         batch_size=None,
@@ -49,6 +62,13 @@ def make_drafts(
         if isinstance(packed, str):
             raise UserError(packed)
         yield unpack(packed, slots, pin=pin)
+
+
+def count_workers(wanted: int | None, device: torch.device) -> int:
+    """How many processes build batches for a device: `wanted`, or one, or on a CPU none."""
+    if wanted is None:
+        return 0 if device.type == "cpu" else 1
+    return wanted
 
 
 class MicroBatches(Dataset[Any]):

@@ -76,6 +76,7 @@ def make_batches(
         start_step=start_step,
         stop_step=stop_step,
         num_timesteps=num_timesteps,
+        device=accelerator.device,
     )
     for draft in _listed(drafts, facts, config):
         yield encoders.complete(to_device(draft, accelerator.device))
