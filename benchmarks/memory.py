@@ -1,11 +1,14 @@
 """What each means of saving memory saves, and what it does to the adapter's gradient.
 
-    python benchmarks/memory.py [--base nano|FOLDER] [--torchao]
+    python benchmarks/memory.py [--base nano|FOLDER] [--parts gradients curves layers counted] [--torchao]
 
-On nano: cosine of the adapter's gradient on the quantised base to that on the plain one, the least of four random
-batches. On SDXL's true configs at 1024 px in bf16, batch 1: the bytes that `plan` counts (training/estimate.py, tensors
-that have shapes and no content), none of it measured on a device. --torchao adds what a linear layer of torchao keeps
-for its backward pass, where that package is installed. Result file: benchmarks/memory.json.
+gradients: cosine of the adapter's gradient on the quantised base to that on the plain one, the least of four random
+batches. curves: the losses of 200 updates of `t2i-adapter train` in bf16 on circles, the same batches on the plain and
+the quantised bases; how far their means over 20 updates lie apart, as a share of the plain base's. counted: on SDXL's
+true configs at 1024 px in bf16, batch 1, the bytes that `plan` counts (training/estimate.py, tensors that have shapes
+and no content), none of it measured on a device. layers: what one linear layer keeps for its backward pass, with
+--torchao also that package's, where it is installed. Result file: benchmarks/memory.json, in which the parts that are
+not asked for stay.
 """
 
 from __future__ import annotations
@@ -13,26 +16,38 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from real_size import UNET
 
-from t2i_adapter.config import AdapterOptions, BaseOptions, Config, TrainOptions
+from t2i_adapter.config import (
+    AdapterOptions,
+    BaseOptions,
+    Config,
+    DataOptions,
+    OptimOptions,
+    TrackingOptions,
+    TrainOptions,
+)
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.base import Base, open_base
 from t2i_adapter.models.quantize import KINDS, NarrowLinear
+from t2i_adapter.sources.shapes import write_dataset
 from t2i_adapter.training.estimate import Shapes, example_batch
 from t2i_adapter.training.frozen import load_frozen
-from t2i_adapter.training.run import versions
+from t2i_adapter.training.run import run, versions
 from t2i_adapter.training.step import batch_losses
 
 OUT = Path(__file__).with_suffix(".json")
 MIB = 2**20
-BATCHES = 4
+BATCHES, UPDATES = 4, 200
 
 
 class Published:
@@ -55,6 +70,61 @@ def gradients(kind: str, name: str) -> list[torch.Tensor]:
         loss = batch_losses(adapter, frozen, batch).mean()
         found.append(torch.cat([g.flatten().double() for g in torch.autograd.grad(loss, list(adapter.parameters()))]))
     return found
+
+
+def cosines(name: str) -> dict[str, Any]:
+    plain = gradients("none", name)
+    found = {}
+    for kind in KINDS:
+        pairs = zip(plain, gradients(kind, name), strict=True)
+        found[kind] = min(torch.cosine_similarity(a, b, dim=0).item() for a, b in pairs)
+    return {"base": name, "batches": BATCHES, **found}
+
+
+def curves(name: str) -> dict[str, Any]:
+    """Arithmetic or format -> the largest relative distance of its loss to the plain base's in bf16."""
+    losses = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_dataset(folder / "data", num=400, split="train", seed=0, size=128, condition="outline")
+        for kind in ("none", *KINDS, "float32"):
+            losses[kind] = _losses(kind, name, folder)
+            print(kind, sum(losses[kind]) / UPDATES, flush=True)
+    plain = losses.pop("none")
+    apart = {
+        kind: {
+            "mean_of_20_updates": max(abs(a / b - 1) for a, b in zip(_means(found), _means(plain), strict=True)),
+            "mean_of_all": abs(sum(found) / sum(plain) - 1),
+        }
+        for kind, found in losses.items()
+    }
+    return {
+        "base": name,
+        "updates": UPDATES,
+        "batch": 4,
+        "first_and_last_20": _means(plain)[:: UPDATES // 20 - 1],
+        **apart,
+    }
+
+
+def _losses(kind: str, name: str, folder: Path) -> list[float]:
+    precise = kind == "float32"
+    quantize: Any = "none" if precise else kind
+    config = Config(
+        output_dir=str(folder / kind),
+        base=BaseOptions(name=name, quantize=quantize),
+        data=DataOptions(train_data_dir=str(folder / "data"), resolution=128, prepared_dir=str(folder / "prepared")),
+        optim=OptimOptions(lr=1e-3),
+        train=TrainOptions(batch_size=4, max_steps=UPDATES, seed=0, mixed_precision="no" if precise else "bf16"),
+        tracking=TrackingOptions(report_to="none", log_every=1),
+    )
+    run(config)
+    lines = (folder / kind / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def _means(losses: list[float]) -> list[float]:
+    return [sum(losses[start : start + 20]) / 20 for start in range(0, UPDATES, 20)]
 
 
 def foretold(nano: Base) -> dict[str, Any]:
@@ -82,7 +152,7 @@ def _of(blocks: str) -> Any:
 
 def kept_by_layers(with_torchao: bool) -> dict[str, Any]:
     """Bytes that one linear layer, 1280 x 640 in bf16, keeps for its backward pass."""
-    makers: dict[str, Any] = {kind: lambda layer, kind=kind: NarrowLinear(layer, kind, "cpu") for kind in KINDS}
+    makers: dict[str, Any] = {kind: partial(NarrowLinear, kind=kind, device="cpu") for kind in KINDS}
     if with_torchao:
         torchao: Any = importlib.import_module("torchao.quantization")
         for name in ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig"):
@@ -111,21 +181,21 @@ def main() -> None:
     parser.add_argument("--base", default="nano")
     parser.add_argument("--torchao", action="store_true")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     options = parser.parse_args()
-    plain = gradients("none", options.base)
-    cosines = {}
-    for kind in KINDS:
-        pairs = zip(plain, gradients(kind, options.base), strict=True)
-        cosines[kind] = min(torch.cosine_similarity(a, b, dim=0).item() for a, b in pairs)
-    print(cosines, flush=True)
-    content = {
-        "date": date.today().isoformat(),
-        "versions": versions(),
-        "least_cosine_of_the_adapters_gradient": {"base": options.base, "batches": BATCHES, **cosines},
-        "linear_layer_1280x640_bf16_keeps": kept_by_layers(options.torchao),
-        "sdxl_1024px_bf16_batch_1_mib_counted": foretold(open_base(BaseOptions())),
-    }
+    content = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {}
+    for part in options.parts:
+        name, measure = PARTS[part]
+        content[name] = {"date": date.today().isoformat(), "versions": versions(), **measure(options)}
     options.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
+    "gradients": ("least_cosine_of_the_adapters_gradient", lambda options: cosines(options.base)),
+    "curves": ("loss_over_200_updates_against_bf16", lambda options: curves(options.base)),
+    "layers": ("linear_layer_1280x640_bf16_keeps", lambda options: kept_by_layers(options.torchao)),
+    "counted": ("sdxl_1024px_bf16_batch_1_mib_counted", lambda options: foretold(open_base(BaseOptions()))),
+}
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ DIFFUSERS = {
     "objective.stratify": False,
 }
 """The diffusers script's start, loss, batch and schedule, at its guide's learning rate."""
+FIRST = "first"
 LOGIT = {"objective.timesteps": "logit_normal", "objective.logit_mean": 1.2, "objective.logit_std": 0.6}
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -118,10 +119,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "warm-up of 20": {"optim.warmup_steps": 20},
     "a run of 16 updates, cosine": {"optim.schedule": "cosine", "train.max_steps": 16},
     "a run of 64 updates, cosine": {"optim.schedule": "cosine", "train.max_steps": 64},
+    "64 px for the first 64 samples": {FIRST: (64, 64)},
+    "64 px for the first 128 samples": {FIRST: (128, 64)},
     "diffusers recipe, 1e-5": DIFFUSERS,
     "diffusers recipe, 1e-3": {**DIFFUSERS, "optim.lr": 1e-3},
 }
-"""What each arm changes of the demo's training (`demo_options.training`, recipes/nano-shapes.yaml)."""
+"""What each arm changes of the demo's training (`demo_options.training`, recipes/nano-shapes.yaml). FIRST is no option
+of a run: so many samples at so many pixels come before the others."""
 
 
 class Bench:
@@ -149,12 +153,20 @@ class Bench:
     def _facts(self, config: Config) -> Any:
         return prepare_data(config, self.accelerator, self.base, open_source(config.data, 0), torch.float32, [])
 
-    def batches(self, facts: Any, config: Config) -> Iterator[Batch]:
+    def batches(self, facts: Any, config: Config, start: int = 0, stop: int = NEVER) -> Iterator[Batch]:
         encoders = Encoders(self.base, torch.device("cpu"), torch.float32)
         count = self.frozen.schedule.num_timesteps
         return make_batches(
-            facts, config, encoders, self.accelerator, start_step=0, stop_step=NEVER, num_timesteps=count
+            facts, config, encoders, self.accelerator, start_step=start, stop_step=stop, num_timesteps=count
         )
+
+    def course(self, config: Config, first: tuple[int, int]) -> Iterator[Batch]:
+        """first: (samples, pixels) of the batches that are smaller than the rest."""
+        samples, side = first
+        small, turn = with_values(config, {"data.resolution": side}), samples // config.train.batch_size
+        if turn:
+            yield from self.batches(self._facts(small), small, 0, turn)
+        yield from self.batches(self.facts, config, turn)
 
     def _held_out(self, config: Config) -> Batch:
         """Pairs of the test split, each with noise and a timestep of its own; the same for every arm and seed."""
@@ -182,7 +194,7 @@ class Bench:
             found["iou"] = [round(value, 4) for value in values if value is not None]
         return found
 
-    def run(self, config: Config) -> list[dict[str, Any]]:
+    def run(self, config: Config, first: tuple[int, int] = (0, SIZE)) -> list[dict[str, Any]]:
         """Trains as the trainer does, until the last of the sample counts, the time or the control; measures on the
         way. The clock stands still meanwhile."""
         seed = config.train.seed or 0
@@ -196,7 +208,7 @@ class Bench:
         average = Ema(adapter, config.train.ema_decay) if config.train.ema_decay else None
         points: list[dict[str, Any]] = []
         began, updates, samples = time.process_time(), 0, 0
-        for batch in self.batches(self.facts, config):
+        for batch in self.course(config, first):
             loss = batch_losses(adapter, self.frozen, batch, min_snr_gamma=config.objective.min_snr_gamma).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm)
@@ -291,6 +303,7 @@ def _end(drawn: list[list[dict[str, Any]]]) -> str:
 def arm_config(changes: dict[str, Any], data: Path, out: Path, seed: int) -> Config:
     """The demo's training with an arm's changes."""
     plain = training(str(data), str(out), steps=NEVER, seed=seed)
+    changes = {name: value for name, value in changes.items() if name != FIRST}
     # Under a schedule that ends, an arm's rate would depend on how long the table lasts.
     return with_values(plain, {"optim.schedule": "constant_with_warmup", **changes})
 
@@ -344,8 +357,9 @@ def measure(options: argparse.Namespace, work: Path, result: dict[str, Any]) -> 
             if any(key.items() <= run.items() for run in result["runs"]) or time.monotonic() > end:
                 continue
             print(f"  {key}", flush=True)
-            points = bench.run(arm_config(ARMS[arm], data, work / "run", seed))
-            result["runs"].append(key | {"changes": ARMS[arm], "points": points})
+            changes = ARMS[arm]
+            points = bench.run(arm_config(changes, data, work / "run", seed), changes.get(FIRST, (0, SIZE)))
+            result["runs"].append(key | {"changes": changes, "points": points})
             result |= {
                 "date": date.today().isoformat(),
                 "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine(), "threads": 1},

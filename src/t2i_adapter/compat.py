@@ -209,7 +209,12 @@ def _parser() -> LineParser:
         if row.type is None:
             options |= {"action": "store_const", "const": row.given}
         else:
-            options |= {"type": _reader(row, kinds.get(row.place)), "nargs": row.nargs, "choices": row.choices, "metavar": _metavar(row)}
+            options |= {
+                "type": _reader(row, kinds.get(row.place)),
+                "nargs": row.nargs,
+                "choices": row.choices,
+                "metavar": _metavar(row),
+            }
         parser.add_argument(f"--{row.flag}", **options)
     return parser
 

@@ -1,0 +1,58 @@
+"""Between two log entries the host asks the device for no number: on a GPU each such question waits for all of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from t2i_adapter.config import BaseOptions, Config, DataOptions, TrackingOptions, TrainOptions
+from t2i_adapter.training import nonfinite
+from t2i_adapter.training import run as training
+
+ASKS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "equal"}
+"""Operations whose answer the host needs before it can go on."""
+
+
+class Listener(TorchDispatchMode):
+    """Counts what is asked while updates are made; building batches happens on the host anyway."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ASKS:
+            self.asked[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def asked(tiny_base: Path, tiny_data: Path, folder: Path, *, steps: int) -> int:
+    config = Config(
+        output_dir=str(folder),
+        base=BaseOptions(name=str(tiny_base)),
+        data=DataOptions(train_data_dir=str(tiny_data), resolution=64, num_workers=1),
+        train=TrainOptions(batch_size=2, max_steps=steps, seed=5, lanes=1, ema_decay=0.9),
+        tracking=TrackingOptions(report_to="none", log_every=steps),
+    )
+    folder.mkdir()
+    trainer = training.make_trainer(training.set_up(config))
+    with Listener() as listener:
+        trainer.fit()
+    return listener.asked.total()
+
+
+def test_the_host_asks_no_more_in_many_steps_than_in_few(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    often = asked(tiny_base, tiny_data, tmp_path / "cpu", steps=6)
+    # As on a GPU; on a CPU the answer to whether a gradient is finite costs nothing, and is asked for at each step.
+    monkeypatch.setattr(nonfinite, "can_be_told", lambda optimizer: True)
+    many = asked(tiny_base, tiny_data, tmp_path / "many", steps=6)
+    few = asked(tiny_base, tiny_data, tmp_path / "few", steps=2)
+    assert many == few
+    assert often >= many + 6, "the listener hears"
