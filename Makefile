@@ -4,13 +4,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo check test bench soak audit e2e lint types clean
+.PHONY: help install demo check test bench soak fuzz audit e2e lint types clean
 
 help:
 	@echo "make demo    train an adapter on the embedded base and look at what it does (minutes)"
 	@echo "make test    everything that proves the project, but GPU and soak"
 	@echo "make check   lint, types, unit, contract and numerics tests (two minutes)"
 	@echo "make soak    long campaigns against losing a run, and long fuzzing (hours)"
+	@echo "make fuzz    fuzzing led by the code it reaches (atheris, from the network)"
 	@echo "make audit   known faults of the installed packages (needs the network)"
 	@echo "make bench NAME=time_to_control   run one file of benchmarks/"
 
@@ -49,7 +50,14 @@ soak: install
 	$(BIN)/pytest tests -m soak --ignore tests/campaigns --timeout=7200
 	$(BIN)/python benchmarks/campaigns.py kills --count 100 --minutes 90
 	$(BIN)/python benchmarks/campaigns.py ranks --count 10
-	$(BIN)/python benchmarks/campaigns.py soak --minutes 20
+	$(BIN)/python benchmarks/campaigns.py full_disk --count 60 --minutes 60
+	$(BIN)/python benchmarks/campaigns.py read_only --count 60 --minutes 60
+	$(BIN)/python benchmarks/campaigns.py damage --count 100
+	$(BIN)/python benchmarks/campaigns.py soak --minutes 60
+
+fuzz: install
+	$(BIN)/python -m pip install --quiet atheris
+	$(BIN)/python tests/fuzz/guided.py --seconds 60
 
 audit: install
 	$(BIN)/python -m pip install --quiet pip-audit

@@ -1,10 +1,13 @@
-"""Campaigns against losing a run: kills at random moments, one process of two killed, a soak. Each has a result file.
+"""Campaigns against losing a run, each with a result file benchmarks/campaign_NAME.json.
 
-    python benchmarks/campaigns.py kills --count 100 --minutes 90   benchmarks/campaign_kills.json
-    python benchmarks/campaigns.py ranks --count 10                 benchmarks/campaign_ranks.json
-    python benchmarks/campaigns.py soak --minutes 20                benchmarks/campaign_soak.json
+    python benchmarks/campaigns.py kills --count 100 --minutes 90       at random moments
+    python benchmarks/campaigns.py ranks --count 10                     of one process of two, by chance
+    python benchmarks/campaigns.py full_disk --count 60 --minutes 60    a small disk that is full for a while
+    python benchmarks/campaigns.py read_only --count 60 --minutes 60    a folder that cannot be written for a while
+    python benchmarks/campaigns.py damage --count 100                   of the last checkpoints' files
+    python benchmarks/campaigns.py soak --minutes 60                    the updates of eight hours
 
-The tests run the same code in short (tests/campaigns).
+The tests run the same code in short (tests/campaigns). full_disk and read_only mount folders, which takes root.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,19 +30,21 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "campaigns")]
 
+from disks import damaged_checkpoints, failing_disk, full_disk, read_only_folder  # noqa: E402
 from forks import Forks  # noqa: E402
-from kills import campaign  # noqa: E402
+from kills import WORDS, campaign, make_data  # noqa: E402
 from soak import soak  # noqa: E402
+from test_ranks import kill_ranks  # noqa: E402
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("campaign", choices=("kills", "ranks", "soak"))
-    parser.add_argument("--count", type=int, default=100, help="kills")
-    parser.add_argument("--minutes", type=float, default=20, help="how long the soak goes, or the kills at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("campaign", choices=tuple(RUN))
+    parser.add_argument("--count", type=int, default=100, help="kills, spells of a failing disk, or damages")
+    parser.add_argument("--minutes", type=float, default=60, help="how long a campaign goes at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, help="result file; benchmarks/campaign_NAME.json where it is not given")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix=f"campaign-{options.campaign}-"))
@@ -63,34 +69,56 @@ def main() -> int:
 
 def _command(options: argparse.Namespace) -> str:
     counts = "" if options.campaign == "soak" else f" --count {options.count}"
-    minutes = "" if options.campaign == "ranks" else f" --minutes {options.minutes:g}"
+    minutes = "" if options.campaign in ("ranks", "damage") else f" --minutes {options.minutes:g}"
     return f"python benchmarks/campaigns.py {options.campaign}{counts}{minutes}"
 
 
 def run_kills(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    from test_kills import WORDS, make_data
-
     make_data(folder)
     with Forks(folder) as forks:
         found = campaign(forks, WORDS, kills=options.count, seed=options.seed, minutes=options.minutes, tell=_tell)
-    return {"run": shlex.join(["t2i-adapter", *WORDS]), **found.to_json()}
+    return {"run": _shown(WORDS), **found.to_json()}
 
 
 def run_ranks(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    from test_ranks import kill_ranks
-
     return kill_ranks(folder, options.count, options.seed, _tell)
+
+
+def run_disk(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    make_data(folder)
+    spoilt = {"full_disk": full_disk, "read_only": read_only_folder}[options.campaign]
+    with spoilt(folder) as disk, Forks(folder) as forks:
+        chance = {"spells": options.count, "seed": options.seed, "minutes": options.minutes}
+        return {"run": _shown(WORDS), **failing_disk(forks, WORDS, disk, tell=_tell, **chance)}
+
+
+def run_damage(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    make_data(folder)
+    with Forks(folder) as forks:
+        found = damaged_checkpoints(forks, WORDS, rounds=options.count, seed=options.seed, tell=_tell)
+    return {"run": _shown(WORDS), **found}
 
 
 def run_soak(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return soak(folder, options.minutes)
 
 
+def _shown(words: Sequence[str]) -> str:
+    return shlex.join(["t2i-adapter", *words])
+
+
 def _tell(line: str) -> None:
     print(line, flush=True)
 
 
-RUN = {"kills": run_kills, "ranks": run_ranks, "soak": run_soak}
+RUN = {
+    "kills": run_kills,
+    "ranks": run_ranks,
+    "full_disk": run_disk,
+    "read_only": run_disk,
+    "damage": run_damage,
+    "soak": run_soak,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

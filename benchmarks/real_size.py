@@ -108,8 +108,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "gpu-float8": {"latent": 128, "batch": "best", "steps": 20, "compile": True, "quantize": "float8"},
     "gpu-float8-cosine": {"latent": 128, "batch": 1, "cosine": "float8"},
     "gpu-unfrozen": {"latent": 128, "batch": "best", "steps": 20, "unfrozen": True},
-    "8gib": {"latent": 128, "batch": 1, "steps": 5, "quantize": "nf4", "recompute": "all", "limit_gib": 8},
-    "8gib-curve": {"latent": 128, "batch": 1, "curve": 200, "quantize": "nf4", "recompute": "all"},
+    "8gib": {"latent": 128, "batch": 1, "steps": 5, "quantize": "int8", "recompute": "all", "limit_gib": 8},
+    "8gib-curve": {"latent": 128, "batch": 1, "curve": 200, "quantize": "int8", "recompute": "all"},
     "24gib": {"latent": 128, "batch": "best", "steps": 10, "recompute": "large", "limit_gib": 24},
     "24gib-float8": {
         "latent": 128, "batch": "best", "steps": 10, "recompute": "large", "limit_gib": 24, "quantize": "float8",

@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import date
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +164,8 @@ class Bench:
         """first: (samples, pixels) of the batches that are smaller than the rest."""
         samples, side = first
         small, turn = with_values(config, {"data.resolution": side}), samples // config.train.batch_size
-        if turn:
-            yield from self.batches(self._facts(small), small, 0, turn)
-        yield from self.batches(self.facts, config, turn)
+        begun = self.batches(self._facts(small), small, 0, turn) if turn else ()
+        return chain(begun, self.batches(self.facts, config, turn))
 
     def _held_out(self, config: Config) -> Batch:
         """Pairs of the test split, each with noise and a timestep of its own; the same for every arm and seed."""
@@ -207,8 +206,9 @@ class Bench:
         lr_at = optim.lr_schedule(config.optim, optimizer, plan)
         average = Ema(adapter, config.train.ema_decay) if config.train.ema_decay else None
         points: list[dict[str, Any]] = []
+        course = self.course(config, first)
         began, updates, samples = time.process_time(), 0, 0
-        for batch in self.course(config, first):
+        for batch in course:
             loss = batch_losses(adapter, self.frozen, batch, min_snr_gamma=config.objective.min_snr_gamma).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm)

@@ -114,7 +114,7 @@ def _wait(process: int, kill_after: float | None, once: str) -> int:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
             return status
-        if kill_after is not None and end is None and (not once or _is_there(once)):
+        if kill_after is not None and end is None and (not once or is_there(once)):
             end = time.monotonic() + kill_after
         if time.monotonic() >= (hangs if end is None else end):
             os.kill(process, signal.SIGABRT if end is None else signal.SIGKILL)
@@ -123,7 +123,7 @@ def _wait(process: int, kill_after: float | None, once: str) -> int:
         time.sleep(0.002)
 
 
-def _is_there(pattern: str) -> bool:
+def is_there(pattern: str) -> bool:
     path = Path(pattern)
     return any(path.parent.glob(path.name))
 

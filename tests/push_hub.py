@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,10 +22,13 @@ class Hub:
     address: str = ""
     role: str = "write"
     fail_commits: bool = False
+    trouble: str = ""
+    """What becomes of uploads: a status, "hung up", "silence", or "slow", which is none."""
     repositories: dict[str, bool] = field(default_factory=dict)  # id -> private
     files: dict[str, bytes] = field(default_factory=dict)  # "owner/name/path" -> content
     blobs: dict[str, bytes] = field(default_factory=dict)  # sha256 -> content of large files
     requests: list[str] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
 
 
 @contextmanager
@@ -41,6 +45,7 @@ def running_hub() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.over.set()
         server.shutdown()
         server.server_close()
 
@@ -68,6 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         if not self._known():
             self._answer({"error": "Unauthorized"}, 401)
+        elif self.path.startswith("/api/models/") and self._troubled():
+            self.close_connection = True
         elif self.path == "/api/repos/create":
             self._create(json.loads(body))
         elif self.path == "/api/validate-yaml":
@@ -110,6 +117,17 @@ class _Handler(BaseHTTPRequestHandler):
                 continue
             self.state.files[f"{repository}/{row['value']['path']}"] = content
         return self._answer({"commitUrl": f"{self.state.address}/{repository}/commit/1", "commitOid": "1"})
+
+    def _troubled(self) -> bool:
+        """Whether this request ends here, badly."""
+        trouble = self.state.trouble
+        if trouble.isdecimal():
+            self._answer({"error": "out of order"}, int(trouble))
+        elif trouble == "silence":
+            self.state.over.wait(60)
+        elif trouble == "slow":
+            time.sleep(0.5)
+        return trouble not in ("", "slow")
 
     def _known(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"

@@ -18,7 +18,7 @@ from tiny import write_circles, write_tiny_sdxl
 
 EIGHT_HOURS = {"updates": 28_800, "saves": 57, "validations": 288, "log_entries": 2_880}
 """What eight hours are at an update a second and the default options' spacing (500, 100, 10)."""
-SAVE_EVERY, VALIDATE_EVERY, PAIRS = 20, 25, 8
+SAVE_EVERY, VALIDATE_EVERY, PAIRS = 50, 100, 8
 WARM_UP = 0.3
 """Share of the samples that are left out: allocators and caches fill at first."""
 BLOCKS = 10

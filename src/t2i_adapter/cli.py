@@ -24,6 +24,8 @@ from t2i_adapter.errors import Stopped, UserError, public
 
 PROG = "t2i-adapter"
 STDOUT = 1  # file descriptor
+_MENDED_BY = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable"}
+"""Faults of a disk that a person can mend, and how."""
 
 
 class Verb(NamedTuple):
@@ -149,9 +151,10 @@ def guarded(action: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # what is still buffered goes nowhere
         return 141  # as a program that dies of SIGPIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _MENDED_BY:
             raise
-        return _refuse(f"{error.filename or 'the output folder'}: {error.strerror}; make room, or write elsewhere")
+        place = error.filename or "the output folder"
+        return _refuse(f"{place}: {error.strerror}; {_MENDED_BY[error.errno]}, or write elsewhere")
     return 0
 
 

@@ -4,56 +4,85 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import differences, left_behind
+from kills import WORDS, differences, left_behind, make_data
 from soak import children
-from test_kills import WORDS, make_data
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 GONE_WITHIN = 60.0
 PATIENCE = 600.0
+MOST_A_RUN = 3
 
 
 def kill_ranks(folder: Path, kills: int, seed: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Runs WORDS with two processes alone, then one more time with `kills` kills of one rank; what was found."""
+    """Runs WORDS with two processes alone, then in new folders until `kills` times one of the two, by chance, was
+    killed, at most MOST_A_RUN times a run; what was found."""
     make_data(folder)
-    choices = random.Random(seed)
-    alone, out = folder / "alone", folder / "run"
-    end = wait(start(folder, alone), PATIENCE)
-    if end != 0:
+    choices, killings, faults, runs = random.Random(seed), list[Killing](), list[str](), 0
+    alone = folder / "alone"
+    if wait(start(folder, alone), PATIENCE) != 0:
         raise RuntimeError(f"the run left alone failed: {(folder / 'alone.log').read_text()[-3000:]}")
-    faults, slowest, ranks = [], 0.0, []
-    for kill in range(kills):
-        run = start(folder, out)
-        lines = count_lines(out / "metrics.jsonl")
-        wanted, rank = lines + choices.randint(0, 3), choices.randint(0, 1)
-        members = await_members(run, out, wanted)
-        if run.poll() is not None:
-            break  # it is through
-        os.kill(members[rank], signal.SIGKILL)
-        killed = time.monotonic()
-        code = wait(run, GONE_WITHIN)
-        slowest = max(slowest, time.monotonic() - killed)
-        ranks.append(rank)
-        if code in (0, None):
-            faults.append(f"kill {kill}: torchrun ended with {code}")
-        faults += [f"process {one} outlived its run" for one in members if not is_gone(one)]
-        tell(f"kill {kill + 1} of {kills}: rank {rank}, all gone after {time.monotonic() - killed:.1f} s")
-    code = wait(start(folder, out), PATIENCE)
-    if code != 0:
-        faults.append(f"the last start ended with {code}: {(folder / 'run.log').read_text()[-2000:]}")
-    else:
-        faults += differences(alone, out) + left_behind(out)
-    counts = {"kills": len(ranks), "of_rank_0": ranks.count(0), "slowest_end_s": round(slowest, 1)}
-    return {**counts, "found": faults, "faults": len(faults)}
+    while len(killings) < kills and not faults:
+        out, before = folder / f"run-{runs}", len(killings)
+        while len(killings) < min(kills, before + MOST_A_RUN) and not faults:
+            killing = kill_one(folder, out, choices.randint(0, 1), choices.randint(0, 3))
+            if killing is None:
+                break  # it is through
+            killings.append(killing)
+            faults += [f"kill {len(killings)}: {fault}" for fault in killing.faults]
+            tell(f"kill {len(killings)} of {kills}: rank {killing.rank}, all gone after {killing.gone_after:.1f} s")
+        runs += 1
+        code = wait(start(folder, out), PATIENCE)
+        if code != 0:
+            faults.append(f"the last start ended with {code}: {(folder / f'{out.name}.log').read_text()[-2000:]}")
+        else:
+            faults += [f"{out.name}: {line}" for line in (*differences(alone, out), *left_behind(out))]
+    return {
+        "kills": len(killings),
+        "of_rank_0": sum(killing.rank == 0 for killing in killings),
+        "runs": runs,
+        "slowest_end_s": round(max((killing.gone_after for killing in killings), default=0), 1),
+        "found": faults,
+        "faults": len(faults),
+    }
+
+
+@dataclass(frozen=True)
+class Killing:
+    """Which process was killed, seconds until all were gone, and what was wrong then."""
+
+    rank: int
+    gone_after: float
+    faults: list[str]
+
+
+def kill_one(folder: Path, out: Path, rank: int, lines: int) -> Killing | None:
+    """Starts the run, and kills one process once it has logged more than so many lines more; None where it is through
+    before."""
+    run = start(folder, out)
+    members = await_members(run, out, count_lines(out / "metrics.jsonl") + lines)
+    if run.poll() is not None:
+        return None
+    os.kill(members[rank], signal.SIGKILL)
+    killed = time.monotonic()
+    code = wait(run, GONE_WITHIN)
+    gone_after = time.monotonic() - killed
+    faults = [] if code not in (0, None) else [f"torchrun ended with {code}"]
+    faults += [f"process {one} outlived its run" for one in members if not is_gone(one)]
+    log = (folder / f"{out.name}.log").read_text(errors="replace")
+    if not re.search(rf"Root Cause.*\brank\s*: {rank} ", log, re.DOTALL):
+        faults.append(f"rank {rank} is not named: {log[-1500:]}")
+    return Killing(rank, gone_after, faults)
 
 
 def start(folder: Path, out: Path) -> subprocess.Popen[bytes]:
@@ -118,4 +147,4 @@ def is_gone(process: int) -> bool:
 def test_one_of_two_processes_killed(tmp_path: Path):
     found = kill_ranks(tmp_path, 10, seed=0, tell=print)
     assert found["found"] == []
-    assert found["kills"] >= 1
+    assert found["kills"] == 10

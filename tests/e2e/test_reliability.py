@@ -5,7 +5,6 @@ Runs are processes forked from this one, which has the libraries loaded: they ar
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -15,81 +14,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Run, end_all, until
 from safetensors.torch import load_file
-
-from t2i_adapter.cli import main
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STEPS = 12
 
 
-STARTED: list[int] = []
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left_running():
     yield
-    while STARTED:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(STARTED.pop(), signal.SIGKILL)
-
-
-class Run:
-    """`t2i-adapter WORDS` in a process of its own, in the folder `cwd`."""
-
-    def __init__(self, cwd: Path, *words: str) -> None:
-        self.log = cwd / f"log-{time.monotonic_ns()}"
-        self.log.touch()
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._be(cwd, words)
-        STARTED.append(self.pid)
-
-    def _be(self, cwd: Path, words: tuple[str, ...]) -> None:
-        code = 99
-        try:
-            os.setsid()
-            os.chdir(cwd)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            with self.log.open("w") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-            torch.set_num_threads(1)
-            code = main(words)
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 98
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-
-    def send(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
-
-    def wait(self, seconds: float = 200) -> int:
-        """The exit code, negative for a signal that killed it."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.01)
-        raise AssertionError(f"it did not end in {seconds} s:\n{self.said()}")
-
-    def said(self) -> str:
-        return self.log.read_text()
-
-
-def until(true: Callable[[], object], seconds: float = 200) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.01)
+    end_all()
 
 
 def steps_logged(folder: Path) -> int:

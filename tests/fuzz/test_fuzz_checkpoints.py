@@ -72,7 +72,7 @@ def test_a_hostile_state_is_damage(run: Path, tmp_path: Path, hostile: bytes):
 @example("schema", -1)
 @example("step", -1)
 @example("files", {"/dev/zero": "x"})
-def test_any_value_in_a_state_is_damage_or_a_line(run: Path, key: str, value: Any):
+def test_any_other_value_in_a_state_is_damage(run: Path, key: str, value: Any):
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "checkpoint-2"
         shutil.copytree(run / "checkpoint-2", copy)
@@ -80,7 +80,4 @@ def test_any_value_in_a_state_is_damage_or_a_line(run: Path, key: str, value: An
         if state.get(key) == value:
             return
         (copy / "state.json").write_text(json.dumps({**state, key: value}))
-        try:
-            assert checkpoint.damage(copy)
-        except UserError as fault:  # of a newer version
-            assert "newer" in str(fault)
+        assert checkpoint.damage(copy)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from doc_pages import code
+from push_hub import TOKEN, running_hub
 from safetensors.torch import load_file, save_file
 
 from t2i_adapter import compat, load
+from t2i_adapter.cli import main
 from t2i_adapter.config import (
     BaseOptions,
     CheckpointOptions,
@@ -34,7 +40,6 @@ from t2i_adapter.training.loop import Trainer
 from t2i_adapter.training.run import make_trainer, run, set_up
 from t2i_adapter.training.signals import Stopper
 from t2i_adapter.training.step import batch_losses
-from t2i_adapter.training.verify_options import VerifyOptions
 from t2i_adapter.types import Batch
 
 BAD_STEP = 3
@@ -166,10 +171,13 @@ def test_a_fused_optimiser_that_is_told_leaves_all_as_it_is():
 
 
 def test_verify_resume_finds_no_difference(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """By a recipe, and flags that win over it, as `train` takes them."""
     (tmp_path / "run.yaml").write_text(load.dump(config))
-    verify.run(VerifyOptions(str(tmp_path / "run.yaml"), steps=2))
+    words = ["verify-resume", "--recipe", str(tmp_path / "run.yaml"), "--steps", "2", "--train.ema_decay", "0"]
+    assert main(words) == 0
     said = capsys.readouterr().out
     assert "are the same to the bit" in said and "logged losses" in said and "optimizer.0.exp_avg" in said
+    assert "weights." not in said, "the flag has not won over the recipe"
     assert not Path(config.output_dir).exists()
 
 
@@ -213,6 +221,14 @@ def test_keep_best_without_anything_to_go_by_is_refused(config: Config, tiny_dat
         set_up(shown)
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client tries six times, and waits half a minute in all between: here a hundredth of it."""
+    quick = {**vars(time), "sleep": lambda seconds: time.sleep(seconds / 100)}
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(**quick))
+
+
+@pytest.mark.usefixtures("hasty")
 def test_a_hub_out_of_reach_and_a_tracker_that_cannot_write_stop_no_run_that_goes_on(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ):
@@ -231,6 +247,77 @@ def test_a_hub_out_of_reach_and_a_tracker_that_cannot_write_stop_no_run_that_goe
     assert "Training does not wait for it" in capsys.readouterr().out
     assert "Could not start a tracker" in caplog.text
     assert (tmp_path / "run" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ("403", "403"),
+        ("500", "500"),
+        ("hung up", "disconnected"),
+        ("silence", "Timeout"),
+        ("slow", "Published: http"),
+    ],
+)
+def test_a_hub_in_trouble_at_the_end_costs_a_line(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trouble: str, said: str
+):
+    with running_hub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("t2i_adapter.export.hub.PATIENCE", 1.0)
+        hub.trouble = trouble
+        short = replace(config, train=replace(config.train, max_steps=1), hub=HubOptions(push=True, token=TOKEN))
+        run(short)
+    told = capsys.readouterr().out
+    (line,) = (line for line in told.splitlines() if said in line)
+    assert line.startswith("Published") or "the hub does not take it" in line
+    assert ("to push it later: t2i-adapter push" in told) == (trouble != "slow")
+    assert (Path(config.output_dir) / "diffusion_pytorch_model.safetensors").is_file()
+
+
+class Unreliable(GeneralTracker):
+    """A tracker that raises in the part that `fails` names."""
+
+    name = "tensorboard"
+    requires_logging_directory = False
+    fails = ""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__()
+        self._may_fail("init")
+
+    def _may_fail(self, part: str) -> None:
+        if part == self.fails:
+            raise ConnectionError(f"no {part}")
+
+    @property
+    def tracker(self) -> None: ...
+
+    def start(self) -> None: ...
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self._may_fail("start")
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self._may_fail("log")
+
+    def finish(self) -> None:
+        self._may_fail("end")
+
+
+@pytest.mark.parametrize(("part", "said"), [("init", "start"), ("start", "start"), ("log", "log to"), ("end", "close")])
+def test_a_tracker_that_fails_costs_a_line(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str, said: str
+):
+    monkeypatch.setattr(Unreliable, "fails", part)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Unreliable)
+    run(replace(config, tracking=TrackingOptions(report_to="tensorboard", log_every=1)))
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("t2i_adapter")]
+    assert lines == [f"Could not {said} a tracker (ConnectionError: no {part}); training goes on."]
+    assert (Path(config.output_dir) / "diffusion_pytorch_model.safetensors").is_file()
 
 
 # What may change ------------------------------------------------------------------------------------------------------

@@ -172,8 +172,9 @@ def test_resume_names_what_there_is(tmp_path: Path):
 def test_a_newer_schema_is_refused_whatever_older_ones_there_are(tmp_path: Path, resume: str):
     write(tmp_path, 1)
     folder = write(tmp_path, 2)
-    state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**state, "schema": 99}))
+    state = {**json.loads((folder / "state.json").read_text()), "schema": 99}
+    del state["sha256"]
+    (folder / "state.json").write_text(json.dumps({**state, "sha256": checkpoint._digest(state)}))
     with pytest.raises(UserError, match="checkpoint-2: .* newer version .schema 99.*update the package"):
         checkpoint.find(tmp_path, resume)
 
@@ -209,7 +210,9 @@ def test_an_older_schema_still_loads(tmp_path: Path):
         checkpoint.find(tmp_path, "auto")
 
 
-@pytest.mark.parametrize("change", [{"step": 7}, {"plan": {**PLAN, "seed": 1}}, {"numbers": {"optimizer.0.step": 1.0}}])
+@pytest.mark.parametrize(
+    "change", [{"schema": 3}, {"step": 7}, {"plan": {**PLAN, "seed": 1}}, {"numbers": {"optimizer.0.step": 1.0}}]
+)
 def test_a_changed_number_in_the_state_is_found(tmp_path: Path, change: dict[str, Any]):
     folder = write(tmp_path, 1)
     state = json.loads((folder / "state.json").read_text())

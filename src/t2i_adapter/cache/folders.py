@@ -47,9 +47,9 @@ def check_room(root: Path, need: int, free: int | None = None) -> None:
     free = shutil.disk_usage(root).free if free is None else free
     if need and need + ROOM_TO_LEAVE > free:
         raise UserError(
-            f"--data.prepared_dir {root}: at least {show_bytes(need)} are needed for prepared pictures and captions "
-            f"and {show_bytes(free)} are free. Make room, name a folder on another disk, or keep nothing "
-            "(--data.cache none)."
+            f"--data.prepared_dir {root}: at least {show_bytes(need)} are needed for prepared pictures and captions, "
+            f"beside {show_bytes(ROOM_TO_LEAVE)} to spare, and {show_bytes(free)} are free. "
+            "Make room, name a folder on another disk, or keep nothing (--data.cache none)."
         )
 
 

@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.utils import get_session
 
 from t2i_adapter.errors import UserError, keep_secret, public
 from t2i_adapter.export.card import CARD, PICTURE_NAME, PICTURES
 from t2i_adapter.export.files import CONFIG, WEIGHTS, WEIGHTS_FP16
 from t2i_adapter.models.metadata import FILE_NAME, read_metadata
 
+PATIENCE = 100.0
+"""Seconds without a byte after which an attempt is given up, of the client's six; it would wait for ever."""
 FILES = (CONFIG, WEIGHTS, WEIGHTS_FP16, CARD)
 
 
@@ -91,6 +94,8 @@ def _asking_the_hub(what: str, token: str | None) -> Iterator[None]:
     """
     keep_secret(token)
     keep_secret(get_token())
+    client = get_session()
+    before, client.timeout = client.timeout, PATIENCE
     try:
         yield
     except UserError:
@@ -98,3 +103,5 @@ def _asking_the_hub(what: str, token: str | None) -> Iterator[None]:
     except Exception as fault:
         line = " ".join(public(str(fault)).split())
         raise UserError(f"{what}: the hub does not take it ({type(fault).__name__}: {line[:300]}).") from None
+    finally:
+        client.timeout = before

@@ -111,7 +111,7 @@ def write(output_dir: Path, snapshot: Snapshot) -> Path:
 
 
 def _write(aside: Path, snapshot: Snapshot) -> None:
-    _remove(aside)
+    tidy(aside.parent)  # also what could not be removed when an earlier one failed
     (aside / WEIGHTS).parent.mkdir(parents=True)
     (aside / CONFIG).write_text(snapshot.config, encoding="utf-8")
     files = {
@@ -142,7 +142,7 @@ def _remove(folder: Path) -> None:
 
 
 def tidy(output_dir: Path) -> None:
-    """Removes what a killed process was still writing. The folder must be locked."""
+    """Removes what was being written when a process was killed, or a disk failed. The folder must be locked."""
     for left in output_dir.glob(f".{PREFIX}*{_WRITING}"):
         _remove(left)
 
@@ -204,9 +204,10 @@ def damage(folder: Path, *, from_disk: bool = False) -> str | None:
     """What is wrong with a checkpoint, or None if it is whole. Raises UserError for one of a newer version."""
     try:
         state = parse_json(_regular(folder / "state.json").read_bytes())
-        _check_version(state, folder)
+        # Before the version: a flipped bit makes schema 3 of schema 2. Every later schema keeps this checksum.
         if "sha256" in state and state.pop("sha256") != _digest(state):
             return "state.json does not have the checksum it was written with"
+        _check_version(state, folder)
         state = _migrated(state)
         fault = _malformed(state)
         if fault:

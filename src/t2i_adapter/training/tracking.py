@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
@@ -9,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ def start(accelerator: Accelerator, config: Config) -> None:
     """Opens the trackers on the main process, with the run's options (secrets left out)."""
     if not accelerator.log_with:
         return
+    _warn_once.cache_clear()
     folder = Path(config.output_dir) / config.tracking.logging_dir
     places = {"wandb": {"dir": str(folder)}}  # it would write into the current folder
     options = _flat(to_dict(config))
@@ -57,7 +60,8 @@ def start(accelerator: Accelerator, config: Config) -> None:
 
 def log(accelerator: Accelerator, values: Mapping[str, float], step: int) -> None:
     """Scalars to every tracker."""
-    _guarded(lambda: accelerator.log(dict(values), step=step), "log to")
+    for tracker in accelerator.trackers:
+        _guarded(partial(tracker.log, dict(values), step=step), "log to")
 
 
 def log_pictures(accelerator: Accelerator, rows: Mapping[str, tuple[str, Sequence[Image]]], step: int) -> None:
@@ -72,7 +76,10 @@ def log_pictures(accelerator: Accelerator, rows: Mapping[str, tuple[str, Sequenc
 
 
 def finish(accelerator: Accelerator) -> None:
-    _guarded(accelerator.end_training, "close")
+    """Closes the trackers, and then the processes' connection, which each process must do."""
+    for tracker in accelerator.trackers:
+        _guarded(tracker.finish, "close")
+    _guarded(accelerator.state.destroy_process_group, "close")
 
 
 def _to_tensorboard(tracker: Any, tag: str, caption: str, pictures: Sequence[Image], step: int) -> None:
@@ -126,10 +133,14 @@ PICTURES: dict[str, Callable[[Any, str, str, Sequence[Image], int], None]] = {
 
 def append_metrics(path: Path, values: Mapping[str, float], step: int) -> None:
     """One JSON line a log entry, beside whatever the trackers keep. A full disk costs the line, not the run."""
+    line = (json.dumps({"step": step, **values}) + "\n").encode()
     try:
         place = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        with os.fdopen(place, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        with os.fdopen(place, "ab", buffering=0) as file:
+            whole = os.fstat(place).st_size
+            if file.write(line) != len(line):
+                os.ftruncate(place, whole)  # the next line would be spoilt with it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as fault:
         logger.warning("%s: step %d could not be logged (%s); training goes on.", path, step, fault)
 
@@ -163,4 +174,10 @@ def _guarded(call: Callable[[], object], what: str) -> None:
     try:
         call()
     except Exception as fault:  # whatever a tracker raises, the run is worth more than its curve
-        logger.warning("Could not %s a tracker (%s: %s); training goes on.", what, type(fault).__name__, fault)
+        _warn_once(what, type(fault).__name__, " ".join(public(str(fault)).split()))
+
+
+@lru_cache(maxsize=100)
+def _warn_once(what: str, kind: str, fault: str) -> None:
+    """A tracker that fails at each log entry says so once."""
+    logger.warning("Could not %s a tracker (%s: %s); training goes on.", what, kind, fault)

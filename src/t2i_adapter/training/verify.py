@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from t2i_adapter import load
 from t2i_adapter.config import CheckpointOptions, Config, HubOptions, TrackingOptions, ValidationOptions
 from t2i_adapter.errors import Stopped
 from t2i_adapter.training import checkpoint
@@ -23,7 +22,7 @@ def run(options: VerifyOptions) -> None:
     """Prints the largest difference of every tensor and of the losses; exit code 1 where there is any. Raises
     UserError."""
     with tempfile.TemporaryDirectory(prefix="t2i-adapter-verify-") as scratch:
-        config = shortened(load.load(options.recipe, Config()), options.steps)
+        config = shortened(options.config, options.steps)
         straight, stopped = (replace(config, output_dir=f"{scratch}/{name}") for name in ("straight", "stopped"))
         train(straight)
         try:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated
 
+import tyro
+
+from t2i_adapter.config import Config
 from t2i_adapter.errors import UserError
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """Two short runs of a recipe, one left alone and one stopped in the middle and resumed."""
+    """Two short runs with a run's options, one left alone and one stopped in the middle and resumed."""
 
-    recipe: str
-    """YAML file of a run's options, such as the options.yaml in a run's folder."""
+    recipe: str | None = None
+    """YAML file of a run's options, such as the options.yaml in a run's folder; flags win over it."""
     steps: int = 6
     """Updates of each run; the second one stops half-way."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
     def __post_init__(self) -> None:
         if self.steps < 2:

@@ -1,0 +1,97 @@
+"""`t2i-adapter WORDS` in processes forked from the test's own, which has the libraries loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from t2i_adapter.cli import main
+
+STARTED: list[int] = []
+"""Process groups to be ended with the test."""
+
+
+class Run:
+    """One process, in the folder `cwd`, with `env` beside this one's. before: called in it before the command."""
+
+    def __init__(
+        self,
+        cwd: Path,
+        *words: str,
+        env: Mapping[str, str] | None = None,
+        before: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.log = cwd / f"log-{time.monotonic_ns()}"
+        self.log.touch()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._be(cwd, words, env or {}, before)
+        STARTED.append(self.pid)
+
+    def _be(self, cwd: Path, words: tuple[str, ...], env: Mapping[str, str], before: Callable[[], object]) -> None:
+        code = 99
+        try:
+            os.setsid()
+            os.chdir(cwd)
+            os.environ.update(env)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with self.log.open("w") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            torch.set_num_threads(1)
+            before()
+            code = main(words)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 98
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, seconds: float = 200) -> int:
+        """The exit code, negative for a signal that killed it."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+        raise AssertionError(f"it did not end in {seconds} s:\n{self.said()}")
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+
+def end_all() -> None:
+    """Of what was started."""
+    while STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(STARTED.pop(), signal.SIGKILL)
+
+
+def ranks(world: int) -> list[dict[str, str]]:
+    """The environment of each of `world` processes of one run, as a launcher sets it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    names["ACCELERATE_USE_CPU"] = "true"
+    return [{name: str(v) for name, v in {**names, "RANK": r, "LOCAL_RANK": r}.items()} for r in range(world)]
+
+
+def until(true: Callable[[], object], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.01)
