@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -276,10 +278,13 @@ class FolderBase(Base):
 
 
 def release(device: torch.device | str) -> None:
-    """Gives memory of dropped parts back to the device."""
+    """Gives memory of dropped parts back to the device, and to the system what the C library would keep of it."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc has it
+    if trim:
+        trim(0)
 
 
 def _named_vae(options: BaseOptions, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL | None:

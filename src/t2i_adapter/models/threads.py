@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Barrier
 
 import torch
@@ -26,6 +28,24 @@ def sharing_cores(count: int) -> ThreadPoolExecutor:
     list(pool.map(settle, range(count)))
     torch.set_num_threads(cores)
     return pool
+
+
+@contextmanager
+def on_cores(count: int | None) -> Iterator[None]:
+    """Torch's operations in this thread, and in those that it starts, use so many cores; None leaves all as it is.
+
+    A thread that feeds others wants one: its small operations would wake threads that then keep the cores busy,
+    waiting for more, while the others need them.
+    """
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cores_of(device: torch.device | str) -> int:

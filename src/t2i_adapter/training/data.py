@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from t2i_adapter.batches.loader import make_drafts
+from t2i_adapter.batches.loader import count_workers, make_drafts
 from t2i_adapter.cache.faults import BadRow, BadRows, list_bad_rows
 from t2i_adapter.cache.live import Encoders, Live
 from t2i_adapter.cache.prepare import Prepared, prepare
@@ -78,8 +79,17 @@ def make_batches(
         num_timesteps=num_timesteps,
         device=accelerator.device,
     )
-    for draft in _listed(drafts, facts, config):
-        yield encoders.complete(to_device(draft, accelerator.device))
+    batches = (encoders.complete(to_device(draft, accelerator.device)) for draft in _listed(drafts, facts, config))
+    yield from batches if count_workers(config.data.num_workers, accelerator.device) else one_ahead(batches)
+
+
+def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same, the next one made by a thread while the last is worked on."""
+    with ThreadPoolExecutor(1, "batches") as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
 
 
 def _listed(drafts: Iterable[Draft], facts: Prepared | Live, config: Config) -> Iterator[Draft]:

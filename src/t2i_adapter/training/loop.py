@@ -12,12 +12,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
 from t2i_adapter.config import Config, to_dict
 from t2i_adapter.errors import Stopped, UserError
+from t2i_adapter.models.threads import on_cores
 from t2i_adapter.training import checkpoint, nonfinite, optim, tracking
 from t2i_adapter.training.accumulate import Accumulation
 from t2i_adapter.training.ema import Ema
@@ -25,6 +27,7 @@ from t2i_adapter.training.lanes import Lanes, count_lanes
 from t2i_adapter.training.meter import Meter
 from t2i_adapter.training.plan import Plan
 from t2i_adapter.training.profile import ADAPTER, FOLDER, UNET, Profile
+from t2i_adapter.training.recorded import Recorded, is_recordable
 from t2i_adapter.training.saving import Saver
 from t2i_adapter.training.signals import CODES, Stopper, reason
 from t2i_adapter.training.step import Frozen, batch_losses
@@ -65,6 +68,7 @@ class Trainer:
         options = self.config.checkpoint
         self.saver = Saver(self.output_dir, checkpoint.Keep(options.keep, options.keep_every), tqdm.write)
         lanes = self._lanes()
+        self.cores, self.cores_beside_lanes = torch.get_num_threads(), 1 if lanes else None
         # What accelerate makes of them: several processes, autocast, loss scaling.
         self.wrapped, self.wrapped_optimizer = self.accelerator.prepare(self.adapter, self.optimizer)
         self.guard = nonfinite.Guard(
@@ -89,7 +93,8 @@ class Trainer:
         self.stopper.begin_training(PATIENCE)
         try:
             self._validate_first()
-            self._train()
+            with on_cores(self.cores_beside_lanes):
+                self._train()
         finally:
             self.saver.close()
         self.stopper.end_training()
@@ -136,13 +141,16 @@ class Trainer:
         count = count_lanes(train.lanes, accelerator.device, train.batch_size, accelerator.num_processes)
         if count == 1:
             return None
+        frozen = self.frozen
+        if is_recordable(self.config, self.plan.steps):
+            frozen = frozen._replace(unet=Recorded(frozen.unet, tqdm.write))
 
         def losses(adapter: Any, batch: Batch) -> Tensor:
             def features(condition: Tensor) -> Any:
                 with accelerator.autocast():
                     return adapter(condition)
 
-            return batch_losses(features, self.frozen, batch, min_snr_gamma=self.config.objective.min_snr_gamma)
+            return batch_losses(features, frozen, batch, min_snr_gamma=self.config.objective.min_snr_gamma)
 
         return Lanes(count, self.adapter, losses)
 
@@ -212,7 +220,7 @@ class Trainer:
     def _validate(self) -> None:
         if self.validate is None:
             return
-        with self.meter.paused():
+        with self.meter.paused(), on_cores(self.cores):
             if self.accelerator.is_main_process:
                 self._judge(self.stopper.unless_heard(partial(self.validate, self.published, self.step)))
             self.accelerator.wait_for_everyone()
