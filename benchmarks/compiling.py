@@ -25,6 +25,7 @@ import tempfile
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from compare_diffusers import environment, intervals, read_entries
 
@@ -66,9 +67,9 @@ def train(way: str, folder: Path, options: argparse.Namespace) -> Figures:
     }
 
 
-def summarise(rounds: list[dict[str, Figures]], batch: int) -> dict[str, Figures]:
-    """way -> medians; of a compiled one also its speed against the plain one, and when it has caught up."""
-    found = {
+def summarise(rounds: list[dict[str, Figures]], batch: int) -> dict[str, Any]:
+    """way -> medians; of a compiled one its speed against the plain one, and when it has caught up (None: never)."""
+    found: dict[str, Any] = {
         way: {name: statistics.median(each[way][name] for each in rounds) for name in rounds[0][way]}
         for way in rounds[0]
     }
@@ -77,7 +78,7 @@ def summarise(rounds: list[dict[str, Figures]], batch: int) -> dict[str, Figures
         row["faster"] = row["samples_per_s"] / plain["samples_per_s"]
         saved = batch / plain["samples_per_s"] - batch / row["samples_per_s"]
         late = row["first_step_s"] - plain["first_step_s"]
-        row["updates_to_catch_up"] = round(late / saved) if saved > 0 else float("inf")
+        row["updates_to_catch_up"] = round(late / saved) if saved > 0 else None
     return found
 
 

@@ -156,7 +156,10 @@ def arms(bench: Bench, threads: int, *, with_compile: bool) -> Iterator[Arm]:
     )
     if with_compile:
         yield Arm(
-            step, "train.compile", 1, lambda: bench.step(half, lambda unet: compile_unet(unet, bench.device, print))
+            step,
+            "train.compile",
+            1,
+            lambda: bench.step(half, lambda unet: compile_unet(unet, bench.device, "on", None, print)),
         )
     yield Arm("AdamW", "torch's default", 1, bench.update)
     yield Arm("AdamW", "foreach", 1, lambda: bench.update(foreach=True))

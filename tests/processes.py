@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 from t2i_adapter.cli import main
 
@@ -48,6 +49,9 @@ class Run:
                 os.dup2(log.fileno(), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
             torch.set_num_threads(1)
+            AcceleratorState._reset_state(
+                reset_partial_state=True
+            )  # of tests that ran in the parent: alone, by one process
             before()
             code = main(words)
         except SystemExit as stop:

@@ -108,8 +108,6 @@ def prepare(folder: Path, minutes: float) -> list[str]:
             "--tracking.log_every",
             "1",
         ),
-        "--train.compile",  # a run so long is compiled by itself, for longer than a short soak lasts
-        "off",
         *("--checkpoint.every", str(SAVE_EVERY), "--checkpoint.keep", "2"),
         *("--validation.prompts", "circle", "--validation.images", "condition.png", "--validation.num_images", "1"),
         *("--validation.every", str(VALIDATE_EVERY), "--validation.steps", "1"),

@@ -301,10 +301,10 @@ class TrainOptions:
     """Write a trace of some updates, and a page that sums up where their time went, to profile/ in the run's folder."""
     xformers: bool = False
     """xFormers' attention instead of torch's scaled dot product attention."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the UNet (on a GPU its repeated blocks): minutes at first, kept for later runs, and each step faster.
-    `auto` does it on a CPU for runs of 20,000 updates or more. Where compiling fails the run says so and goes on
-    without."""
+    compile: Literal["off", "on", "graphs"] = "off"
+    """Compile the UNet (on a GPU its repeated blocks): minutes at first, kept for later runs. `graphs` also captures
+    what a GPU is told in CUDA graphs. On a CPU it is slower than what is done without, on a GPU neither was measured.
+    Where compiling fails the run says so and goes on without."""
     channels_last: bool = False
     """Keep the UNet's weights and pictures with channels last: on a CPU no difference, on a GPU not measured."""
     lanes: int | None = None

@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from t2i_adapter.training.compiled import PAYS_FROM_STEPS, pays
+from t2i_adapter.training.compiled import SHORT, compile_unet
 
 SCRIPT = """
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from t2i_adapter.models.threads import sharing_cores
-from t2i_adapter.training.compiled import compile_unet
+from t2i_adapter.training.compiled import SHORT, compile_unet
 
 class Net(torch.nn.Module):
     def __init__(self):
@@ -36,7 +36,8 @@ def gradient(_=None):
 
 plain = gradient()
 said = []
-assert compile_unet(unet, torch.device("cpu"), said.append) == 1
+assert compile_unet(unet, torch.device("cpu"), "off", None, said.append) == 0
+assert compile_unet(unet, torch.device("cpu"), KIND, SHORT, said.append) == 1
 with sharing_cores(2) as lanes:
     found = list(lanes.map(gradient, range(4)))
 for got in found:
@@ -46,24 +47,30 @@ with torch.no_grad():
     unet(picture[:1], time[:1])  # another shape, as in validation: it is not compiled for
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 blocks = torch.nn.ModuleList([Net(), Net(), Net()])
-assert compile_unet(blocks, torch.device("cuda"), said.append) == 3, "on a GPU each block by itself"
+assert compile_unet(blocks, torch.device("cuda"), KIND, None, said.append) == 3, "on a GPU each block by itself"
 print(graphs, len(said), *said)
 """
 
 
-def run(**environment: str) -> tuple[int, int, str]:
+def run(kind: str = "on", **environment: str) -> tuple[int, int, str]:
     """Graphs that were made, lines said, and those."""
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", **environment}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, "-c", SCRIPT.replace("KIND", repr(kind))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     graphs, lines, *said = done.stdout.strip().splitlines()[-1].split(" ", 2)
     return int(graphs), int(lines), "".join(said)
 
 
-def test_compiled_it_gives_the_same_gradients_on_several_threads_at_once():
-    graphs, lines, said = run()
+@pytest.mark.parametrize("kind", ["on", "graphs"])
+def test_compiled_it_gives_the_same_gradients_on_several_threads_at_once(kind: str):
+    graphs, lines, said = run(kind)
     assert graphs >= 1
     assert lines == 0, said
 
@@ -75,17 +82,9 @@ def test_without_a_compiler_one_line_says_so_and_it_runs_as_it_is():
     assert graphs == 0
 
 
-@pytest.mark.parametrize(
-    ("wanted", "device", "steps", "compiles"),
-    [
-        ("auto", "cpu", PAYS_FROM_STEPS, True),
-        ("auto", "cpu", PAYS_FROM_STEPS - 1, False),
-        ("auto", "cpu", None, False),
-        ("auto", "cuda", 10**6, False),
-        ("on", "cuda", 1, True),
-        ("on", "cpu", None, True),
-        ("off", "cpu", 10**6, False),
-    ],
-)
-def test_auto_knows_when_a_run_is_too_short(wanted, device: str, steps: int | None, compiles: bool):
-    assert pays(wanted, torch.device(device), steps) is compiles
+def test_a_run_that_is_too_short_for_it_is_told():
+    said: list[str] = []
+    blocks = torch.nn.ModuleList([])
+    for steps in (SHORT - 1, SHORT, None):
+        compile_unet(blocks, torch.device("cuda"), "on", steps, said.append)
+    assert said == ["--train.compile on: compiling takes a minute or more, and 999 updates may not make up for it."]

@@ -14,7 +14,7 @@ from t2i_adapter.config import AdapterOptions, BaseOptions
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.base import open_base
-from t2i_adapter.models.threads import sharing_cores
+from t2i_adapter.models.threads import on_cores, sharing_cores
 from t2i_adapter.training.lanes import Lanes, count_lanes
 from t2i_adapter.training.step import Frozen, batch_losses
 from t2i_adapter.types import Batch
@@ -116,3 +116,15 @@ def test_lanes_are_for_a_cpu_and_one_process():
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_feeds_the_lanes_keeps_to_one_core_and_gives_the_others_back():
+    before = torch.get_num_threads()
+    with on_cores(before + 1):
+        assert torch.get_num_threads() == before + 1
+        with on_cores(None):
+            assert torch.get_num_threads() == before + 1
+        with pytest.raises(ZeroDivisionError), on_cores(before):
+            assert 1 / 0
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before

@@ -21,11 +21,10 @@ def load_frozen(
 ) -> Frozen:
     """The base's UNet, schedule and latent scale on the device.
 
-    dtype: the UNet's weights and arithmetic. steps: updates of the run, by which is told whether compiling pays.
+    dtype: the UNet's weights and arithmetic. steps: updates of the run, too few of which are not worth compiling.
     """
     unet = _unet(config, base, device, dtype)
-    if compiled.pays(config.train.compile, device, steps):
-        compiled.compile_unet(unet, device, tqdm.write)
+    compiled.compile_unet(unet, device, config.train.compile, steps, tqdm.write)
     return Frozen(unet, NoiseSchedule.of(base.scheduler()).to(device), base.latent_scale, dtype)
 
 

@@ -142,7 +142,7 @@ class Trainer:
         if count == 1:
             return None
         frozen = self.frozen
-        if is_recordable(self.config, self.plan.steps):
+        if is_recordable(self.config):
             frozen = frozen._replace(unet=Recorded(frozen.unet, tqdm.write))
 
         def losses(adapter: Any, batch: Batch) -> Tensor:
