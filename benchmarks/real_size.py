@@ -99,13 +99,14 @@ ROWS: dict[str, dict[str, Any]] = {
     # This machine
     "frozen": {"latent": 32, "batch": 1, "steps": 3},
     "unfrozen": {"latent": 32, "batch": 1, "steps": 3, "unfrozen": True},
-    "frozen-compiled": {"latent": 32, "batch": 1, "steps": 3, "compile": True},
+    "frozen-compiled": {"latent": 32, "batch": 1, "steps": 3, "compile": "on"},
     "frozen-recompute": {"latent": 32, "batch": 1, "steps": 3, "recompute": "all"},
     "frozen-int8": {"latent": 32, "batch": 1, "steps": 3, "quantize": "int8"},
     "command": {"command": True, "resolution": 256, "steps": 2},
     # A CUDA device
-    "gpu": {"latent": 128, "batch": "best", "steps": 20, "compile": True},
-    "gpu-float8": {"latent": 128, "batch": "best", "steps": 20, "compile": True, "quantize": "float8"},
+    "gpu": {"latent": 128, "batch": "best", "steps": 20, "compile": "on"},
+    "gpu-graphs": {"latent": 128, "batch": "best", "steps": 20, "compile": "graphs"},
+    "gpu-float8": {"latent": 128, "batch": "best", "steps": 20, "compile": "on", "quantize": "float8"},
     "gpu-float8-cosine": {"latent": 128, "batch": 1, "cosine": "float8"},
     "gpu-unfrozen": {"latent": 128, "batch": "best", "steps": 20, "unfrozen": True},
     "8gib": {"latent": 128, "batch": 1, "steps": 5, "quantize": "int8", "recompute": "all", "limit_gib": 8},
@@ -175,7 +176,7 @@ class Bench:
         train = TrainOptions(
             gradient_checkpointing="recompute" in row,
             checkpoint_blocks=row.get("recompute", "all"),
-            compile="on" if row.get("compile") else "off",
+            compile=row.get("compile", "off"),
         )
         config = replace(Config(), base=base.options, train=train)
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16")

@@ -37,6 +37,7 @@ from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.base import Base, open_base
 from t2i_adapter.training.compiled import compile_unet
 from t2i_adapter.training.lanes import Lanes
+from t2i_adapter.training.recorded import RECORD_AT, Recorded
 from t2i_adapter.training.step import Frozen, batch_losses
 from t2i_adapter.types import Batch
 
@@ -107,15 +108,19 @@ class Bench:
 
         return run
 
-    def lanes(self, count: int) -> Step:
-        """The same, the batch shared between threads."""
+    def lanes(self, count: int, *, record: bool) -> Step:
+        """The same, the batch shared between threads, which replay the UNet once it is recorded."""
         frozen, adapter, batch = self.frozen(), self.adapter(), self.batch(self.size)
+        if record:
+            frozen = frozen._replace(unet=Recorded(frozen.unet, print))
         lanes = Lanes(count, adapter, lambda network, part: batch_losses(network, frozen, part))
 
         def run() -> None:
             lanes.add(batch, 1 / self.size)
             adapter.zero_grad()
 
+        for _ in range(RECORD_AT):
+            run()
         return run
 
     def update(self, **settings: Any) -> Step:
@@ -145,7 +150,9 @@ def arms(bench: Bench, threads: int, *, with_compile: bool) -> Iterator[Arm]:
     half = max(1, bench.size // 2)
     yield Arm("a batch on all cores", "each operation on all cores", threads, lambda: bench.step(bench.size))
     if bench.device.type == "cpu":
-        yield Arm("a batch on all cores", "train.lanes", threads, lambda: bench.lanes(min(threads, bench.size)))
+        count, group = min(threads, bench.size), "a batch on all cores"
+        yield Arm(group, "train.lanes, not recorded", threads, lambda: bench.lanes(count, record=False))
+        yield Arm(group, "train.lanes", threads, lambda: bench.lanes(count, record=True))
     step = "a lane's step"
     yield Arm(step, "as it is", 1, lambda: bench.step(half))
     yield Arm(step, "channels last, UNet", 1, lambda: bench.step(half, lambda unet: unet.to(memory_format=last)))

@@ -6,8 +6,9 @@
 The run is the real one, on `nano`, from a cache that is filled beforehand, logging every 10 steps. The bare step is one
 batch over and over: gradients, clipping, optimiser, with the run's own number of threads. They take turns, A B A B.
 
-Result file: settings, versions, machine, each round's milliseconds a step (medians; the run's first ten left out), the
-run's share of time spent waiting for batches, and the ratio run / bare of the medians of all rounds.
+Result file: settings, versions, machine, each round's milliseconds a step (medians; the first steps, in which the UNet
+is recorded, left out), the run's share of time spent waiting for batches, and the ratio run / bare of the medians of
+all rounds.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ from t2i_adapter.cache.work import Machine
 from t2i_adapter.config import CheckpointOptions, Config, DataOptions, TrackingOptions, TrainOptions
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.base import open_base
+from t2i_adapter.models.threads import on_cores
 from t2i_adapter.sources.remote import cache_root
 from t2i_adapter.sources.shapes import write_dataset
 from t2i_adapter.sources.table import open_source
 from t2i_adapter.training.frozen import load_frozen
 from t2i_adapter.training.lanes import Lanes, count_lanes
 from t2i_adapter.training.optim import make_optimizer
+from t2i_adapter.training.recorded import RECORD_AT, Recorded
 from t2i_adapter.training.run import run
 from t2i_adapter.training.step import batch_losses
 from t2i_adapter.types import Batch
@@ -65,7 +68,7 @@ def in_a_run(config: Config, number: int) -> Step:
     config = replace(config, output_dir=f"{config.output_dir}-{number}")
     run(config)
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines][1:]
+    rows = [json.loads(line) for line in lines][1 + RECORD_AT // LOG_EVERY :]
     return {
         "ms": statistics.median(1000 * config.train.batch_size / row["samples_per_s"] for row in rows),
         "wait_share": statistics.mean(row["wait_share"] for row in rows),
@@ -81,10 +84,11 @@ class Bare:
         self._adapter = build_adapter(config.adapter, base.unet_config).train()
         self._optimizer = make_optimizer(config.optim, self._adapter.parameters(), config.optim.lr)
         self._batch = a_batch(config)
+        replayed = self._frozen._replace(unet=Recorded(self._frozen.unet, print))
         self._lanes = Lanes(
             count_lanes(None, CPU, len(self._batch), 1),
             self._adapter,
-            lambda network, part: batch_losses(network, self._frozen, part),
+            lambda network, part: batch_losses(network, replayed, part),
         )
 
     def step(self) -> None:
@@ -96,6 +100,8 @@ class Bare:
     def measure(self, steps: int) -> Step:
         """In tens, as the run logs them."""
         found = []
+        for _ in range(RECORD_AT):
+            self.step()
         for _ in range(steps // LOG_EVERY):
             started = time.perf_counter()
             for _ in range(LOG_EVERY):
@@ -136,7 +142,8 @@ def measure(options: argparse.Namespace) -> dict[str, list[Step]]:
         config = config_of(options, folder)
         bare = Bare(config)
         for number in range(options.rounds):
-            found["bare"].append(bare.measure(options.steps))
+            with on_cores(1):  # of the thread that feeds the lanes, as in a run
+                found["bare"].append(bare.measure(options.steps))
             found["run"].append(in_a_run(config, number))
             print(f"round {number + 1}  bare {found['bare'][-1]}  run {found['run'][-1]}", flush=True)
     return found
