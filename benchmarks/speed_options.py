@@ -35,6 +35,7 @@ from t2i_adapter.config import AdapterOptions, BaseOptions
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.base import Base, open_base
+from t2i_adapter.models.threads import on_cores
 from t2i_adapter.training.compiled import compile_unet
 from t2i_adapter.training.lanes import Lanes
 from t2i_adapter.training.recorded import RECORD_AT, Recorded
@@ -116,8 +117,9 @@ class Bench:
         lanes = Lanes(count, adapter, lambda network, part: batch_losses(network, frozen, part))
 
         def run() -> None:
-            lanes.add(batch, 1 / self.size)
-            adapter.zero_grad()
+            with on_cores(1):  # of the thread that feeds the lanes
+                lanes.add(batch, 1 / self.size)
+                adapter.zero_grad()
 
         for _ in range(RECORD_AT):
             run()

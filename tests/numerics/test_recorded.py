@@ -27,7 +27,7 @@ from t2i_adapter.models.base import open_base
 from t2i_adapter.training import recorded
 from t2i_adapter.training.estimate import example_batch
 from t2i_adapter.training.lanes import Lanes
-from t2i_adapter.training.recorded import RECORD_AT, Recorded, is_recordable
+from t2i_adapter.training.recorded import MOST, RECORD_AT, Recorded, is_recordable
 from t2i_adapter.training.run import run
 from t2i_adapter.training.step import Frozen, batch_losses
 
@@ -66,6 +66,15 @@ def test_replayed_on_two_threads_it_gives_the_same_bits(adapter: Any, frozen: Fr
     assert len(stand_in._replays) == 2 and not said
     gradients(adapter, replaying, 2, 0)
     assert len(stand_in._replays) == 2, "a shape that is seldom met is not recorded"
+
+
+def test_no_more_shapes_are_recorded_than_memory_is_for():
+    stand_in = Recorded(lambda x: (x * 2,), print)
+    for side in range(1, MOST + 4):
+        for _ in range(RECORD_AT):
+            (got,) = stand_in(torch.ones(side))
+        assert torch.equal(got, torch.full((side,), 2.0))
+    assert len(stand_in._replays) == MOST
 
 
 class Undecided(torch.nn.Module):

@@ -5,20 +5,24 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from t2i_adapter.config import Config
+from t2i_adapter.models.threads import on_cores
 from t2i_adapter.training.estimate import OPTIMIZER_BYTES, Memory, Shapes, example_batch
 from t2i_adapter.training.frozen import load_frozen
+from t2i_adapter.training.loop import Trainer
 from t2i_adapter.training.plan_options import PlanOptions
 from t2i_adapter.training.run import DTYPES, Setup, set_up
-from t2i_adapter.training.step import batch_losses
+from t2i_adapter.training.signals import Stopper
 
 GIB = 2**30
 PROBE_STEPS = 3
+WARM_UP_SECONDS, PROBE_SECONDS = 2.0, 2.0
 RESERVE = 0.05
 """Share of a device's memory that is left alone: what its allocator cannot use in whole pieces."""
 CONTEXT_BYTES = 600 * 2**20
@@ -129,31 +133,43 @@ def _time(setup: Setup, options: PlanOptions, found: Forecast) -> str:
         return f"not measured {why}; there, `t2i-adapter plan` with the same options and no --card measures it"
     hours = setup.plan.steps * setup.plan.global_batch / found.samples_per_s / setup.plan.processes / 3600
     return (
-        f"{hours:.2f} hours of steps at {found.samples_per_s:.3g} samples/s a process (measured over {PROBE_STEPS} "
-        "steps), the preparing of data not counted"
+        f"{hours:.2f} hours of steps at {found.samples_per_s:.3g} samples/s a process (measured on random "
+        "content), the preparing of data not counted"
     )
 
 
 def _probe(setup: Setup, dtype: torch.dtype) -> float:
-    """Samples a second of bare steps on random content, after one that is not counted."""
+    """Samples a second of the run's own updates on random content, after some that are not counted."""
     config, device = setup.config, setup.accelerator.device
-    frozen = load_frozen(config, setup.base, device, dtype, steps=PROBE_STEPS)
-    side, size = config.data.resolution, config.train.batch_size
-    channels, draws = config.adapter.in_channels, config.train.noise_draws
-    unet_config = setup.base.unet_config
-    batch = example_batch(unet_config, size, height=side, width=side, channels=channels, draws=draws, device=device)
-    adapter = setup.accelerator.prepare(setup.adapter.to(device).train())
-    optimizer = torch.optim.AdamW(adapter.parameters())
-    began = time.perf_counter()
-    for step in range(PROBE_STEPS + 1):
-        if step == 1:
-            _wait(device)
-            began = time.perf_counter()
-        setup.accelerator.backward(batch_losses(adapter, frozen, batch).mean())
-        optimizer.step()
-        optimizer.zero_grad()
-    _wait(device)
-    return PROBE_STEPS * size / (time.perf_counter() - began)
+    side, train = config.data.resolution, config.train
+    batch = example_batch(
+        setup.base.unet_config,
+        train.batch_size,
+        height=side,
+        width=side,
+        channels=config.adapter.in_channels,
+        draws=train.noise_draws,
+        device=device,
+    )
+    frozen = load_frozen(config, setup.base, device, dtype)
+    batches = repeat(batch)
+    trainer = Trainer(
+        config, setup.plan, setup.accelerator, setup.adapter, frozen, lambda _: batches, None, {}, Stopper()
+    )
+
+    def updates(least: int, seconds: float) -> float:
+        """Updates a second; at least so many, and until so many seconds are over."""
+        began, done = time.perf_counter(), 0
+        while done < least or time.perf_counter() - began < seconds:
+            trainer.advance(batches)
+            done += 1
+        _wait(device)
+        return done / (time.perf_counter() - began)
+
+    with on_cores(trainer.cores_beside_lanes):
+        updates(1, WARM_UP_SECONDS)
+        rate = updates(PROBE_STEPS, PROBE_SECONDS)
+    return rate * train.batch_size * train.gradient_accumulation_steps
 
 
 def _wait(device: torch.device) -> None:

@@ -104,8 +104,7 @@ class Trainer:
         profile = self._profile()
         with self._progress_bar() as bar:
             while self.step < self.plan.steps:
-                self.accumulation.add(batches)
-                self._update()
+                self.advance(batches)
                 bar.update()
                 if profile:
                     profile.step()
@@ -118,6 +117,11 @@ class Trainer:
                 why = self.stopper.asked(self.step)
                 if why and self.step < self.plan.steps:
                     self._stop(why)
+
+    def advance(self, batches: Iterator[Batch]) -> None:
+        """One update: the gradients of the next global batch, and the optimiser's step."""
+        self.accumulation.add(batches)
+        self._update()
 
     def _profile(self) -> Profile | None:
         """Of the main process, where it is wanted."""

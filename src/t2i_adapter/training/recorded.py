@@ -21,6 +21,8 @@ from t2i_adapter.models.base import first_line
 RECORD_AT = 16
 """Uses of a shape before it is recorded. Recording takes as long as a few dozen replays save (0.25 s against 8 ms,
 `nano` on 2 cores), so a shape that is seldom met is not worth it, and a run's first step is not kept waiting."""
+MOST = 16
+"""Shapes that are recorded; each takes some megabytes."""
 
 
 def is_recordable(config: Config) -> bool:
@@ -49,7 +51,7 @@ class Recorded:
         if key not in self._replays and self._on:
             with self._lock:  # the others wait for the one that records
                 self._uses[key] += 1
-                if self._uses[key] == RECORD_AT:
+                if self._uses[key] == RECORD_AT and len(self._replays) < MOST:
                     self._record(key, leaves, tree)
         replay = self._replays.get(key)
         if replay is None:
