@@ -212,7 +212,7 @@ def test_the_guides_command_line() -> None:
             "allow_tf32": False,
             "profile": False,
             "xformers": False,
-            "compile": "auto",
+            "compile": "off",
             "channels_last": False,
             "lanes": None,
             "ema_decay": 0.0,
