@@ -369,6 +369,7 @@ def refused_or_done(call: Callable[[], object]) -> None:
 
 @given(head=JSON, numbers=JSON)
 @example("&a [*a]", None)
+@example(["ab"], None)  # pairs, to dict()
 def test_a_card_and_an_evaluation_of_any_content(head: Any, numbers: Any):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

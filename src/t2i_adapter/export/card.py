@@ -258,6 +258,8 @@ def _split(card: Path) -> tuple[dict[str, Any], str]:
     try:
         _, head, body = card.read_text(encoding="utf-8").split("---\n", 2)
         content = yaml.safe_load(head) or {}
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__}")
         _yaml_block(content)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as fault:
         raise UserError(f"{card}: there is no model card with YAML front matter.") from fault
