@@ -42,7 +42,7 @@ def _keep_freed_memory() -> None:
     """Has glibc keep what is freed for the next allocation, until `models.base.release`.
 
     By itself it gives large pieces back to the system at once, which then clears new pages for the next picture: a
-    third of the time of encoding (benchmarks/speed_options.json).
+    third of the time of encoding (benchmarks/encoding.json).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
