@@ -28,8 +28,9 @@ import torch
 
 from t2i_adapter.cache.live import batch_size, encode_pixels
 from t2i_adapter.config import BaseOptions
-from t2i_adapter.models import threads
+from t2i_adapter.models import heap
 from t2i_adapter.models.base import open_base
+from t2i_adapter.models.threads import sharing_cores
 from t2i_adapter.training.run import versions
 
 KEPT, GIVEN_BACK = "kept", "as glibc does"
@@ -38,13 +39,13 @@ Figures = dict[str, float]
 
 def encode(way: str, options: argparse.Namespace) -> Figures:
     """Of the second time that the pictures are encoded, a picture's share."""
-    if way == GIVEN_BACK:
-        threads._keep_freed_memory = lambda: None  # type: ignore[assignment]
+    if way == KEPT:
+        heap.keep_freed()
     torch.set_num_threads(options.threads)
     encoder = open_base(BaseOptions()).latent_encoder("cpu")
     size = batch_size(options.resolution**2, "cpu")
     batches = torch.randint(0, 256, (options.pictures, 3, *[options.resolution] * 2), dtype=torch.uint8).split(size)
-    with threads.sharing_cores(options.threads) as lanes:
+    with sharing_cores(options.threads) as lanes:
         for _ in range(2):
             before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
             list(lanes.map(lambda pixels: encode_pixels(encoder, pixels), batches))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import replace
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import pytest
@@ -130,18 +128,3 @@ def test_what_feeds_the_lanes_keeps_to_one_core_and_gives_the_others_back():
             assert 1 / 0
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
-def test_memory_that_threads_free_is_there_for_their_next_use():
-    """Else the system clears as many pages again for each: 25,000 here."""
-
-    def use(_: int) -> None:
-        parts = [torch.ones(2**20) for _ in range(8)]
-        del parts
-
-    with sharing_cores(1) as pool:
-        list(pool.map(use, range(3)))
-        before = getrusage(RUSAGE_SELF).ru_minflt
-        list(pool.map(use, range(10)))
-        assert getrusage(RUSAGE_SELF).ru_minflt - before < 10_000

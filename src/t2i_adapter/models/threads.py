@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 from threading import Barrier
 
 import torch
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h."""
 
 
 def sharing_cores(count: int) -> ThreadPoolExecutor:
@@ -22,7 +16,6 @@ def sharing_cores(count: int) -> ThreadPoolExecutor:
     The operations of a small model are too short to be divided between cores one by one; whole samples are not. Such
     threads run side by side, because torch lets go of the interpreter inside its operations.
     """
-    _keep_freed_memory()
     cores = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, "sharing-cores")
     together = Barrier(count)  # so that every thread of the pool takes one of the calls
@@ -35,19 +28,6 @@ def sharing_cores(count: int) -> ThreadPoolExecutor:
     list(pool.map(settle, range(count)))
     torch.set_num_threads(cores)
     return pool
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """Has glibc keep what is freed for the next allocation, until `models.base.release`.
-
-    By itself it gives large pieces back to the system at once, which then clears new pages for the next picture: a
-    third of the time of encoding (benchmarks/encoding.json).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the most that glibc itself would come to; larger ones come and go
-        mallopt(_M_TRIM_THRESHOLD, 256 * 2**20)
 
 
 @contextmanager
