@@ -24,7 +24,6 @@ from t2i_adapter.cache.stamps import Stamps
 from t2i_adapter.cache.work import Machine, bar, batched, batched_alike, run_ahead
 from t2i_adapter.conditions.cut import Cut
 from t2i_adapter.errors import UserError
-from t2i_adapter.models import heap
 from t2i_adapter.models.base import release
 from t2i_adapter.models.latents import LatentEncoder
 from t2i_adapter.models.threads import cores_of, sharing_cores
@@ -145,7 +144,6 @@ def build_images(
     `crops` are made by all processes together. Raises UserError where a row is bad and may not be left out, where
     there are too many, and where the disk has no room for what the first batch lets expect.
     """
-    heap.keep_freed()
     encoder = machine.base.latent_encoder(machine.device)
     size = batch_size(stage.framing.resolution**2, machine.device)
     results = run_ahead(pool, lambda lack: _ready(source, stage, lack), work, 2 * size)

@@ -17,7 +17,6 @@ from t2i_adapter.cache.shards import Shards, ShardWriter
 from t2i_adapter.cache.work import Machine, bar, batched, run_ahead
 from t2i_adapter.config import DataOptions
 from t2i_adapter.errors import UserError
-from t2i_adapter.models import heap
 from t2i_adapter.models.base import Base, release
 from t2i_adapter.models.text import TextEncoder
 from t2i_adapter.models.threads import cores_of, sharing_cores
@@ -113,7 +112,6 @@ def choose_captions(captions: Iterable[str], options: DataOptions, each: int) ->
 
 def build_texts(captions: Sequence[str], texts: Texts, machine: Machine) -> None:
     """Encodes the captions and appends their records."""
-    heap.keep_freed()
     encoder = machine.base.text_encoder(machine.device, machine.dtype)
     waiting = batched(bar(captions, len(captions), "encoding captions", machine.show), TEXT_BATCH)
     lanes = cores_of(machine.device)

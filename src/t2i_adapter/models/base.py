@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +28,6 @@ from transformers.utils import logging as transformers_logging
 from t2i_adapter.config import NANO, BaseOptions
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import parse_json
-from t2i_adapter.models import heap
 from t2i_adapter.models.latents import LatentEncoder, LatentScale
 from t2i_adapter.models.text import TextEncoder
 
@@ -281,7 +282,9 @@ def release(device: torch.device | str) -> None:
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-    heap.give_back()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc has it
+    if trim:
+        trim(0)
 
 
 def _named_vae(options: BaseOptions, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL | None:
