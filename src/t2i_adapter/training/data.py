@@ -80,7 +80,9 @@ def make_batches(
         device=accelerator.device,
     )
     batches = (encoders.complete(to_device(draft, accelerator.device)) for draft in _listed(drafts, facts, config))
-    yield from batches if count_workers(config.data.num_workers, accelerator.device) else one_ahead(batches)
+    has_workers = count_workers(config.data.num_workers, accelerator.device) > 0
+    # Of several processes some abort at their end (SIGABRT) while such a thread is about.
+    yield from batches if has_workers or accelerator.num_processes > 1 else one_ahead(batches)
 
 
 def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
