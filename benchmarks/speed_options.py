@@ -38,7 +38,7 @@ from t2i_adapter.models.base import Base, open_base
 from t2i_adapter.models.threads import on_cores
 from t2i_adapter.training.compiled import compile_unet
 from t2i_adapter.training.lanes import Lanes
-from t2i_adapter.training.recorded import RECORD_AT, Recorded
+from t2i_adapter.training.recorded import RECORD_AT, Recorder
 from t2i_adapter.training.step import Frozen, batch_losses
 from t2i_adapter.types import Batch
 
@@ -110,11 +110,10 @@ class Bench:
         return run
 
     def lanes(self, count: int, *, record: bool) -> Step:
-        """The same, the batch shared between threads, which replay the UNet once it is recorded."""
+        """The same, the batch shared between threads, which replay their operations once they are recorded."""
         frozen, adapter, batch = self.frozen(), self.adapter(), self.batch(self.size)
-        if record:
-            frozen = frozen._replace(unet=Recorded(frozen.unet, print))
-        lanes = Lanes(count, adapter, lambda network, part: batch_losses(network, frozen, part))
+        recorder = Recorder(print) if record else None
+        lanes = Lanes(count, adapter, lambda network, part: batch_losses(network, frozen, part), recorder)
 
         def run() -> None:
             with on_cores(1):  # of the thread that feeds the lanes

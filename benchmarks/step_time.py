@@ -6,8 +6,8 @@
 The run is the real one, on `nano`, from a cache that is filled beforehand, logging every 10 steps. The bare step is one
 batch over and over: gradients, clipping, optimiser, with the run's own number of threads. They take turns, A B A B.
 
-Result file: settings, versions, machine, each round's milliseconds a step (medians; the first steps, in which the UNet
-is recorded, left out), the run's share of time spent waiting for batches, and the ratio run / bare of the medians of
+Result file: settings, versions, machine, each round's milliseconds a step (medians; the first steps, in which they
+are recorded, left out), the run's share of time spent waiting for batches, and the ratio run / bare of the medians of
 all rounds.
 """
 
@@ -41,7 +41,7 @@ from t2i_adapter.sources.table import open_source
 from t2i_adapter.training.frozen import load_frozen
 from t2i_adapter.training.lanes import Lanes, count_lanes
 from t2i_adapter.training.optim import make_optimizer
-from t2i_adapter.training.recorded import RECORD_AT, Recorded
+from t2i_adapter.training.recorded import RECORD_AT, Recorder
 from t2i_adapter.training.run import run
 from t2i_adapter.training.step import batch_losses
 from t2i_adapter.types import Batch
@@ -84,11 +84,11 @@ class Bare:
         self._adapter = build_adapter(config.adapter, base.unet_config).train()
         self._optimizer = make_optimizer(config.optim, self._adapter.parameters(), config.optim.lr)
         self._batch = a_batch(config)
-        replayed = self._frozen._replace(unet=Recorded(self._frozen.unet, print))
         self._lanes = Lanes(
             count_lanes(None, CPU, len(self._batch), 1),
             self._adapter,
-            lambda network, part: batch_losses(network, replayed, part),
+            lambda network, part: batch_losses(network, self._frozen, part),
+            Recorder(print),
         )
 
     def step(self) -> None:

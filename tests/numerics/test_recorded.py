@@ -1,8 +1,8 @@
-"""A UNet that is recorded and replayed: the same bits, on several threads, for each shape; or a line and as it was."""
+"""Operations recorded and replayed: the same bits, on several threads, for each shape; or a line and as they were."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from t2i_adapter.models.base import open_base
 from t2i_adapter.training import recorded
 from t2i_adapter.training.estimate import example_batch
 from t2i_adapter.training.lanes import Lanes
-from t2i_adapter.training.recorded import MOST, RECORD_AT, Recorded, is_recordable
+from t2i_adapter.training.recorded import MOST, RECORD_AT, Recorder, is_recordable
 from t2i_adapter.training.run import run
 from t2i_adapter.training.step import Frozen, batch_losses
 
@@ -48,59 +48,113 @@ def adapter(frozen: Frozen) -> Any:
     return made
 
 
-def gradients(adapter: Any, frozen: Frozen, samples: int, seed: int, threads: int = 2) -> list[Tensor]:
+def gradients(adapter: Any, lanes: Lanes, samples: int, seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
     batch = example_batch(adapter.unet_config, samples, height=64, width=64)
     adapter.zero_grad()
-    Lanes(threads, adapter, lambda network, part: batch_losses(network, frozen, part)).add(batch, 0.1)
+    lanes.add(batch, 0.1)
     return [parameter.grad.clone() for parameter in adapter.parameters()]
 
 
 def test_replayed_on_two_threads_it_gives_the_same_bits(adapter: Any, frozen: Frozen):
     said: list[str] = []
-    stand_in = Recorded(frozen.unet, said.append)
-    replaying = frozen._replace(unet=stand_in)
-    for seed in range(RECORD_AT + 2):  # parts of two and of three samples
-        plain, got = gradients(adapter, frozen, 5, seed), gradients(adapter, replaying, 5, seed)
-        assert all(map(torch.equal, plain, got)), f"update {seed}"
-    assert len(stand_in._replays) == 2 and not said
+    recorder = Recorder(said.append)
+    plain, replaying = (
+        Lanes(2, adapter, lambda network, part: batch_losses(network, frozen, part), chosen)
+        for chosen in (None, recorder)
+    )
+    for seed in range(RECORD_AT + 3):  # parts of two and of three samples
+        wanted, got = gradients(adapter, plain, 5, seed), gradients(adapter, replaying, 5, seed)
+        assert all(map(torch.equal, wanted, got)), f"update {seed}"
+        with torch.no_grad():
+            adapter.adapter.conv_in.weight.mul_(1.1)  # as an optimiser writes: in place
+    assert len(recorder._replays) == 2 and not said
     gradients(adapter, replaying, 2, 0)
-    assert len(stand_in._replays) == 2, "a shape that is seldom met is not recorded"
+    assert len(recorder._replays) == 2, "a shape that is seldom met is not recorded"
 
 
 def test_no_more_shapes_are_recorded_than_memory_is_for():
-    stand_in = Recorded(lambda x: (x * 2,), print)
+    recorder = Recorder(print)
     for side in range(1, MOST + 4):
-        for _ in range(RECORD_AT):
-            (got,) = stand_in(torch.ones(side))
-        assert torch.equal(got, torch.full((side,), 2.0))
-    assert len(stand_in._replays) == MOST
+        x = torch.ones(side)
+        for _ in range(RECORD_AT + 1):
+            (got,) = recorder.call(lambda x=x: [x * 2], [x])
+            assert torch.equal(got, torch.full((side,), 2.0))
+    assert len(recorder._replays) == MOST
 
 
-class Undecided(torch.nn.Module):
-    """What it does depends on the numbers, which no recording knows of."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor]:
-        self.calls = getattr(self, "calls", 0) + 1
-        return (x * self.calls,)
-
-
-class Impossible(torch.nn.Module):
-    def forward(self, x: Tensor) -> tuple[Tensor]:
-        if torch.jit.is_tracing():
-            raise NotImplementedError("not this one")
-        return (x * 2,)
+WEIGHT = torch.arange(12.0).view(4, 3)
+OPERATIONS: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
+    "views of what is fixed": lambda x: [x @ WEIGHT, x @ WEIGHT[:, 1:], WEIGHT.t() @ x.t()],
+    "written in place": lambda x: [torch.zeros(2).add_(x.sum(1)).mul_(2)],
+    "an input returned": lambda x: [x, x.detach() + 1],
+    "lists and empty ones": lambda x: [*x.split([1, 3], 1), *x.chunk(2), torch.zeros([]) + x.mean([])],
+    "types, devices and infinities": lambda x: [x.to(torch.bfloat16), x.masked_fill(x > 0, float("-inf"))],
+    "what none of the results needs": lambda x: [x + 1, (torch.sin(x), x * 2)[1]],
+    "gathered": lambda x: [WEIGHT[(x[0] > 0).long()]],
+}
 
 
-@pytest.mark.parametrize(("network", "why"), [(Undecided, "does not replay to the bit"), (Impossible, "not this one")])
-def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(network: Callable[[], Any], why: str):
+@pytest.mark.parametrize("function", OPERATIONS.values(), ids=OPERATIONS.keys())
+def test_any_operation_replays_on_other_numbers(function: Callable[[Tensor], Sequence[Tensor]]):
     said: list[str] = []
-    stand_in = Recorded(network(), said.append)
-    for _ in range(3 * RECORD_AT):
-        (got,) = stand_in(torch.ones(2, 2))
-    assert isinstance(got, Tensor) and not stand_in._replays
+    recorder = Recorder(said.append)
+    for seed in range(RECORD_AT + 3):
+        torch.manual_seed(seed)
+        x = torch.randn(2, 4)
+        got = recorder.call(lambda x=x: function(x), [x])
+        assert all(map(torch.equal, got, function(x)))
+    assert len(recorder._replays) == 1 and not said
+
+
+def by_its_own_count() -> Callable[[Tensor], Sequence[Tensor]]:
+    """What it does depends on what no recording knows of."""
+    calls = iter(range(1000))
+    return lambda x: [x * next(calls)]
+
+
+def read_back(x: Tensor) -> Sequence[Tensor]:
+    return [x * x.sum().item()]
+
+
+def by_the_numbers(x: Tensor) -> Sequence[Tensor]:
+    return [x * x.tolist()[0][0]]
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (by_its_own_count(), "do not replay to the bit"),
+        (lambda x: [x + torch.rand(2, 4)], "do not replay to the bit"),
+        (lambda x: [x * len(x[x > 0])], "do not replay to the bit"),
+        (read_back, "gives a number to the interpreter"),
+        (by_the_numbers, "do not replay to the bit"),
+    ],
+)
+def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(
+    function: Callable[[Tensor], Sequence[Tensor]], why: str
+):
+    said: list[str] = []
+    recorder = Recorder(said.append)
+    for seed in range(3 * RECORD_AT):
+        torch.manual_seed(seed)
+        x = torch.randn(2, 4)
+        assert recorder.call(lambda x=x: function(x), [x])
+    assert not recorder._replays
     (line,) = said
-    assert line.startswith("The UNet cannot be recorded here (") and why in line
+    assert line.startswith("The step's operations cannot be recorded here (") and why in line
+
+
+def test_what_the_function_raises_while_it_is_recorded_is_raised():
+    recorder = Recorder(print)
+
+    def full(x: Tensor) -> Sequence[Tensor]:
+        raise torch.OutOfMemoryError("no room")
+
+    x = torch.ones(2)
+    for _ in range(RECORD_AT + 1):
+        with pytest.raises(torch.OutOfMemoryError):
+            recorder.call(lambda: full(x), [x])
 
 
 def test_a_recorded_run_is_the_same_run(tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: Any):
@@ -117,7 +171,7 @@ def test_a_recorded_run_is_the_same_run(tiny_base: Path, tiny_data: Path, tmp_pa
             tracking=TrackingOptions(report_to="none", log_every=1),
         )
         recordings: list[object] = []
-        monkeypatch.setattr(torch.jit, "trace", _counted(torch.jit.trace, recordings))
+        monkeypatch.setattr(torch.jit, "CompilationUnit", _counted(torch.jit.CompilationUnit, recordings))
         run(config)
         assert len(recordings) == (record_at == 3)
         monkeypatch.undo()
@@ -126,10 +180,10 @@ def test_a_recorded_run_is_the_same_run(tiny_base: Path, tiny_data: Path, tmp_pa
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def _counted(trace: Callable[..., Any], calls: list[object]) -> Callable[..., Any]:
+def _counted(compiler: Callable[..., Any], calls: list[object]) -> Callable[..., Any]:
     def counting(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
-        return trace(*args, **kwargs)
+        return compiler(*args, **kwargs)
 
     return counting
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from t2i_adapter.models.threads import cores_of, sharing_cores
 from t2i_adapter.training.accumulate import part
+from t2i_adapter.training.recorded import Recorder
 from t2i_adapter.types import Batch
 
 
@@ -29,9 +30,13 @@ class Lanes:
     """Computes the gradients of a batch's parts side by side and sums them in the parts' order: the same numbers each
     time, and those of the whole batch to rounding."""
 
-    def __init__(self, count: int, adapter: Any, losses: Callable[[Any, Batch], Tensor]) -> None:
-        """adapter: the network that learns, float32, on the CPU. losses: (adapter, batch) -> each sample's (B,)."""
-        self._losses = losses
+    def __init__(
+        self, count: int, adapter: Any, losses: Callable[[Any, Batch], Tensor], recorder: Recorder | None = None
+    ) -> None:
+        """adapter: the network that learns, float32, on the CPU. losses: (adapter, batch) -> each sample's (B,).
+        recorder: replays what the threads do, where that can be; None calls it each time.
+        """
+        self._losses, self._recorder = losses, recorder
         self._parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
         self._adapters = [_twin(adapter) for _ in range(count)]
         self._pool = sharing_cores(count)
@@ -42,15 +47,23 @@ class Lanes:
         Where a thread fails its exception is raised, and nothing has been added.
         """
         parts = _cut(batch, len(self._adapters))
-        done = list(self._pool.map(self._gradients, self._adapters, parts, [share] * len(parts)))
+        done = list(self._pool.map(self._lane, self._adapters, parts, [share] * len(parts)))
         for number, parameter in enumerate(self._parameters):
-            for _, gradients in done:
+            for _, *gradients in done:
                 parameter.grad = gradients[number] if parameter.grad is None else parameter.grad.add_(gradients[number])
-        return torch.stack([loss for loss, _ in done]).sum()
+        return torch.stack([loss for loss, *_ in done]).sum()
 
-    def _gradients(self, adapter: Any, batch: Batch, share: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        loss = self._losses(adapter, batch).sum() * share
-        return loss.detach(), torch.autograd.grad(loss, [p for p in adapter.parameters() if p.requires_grad])
+    def _lane(self, adapter: Any, batch: Batch, share: float) -> Sequence[Tensor]:
+        """The loss, and the gradient of each weight."""
+
+        def gradients() -> list[Tensor]:
+            loss = self._losses(adapter, batch).sum() * share
+            return [loss.detach(), *torch.autograd.grad(loss, [p for p in adapter.parameters() if p.requires_grad])]
+
+        if self._recorder is None:
+            return gradients()
+        inputs = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+        return self._recorder.call(gradients, inputs, share)
 
 
 def _twin(adapter: Any) -> Any:

@@ -27,7 +27,7 @@ from t2i_adapter.training.lanes import Lanes, count_lanes
 from t2i_adapter.training.meter import Meter
 from t2i_adapter.training.plan import Plan
 from t2i_adapter.training.profile import ADAPTER, FOLDER, UNET, Profile
-from t2i_adapter.training.recorded import Recorded, is_recordable
+from t2i_adapter.training.recorded import Recorder, is_recordable
 from t2i_adapter.training.saving import Saver
 from t2i_adapter.training.signals import CODES, Stopper, reason
 from t2i_adapter.training.step import Frozen, batch_losses
@@ -145,18 +145,15 @@ class Trainer:
         count = count_lanes(train.lanes, accelerator.device, train.batch_size, accelerator.num_processes)
         if count == 1:
             return None
-        frozen = self.frozen
-        if is_recordable(self.config):
-            frozen = frozen._replace(unet=Recorded(frozen.unet, tqdm.write))
 
         def losses(adapter: Any, batch: Batch) -> Tensor:
             def features(condition: Tensor) -> Any:
                 with accelerator.autocast():
                     return adapter(condition)
 
-            return batch_losses(features, frozen, batch, min_snr_gamma=self.config.objective.min_snr_gamma)
+            return batch_losses(features, self.frozen, batch, min_snr_gamma=self.config.objective.min_snr_gamma)
 
-        return Lanes(count, self.adapter, losses)
+        return Lanes(count, self.adapter, losses, Recorder(tqdm.write) if is_recordable(self.config) else None)
 
     def _update(self) -> None:
         """Clips, steps the optimiser at this step's learning rate, and counts the step."""

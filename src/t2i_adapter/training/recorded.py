@@ -1,92 +1,208 @@
-"""The UNet's operations recorded and replayed without the interpreter, for threads that would wait for their turn.
+"""Operations recorded and replayed without the interpreter, for threads that would wait for their turn in it.
 
 The same operations on the same numbers: results are the same to the bit, so a run may begin to replay at any step.
 """
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from t2i_adapter.config import Config
 from t2i_adapter.models.base import first_line
 
 RECORD_AT = 16
-"""Uses of a shape before it is recorded. Recording takes as long as a few dozen replays save (0.25 s against 8 ms,
+"""Uses of a shape before it is recorded. Recording takes as long as two dozen replays save (0.3 s against 13 ms,
 `nano` on 2 cores), so a shape that is seldom met is not worth it, and a run's first step is not kept waiting."""
 MOST = 16
 """Shapes that are recorded; each takes some megabytes."""
 
+Function = Callable[[], Sequence[Tensor]]
+Replay = Callable[[Sequence[Tensor]], list[Tensor]]
+
 
 def is_recordable(config: Config) -> bool:
-    """Whether the UNet is made of plain operations, on a CPU: not compiled, no activations forgotten, no narrow layers,
+    """Whether a step is made of plain operations, on a CPU: not compiled, no activations forgotten, no narrow layers,
     and no profile that looks into its modules."""
     train = config.train
     plain = not (train.gradient_checkpointing or train.xformers or train.profile) and config.base.quantize == "none"
     return plain and train.compile == "off"
 
 
-class Recorded:
-    """Stands for the UNet in training: each shape of its inputs is recorded once it has come often enough.
+class Recorder:
+    """Calls functions of tensors, and replays them where inputs of their shapes have come often enough.
 
-    What cannot be recorded, or does not replay to the bit, runs as it is from then on, and `say` gets one line.
+    A recording is tried once beside the function, on other numbers than it was made of. What cannot be recorded, or
+    does not replay to the bit, is called as it is from then on, and `say` gets one line.
     """
 
-    def __init__(self, unet: Callable[..., Any], say: Callable[[str], None]) -> None:
-        self._unet, self._say = unet, say
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
         self._uses: Counter[Hashable] = Counter()
-        self._replays: dict[Hashable, Callable[..., Any]] = {}
+        self._on_trial: dict[Hashable, Replay] = {}
+        self._replays: dict[Hashable, Replay] = {}
         self._lock, self._on = Lock(), True
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, tree = tree_flatten((args, kwargs))
-        key = (str(tree), tuple(_kind(leaf) for leaf in leaves))
-        if key not in self._replays and self._on:
-            with self._lock:  # the others wait for the one that records
-                self._uses[key] += 1
-                if self._uses[key] == RECORD_AT and len(self._replays) < MOST:
-                    self._record(key, leaves, tree)
+    def call(self, function: Function, inputs: Sequence[Tensor], setting: Hashable = None) -> Sequence[Tensor]:
+        """What the function returns, for any thread.
+
+        inputs: the tensors that differ from call to call; all others that it reads are written in place or not at
+        all. setting: what else decides what it does. Raises what the function raises.
+        """
+        key = (setting, *map(_kind, inputs))
         replay = self._replays.get(key)
-        if replay is None:
-            return self._unet(*args, **kwargs)
-        with torch.jit.optimized_execution(False):  # fused operations would round otherwise; each thread has its own
-            return replay(*_tensors(leaves))
+        if replay:
+            return replay(inputs)
+        if not self._on:
+            return function()
+        with self._lock:  # the others wait for the one that records
+            self._uses[key] += 1
+            if key in self._on_trial:
+                return self._try(key, function, inputs)
+            if self._uses[key] == RECORD_AT and len(self._replays) < MOST:
+                return self._record(key, function, inputs)
+        return function()
 
-    def _record(self, key: Hashable, leaves: Sequence[Any], tree: Any) -> None:
-        def forward(*tensors: Tensor) -> Any:
-            given = iter(tensors)
-            args, kwargs = tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], tree)
-            return self._unet(*args, **kwargs)
-
-        tensors = [tensor.detach() for tensor in _tensors(leaves)]
+    def _record(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        with Tape(inputs) as tape:
+            found = function()
         try:
-            with torch.no_grad(), torch.jit.optimized_execution(False), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that shapes become constants is what is wanted: each has its own
-                replay: Any = torch.jit.trace(forward, tuple(tensors), check_trace=False)
-                same = all(map(torch.equal, forward(*tensors), replay(*tensors)))
-        except Exception as fault:  # whatever torch finds that it cannot record
+            self._on_trial[key] = tape.compile(found)
+        except Exception as fault:  # whatever torch finds that it cannot compile
             self._off(first_line(fault))
-            return
+        return found
+
+    def _try(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        replay, found = self._on_trial.pop(key), function()
+        try:
+            same = all(map(torch.equal, found, replay(inputs)))
+        except Exception as fault:  # a value of the first call that does not suit these
+            self._off(first_line(fault))
+            return found
         if same:
             self._replays[key] = replay
         else:
-            self._off("it does not replay to the bit")
+            self._off("they do not replay to the bit")
+        return found
 
     def _off(self, why: str) -> None:
         self._on = False
-        self._say(f"The UNet cannot be recorded here ({why}); it runs as it is.")
+        self._say(f"The step's operations cannot be recorded here ({why}); they run one by one.")
 
 
-def _kind(leaf: Any) -> Hashable:
-    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+class Tape(TorchDispatchMode):
+    """Writes down every operation of torch's that is called inside it, those of backward passes too, as TorchScript."""
+
+    _NAME = "_name_on_tape"  # torch keeps a tensor's Python attributes, also while only its graph holds the tensor
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._lines: list[tuple[str, list[str], list[str]]] = []  # a statement; what it makes; what it reads
+        self._fixed: list[Tensor] = []  # what none of the operations has made, and views of it
+        self._names = {id(tensor): f"x[{number}]" for number, tensor in enumerate(inputs)}
+        self._kept = list(inputs)  # their ids stay theirs
+        self._fault = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not self._fault:
+            self._write(func, args, kwargs or {}, made)
+        return made
+
+    def compile(self, results: Iterable[Tensor]) -> Replay:
+        """Inputs like those it was made with -> the results. Raises RuntimeError where they cannot be replayed."""
+        if self._fault:
+            raise RuntimeError(self._fault)
+        returned = [self._name_of(result) for result in results]
+        statements = self._needed(returned)
+        head, last = "def step(x: List[Tensor], w: List[Tensor]) -> List[Tensor]:", f"return [{', '.join(returned)}]"
+        unit: Any = torch.jit.CompilationUnit("\n  ".join([head, *statements, last]) + "\n")
+        fixed = self._fixed
+
+        def replay(inputs: Sequence[Tensor]) -> list[Tensor]:
+            # Fused operations would round otherwise; each thread has its own setting.
+            with torch.no_grad(), torch.jit.optimized_execution(False):
+                return unit.step(list(inputs), fixed)
+
+        return replay
+
+    def _write(self, func: Any, args: Any, kwargs: dict[str, Any], made: Any) -> None:
+        if torch.Tag.data_dependent_output in func.tags:
+            self._fault = f"{func} gives a number to the interpreter"
+            return
+        read = [self._name_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func is torch.ops.aten.detach.default:
+            self._call(made, read[0])
+        elif func.is_view and all(name.startswith("w[") for name in read):
+            for view in tree_leaves(made):
+                self._fix(view)
+        elif func._schema.is_mutable and made is args[0]:  # in place: it keeps its name
+            self._lines.append((self._statement(func, args, kwargs), [read[0]], read))
+        else:
+            self._assign(self._statement(func, args, kwargs), made, read)
+
+    def _statement(self, func: Any, args: Any, kwargs: dict[str, Any]) -> str:
+        words = [self._word(value) for value in args]
+        words += [f"{name}={self._word(value)}" for name, value in kwargs.items()]
+        return f"torch.ops.{func._schema.name.replace('::', '.')}({', '.join(words)})"
+
+    def _assign(self, statement: str, made: Any, read: list[str]) -> None:
+        number = len(self._lines)
+        if isinstance(made, list):
+            self._lines.append((f"v{number} = {statement}", [f"v{number}"], read))
+            for place, part in enumerate(made):
+                self._assign(f"v{number}[{place}]", part, [f"v{number}"])
+            return
+        results = made if isinstance(made, tuple) else (made,)
+        names = [f"v{number}_{place}" for place in range(len(results))]
+        for name, result in zip(names, results, strict=True):
+            if isinstance(result, Tensor):
+                self._call(result, name)
+        self._lines.append((f"{', '.join(names)} = {statement}", names, read))
+
+    def _needed(self, returned: list[str]) -> list[str]:
+        """The statements without those that make nothing that is wanted."""
+        wanted, found = set(returned), []
+        for statement, makes, reads in reversed(self._lines):
+            if wanted & set(makes) or set(makes) & set(reads):  # or it writes in place
+                wanted |= set(reads)
+                found.append(statement)
+        return found[::-1]
+
+    def _word(self, value: Any) -> str:
+        if isinstance(value, Tensor):
+            return self._name_of(value)
+        if isinstance(value, torch.device):
+            return f'torch.device("{value}")'
+        if isinstance(value, list | tuple):
+            return f"[{', '.join(map(self._word, value))}]" if value else "torch.jit.annotate(List[int], [])"
+        if isinstance(value, torch.dtype | torch.layout | torch.memory_format):
+            return str(value)
+        return repr(value) if not isinstance(value, float) or math.isfinite(value) else f'float("{value}")'
+
+    def _name_of(self, tensor: Tensor) -> str:
+        tape, name = vars(tensor).get(self._NAME, (None, ""))
+        if tape is self:
+            return name
+        if id(tensor) not in self._names:
+            self._fix(tensor)
+        return self._names[id(tensor)]
+
+    def _call(self, tensor: Tensor, name: str) -> None:
+        vars(tensor)[self._NAME] = (self, name)
+
+    def _fix(self, tensor: Tensor) -> None:
+        self._names[id(tensor)] = f"w[{len(self._fixed)}]"
+        self._fixed.append(tensor)
 
 
-def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+def _kind(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.stride(), tensor.dtype
