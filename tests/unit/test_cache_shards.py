@@ -176,7 +176,10 @@ def test_every_key_is_found_and_no_other_even_where_they_begin_alike() -> None:
     expected = np.concatenate([np.arange(1000), np.full(1000, -1), [0]])
     expected[700] = 5  # of equal keys the first
     assert np.array_equal(rows, expected)
+    table = Keys(keys)
+    assert [table.find_one(key.tobytes()) for key in wanted] == expected.tolist()
     assert Keys(keys[:0]).find(wanted[:2]).tolist() == [-1, -1]
+    assert Keys(keys[:0]).find_one(wanted[0].tobytes()) == -1
 
 
 def test_the_index_of_a_million_records_lies_in_arrays(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import lz4.block
 import numpy as np
-import pyarrow
 
 from t2i_adapter.cache.shards import Record
 from t2i_adapter.errors import UserError
@@ -19,7 +19,6 @@ TEXT_VERSION = 2
 """Raised when the numbers that a stage computes, or the way they lie in a record, change, so that older records are not
 taken for its own."""
 
-CODEC: Literal["lz4_raw"] = "lz4_raw"
 WORTH_PACKING = 0.9  # of its size, or it is kept as it is and read without a copy
 
 
@@ -113,7 +112,7 @@ def pack_condition(condition: np.ndarray) -> PackedCondition:
     low, high = int(plane.min()), int(plane.max())
     levels = [low, high] if ((plane == low) | (plane == high)).all() else None
     plain = np.packbits(plane == high) if levels and low < high else plane.reshape(-1)
-    packed = np.frombuffer(pyarrow.compress(plain, codec=CODEC, asbytes=True), np.uint8)
+    packed = np.frombuffer(lz4.block.compress(plain, store_size=False), np.uint8)
     is_packed = packed.nbytes < WORTH_PACKING * plain.nbytes
     packing = {
         "shape": [len(plane), height, width],
@@ -127,7 +126,7 @@ def pack_condition(condition: np.ndarray) -> PackedCondition:
 def unpack_condition(stored: np.ndarray, packing: Mapping[str, Any]) -> np.ndarray:
     """(C,H,W) u8, read-only. Three equal channels are one in memory."""
     if packing["unpacked_bytes"] is not None:
-        plain = pyarrow.decompress(stored, decompressed_size=packing["unpacked_bytes"], codec=CODEC)
+        plain = lz4.block.decompress(stored, uncompressed_size=packing["unpacked_bytes"])
         stored = np.frombuffer(plain, np.uint8)
     shape, levels = packing["shape"], packing["levels"]
     if levels and levels[0] < levels[1]:

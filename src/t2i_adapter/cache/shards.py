@@ -87,14 +87,19 @@ class Shards:
         return len(self._index)
 
     def __contains__(self, key: bytes) -> bool:
-        return self._row(key) >= 0
+        return self._keys.find_one(key) >= 0
 
     def __getitem__(self, key: bytes) -> Record:
         """Raises KeyError, and UserError where the file is damaged."""
-        row = self._row(key)
-        if row < 0:
+        record = self.get(key)
+        if record is None:
             raise KeyError(key.hex())
-        return self.read(row)
+        return record
+
+    def get(self, key: bytes) -> Record | None:
+        """None where there is none. Raises UserError where the file is damaged."""
+        row = self._keys.find_one(key)
+        return self.read(row) if row >= 0 else None
 
     @property
     def tags(self) -> np.ndarray:
@@ -144,9 +149,6 @@ class Shards:
             numbers = [np.full(len(index), first + place, np.int32) for place, index in enumerate(found[1:])]
             self._index, self._shard = np.concatenate(found), np.concatenate([self._shard, *numbers])
             self._fresh()
-
-    def _row(self, key: bytes) -> int:
-        return int(self.find(np.frombuffer(key, np.uint8)[None])[0])
 
     def _map(self, shard: int) -> mmap.mmap:
         if shard not in self._maps:

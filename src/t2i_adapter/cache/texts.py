@@ -36,8 +36,8 @@ class Texts:
 
     def get(self, caption: str) -> TextRecord | None:
         """None where it is not there. Raises UserError where its file is damaged."""
-        key = text_key(caption, self.fingerprint)
-        return unpack_text(self.shards[key]) if key in self.shards else None
+        record = self.shards.get(text_key(caption, self.fingerprint))
+        return None if record is None else unpack_text(record)
 
     def keys(self, captions: Iterable[str]) -> np.ndarray:
         """(N,32) uint8."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import cv2
 import numpy as np
 from PIL import Image
 
@@ -47,6 +46,8 @@ def exchange_sides(picture: Image.Image, kind: Kind) -> Image.Image:
 
 def _exchange_hues(values: np.ndarray) -> np.ndarray:
     """(H,W,3) u8 -> the same with every body colour turned to its twin's hue."""
+    import cv2  # 15 MB that most runs do without
+
     hsv = cv2.cvtColor(values.astype(np.float32) / 255, cv2.COLOR_RGB2HSV)  # hue in degrees, the others in [0,1]
     hue, saturation, value = hsv[..., 0], hsv[..., 1], hsv[..., 2]
     nearest = np.rint(hue * HUES / 360).astype(int) % HUES
