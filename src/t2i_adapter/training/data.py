@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ from t2i_adapter.sources.remote import cache_root
 from t2i_adapter.sources.table import Source
 from t2i_adapter.types import Batch, Draft
 
+BURST = 8
+"""Batches made at once where a thread of the trainer makes them."""
 BAD_SAMPLES = "bad_samples.jsonl"
 """In a run's folder: a line {"key", "reason"} for each row left out."""
 
@@ -79,10 +82,27 @@ def make_batches(
         num_timesteps=num_timesteps,
         device=accelerator.device,
     )
-    batches = (encoders.complete(to_device(draft, accelerator.device)) for draft in _listed(drafts, facts, config))
     has_workers = count_workers(config.data.num_workers, accelerator.device) > 0
+    listed = _listed(drafts if has_workers else in_bursts(drafts), facts, config)
+    batches = (encoders.complete(to_device(draft, accelerator.device)) for draft in listed)
     # Of several processes some abort at their end (SIGABRT) while such a thread is about.
     yield from batches if has_workers or accelerator.num_processes > 1 else one_ahead(batches)
+
+
+def in_bursts(drafts: Iterable[Draft]) -> Iterator[Draft]:
+    """The same, several made at once: each by itself finds the cores' caches full of the step's numbers, and takes
+    nearly twice as long."""
+    source = iter(drafts)
+    while True:
+        burst: list[Draft] = []
+        try:
+            burst.extend(islice(source, BURST))
+        except UserError:  # not before those that were made
+            yield from burst
+            raise
+        if not burst:
+            return
+        yield from burst
 
 
 def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
