@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Barrier
 
 import torch
+
+_M_ARENA_MAX = -8  # glibc's malloc.h
+
+
+def share_memory() -> None:
+    """One of the C library's memory arenas a core, two at least, where it would have eight: what threads have freed in
+    one the others cannot use, and one alone would keep them waiting. Called before the threads are made; a number
+    that the environment gives stays."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None  # glibc has it
+    if set_option and "MALLOC_ARENA_MAX" not in os.environ:
+        set_option(_M_ARENA_MAX, max(2, torch.get_num_threads()))
 
 
 def sharing_cores(count: int) -> ThreadPoolExecutor:

@@ -16,6 +16,8 @@ from t2i_adapter.files import parse_json
 
 FILE_NAME = "file_name"
 _CHUNK, _BLOCK = 16 * 2**20, 2 * 2**20
+_LARGE = 2 * 2**20
+"""Bytes of a file from which on pyarrow finds repeated pictures sooner than it is loaded, with its 25 MB."""
 _BLANK_BYTES = 8  # no row that short names a picture, so shorter lines are looked at one by one
 _BOM = b"\xef\xbb\xbf"
 
@@ -92,7 +94,9 @@ class LineTable:
         return frozenset(image for image, count in times.items() if count > 1)
 
     def _repeated_in_columns(self) -> frozenset[str] | None:
-        """`_repeated` column by column, without an object a row; None where the file is not all of one form."""
+        """`_repeated` column by column, without an object a row; None where the file is small, or of several forms."""
+        if self._path.stat().st_size < _LARGE:
+            return None
         import pyarrow as pa
         from pyarrow import json as arrow_json
 

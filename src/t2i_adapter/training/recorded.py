@@ -128,8 +128,8 @@ class Tape(TorchDispatchMode):
         fixed = self._fixed
 
         def replay(inputs: Sequence[Tensor]) -> list[Tensor]:
-            # Fused operations would round otherwise; each thread has its own setting.
-            with torch.no_grad(), torch.jit.optimized_execution(False):
+            # The recording holds what autograd would do. Fused operations would round otherwise. Both are a thread's own.
+            with torch._C._AutoDispatchBelowAutograd(), torch.jit.optimized_execution(False):
                 return unit.step(list(inputs), fixed)
 
         return replay

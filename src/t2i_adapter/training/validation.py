@@ -15,7 +15,6 @@ from PIL import Image
 from t2i_adapter.conditions.table import Annotator, annotate, open_annotator
 from t2i_adapter.config import Config
 from t2i_adapter.errors import UserError
-from t2i_adapter.evaluation.metrics import condition_agreement
 from t2i_adapter.export.card import CardSample, strip
 from t2i_adapter.generation.generate import TextStates, generate
 from t2i_adapter.generation.options import SamplingOptions
@@ -117,6 +116,8 @@ class Validator:
         """Agreement of a picture's own condition with the one it was drawn from: F1 of two-valued maps, of others one
         less the root of their mean squared difference."""
         assert self.judge is not None
+        from t2i_adapter.evaluation.metrics import condition_agreement  # with cv2, 15 MB that other runs do without
+
         own = annotate(self.judge, drawn.convert("RGB")).convert(sample.condition.mode)
         found = condition_agreement(np.asarray(own), np.asarray(sample.condition), self.judge.levels)
         return found["condition_f1"] if "condition_f1" in found else 1 - found["condition_error"]
