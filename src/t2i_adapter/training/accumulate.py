@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class Accumulation:
 
     def _gradients(self) -> list[int]:
         """How often each gradient was written, -1 where there is none."""
-        return [-1 if p.grad is None else p.grad._version for p in self._parameters()]
+        return [-1 if p.grad is None else p.grad._version for p in self._parameters]
 
     def _undone(self, before: list[int], exchange: bool) -> bool:
         """Whether the adapter's gradients are again as they were.
@@ -91,10 +92,11 @@ class Accumulation:
             return True
         if set(before) != {-1} or (exchange and self.accelerator.num_processes > 1):
             return False
-        for parameter in self._parameters():
+        for parameter in self._parameters:
             parameter.grad = None
         return True
 
+    @cached_property
     def _parameters(self) -> list[Any]:
         return [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
 

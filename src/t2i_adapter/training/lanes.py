@@ -37,8 +37,9 @@ class Lanes:
         recorder: replays what the threads do, where that can be; None calls it each time.
         """
         self._losses, self._recorder = losses, recorder
-        self._parameters = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+        self._weights = trained(adapter)
         self._adapters = [_twin(adapter) for _ in range(count)]
+        self._twins = [trained(twin) for twin in self._adapters]
         self._pool = sharing_cores(count)
 
     def add(self, batch: Batch, share: float) -> Tensor:
@@ -47,23 +48,28 @@ class Lanes:
         Where a thread fails its exception is raised, and nothing has been added.
         """
         parts = _cut(batch, len(self._adapters))
-        done = list(self._pool.map(self._lane, self._adapters, parts, [share] * len(parts)))
-        for number, parameter in enumerate(self._parameters):
-            for _, *gradients in done:
-                parameter.grad = gradients[number] if parameter.grad is None else parameter.grad.add_(gradients[number])
+        done = list(self._pool.map(self._lane, self._adapters, self._twins, parts, [share] * len(parts)))
+        for _, *gradients in done:
+            for weight, gradient in zip(self._weights, gradients, strict=True):
+                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
         return torch.stack([loss for loss, *_ in done]).sum()
 
-    def _lane(self, adapter: Any, batch: Batch, share: float) -> Sequence[Tensor]:
+    def _lane(self, adapter: Any, weights: list[Any], batch: Batch, share: float) -> Sequence[Tensor]:
         """The loss, and the gradient of each weight."""
 
         def gradients() -> list[Tensor]:
             loss = self._losses(adapter, batch).sum() * share
-            return [loss.detach(), *torch.autograd.grad(loss, [p for p in adapter.parameters() if p.requires_grad])]
+            return [loss.detach(), *torch.autograd.grad(loss, weights)]
 
         if self._recorder is None:
             return gradients()
         inputs = [value for value in vars(batch).values() if isinstance(value, Tensor)]
         return self._recorder.call(gradients, inputs, share)
+
+
+def trained(adapter: Any) -> list[Any]:
+    """The weights that learn."""
+    return [parameter for parameter in adapter.parameters() if parameter.requires_grad]
 
 
 def _twin(adapter: Any) -> Any:

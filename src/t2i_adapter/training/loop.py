@@ -61,7 +61,8 @@ class Trainer:
         self.step = 0
         self.output_dir = Path(self.config.output_dir)
         self.adapter.to(self.accelerator.device).train()
-        self.optimizer = optim.make_optimizer(self.config.optim, self.adapter.parameters(), self.plan.lr)
+        self.weights = list(self.adapter.parameters())
+        self.optimizer = optim.make_optimizer(self.config.optim, self.weights, self.plan.lr)
         self.lr_at = optim.lr_schedule(self.config.optim, self.optimizer, self.plan)
         self.ema = Ema(self.adapter, self.config.train.ema_decay) if self.config.train.ema_decay else None
         self.meter = Meter(self.accelerator.device)
@@ -157,7 +158,7 @@ class Trainer:
 
     def _update(self) -> None:
         """Clips, steps the optimiser at this step's learning rate, and counts the step."""
-        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.optim.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.weights, self.config.optim.max_grad_norm)
         assert norm is not None
         self.meter.add_step(norm, scaled=self.accelerator.scaler is not None)
         optim.set_lr(self.optimizer, self.lr_at(self.step))

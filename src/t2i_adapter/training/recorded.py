@@ -128,7 +128,7 @@ class Tape(TorchDispatchMode):
         fixed = self._fixed
 
         def replay(inputs: Sequence[Tensor]) -> list[Tensor]:
-            # The recording holds what autograd would do. Fused operations would round otherwise. Both are a thread's own.
+            # The backward pass is recorded too; fused operations would round otherwise. Both are a thread's settings.
             with torch._C._AutoDispatchBelowAutograd(), torch.jit.optimized_execution(False):
                 return unit.step(list(inputs), fixed)
 
