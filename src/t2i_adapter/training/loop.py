@@ -188,6 +188,7 @@ class Trainer:
             loss=f"{values['loss']:.4f}",
             samples_s=f"{values['samples_per_s']:.1f}",
             waiting=f"{values['wait_share']:.0%}",
+            refresh=False,  # it is shown when the bar is next drawn
         )
         self._tell(values)
 
