@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from t2i_adapter.config import AdapterOptions, BaseOptions
-from t2i_adapter.diffusion.schedule import NoiseSchedule
-from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
 from t2i_adapter.models.threads import on_cores, sharing_cores
+from t2i_adapter.training.estimate import example_batch
 from t2i_adapter.training.lanes import Lanes, count_lanes
 from t2i_adapter.training.step import Frozen, batch_losses
 from t2i_adapter.types import Batch
@@ -23,34 +19,10 @@ SIZE, DRAWS = 5, 2
 
 
 @pytest.fixture(scope="module")
-def frozen(tiny_base: Path) -> Frozen:
-    base = open_base(BaseOptions(name=str(tiny_base)))
-    return Frozen(base.unet("cpu", torch.float32), NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
-
-
-@pytest.fixture
-def adapter(frozen: Frozen) -> Any:
-    torch.manual_seed(0)
-    return build_adapter(AdapterOptions(), frozen.unet.config)
-
-
-@pytest.fixture(scope="module")
 def batch(frozen: Frozen) -> Batch:
     """Five samples of two draws each, all different."""
-    config = frozen.unet.config
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     torch.manual_seed(1)
-    return Batch(
-        moments=torch.rand(SIZE, 8, 8, 8),
-        condition=torch.rand(SIZE, 3, 64, 64),
-        text=torch.randn(SIZE, 77, config["cross_attention_dim"]),
-        pooled=torch.randn(SIZE, pooled),
-        time_ids=torch.tensor([[64, 64, 0, 0, 64, 64]] * SIZE),
-        timesteps=torch.randint(0, 1000, (SIZE * DRAWS,)),
-        noise=torch.randn(SIZE * DRAWS, 4, 8, 8),
-        latent_noise=torch.randn(SIZE * DRAWS, 4, 8, 8),
-        keys=tuple(map(str, range(SIZE))),
-    )
+    return example_batch(frozen.unet.config, SIZE, height=64, width=64, draws=DRAWS)
 
 
 def gradients(adapter: Any) -> list[Tensor]:

@@ -3,49 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from t2i_adapter.config import AdapterOptions, BaseOptions
-from t2i_adapter.diffusion.schedule import NoiseSchedule
-from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
 from t2i_adapter.training.accumulate import part
+from t2i_adapter.training.estimate import example_batch
 from t2i_adapter.training.step import Frozen, batch_losses
 from t2i_adapter.types import Batch
 
 SIZE, DRAWS = 2, 3
 
 
-@pytest.fixture(scope="module")
-def parts(tiny_base: Path) -> tuple[Frozen, Any]:
-    base = open_base(BaseOptions(name=str(tiny_base)))
-    frozen = Frozen(
-        base.unet("cpu", torch.float32), NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32
-    )
-    torch.manual_seed(0)
-    return frozen, build_adapter(AdapterOptions(), base.unet_config)
+@pytest.fixture
+def parts(frozen: Frozen, adapter: Any) -> tuple[Frozen, Any]:
+    return frozen, adapter
 
 
 @pytest.fixture(scope="module")
-def batch(parts: tuple[Frozen, Any]) -> Batch:
+def batch(frozen: Frozen) -> Batch:
     """Two samples of three draws, all as different as can be."""
-    config = parts[0].unet.config
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     torch.manual_seed(1)
-    return Batch(
-        moments=torch.rand(SIZE, 8, 8, 8),
-        condition=torch.rand(SIZE, 3, 64, 64),
-        text=torch.randn(SIZE, 77, config["cross_attention_dim"]),
-        pooled=torch.randn(SIZE, pooled),
+    drawn = example_batch(frozen.unet.config, SIZE, height=64, width=64, draws=DRAWS)
+    return replace(
+        drawn,
         time_ids=torch.tensor([[64, 64, 0, 0, 64, 64], [90, 70, 4, 8, 64, 64]]),
         timesteps=torch.tensor([10, 300, 990, 950, 600, 0]),
-        noise=torch.randn(SIZE * DRAWS, 4, 8, 8),
-        latent_noise=torch.randn(SIZE * DRAWS, 4, 8, 8),
-        keys=("a", "b"),
     )
 
 

@@ -13,17 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from t2i_adapter.config import (
-    AdapterOptions,
     BaseOptions,
     CheckpointOptions,
     Config,
     DataOptions,
+    ObjectiveOptions,
     TrackingOptions,
     TrainOptions,
 )
-from t2i_adapter.diffusion.schedule import NoiseSchedule
-from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
 from t2i_adapter.training import recorded
 from t2i_adapter.training.estimate import example_batch
 from t2i_adapter.training.lanes import Lanes
@@ -31,26 +28,10 @@ from t2i_adapter.training.recorded import MOST, RECORD_AT, Recorder, is_recordab
 from t2i_adapter.training.run import run
 from t2i_adapter.training.step import Frozen, batch_losses
 
-CPU = torch.device("cpu")
 
-
-@pytest.fixture(scope="module")
-def frozen(tiny_base: Path) -> Frozen:
-    base = open_base(BaseOptions(name=str(tiny_base)))
-    return Frozen(base.unet(CPU, torch.float32), NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
-
-
-@pytest.fixture
-def adapter(frozen: Frozen) -> Any:
-    torch.manual_seed(0)
-    made = build_adapter(AdapterOptions(), frozen.unet.config)
-    made.unet_config = frozen.unet.config
-    return made
-
-
-def gradients(adapter: Any, lanes: Lanes, samples: int, seed: int) -> list[Tensor]:
+def gradients(frozen: Frozen, adapter: Any, lanes: Lanes, samples: int, seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
-    batch = example_batch(adapter.unet_config, samples, height=64, width=64)
+    batch = example_batch(frozen.unet.config, samples, height=64, width=64)
     adapter.zero_grad()
     lanes.add(batch, 0.1)
     return [parameter.grad.clone() for parameter in adapter.parameters()]
@@ -64,12 +45,12 @@ def test_replayed_on_two_threads_it_gives_the_same_bits(adapter: Any, frozen: Fr
         for chosen in (None, recorder)
     )
     for seed in range(RECORD_AT + 3):  # parts of two and of three samples
-        wanted, got = gradients(adapter, plain, 5, seed), gradients(adapter, replaying, 5, seed)
+        wanted, got = (gradients(frozen, adapter, lanes, 5, seed) for lanes in (plain, replaying))
         assert all(map(torch.equal, wanted, got)), f"update {seed}"
         with torch.no_grad():
             adapter.adapter.conv_in.weight.mul_(1.1)  # as an optimiser writes: in place
     assert len(recorder._replays) == 2 and not said
-    gradients(adapter, replaying, 2, 0)
+    gradients(frozen, adapter, replaying, 2, 0)
     assert len(recorder._replays) == 2, "a shape that is seldom met is not recorded"
 
 
@@ -157,35 +138,50 @@ def test_what_the_function_raises_while_it_is_recorded_is_raised():
             recorder.call(lambda: full(x), [x])
 
 
-def test_a_recorded_run_is_the_same_run(tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: Any):
+@pytest.mark.parametrize(
+    "train",
+    [
+        TrainOptions(),
+        TrainOptions(mixed_precision="bf16"),
+        TrainOptions(noise_draws=2, gradient_accumulation_steps=2, ema_decay=0.9),
+    ],
+    ids=["plain", "bf16", "draws, accumulated, averaged"],
+)
+def test_a_recorded_run_is_the_same_run(
+    train: TrainOptions, tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Else one that stops and goes on, and so is recorded at another update, would not be the same."""
     found = []
     for record_at in (3, 10**6):
-        monkeypatch.setattr(recorded, "RECORD_AT", record_at)
         config = Config(
             output_dir=str(tmp_path / str(record_at)),
             base=BaseOptions(name=str(tiny_base)),
             data=DataOptions(train_data_dir=str(tiny_data), resolution=64),
-            train=TrainOptions(batch_size=4, max_steps=5, seed=5, lanes=2),
+            train=replace(train, batch_size=4, max_steps=5, seed=5, lanes=2),
+            objective=ObjectiveOptions(min_snr_gamma=5.0),
             checkpoint=CheckpointOptions(every=5),
             tracking=TrackingOptions(report_to="none", log_every=1),
         )
-        recordings: list[object] = []
-        monkeypatch.setattr(torch.jit, "CompilationUnit", _counted(torch.jit.CompilationUnit, recordings))
-        run(config)
-        assert len(recordings) == (record_at == 3)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(recorded, "RECORD_AT", record_at)
+            replays: list[object] = []
+            patch.setattr(Recorder, "_try", _kept(Recorder._try, replays))
+            run(config)
+        assert len(replays) == (record_at == 3)
         found.append(load_file(tmp_path / str(record_at) / "checkpoint-5" / "training.safetensors"))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def _counted(compiler: Callable[..., Any], calls: list[object]) -> Callable[..., Any]:
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        return compiler(*args, **kwargs)
+def _kept(trial: Callable[..., Any], replays: list[object]) -> Callable[..., Any]:
+    """The trial, which also lists each recording that has passed it."""
 
-    return counting
+    def trying(recorder: Recorder, *args: Any) -> Any:
+        found = trial(recorder, *args)
+        replays.extend(recorder._replays.values())
+        return found
+
+    return trying
 
 
 def test_only_plain_operations_are_recorded():

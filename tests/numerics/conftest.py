@@ -1,0 +1,29 @@
+"""The parts of a training step, small: a frozen base and an adapter that learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.diffusion.schedule import NoiseSchedule
+from t2i_adapter.models.adapter import build_adapter
+from t2i_adapter.models.base import open_base
+from t2i_adapter.training.step import Frozen
+
+
+@pytest.fixture(scope="module")
+def frozen(tiny_base: Path) -> Frozen:
+    """The tiny base in float32. Read only."""
+    base = open_base(BaseOptions(name=str(tiny_base)))
+    return Frozen(base.unet("cpu", torch.float32), NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
+
+
+@pytest.fixture
+def adapter(frozen: Frozen) -> Any:
+    """A new one, always with the same weights."""
+    torch.manual_seed(0)
+    return build_adapter(AdapterOptions(), frozen.unet.config)
