@@ -37,6 +37,7 @@ from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.base import Base, open_base
 from t2i_adapter.models.threads import on_cores
 from t2i_adapter.training.compiled import compile_unet
+from t2i_adapter.training.estimate import example_batch
 from t2i_adapter.training.lanes import Lanes
 from t2i_adapter.training.recorded import RECORD_AT, Recorder
 from t2i_adapter.training.step import Frozen, batch_losses
@@ -75,24 +76,9 @@ class Bench:
         return adapter.to(self.device).train()
 
     def batch(self, size: int) -> Batch:
-        config, cells = self.base.unet_config, self.resolution // 8
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        generator = torch.Generator().manual_seed(1)
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(size, *shape, generator=generator).to(self.device)
-
-        side = self.resolution
-        return Batch(
-            moments=normal(8, cells, cells).abs(),
-            condition=normal(3, side, side).abs().clamp(max=1),
-            text=normal(77, config["cross_attention_dim"]),
-            pooled=normal(pooled),
-            time_ids=torch.tensor([[side, side, 0, 0, side, side]] * size, device=self.device),
-            timesteps=torch.randint(0, 1000, (size,), generator=generator).to(self.device),
-            noise=normal(4, cells, cells),
-            latent_noise=normal(4, cells, cells),
-            keys=tuple(map(str, range(size))),
+        torch.manual_seed(1)
+        return example_batch(
+            self.base.unet_config, size, height=self.resolution, width=self.resolution, device=self.device
         )
 
     def step(
