@@ -14,7 +14,7 @@ import torch
 _M_ARENA_MAX = -8  # glibc's malloc.h
 
 
-def share_memory() -> None:
+def share_arenas() -> None:
     """One of the C library's memory arenas a core, two at least, where it would have eight: what threads have freed in
     one the others cannot use, and one alone would keep them waiting. Called before the threads are made; a number
     that the environment gives stays."""

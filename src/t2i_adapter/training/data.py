@@ -91,7 +91,7 @@ def make_batches(
 
 def in_bursts(drafts: Iterable[Draft]) -> Iterator[Draft]:
     """The same, several made at once: each by itself finds the cores' caches full of the step's numbers, and takes
-    nearly twice as long."""
+    longer."""
     source = iter(drafts)
     while True:
         burst: list[Draft] = []

@@ -83,7 +83,7 @@ class Recorder:
     def _try(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         replay, found = self._on_trial.pop(key), function()
         try:
-            same = all(map(torch.equal, found, replay(inputs)))
+            same = all(map(_same, found, replay(inputs)))
         except Exception as fault:  # a value of the first call that does not suit these
             self._off(first_line(fault))
             return found
@@ -140,11 +140,13 @@ class Tape(TorchDispatchMode):
             return
         read = [self._name_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func is torch.ops.aten.detach.default:
-            self._call(made, read[0])
+            self._give_name(made, read[0])
         elif func.is_view and all(name.startswith("w[") for name in read):
             for view in tree_leaves(made):
                 self._fix(view)
-        elif func._schema.is_mutable and made is args[0]:  # in place: it keeps its name
+        elif func._schema.is_mutable and made is not args[0]:
+            self._fault = f"{func} writes into several tensors"
+        elif func._schema.is_mutable:  # in place: it keeps its name
             self._lines.append((self._statement(func, args, kwargs), [read[0]], read))
         else:
             self._assign(self._statement(func, args, kwargs), made, read)
@@ -165,7 +167,7 @@ class Tape(TorchDispatchMode):
         names = [f"v{number}_{place}" for place in range(len(results))]
         for name, result in zip(names, results, strict=True):
             if isinstance(result, Tensor):
-                self._call(result, name)
+                self._give_name(result, name)
         self._lines.append((f"{', '.join(names)} = {statement}", names, read))
 
     def _needed(self, returned: list[str]) -> list[str]:
@@ -196,12 +198,17 @@ class Tape(TorchDispatchMode):
             self._fix(tensor)
         return self._names[id(tensor)]
 
-    def _call(self, tensor: Tensor, name: str) -> None:
+    def _give_name(self, tensor: Tensor, name: str) -> None:
         vars(tensor)[self._NAME] = (self, name)
 
     def _fix(self, tensor: Tensor) -> None:
         self._names[id(tensor)] = f"w[{len(self._fixed)}]"
         self._fixed.append(tensor)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """To the bit; a step whose gradient is no number is one like any other."""
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _kind(tensor: Tensor) -> Hashable:

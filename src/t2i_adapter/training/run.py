@@ -30,7 +30,7 @@ from t2i_adapter.files import write_whole
 from t2i_adapter.models.adapter import build_adapter, check_fits, check_resolution, load_adapter
 from t2i_adapter.models.base import Base, open_base, release
 from t2i_adapter.models.metadata import read_metadata
-from t2i_adapter.models.threads import share_memory
+from t2i_adapter.models.threads import share_arenas
 from t2i_adapter.sources.table import Source, open_source
 from t2i_adapter.training import checkpoint, continuity, optim, tracking
 from t2i_adapter.training.data import make_batches, prepare_data
@@ -213,7 +213,7 @@ def _check_packages(config: Config) -> None:
 
 def make_accelerator(config: Config) -> Accelerator:
     """Processes, device and arithmetic; fp16 needs a GPU, and without one the run goes on in fp32, saying so."""
-    share_memory()
+    share_arenas()
     wanted = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted not in DTYPES:
         raise UserError(f"--mixed_precision {wanted}: allowed are {', '.join(DTYPES)}.")
