@@ -74,7 +74,8 @@ def choose_view(seed: int, draw: int) -> tuple[float, int]:
 def make_item(facts: Facts, order: Order, config: Config, draw: int, *, seed: int, num_timesteps: int) -> Item:
     """The item that draw `draw` of the run gives. Raises UserError where its row cannot be read and may not be
     skipped."""
-    view, tags = choose_view(seed, draw)
+    has_choice = facts.views > 1 or config.data.shuffle_tags
+    view, tags = choose_view(seed, draw) if has_choice else (0.0, 0)
     fetched = _fetch(facts, order, draw, int(view * facts.views), seed=seed, skip=_may_skip(config))
     record, captions, bad = fetched
     height, width = record.condition.shape[-2:]
@@ -92,10 +93,15 @@ def make_item(facts: Facts, order: Order, config: Config, draw: int, *, seed: in
         caption=caption,
         time_ids=(original_h, original_w, top, left, *target),
         timesteps=tuple(timesteps.sample(config.objective, quantile, num_timesteps) for quantile in quantiles),
-        noise=np.stack([choices.noise for choices in every]),
-        latent_noise=np.stack([choices.latent_noise for choices in every]),
+        noise=_stacked([choices.noise for choices in every]),
+        latent_noise=_stacked([choices.latent_noise for choices in every]),
         bad=bad,
     )
+
+
+def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
+    """One under another; one alone without a copy."""
+    return np.stack(arrays) if len(arrays) > 1 else arrays[0][None]
 
 
 def _may_skip(config: Config) -> bool:
