@@ -95,6 +95,7 @@ def test_a_killed_start_is_gone_on_with(tmp_path: Path):
     assert 3 <= made < 150 and not (out / "train/metadata.jsonl").exists(), "killed in the middle"
     with listing.open("ab") as file:
         file.write(b'[77, {"file_name": "000')  # as a line is that was being written
+    (out / "train/00077.png.0123abcd.tmp").write_bytes(b"\x89PNG")  # and a picture
     times = {n: (out / "train" / f"{n:05d}.png").stat().st_mtime_ns for n in range(3)}
     assert main([*words, str(out)]) == 0 and main([*words, str(tmp_path / "whole")]) == 0
     assert content(out / "train") == content(tmp_path / "whole/train")

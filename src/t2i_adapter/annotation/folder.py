@@ -87,6 +87,8 @@ def annotate_data(options: AnnotateOptions) -> None:
                 file.flush()
             bar.update()
     write_metadata(work.folder, [done[number] for number in sorted(done)])
+    for left in work.folder.glob("*.png.*.tmp"):  # by a start that was killed while it wrote a picture
+        left.unlink(missing_ok=True)
     tell(work, options, len(done), bad)
 
 
