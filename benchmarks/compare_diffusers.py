@@ -217,8 +217,8 @@ def environment(caches: Path, threads: int) -> dict[str, str]:
 
 
 def run(side: str, inputs: Inputs, options: argparse.Namespace) -> Figures:
-    """Measures one side: trained from start to end in empty caches and an empty folder; then once more into another,
-    of which only the start is told."""
+    """Measures one side: trained from start to end in empty caches and an empty folder; then once more with the caches
+    as they are, of which only the start is told."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         found = once(side, inputs, folder, options)

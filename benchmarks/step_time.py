@@ -6,8 +6,8 @@
 The run is the real one, on `nano`, from a cache that is filled beforehand, logging every 10 steps. The bare step is one
 batch over and over: gradients, clipping, optimiser, with the run's own number of threads. They take turns, A B A B.
 
-Result file: settings, versions, machine, each round's milliseconds a step (medians; the first steps, in which they
-are recorded, left out), the run's share of time spent waiting for batches, and the ratio run / bare of the medians of
+Result file: settings, versions, machine, each round's milliseconds a step (medians; the first ones, until they are
+recorded, left out), the run's share of time spent waiting for batches, and the ratio run / bare of the medians of
 all rounds.
 """
 

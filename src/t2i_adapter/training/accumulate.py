@@ -98,7 +98,7 @@ class Accumulation:
 
     @cached_property
     def _parameters(self) -> list[Any]:
-        return [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
+        return trained(self.wrapped)
 
     def _halve(self, tried: int, fault: str) -> None:
         """Takes half as many samples at once from here on. Raises UserError if it was one already."""
@@ -113,6 +113,11 @@ class Accumulation:
             f"Memory did not suffice for {tried} samples at once: from here on {self.at_once} are computed at a time, "
             "for the same update."
         )
+
+
+def trained(adapter: Any) -> list[Any]:
+    """The weights that learn."""
+    return [parameter for parameter in adapter.parameters() if parameter.requires_grad]
 
 
 def part(batch: Batch, start: int, stop: int) -> Batch:

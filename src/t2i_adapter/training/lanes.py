@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from t2i_adapter.models.threads import cores_of, sharing_cores
-from t2i_adapter.training.accumulate import part
+from t2i_adapter.training.accumulate import part, trained
 from t2i_adapter.training.recorded import Recorder
 from t2i_adapter.types import Batch
 
@@ -38,8 +38,7 @@ class Lanes:
         """
         self._losses, self._recorder = losses, recorder
         self._weights = trained(adapter)
-        self._adapters = [_twin(adapter) for _ in range(count)]
-        self._twins = [trained(twin) for twin in self._adapters]
+        self._twins = [(twin, trained(twin)) for twin in (_twin(adapter) for _ in range(count))]
         self._pool = sharing_cores(count)
 
     def add(self, batch: Batch, share: float) -> Tensor:
@@ -47,15 +46,16 @@ class Lanes:
 
         Where a thread fails its exception is raised, and nothing has been added.
         """
-        parts = _cut(batch, len(self._adapters))
-        done = list(self._pool.map(self._lane, self._adapters, self._twins, parts, [share] * len(parts)))
+        parts = _cut(batch, len(self._twins))
+        done = list(self._pool.map(self._lane, self._twins, parts, [share] * len(parts)))
         for _, *gradients in done:
             for weight, gradient in zip(self._weights, gradients, strict=True):
                 weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
         return torch.stack([loss for loss, *_ in done]).sum()
 
-    def _lane(self, adapter: Any, weights: list[Any], batch: Batch, share: float) -> Sequence[Tensor]:
+    def _lane(self, twin: tuple[Any, list[Any]], batch: Batch, share: float) -> Sequence[Tensor]:
         """The loss, and the gradient of each weight."""
+        adapter, weights = twin
 
         def gradients() -> list[Tensor]:
             loss = self._losses(adapter, batch).sum() * share
@@ -65,11 +65,6 @@ class Lanes:
             return gradients()
         inputs = [value for value in vars(batch).values() if isinstance(value, Tensor)]
         return self._recorder.call(gradients, inputs, share)
-
-
-def trained(adapter: Any) -> list[Any]:
-    """The weights that learn."""
-    return [parameter for parameter in adapter.parameters() if parameter.requires_grad]
 
 
 def _twin(adapter: Any) -> Any:
