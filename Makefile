@@ -4,12 +4,13 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo check test bench soak fuzz audit e2e lint types clean
+.PHONY: help install demo check test golden bench soak fuzz audit lint types clean
 
 help:
 	@echo "make demo    train an adapter on the embedded base and look at what it does (minutes)"
 	@echo "make test    everything that proves the project, but GPU and soak"
 	@echo "make check   lint, types, unit, contract and numerics tests (two minutes)"
+	@echo "make golden  record the loss curve that changes are compared with anew; a commit that does says why"
 	@echo "make soak    long campaigns against losing a run, and long fuzzing (hours)"
 	@echo "make fuzz    fuzzing led by the code it reaches (atheris, from the network)"
 	@echo "make audit   known faults of the installed packages (needs the network)"
@@ -22,7 +23,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	$(BIN)/python -m t2i_adapter.conditions.weights || echo "Tests of soft edges, poses and person masks will be skipped."
+	$(BIN)/python -m t2i_adapter.annotators.weights || echo "Tests of soft edges, poses and person masks will be skipped."
 	@touch $@
 
 demo: install
@@ -40,6 +41,9 @@ check: lint types
 
 test: lint types
 	$(BIN)/pytest tests -m "not gpu and not soak" -n 2
+
+golden: install
+	$(BIN)/python tests/support/golden.py
 
 bench: install
 	@test -f "benchmarks/$(NAME).py" || { echo "NAME=$(NAME): no such file benchmarks/$(NAME).py; there are: $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/\.py$$//' | tr '\n' ' ')"; exit 2; }

@@ -11,7 +11,7 @@ from pathlib import Path
 if importlib.util.find_spec("t2i_adapter") is None:  # a checkout whose package is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from t2i_adapter.compat import main
+from t2i_adapter.script import main
 
 if __name__ == "__main__":
     sys.exit(main())

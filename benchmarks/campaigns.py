@@ -30,10 +30,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "campaigns")]
 
-from disks import damaged_checkpoints, failing_disk, full_disk, read_only_folder  # noqa: E402
-from forks import Forks  # noqa: E402
-from kills import WORDS, campaign, make_data  # noqa: E402
-from soak import soak  # noqa: E402
+from support.disks import damaged_checkpoints, failing_disk, full_disk, read_only_folder  # noqa: E402
+from support.forks import Forks  # noqa: E402
+from support.kills import WORDS, campaign, make_data  # noqa: E402
+from support.soak import soak  # noqa: E402
 from test_ranks import kill_ranks  # noqa: E402
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")

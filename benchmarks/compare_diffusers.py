@@ -163,11 +163,11 @@ def prepare(folder: Path, options: argparse.Namespace) -> Inputs:
     """Draws the pairs and the adapter that both sides start from."""
     import torch
 
-    from t2i_adapter.config import AdapterOptions, BaseOptions
+    from t2i_adapter.config.tree import AdapterOptions, BaseOptions
+    from t2i_adapter.data.shapes import write_dataset
     from t2i_adapter.models import nano
     from t2i_adapter.models.adapter import build_adapter
-    from t2i_adapter.models.base import open_base
-    from t2i_adapter.sources.shapes import write_dataset
+    from t2i_adapter.models.open import open_base
 
     base = nano.path() if options.base == "nano" else Path(options.base).resolve()
     torch.manual_seed(0)

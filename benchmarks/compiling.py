@@ -29,8 +29,8 @@ from typing import Any
 
 from compare_diffusers import environment, intervals, read_entries
 
-from t2i_adapter.sources.shapes import write_dataset
-from t2i_adapter.training.run import versions
+from t2i_adapter.data.shapes import write_dataset
+from t2i_adapter.training.setup import versions
 
 PLAIN, COLD, WARM = "not compiled", "compiled, empty cache", "compiled, from the cache"
 Figures = dict[str, float]

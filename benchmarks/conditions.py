@@ -31,10 +31,10 @@ from typing import Any
 import cv2
 from PIL import Image
 
-from t2i_adapter.annotation.listing import local_kinds
-from t2i_adapter.conditions.table import annotate, open_annotator
+from t2i_adapter.annotators.registry import annotate, open_annotator
+from t2i_adapter.data.shapes import render, sample_scene
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources.shapes import render, sample_scene
+from t2i_adapter.verbs.conditions import local_kinds
 
 SEED = 5
 LEAST_S, MOST_S = 1.0, 8.0

@@ -44,20 +44,20 @@ import pyarrow.parquet
 import torch
 from PIL import Image
 
-from t2i_adapter.batches.loader import make_drafts
+from t2i_adapter.batches.loader import make_partial_batches
 from t2i_adapter.batches.order import Order
-from t2i_adapter.cache.live import Live
-from t2i_adapter.cache.prepare import Prepared, prepare
+from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
+from t2i_adapter.cache.prepare import prepare
+from t2i_adapter.cache.progress import PrepareContext
 from t2i_adapter.cache.records import pack_image, pack_text, view_keys
 from t2i_adapter.cache.shards import Shards, ShardWriter
-from t2i_adapter.cache.stage import Stage
 from t2i_adapter.cache.texts import Texts
-from t2i_adapter.cache.work import Machine
-from t2i_adapter.config import BaseOptions, Config, DataOptions, TrainOptions
-from t2i_adapter.models.base import open_base
-from t2i_adapter.sources import shapes
-from t2i_adapter.sources.geometry import Framing
-from t2i_adapter.sources.table import open_source
+from t2i_adapter.config.tree import BaseOptions, Config, DataOptions, TrainOptions
+from t2i_adapter.data import shapes
+from t2i_adapter.data.geometry import Framing
+from t2i_adapter.data.pair import PairTransform
+from t2i_adapter.data.source import open_source
+from t2i_adapter.models.open import open_base
 
 SIDE, PAIRS, BATCH = 1024, 48, 4
 STATES, POOLED = (77, 2048), (1280,)  # of SDXL's text encoders
@@ -85,7 +85,7 @@ def write_pairs(folder: Path) -> Path:
     return folder
 
 
-def cached_facts(data: DataOptions, root: Path) -> Prepared:
+def cached_facts(data: DataOptions, root: Path) -> CachedDataset:
     """Records of SDXL's sizes for the pairs: true conditions, random moments and states, which cost the same."""
     source, rng, framing = open_source(data, 0), np.random.default_rng(1), Framing.of(data)
     images, texts, keys = root / "images", Texts(Shards(root / "texts"), "benchmark"), []
@@ -104,24 +104,28 @@ def cached_facts(data: DataOptions, root: Path) -> Prepared:
     found = Shards(images)
     rows = found.find(np.concatenate(keys)).astype(np.int32)[None]
     numbers = np.arange(len(source), dtype=np.int32)
-    return Prepared(source, Stage.of(data, 3, None), numbers, rows, (numbers,), (len(source),), found, texts)
+    return CachedDataset(
+        source, PairTransform.of(data, 3, None), numbers, rows, (numbers,), (len(source),), found, texts
+    )
 
 
-def live_facts(data: DataOptions, root: Path, *, channels: int = 3) -> Live:
+def live_facts(data: DataOptions, root: Path, *, channels: int = 3) -> LiveDataset:
     base = open_base(BaseOptions())
     facts = prepare(
         open_source(data, 0),
         replace(data, cache="none"),
-        Machine(base, "cpu", torch.float32, root, progress=False),
+        PrepareContext(base, "cpu", torch.float32, root, progress=False),
         in_channels=channels,
     )
-    assert isinstance(facts, Live)
+    assert isinstance(facts, LiveDataset)
     return facts
 
 
 def drafts(facts: Any, data: DataOptions, *, start: int = 0, steps: int = 10**6, batch: int = BATCH) -> Iterator[Any]:
     config = Config(data=replace(data, num_workers=0), train=TrainOptions(batch_size=batch, seed=0))
-    return make_drafts(facts, config, rank=0, world=1, start_step=start, stop_step=start + steps, num_timesteps=1000)
+    return make_partial_batches(
+        facts, config, rank=0, world=1, start_step=start, stop_step=start + steps, num_timesteps=1000
+    )
 
 
 def script_module(path: Path) -> ModuleType:

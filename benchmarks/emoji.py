@@ -15,11 +15,11 @@ import shutil
 import time
 from pathlib import Path
 
-from t2i_adapter.demo_options import GUIDANCE, SIZE, training
-from t2i_adapter.evaluation import run as evaluation
-from t2i_adapter.evaluation.options import EvaluateOptions
-from t2i_adapter.sources.make_data import EmojiOptions, make_emoji
-from t2i_adapter.training import run as trainer
+from t2i_adapter.verbs import evaluate as evaluation
+from t2i_adapter.verbs import train as trainer
+from t2i_adapter.verbs.demo_options import GUIDANCE, SIZE, training
+from t2i_adapter.verbs.evaluate_options import EvaluateOptions
+from t2i_adapter.verbs.make_data import EmojiOptions, make_emoji
 
 OUT = Path("runs/emoji")
 

@@ -30,10 +30,10 @@ import torch
 from PIL import Image
 
 from t2i_adapter.cli import main as command
-from t2i_adapter.evaluation.options import EvaluateOptions
-from t2i_adapter.evaluation.run import run, sheet
 from t2i_adapter.models import nano
-from t2i_adapter.sources.make_data import ShapesOptions, make_shapes
+from t2i_adapter.verbs.evaluate import run, sheet
+from t2i_adapter.verbs.evaluate_options import EvaluateOptions
+from t2i_adapter.verbs.make_data import ShapesOptions, make_shapes
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SIZE, GUIDANCE, SHOWN = 128, 3.0, 2

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from real_size import UNET
 
-from t2i_adapter.config import (
+from t2i_adapter.batches.example import example_batch
+from t2i_adapter.config.tree import (
     AdapterOptions,
     BaseOptions,
     Config,
@@ -36,14 +37,16 @@ from t2i_adapter.config import (
     TrackingOptions,
     TrainOptions,
 )
+from t2i_adapter.data.shapes import write_dataset
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import Base, open_base
+from t2i_adapter.models.base import Base
+from t2i_adapter.models.open import open_base
 from t2i_adapter.models.quantize import KINDS, NarrowLinear
-from t2i_adapter.sources.shapes import write_dataset
-from t2i_adapter.training.estimate import Shapes, example_batch
-from t2i_adapter.training.frozen import load_frozen
-from t2i_adapter.training.run import run, versions
+from t2i_adapter.training.frozen_model import load_frozen_model
+from t2i_adapter.training.memory import Shapes
+from t2i_adapter.training.setup import versions
 from t2i_adapter.training.step import batch_losses
+from t2i_adapter.verbs.train import run
 
 OUT = Path(__file__).with_suffix(".json")
 MIB = 2**20
@@ -60,7 +63,7 @@ class Published:
 
 def gradients(kind: str, name: str) -> list[torch.Tensor]:
     base = open_base(BaseOptions(name=name, quantize=kind))  # pyright: ignore[reportArgumentType]
-    frozen = load_frozen(replace(Config(), base=base.options), base, torch.device("cpu"), torch.float32)
+    frozen = load_frozen_model(replace(Config(), base=base.options), base, torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
     adapter = build_adapter(AdapterOptions(), base.unet_config)
     found = []

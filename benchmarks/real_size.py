@@ -39,15 +39,15 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from t2i_adapter.config import AdapterOptions, BaseOptions, Config, TrainOptions
+from t2i_adapter.batches.example import example_batch
+from t2i_adapter.config.tree import AdapterOptions, BaseOptions, Config, TrainOptions
+from t2i_adapter.data.shapes import write_dataset
 from t2i_adapter.models import nano
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
-from t2i_adapter.sources.shapes import write_dataset
+from t2i_adapter.models.open import open_base
 from t2i_adapter.training.accumulate import is_out_of_memory
-from t2i_adapter.training.estimate import example_batch
-from t2i_adapter.training.frozen import load_frozen
-from t2i_adapter.training.run import versions
+from t2i_adapter.training.frozen_model import load_frozen_model
+from t2i_adapter.training.setup import versions
 from t2i_adapter.training.step import batch_losses
 
 OUT = Path(__file__).with_suffix(".json")
@@ -180,7 +180,7 @@ class Bench:
         )
         config = replace(Config(), base=base.options, train=train)
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16")
-        self.frozen = load_frozen(config, base, device, torch.bfloat16)
+        self.frozen = load_frozen_model(config, base, device, torch.bfloat16)
         self.frozen.unet.requires_grad_("unfrozen" in row)
         self.unet_config = base.unet_config
         torch.manual_seed(0)

@@ -35,27 +35,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from t2i_adapter.cache.live import Encoders
-from t2i_adapter.config import AdapterOptions, Config, ObjectiveOptions, TrackingOptions, TrainOptions, to_dict
-from t2i_adapter.demo_options import GUIDANCE, SIZE, training
+from t2i_adapter.batches.encoders import Encoders
+from t2i_adapter.config.read import with_values
+from t2i_adapter.config.tree import AdapterOptions, Config, ObjectiveOptions, TrackingOptions, TrainOptions, to_dict
+from t2i_adapter.data.shapes import write_dataset
+from t2i_adapter.data.source import open_source
 from t2i_adapter.diffusion.objective import add_noise, losses
 from t2i_adapter.evaluation.controls import ADAPTER
 from t2i_adapter.evaluation.evaluate import evaluate
 from t2i_adapter.evaluation.pairs import Pair, read_pairs
 from t2i_adapter.generation.options import SamplingOptions
-from t2i_adapter.load import with_values
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
-from t2i_adapter.sources.shapes import write_dataset
-from t2i_adapter.sources.table import open_source
+from t2i_adapter.models.open import open_base
 from t2i_adapter.training import optim
 from t2i_adapter.training.data import make_batches, prepare_data
 from t2i_adapter.training.ema import Ema
-from t2i_adapter.training.frozen import load_frozen
+from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.plan import make_plan
-from t2i_adapter.training.run import make_accelerator, make_adapter, versions
+from t2i_adapter.training.setup import make_accelerator, make_adapter, versions
 from t2i_adapter.training.step import batch_losses, predict
 from t2i_adapter.types import Batch
+from t2i_adapter.verbs.demo_options import GUIDANCE, SIZE, training
 
 OUT = Path("benchmarks/sample_efficiency.json")
 NEVER = 10**6  # more updates than any arm has time for
@@ -136,7 +136,7 @@ class Bench:
         self.options = options
         self.accelerator = make_accelerator(replace(config, tracking=TrackingOptions(report_to="none")))
         self.base = open_base(config.base)
-        self.frozen = load_frozen(config, self.base, torch.device("cpu"), torch.float32)
+        self.frozen = load_frozen_model(config, self.base, torch.device("cpu"), torch.float32)
         self.facts = self._facts(config)
         test = with_values(config, {"data.split": "test"})
         self.held_out = self._held_out(test)

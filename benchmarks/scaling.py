@@ -22,8 +22,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from t2i_adapter.sources.shapes import write_dataset
-from t2i_adapter.training.run import versions
+from t2i_adapter.data.shapes import write_dataset
+from t2i_adapter.training.setup import versions
 
 OUT = Path(__file__).with_suffix(".json")
 LOG_EVERY = 5

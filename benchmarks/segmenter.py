@@ -15,9 +15,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from t2i_adapter.data.shapes import render, sample_scene, visible_masks
 from t2i_adapter.evaluation.figure import figure_mask
 from t2i_adapter.evaluation.metrics import iou
-from t2i_adapter.sources.shapes import render, sample_scene, visible_masks
 
 SIZE, SCENES, SEED = 128, 400, 11
 BLUR, NOISE = 0.8, 12.0

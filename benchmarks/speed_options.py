@@ -30,17 +30,18 @@ from typing import Any
 
 import torch
 
-from t2i_adapter.cache.live import encode_pixels
-from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.batches.example import example_batch
+from t2i_adapter.config.tree import AdapterOptions, BaseOptions
+from t2i_adapter.devices import on_cores
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import Base, open_base
-from t2i_adapter.models.threads import on_cores
-from t2i_adapter.training.compiled import compile_unet
-from t2i_adapter.training.estimate import example_batch
-from t2i_adapter.training.lanes import Lanes
-from t2i_adapter.training.recorded import RECORD_AT, Recorder
-from t2i_adapter.training.step import Frozen, batch_losses
+from t2i_adapter.models.base import Base
+from t2i_adapter.models.encoders import encode_pixels
+from t2i_adapter.models.open import open_base
+from t2i_adapter.training.compile import compile_unet
+from t2i_adapter.training.cpu.lanes import CpuThreads
+from t2i_adapter.training.cpu.trace import RECORD_AT, TraceCache
+from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.types import Batch
 
 Step = Callable[[], object]
@@ -63,12 +64,12 @@ class Bench:
     def __init__(self, base: Base, device: torch.device, batch: int, resolution: int) -> None:
         self.base, self.device, self.size, self.resolution = base, device, batch, resolution
 
-    def frozen(self, change: Callable[[Any], object] | None = None) -> Frozen:
+    def frozen(self, change: Callable[[Any], object] | None = None) -> FrozenModel:
         unet = self.base.unet(self.device, torch.float32)
         if change:
             change(unet)
         schedule = NoiseSchedule.of(self.base.scheduler()).to(self.device)
-        return Frozen(unet, schedule, self.base.latent_scale, torch.float32)
+        return FrozenModel(unet, schedule, self.base.latent_scale, torch.float32)
 
     def adapter(self) -> Any:
         torch.manual_seed(0)
@@ -98,8 +99,8 @@ class Bench:
     def lanes(self, count: int, *, record: bool) -> Step:
         """The same, the batch shared between threads, which replay their operations once they are recorded."""
         frozen, adapter, batch = self.frozen(), self.adapter(), self.batch(self.size)
-        recorder = Recorder(print) if record else None
-        lanes = Lanes(count, adapter, lambda network, part: batch_losses(network, frozen, part), recorder)
+        recorder = TraceCache(print) if record else None
+        lanes = CpuThreads(count, adapter, lambda network, part: batch_losses(network, frozen, part), recorder)
 
         def run() -> None:
             with on_cores(1):  # of the thread that feeds the lanes

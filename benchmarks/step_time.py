@@ -27,24 +27,24 @@ from pathlib import Path
 
 import torch
 
-from t2i_adapter.batches.loader import make_drafts
-from t2i_adapter.cache.live import Encoders
+from t2i_adapter.batches.encoders import Encoders
+from t2i_adapter.batches.loader import make_partial_batches
 from t2i_adapter.cache.prepare import prepare
-from t2i_adapter.cache.work import Machine
-from t2i_adapter.config import CheckpointOptions, Config, DataOptions, TrackingOptions, TrainOptions
+from t2i_adapter.cache.progress import PrepareContext
+from t2i_adapter.config.tree import CheckpointOptions, Config, DataOptions, TrackingOptions, TrainOptions
+from t2i_adapter.data.shapes import write_dataset
+from t2i_adapter.data.source import open_source
+from t2i_adapter.devices import on_cores
+from t2i_adapter.files import cache_root
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
-from t2i_adapter.models.threads import on_cores
-from t2i_adapter.sources.remote import cache_root
-from t2i_adapter.sources.shapes import write_dataset
-from t2i_adapter.sources.table import open_source
-from t2i_adapter.training.frozen import load_frozen
-from t2i_adapter.training.lanes import Lanes, count_lanes
+from t2i_adapter.models.open import open_base
+from t2i_adapter.training.cpu.lanes import CpuThreads, count_cpu_threads
+from t2i_adapter.training.cpu.trace import RECORD_AT, TraceCache
+from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.optim import make_optimizer
-from t2i_adapter.training.recorded import RECORD_AT, Recorder
-from t2i_adapter.training.run import run
 from t2i_adapter.training.step import batch_losses
 from t2i_adapter.types import Batch
+from t2i_adapter.verbs.train import run
 
 CPU = torch.device("cpu")
 PAIRS, LOG_EVERY = 200, 10
@@ -80,15 +80,15 @@ class Bare:
 
     def __init__(self, config: Config) -> None:
         base = open_base(config.base)
-        self._frozen = load_frozen(config, base, CPU, torch.float32)
+        self._frozen = load_frozen_model(config, base, CPU, torch.float32)
         self._adapter = build_adapter(config.adapter, base.unet_config).train()
         self._optimizer = make_optimizer(config.optim, self._adapter.parameters(), config.optim.lr)
         self._batch = a_batch(config)
-        self._lanes = Lanes(
-            count_lanes(None, CPU, len(self._batch), 1),
+        self._lanes = CpuThreads(
+            count_cpu_threads(None, CPU, len(self._batch), 1),
             self._adapter,
             lambda network, part: batch_losses(network, self._frozen, part),
-            Recorder(print),
+            TraceCache(print),
         )
 
     def step(self) -> None:
@@ -113,10 +113,10 @@ class Bare:
 def a_batch(config: Config) -> Batch:
     """The run's first."""
     base = open_base(config.base)
-    machine = Machine(base, CPU, torch.float32, cache_root(config.data.prepared_dir), progress=False)
+    machine = PrepareContext(base, CPU, torch.float32, cache_root(config.data.prepared_dir), progress=False)
     facts = prepare(open_source(config.data, 0), config.data, machine, in_channels=config.adapter.in_channels)
     plain = replace(config, data=replace(config.data, num_workers=0))
-    drafts = make_drafts(facts, plain, rank=0, world=1, start_step=0, stop_step=1, num_timesteps=1000)
+    drafts = make_partial_batches(facts, plain, rank=0, world=1, start_step=0, stop_step=1, num_timesteps=1000)
     return Encoders(base, CPU, torch.float32).complete(next(drafts))
 
 

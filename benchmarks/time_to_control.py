@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from sample_efficiency import ARMS, DIFFUSERS, Bench, arm_config, crossing, interval, parse, write_data
 
-from t2i_adapter.training.run import versions
+from t2i_adapter.training.setup import versions
 
 THRESHOLD = 0.8
 POINTS = 8  # of the others' curves

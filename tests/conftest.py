@@ -56,7 +56,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random SDXL (tests/tiny.py). Read only: write your own copy to spoil it."""
-    from tiny import write_tiny_sdxl
+    from support.tiny import write_tiny_sdxl
 
     return write_tiny_sdxl(tmp_path_factory.mktemp("base") / "tiny")
 
@@ -64,7 +64,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Image folder of 64 px circles: 8 pairs in train, 4 in test. Read only: write your own copy to spoil it."""
-    from tiny import write_circles
+    from support.tiny import write_circles
 
     folder = tmp_path_factory.mktemp("data") / "circles"
     write_circles(folder, num=8, split="train", seed=0)

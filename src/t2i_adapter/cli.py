@@ -7,25 +7,17 @@ code 2; an interrupt is 130; anything else is a mistake of ours and keeps its tr
 from __future__ import annotations
 
 import difflib
-import errno
-import gc
-import importlib
-import os
 import re
-import select
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from types import ModuleType, TracebackType
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from t2i_adapter import __version__
-from t2i_adapter.errors import Stopped, UserError, public
+from t2i_adapter.errors import UserError
+from t2i_adapter.exits import guarded
+from t2i_adapter.imports import resolve
 
 PROG = "t2i-adapter"
-STDOUT = 1  # file descriptor
-_MENDED_BY = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable"}
-"""Faults of a disk that a person can mend, and how."""
 
 
 class Verb(NamedTuple):
@@ -39,79 +31,81 @@ class Verb(NamedTuple):
 VERBS = {
     "demo": Verb(
         "Make data, train on the embedded base, generate, evaluate: in minutes.",
-        "t2i_adapter.demo_options:DemoOptions",
-        "t2i_adapter.demo:run",
+        "t2i_adapter.verbs.demo_options:DemoOptions",
+        "t2i_adapter.verbs.demo:run",
     ),
     "make-data shapes": Verb(
         "Write a data set of drawn shapes, with their exact condition maps.",
-        "t2i_adapter.sources.make_data:ShapesOptions",
-        "t2i_adapter.sources.make_data:make_shapes",
+        "t2i_adapter.verbs.make_data:ShapesOptions",
+        "t2i_adapter.verbs.make_data:make_shapes",
     ),
     "make-data emoji": Verb(
         "Write a data set of Fluent Emoji, from their npm package.",
-        "t2i_adapter.sources.make_data:EmojiOptions",
-        "t2i_adapter.sources.make_data:make_emoji",
+        "t2i_adapter.verbs.make_data:EmojiOptions",
+        "t2i_adapter.verbs.make_data:make_emoji",
     ),
     "doctor": Verb(
         "Look a data set over before training: what is wrong, row by row.",
-        "t2i_adapter.doctor.options:DoctorOptions",
-        "t2i_adapter.doctor.run:run",
+        "t2i_adapter.verbs.doctor_options:DoctorOptions",
+        "t2i_adapter.verbs.doctor:run",
     ),
     "conditions": Verb(
         "List the kinds of condition maps, or draw a sheet of them.",
-        "t2i_adapter.annotation.options:ConditionsOptions",
-        "t2i_adapter.annotation.listing:run",
+        "t2i_adapter.verbs.annotate_options:ConditionsOptions",
+        "t2i_adapter.verbs.conditions:run",
     ),
     "annotate": Verb(
         "Make the condition map of a picture, or of a whole data set.",
-        "t2i_adapter.annotation.options:AnnotateOptions",
-        "t2i_adapter.annotation.run:run",
+        "t2i_adapter.verbs.annotate_options:AnnotateOptions",
+        "t2i_adapter.verbs.annotate:run",
     ),
     "plan": Verb(
         "Tell what a run will need: memory, disk, hours, the largest batch.",
-        "t2i_adapter.training.plan_options:PlanOptions",
-        "t2i_adapter.training.forecast:run",
+        "t2i_adapter.verbs.plan_options:PlanOptions",
+        "t2i_adapter.verbs.plan:run",
     ),
     "prepare": Verb(
         "Encode what a training run would need, and stop.",
-        "t2i_adapter.config:Config",
-        "t2i_adapter.training.run:prepare",
+        "t2i_adapter.config.tree:Config",
+        "t2i_adapter.verbs.train:prepare",
     ),
     "train": Verb(
-        "Train an adapter, from flags or a recipe.", "t2i_adapter.config:Config", "t2i_adapter.training.run:run"
+        "Train an adapter, from flags or a recipe.", "t2i_adapter.config.tree:Config", "t2i_adapter.verbs.train:run"
     ),
     "verify-resume": Verb(
         "Show that a run stopped and resumed is the run left alone.",
-        "t2i_adapter.training.verify_options:VerifyOptions",
-        "t2i_adapter.training.verify:run",
+        "t2i_adapter.verbs.verify_resume_options:VerifyOptions",
+        "t2i_adapter.verbs.verify_resume:run",
     ),
     "generate": Verb(
         "Draw pictures from prompts and condition pictures.",
         "t2i_adapter.generation.options:GenerateOptions",
-        "t2i_adapter.generation.run:run",
+        "t2i_adapter.verbs.generate:run",
     ),
     "evaluate": Verb(
         "Measure on held-out pairs how well an adapter controls.",
-        "t2i_adapter.evaluation.options:EvaluateOptions",
-        "t2i_adapter.evaluation.run:run",
+        "t2i_adapter.verbs.evaluate_options:EvaluateOptions",
+        "t2i_adapter.verbs.evaluate:run",
     ),
     "cache ls": Verb(
         "List what is prepared: records, bytes, when it was last used.",
-        "t2i_adapter.cache.options:CacheOptions",
-        "t2i_adapter.cache.verbs:ls",
+        "t2i_adapter.verbs.cache_options:CacheOptions",
+        "t2i_adapter.verbs.cache:ls",
     ),
     "cache verify": Verb(
         "Read every prepared record and name the damaged files.",
-        "t2i_adapter.cache.options:CacheOptions",
-        "t2i_adapter.cache.verbs:verify",
+        "t2i_adapter.verbs.cache_options:CacheOptions",
+        "t2i_adapter.verbs.cache:verify",
     ),
     "cache rm": Verb(
         "Remove prepared records: some, those not used for long, or all.",
-        "t2i_adapter.cache.options:RemoveOptions",
-        "t2i_adapter.cache.verbs:rm",
+        "t2i_adapter.verbs.cache_options:RemoveOptions",
+        "t2i_adapter.verbs.cache:rm",
     ),
     "push": Verb(
-        "Publish a trained adapter on the hub.", "t2i_adapter.export.options:PushOptions", "t2i_adapter.export.run:push"
+        "Publish a trained adapter on the hub.",
+        "t2i_adapter.verbs.push_options:PushOptions",
+        "t2i_adapter.verbs.push:push",
     ),
 }
 
@@ -123,64 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(overview(), file=sys.stderr)
         return 2
     return guarded(lambda: _answer(words))
-
-
-def guarded(action: Callable[[], None]) -> int:
-    """Run `action`; turns what a person did, or can mend, into one line and an exit code."""
-    # Or else it warns, each time it is imported, that torchvision is missing, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    sys.excepthook = _show_traceback
-    try:
-        action()
-        sys.stdout.flush()
-    except UserError as error:
-        return _refuse(str(error))
-    except Stopped as stop:
-        print(stop, file=sys.stderr, end="\n" * bool(str(stop)))  # of several processes one tells
-        return stop.code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except RuntimeError as error:
-        if "home directory" not in str(error):  # what pathlib says of ~NAME
-            raise
-        return _refuse("a path begins with ~ and the name of nobody here: write the folder in full")
-    except BrokenPipeError:
-        if not _reader_is_gone():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # what is still buffered goes nowhere
-        return 141  # as a program that dies of SIGPIPE
-    except OSError as error:
-        if error.errno not in _MENDED_BY:
-            raise
-        place = error.filename or "the output folder"
-        return _refuse(f"{place}: {error.strerror}; {_MENDED_BY[error.errno]}, or write elsewhere")
-    return 0
-
-
-def _show_traceback(kind: type[BaseException], fault: BaseException, trace: TracebackType | None) -> None:
-    """As Python shows it, with what is secret taken out."""
-    print(public("".join(traceback.format_exception(kind, fault, trace))), end="", file=sys.stderr)
-
-
-def resolve(reference: str) -> Any:
-    """What "module:name" refers to."""
-    module, _, name = reference.partition(":")
-    return getattr(_imported(module), name)
-
-
-def _imported(name: str) -> ModuleType:
-    """The module. What an import makes stays for good: to look for garbage meanwhile takes a fifth of its time, and
-    later sweeps, this process' and its loader's, need not look at it again."""
-    if name in sys.modules:
-        return sys.modules[name]
-    gc.disable()
-    try:
-        module = importlib.import_module(name)
-    finally:
-        gc.enable()
-    gc.freeze()
-    return module
 
 
 def overview(group: str = "") -> str:
@@ -214,8 +150,8 @@ def _answer(words: list[str]) -> None:
 
 def _call(verb: str, argv: list[str]) -> None:
     """Parse a verb's flags and run it; what takes a run's options has a recipe and a dry run beside them."""
-    from t2i_adapter.compat import ROWS
     from t2i_adapter.flags import parse_flags, parse_train
+    from t2i_adapter.script_flags import ROWS
 
     prog, function = f"{PROG} {verb}", VERBS[verb].function
     names = {row.flag: row.paths[0] for row in ROWS if row.paths}
@@ -231,8 +167,8 @@ def _call(verb: str, argv: list[str]) -> None:
 
 def _in_flags_of(verb: str, message: str) -> str:
     """`message` with each flag as `verb` calls it: the checks of shared parts name the diffusers script's flags."""
-    from t2i_adapter.compat import ROWS
-    from t2i_adapter.load import option_types
+    from t2i_adapter.config.read import option_types
+    from t2i_adapter.script_flags import ROWS
 
     ours = {path.removeprefix("config.") for path in option_types(resolve(VERBS[verb].options))}
     called: dict[str, str] = {}
@@ -262,16 +198,3 @@ def _find_verb(words: list[str]) -> tuple[str, list[str]]:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"there are {', '.join(known)}"
     raise UserError(f"{name}: no such verb; {hint}")
-
-
-def _refuse(message: str) -> int:
-    sys.stdout.flush()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
-
-
-def _reader_is_gone() -> bool:
-    """Whether it is standard output's reader that went away, and not a pipe of our own."""
-    poll = select.poll()
-    poll.register(STDOUT, 0)
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))

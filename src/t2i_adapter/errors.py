@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 
 SECRET_NAMES = (
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
@@ -14,11 +15,13 @@ _LOGIN = re.compile(r"(?<=://)[^/?#\s]*@")
 _SIGNATURE = re.compile(r"((?:https?|s3|hf)://[^\s?]*\?)[^\s'\"),;]+")
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _SHORTEST = 6  # letters: hiding less would hide half of every text
+_OPEN, _CLOSE = "\ue000", "\ue001"  # of a private use area: no text of a user's has them around a path
+_FLAG = re.compile(f"{_OPEN}([a-z0-9_.]+){_CLOSE}")
 _kept: set[str] = set()
 
 
-def keep_secret(text: str | None) -> None:
-    """Takes `text` out of everything that `public` is given from now on: each of its words, for clients quote them."""
+def register_secret(text: str | None) -> None:
+    """Takes `text` out of everything that `redact` is given from now on: each of its words, for clients quote them."""
     _kept.update(word for word in (text or "").split() if len(word) >= _SHORTEST)
 
 
@@ -27,7 +30,7 @@ def has_login(address: str) -> bool:
     return _LOGIN.search(address) is not None
 
 
-def public(text: str) -> str:
+def redact(text: str) -> str:
     """`text` as it may be shown and logged.
 
     Secrets are "[secret]"; addresses lose their login, and what follows their question mark, where signatures stand;
@@ -40,16 +43,39 @@ def public(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-class UserError(Exception):
-    """Something the person who ran the command can mend: it becomes one clear line and exit code 2.
+def flag(option: str) -> str:
+    """Names an option inside the text of a `UserError`, by its path in the option tree: flag("optim.lr").
 
-    The message says what was got, what is allowed, and what to do, naming the file, row, flag or column; what of it is
-    secret is taken out here (`public`), wherever it came from and wherever it goes.
-    A mistake of ours is an `assert` or any other exception, and keeps its traceback.
+    The front door that prints the error replaces it by the flag that its users type (`UserError.message`).
+    """
+    return f"{_OPEN}{option}{_CLOSE}"
+
+
+class UserError(Exception):
+    """An error that the user can fix: the front door prints one line and exits with code 2.
+
+    The text says what was got, what is allowed and what to do. Secrets are removed from it here (`redact`).
+    A mistake of ours is an `assert` or another exception, and keeps its traceback.
+
+    Attributes:
+        option: path in the option tree of the option to change ("optim.lr"), or None. The printed line begins with it.
+        kind: class of the error for programs, such as "aspect" or "missing_file"; "" if nobody needs it.
     """
 
-    def __init__(self, message: object = "") -> None:
-        super().__init__(public(str(message)))
+    def __init__(self, text: object = "", *, option: str | None = None, kind: str = "") -> None:
+        self.option, self.kind = option, kind
+        self._line = redact(f"{flag(option)} {text}" if option else str(text))
+        super().__init__(self.message())
+
+    def message(self, name: Callable[[str], str] = "--{}".format) -> str:
+        """The line to print. `name`: path of an option -> the flag that this front door's users type."""
+        return _FLAG.sub(lambda found: name(found[1]), self._line)
+
+    def within(self, place: str) -> UserError:
+        """The same error with `place`, such as a file's name, in front of its line."""
+        outer = UserError(f"{place}: {self._line}", kind=self.kind)
+        outer.option = self.option
+        return outer
 
 
 class Stopped(BaseException):
@@ -61,3 +87,7 @@ class Stopped(BaseException):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+def first_line(fault: Exception) -> str:
+    return str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__

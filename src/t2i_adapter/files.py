@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -9,6 +10,8 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from t2i_adapter.errors import UserError
 
 STALE_SECONDS = 24 * 3600
 
@@ -21,20 +24,20 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Writes a file by way of one beside it, NAME.RANDOM.tmp, which is gone again if that fails. Of several processes
     that write the same file the last one's stays. Raises OSError."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("wb") as file:
             file.writelines(chunks)
-        move_whole(temporary, path)
+        move_atomic(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def move_whole(source: Path, target: Path) -> None:
+def move_atomic(source: Path, target: Path) -> None:
     """Renames a file, or a folder with all it holds, once it is on the disk; the rename outlasts a power cut.
 
     Both lie on one file system. A file takes the place of `target`; a folder needs the place empty. Raises OSError.
@@ -58,3 +61,51 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def fingerprint(**parts: Any) -> str:
+    """A short name for a folder of records that were made alike: sha256 over the named parts."""
+    text = "\n".join(f"{name}={parts[name]}" for name in sorted(parts))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def sha256(path: Path, *, from_disk: bool = False) -> str:
+    """Checksum (hex) of a file. from_disk: drops the file from the page cache first, if the system can, so that the
+    bytes come from the disk. Raises OSError."""
+    with path.open("rb") as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def user_path(text: str | Path) -> Path:
+    """A path that a user wrote, `~` and `~NAME` expanded. Raises UserError if there is no such user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{text}: the path begins with ~ and an unknown user name; write the folder in full.") from None
+
+
+def cache_root(named: str | None) -> Path:
+    """Where all that comes of data is kept: as named (--data.prepared_dir), else $T2I_ADAPTER_CACHE, else the user's
+    cache."""
+    named = named or os.environ.get("T2I_ADAPTER_CACHE")
+    return user_path(named) if named else Path.home() / ".cache" / "t2i_adapter" / "prepared"
+
+
+def output_folder(out: str) -> Path:
+    """The folder that --out names, made where it is missing. Raises UserError where it cannot be."""
+    folder = user_path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise UserError(f"--out {out}: the folder cannot be made ({fault.strerror}).") from fault
+    return folder
+
+
+def show_bytes(count: float) -> str:
+    """ "1.5 GB", "12 MB", "3 KB"."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.0f} KB"

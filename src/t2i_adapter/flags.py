@@ -16,9 +16,10 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
-from t2i_adapter.config import Config
-from t2i_adapter.errors import UserError, keep_secret
-from t2i_adapter.load import describe, load, nearest, option_types, with_values
+from t2i_adapter.config.read import describe, nearest, option_types, with_values
+from t2i_adapter.config.recipe import load
+from t2i_adapter.config.tree import Config
+from t2i_adapter.errors import UserError, register_secret
 
 T = TypeVar("T")
 
@@ -161,7 +162,7 @@ def _check_known(argv: Sequence[str], prog: str, types: Mapping[str, Any], names
                 raise UserError(f"{word}: takes no value; write --{switch} or {off}")
         elif stem not in types or word.startswith("---"):
             if "tok" in stem:  # a misspelt --hub.token
-                keep_secret(value)
+                register_secret(value)
             raise UnknownFlagError(f"{word}: no such flag; {_hint(stem, equals + value, prog, types, names)}")
 
 

@@ -11,8 +11,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
     from torch import Tensor
+
+TOKENS = 77
+"""L: tokens of a caption that SDXL's text encoders read, start and end included."""
+
+
+def text_widths(unet_config: Mapping[str, Any]) -> tuple[int, int]:
+    """(D, P): width of the text states and of the pooled vector that a UNet takes, from its config."""
+    time_ids = 6 * unet_config["addition_time_embed_dim"]
+    return unet_config["cross_attention_dim"], unet_config["projection_class_embeddings_input_dim"] - time_ids
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Draft:
+class PartialBatch:
     """A batch as the loader builds it: all its choices made, and what no cache holds still to be encoded.
 
     Attributes:
@@ -124,3 +134,31 @@ class Batch:
     def draws(self) -> int:
         """K, how many draws of noise each sample has."""
         return len(self.timesteps) // len(self.keys)
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """The facts of one training pair.
+
+    Attributes:
+        key: names the row for people.
+        moments: (8,h,w) float16, mean and standard deviation of the VAE's posterior, before scaling;
+            None where the picture is still to be encoded.
+        condition: (C,H,W) uint8; on disk, where each draw makes its own, the crop (3,H,W).
+        geometry: where the crop lies on the original picture.
+        pixels: (3,H,W) uint8, the crop itself, where there are no moments.
+    """
+
+    key: str
+    moments: np.ndarray | None
+    condition: np.ndarray
+    geometry: Geometry
+    pixels: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """The facts of one caption: states (L,D) float16 and pooled (P,) float16."""
+
+    states: np.ndarray
+    pooled: np.ndarray

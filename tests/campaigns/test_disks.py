@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
-from disks import Disk, damaged_checkpoints, failing_disk, full_disk, read_only_folder
-from forks import Forks
-from kills import WORDS, make_data
+from support.disks import Disk, damaged_checkpoints, failing_disk, full_disk, read_only_folder
+from support.forks import Forks
+from support.kills import WORDS, make_data
 
 
 @pytest.mark.parametrize("spells", [2, pytest.param(60, marks=pytest.mark.soak)])

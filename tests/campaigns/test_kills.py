@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from forks import Forks
-from kills import WORDS, campaign, make_data
+from support.forks import Forks
+from support.kills import WORDS, campaign, make_data
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.soak)])

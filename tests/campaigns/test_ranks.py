@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import WORDS, differences, left_behind, make_data
-from soak import children
+from support.kills import WORDS, differences, left_behind, make_data
+from support.soak import children
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 GONE_WITHIN = 60.0

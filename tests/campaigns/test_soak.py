@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from soak import EIGHT_HOURS, Reading, soak, trend
+from support.soak import EIGHT_HOURS, Reading, soak, trend
 
 
 def readings(growth: float, noise: float = 1.0, count: int = 400) -> list[Reading]:

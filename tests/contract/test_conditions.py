@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_adapter.conditions.canny import Canny
-from t2i_adapter.conditions.cut import cut, redraw
-from t2i_adapter.conditions.table import TABLE, annotate, find_plugin, open_annotator
+from t2i_adapter.annotators.canny import Canny
+from t2i_adapter.annotators.registry import TABLE, annotate, find_plugin, open_annotator
+from t2i_adapter.data.geometry import Framing
+from t2i_adapter.data.pair import cut, redraw
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources.geometry import Framing
 from t2i_adapter.types import Sample
 
 LOCAL = [name for name in TABLE if not find_plugin(name).weights and not find_plugin(name).needs]
@@ -151,7 +151,7 @@ def test_an_annotator_from_a_module_or_an_entry_point(
     info = tmp_path / "mine-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[t2i_adapter.conditions]\ninverse = {own.stem}:Inverse\n")
+    (info / "entry_points.txt").write_text(f"[t2i_adapter.annotators]\ninverse = {own.stem}:Inverse\n")
     assert is_inverse("inverse")
     with pytest.raises(UserError, match="no such annotator; there are: canny, .*, inverse. One of your own"):
         open_annotator("nothing")
@@ -166,7 +166,7 @@ def test_an_annotator_from_a_module_or_an_entry_point(
         ("canny,low=much", "low is 'much'; needed is a number"),
         ("canny,low=300", "canny: low=300, high=200; needed is 0 <= low <= high"),
         ("not_a_module:Class", "not_a_module cannot be imported: No module named"),
-        ("t2i_adapter.conditions.canny:Cany", "t2i_adapter.conditions.canny has no class Cany"),
+        ("t2i_adapter.annotators.canny:Cany", "t2i_adapter.annotators.canny has no class Cany"),
         ("nowhere.py:Class", "nowhere.py: no such file"),
     ],
 )

@@ -7,11 +7,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-from doc_pages import PAGES, commands
+from support.doc_pages import PAGES, commands
 
-from t2i_adapter import compat
-from t2i_adapter.cli import PROG, VERBS, resolve
+from t2i_adapter import script as compat
+from t2i_adapter.cli import PROG, VERBS
 from t2i_adapter.flags import parse_flags, parse_train
+from t2i_adapter.imports import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN = [(page, command) for page in PAGES for command in commands(page)]

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from t2i_adapter.compat import ROWS, SCRIPT_WAYS, flag_table, parse, script_defaults
-from t2i_adapter.config import Config, to_dict
+from t2i_adapter.config.read import option_types, with_values
+from t2i_adapter.config.tree import Config, to_dict
 from t2i_adapter.errors import UserError
-from t2i_adapter.load import option_types, with_values
+from t2i_adapter.script import flag_table, parse, script_defaults
+from t2i_adapter.script_flags import ROWS, SCRIPT_WAYS
 
 ROOT = Path(__file__).parents[2]
 THEIRS: list[dict[str, Any]] = json.loads((ROOT / "tests/assets/diffusers_flags.json").read_text())["flags"]

@@ -1,4 +1,4 @@
-"""Imports point one way, and what answers `--help` loads nothing heavy."""
+"""Imports point one way, no two files import each other, and what answers `--help` loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,31 +14,29 @@ import pytest
 from t2i_adapter.cli import VERBS
 
 SRC = Path(__file__).parents[2] / "src"
+DESIGN = Path(__file__).parents[2] / "docs" / "design.md"
 LAYERS = (
-    "errors files types config load",
-    "diffusion",
-    "models",
-    "sources",
-    "conditions",
-    "cache",
-    "batches",
-    "generation",
-    "evaluation",
-    "annotation",
-    "doctor",
-    "export",  # before training, which saves and publishes through it
-    "training",
-    "nano_maker",
+    *("errors", "files", "tensors", "types", "devices", "config"),
+    *("imports", "flags", "exits"),
+    *("diffusion", "models", "annotators", "data", "cache", "batches", "generation", "reports", "evaluation"),
+    *("doctor", "export", "training", "verbs", "script_flags", "script", "cli", "__main__"),
 )
-TOP = {"cli", "compat", "flags", "demo", "demo_options", "__main__"}
-"""May use everything; nothing below uses them."""
+"""Folders and files of the package: each may import those before it, and none of those after it."""
 HEAVY = ("torch", "diffusers", "transformers", "datasets", "accelerate", "cv2", "numpy", "PIL")
 LIGHT = sorted(
-    {f"t2i_adapter{name}" for name in ("", ".cli", ".flags", ".compat", ".load", ".config", ".types", ".errors")}
+    {f"t2i_adapter{name}" for name in ("", ".cli", ".flags", ".script", ".config.recipe", ".types", ".errors")}
     | {verb.options.partition(":")[0] for verb in VERBS.values()}
 )
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
+RANK = {name: rank for rank, name in enumerate(LAYERS)}
 MODULES = sorted((SRC / "t2i_adapter").rglob("*.py"))
+
+
+def name_of(file: Path) -> str:
+    """Dotted module of a file; a package for its `__init__.py`."""
+    return ".".join(file.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {name_of(file): file for file in MODULES}
 
 
 def part_of(module: str) -> str:
@@ -45,11 +44,17 @@ def part_of(module: str) -> str:
     return [*module.split("."), ""][1]
 
 
-def imports(file: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted module) of everything of ours that `file` imports, at its top or in a function."""
+def imports(file: Path, *, at_run_time: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, dotted module) of everything of ours that `file` imports. at_run_time: without `if TYPE_CHECKING`."""
     inside = file.relative_to(SRC).with_suffix("").parts
     package = inside[:-1]
-    for node in ast.walk(ast.parse(file.read_text(), str(file))):
+    tree = ast.parse(file.read_text(), str(file))
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if at_run_time and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            skipped.update(below for statement in node.body for below in ast.walk(statement))
+        if node in skipped:
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -63,16 +68,37 @@ def imports(file: Path) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(SRC)))
 def test_imports_point_down(file: Path) -> None:
-    part = part_of(".".join(file.relative_to(SRC).with_suffix("").parts)).removesuffix("__init__")
-    if part in TOP:
-        return
+    part = part_of(name_of(file))
     assert not part or part in RANK, f"{part} has no place in the order of imports: give it one, or move it"
     wrong = [
         f"{file}:{line}: {part or 't2i_adapter'} imports {name}"
         for line, name in imports(file)
-        if (used := part_of(name)) in TOP or RANK.get(used, -1) > RANK.get(part, -1)
+        if (used := part_of(name)) in RANK and RANK[used] > RANK.get(part, -1)
     ]
-    assert not wrong, "\n".join(wrong)
+    unknown = [name for _, name in imports(file) if part_of(name) not in {*RANK, "", "__version__"}]
+    assert not wrong and not unknown, "\n".join([*wrong, *unknown])
+
+
+def test_no_files_import_each_other() -> None:
+    graph = {
+        name: {
+            used
+            for _, target in imports(file, at_run_time=True)
+            for used in (target, target.rpartition(".")[0])
+            if used in NAMES and used != name
+        }
+        for name, file in NAMES.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as fault:
+        raise AssertionError(f"a cycle of imports: {' -> '.join(fault.args[1])}") from None
+
+
+def test_the_design_lists_every_folder_in_this_order() -> None:
+    rows = [line for line in DESIGN.read_text().splitlines() if line.startswith("| `")]
+    listed = [name.removesuffix("/").removesuffix(".py") for row in rows for name in row.split("|")[1].split("`")[1::2]]
+    assert listed == list(LAYERS)
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from t2i_adapter.compat import parse
-from t2i_adapter.conditions.table import open_annotator, open_recorded
-from t2i_adapter.config import Config
-from t2i_adapter.demo_options import DemoOptions, training
+from t2i_adapter.annotators.registry import open_annotator, open_recorded
+from t2i_adapter.config.recipe import dump, load
+from t2i_adapter.config.tree import Config
 from t2i_adapter.flags import parse_train
-from t2i_adapter.load import dump, load
+from t2i_adapter.script import parse
+from t2i_adapter.verbs.demo_options import DemoOptions, training
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*"))
 

@@ -8,9 +8,10 @@ import re
 
 import pytest
 
-from t2i_adapter.cli import VERBS, main, resolve
+from t2i_adapter.cli import VERBS, main
+from t2i_adapter.config.read import describe, option_types
 from t2i_adapter.flags import flag_types
-from t2i_adapter.load import describe, option_types
+from t2i_adapter.imports import resolve
 
 
 @pytest.mark.parametrize("name", VERBS)

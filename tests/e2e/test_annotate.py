@@ -13,10 +13,10 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import write_circles
+from support.tiny import write_circles
 
-from t2i_adapter.annotation.folder import BAD_ROWS, LIST
 from t2i_adapter.cli import main
+from t2i_adapter.verbs.annotate_folder import BAD_ROWS, LIST
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from t2i_adapter import compat
+from t2i_adapter import script as compat
 from t2i_adapter.cli import main
 from t2i_adapter.models.adapter import T2IAdapter
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import write_circles
+from support.tiny import write_circles
 
 from t2i_adapter.cli import main
 

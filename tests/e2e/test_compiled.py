@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from t2i_adapter.training.compiled import SHORT, compile_unet
+from t2i_adapter.training.compile import SHORT, compile_unet
 
 SCRIPT = """
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from t2i_adapter.models.threads import sharing_cores
-from t2i_adapter.training.compiled import SHORT, compile_unet
+from t2i_adapter.threads import sharing_cores
+from t2i_adapter.training.compile import SHORT, compile_unet
 
 class Net(torch.nn.Module):
     def __init__(self):

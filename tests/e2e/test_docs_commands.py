@@ -17,11 +17,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from doc_pages import PAGES, code, commands
+from support.doc_pages import PAGES, code, commands
 
 from t2i_adapter.cli import PROG, main
+from t2i_adapter.data.shapes import write_dataset
 from t2i_adapter.models import nano
-from t2i_adapter.sources.shapes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,9 +60,9 @@ NOT_RUN = {
     f"{PROG} annotate depth": "needs weights of the hub; tests/unit/test_conditions_depth.py has small ones",
     f"{PROG} annotate segmentation": "needs weights; tests/unit/test_conditions_segmentation.py has small ones",
     f'{PROG} train --data.train_data_dir "': "shards elsewhere; tests/e2e/test_sources.py reads them from servers",
-    "python -m t2i_adapter.conditions.weights": "downloads",
+    "python -m t2i_adapter.annotators.weights": "downloads",
     "python benchmarks/campaigns.py": "minutes to hours; tests/campaigns runs the same code in short",
-    "python -m t2i_adapter.nano_maker": "hours; tests/unit/test_nano.py makes a base in small",
+    "python -m nano_maker": "hours; tests/unit/test_nano.py makes a base in small",
 }
 
 PAGES_WITH_COMMANDS = [page for page in PAGES if page.suffix == ".md" and commands(page)]

@@ -19,8 +19,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from t2i_adapter.cli import main
+from t2i_adapter.data.shapes import CONDITIONS, write_dataset
 from t2i_adapter.doctor.offset import SURE, find_offset
-from t2i_adapter.sources.shapes import CONDITIONS, write_dataset
 
 ROWS = 48
 SIZE = 128
@@ -271,6 +271,6 @@ def test_mistakes_are_one_line(words: list[str], said: str, capsys: pytest.Captu
 
 
 def test_processes_that_read_load_no_torch() -> None:
-    code = "import sys, t2i_adapter.doctor.scan, t2i_adapter.sources.table; print('torch' in sys.modules)"
+    code = "import sys, t2i_adapter.doctor.scan, t2i_adapter.data.source; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr

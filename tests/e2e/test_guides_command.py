@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionXLAdapterPipeline, T2IAdapter
-from push_hub import TOKEN, running_hub
+from support.push_hub import TOKEN, running_hub
 
+from t2i_adapter.data.shapes import write_dataset
 from t2i_adapter.models import nano
-from t2i_adapter.sources.shapes import write_dataset
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_t2i_adapter_sdxl.py"
 

@@ -19,21 +19,22 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.base import open_base
 from t2i_adapter.training.accumulate import Accumulation
-from t2i_adapter.training.estimate import example_batch
-from t2i_adapter.training.step import Frozen, batch_losses
+from t2i_adapter.training.memory import example_batch
+from t2i_adapter.training.step import FrozenModel, batch_losses
 
 SIZE, COUNT, MIB = 16, 2, 2**20
 torch.set_num_threads(1)
 accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index
 base = open_base(BaseOptions())
-frozen = Frozen(base.unet("cpu", torch.float32), NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
+unet, schedule = base.unet("cpu", torch.float32), NoiseSchedule.of(base.scheduler())
+frozen = FrozenModel(unet, schedule, base.latent_scale, torch.float32)
 torch.manual_seed(0)
 adapter = build_adapter(AdapterOptions(), base.unet_config)
 wrapped = accelerator.prepare(adapter)

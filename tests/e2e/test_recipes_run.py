@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from t2i_adapter.annotators.registry import find_plugin
 from t2i_adapter.cli import main
-from t2i_adapter.conditions.table import find_plugin
-from t2i_adapter.config import Config
-from t2i_adapter.load import load
-from t2i_adapter.sources.shapes import write_dataset
+from t2i_adapter.config.recipe import load
+from t2i_adapter.config.tree import Config
+from t2i_adapter.data.shapes import write_dataset
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 NO_WEIGHTS_HERE = "palette"

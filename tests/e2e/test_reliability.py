@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Run, end_all, until
 from safetensors.torch import load_file
+from support.processes import Run, end_all, until
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STEPS = 12

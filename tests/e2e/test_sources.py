@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from object_store import (
+from support.object_store import (
     Rows,
     read_rows,
     serve_folder,
@@ -158,7 +158,7 @@ for out, *more in (("whole",), ("streamed", "--data.streaming")):
 
 
 def test_a_hub_set_whole_and_streamed(layouts: Path, tmp_path: Path) -> None:
-    from hub_server import serve
+    from support.hub_server import serve
 
     options = words(tmp_path)
     del options[1:3]

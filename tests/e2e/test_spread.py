@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from processes import Run, end_all, ranks
-from tiny import write_circles
+from support.processes import Run, end_all, ranks
+from support.tiny import write_circles
 
 from t2i_adapter.training import nonfinite
-from t2i_adapter.training import run as training
 from t2i_adapter.types import Batch
+from t2i_adapter.verbs import train as training
 
 STEPS, SAVED = 6, 3
 SPREADS = [

@@ -23,15 +23,15 @@ from safetensors.torch import save_file
 
 from t2i_adapter.cache.shards import Record, Shards, ShardWriter, damage
 from t2i_adapter.cache.stamps import Stamps
-from t2i_adapter.config import AdapterOptions, DataOptions
+from t2i_adapter.config.tree import AdapterOptions, DataOptions
+from t2i_adapter.data.picture import StoredPicture, decode
+from t2i_adapter.data.source import open_source
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.export.card import add_evaluation, set_license
 from t2i_adapter.files import parse_json
 from t2i_adapter.models.adapter import build_adapter, load_adapter
-from t2i_adapter.models.metadata import FILE_NAME, Metadata, read_metadata
-from t2i_adapter.sources.picture import StoredPicture, decode
-from t2i_adapter.sources.table import open_source
+from t2i_adapter.models.record import FILE_NAME, Metadata, read_metadata
 
 
 def times(share: float) -> int:
@@ -295,7 +295,7 @@ def test_any_record_is_taken_or_refused(key: str, value: Any):
     except UserError as fault:
         assert str(fault)
         return
-    record.public()
+    record.without_local_paths()
     assert Metadata.from_dict(record.to_dict()) == record
 
 

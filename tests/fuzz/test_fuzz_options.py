@@ -13,13 +13,14 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from t2i_adapter import compat, load
-from t2i_adapter.config import Config, DataOptions
-from t2i_adapter.errors import UserError, public
+from t2i_adapter import script as compat
+from t2i_adapter.config import recipe as load
+from t2i_adapter.config.read import option_types
+from t2i_adapter.config.tree import Config, DataOptions
+from t2i_adapter.data.remote import expand, find
+from t2i_adapter.errors import UserError, redact
 from t2i_adapter.flags import parse_train
-from t2i_adapter.load import option_types
-from t2i_adapter.models.metadata import is_path
-from t2i_adapter.sources.remote import expand, find
+from t2i_adapter.models.record import is_path
 
 PATHS = sorted(option_types(Config))
 LEAVES = st.one_of(
@@ -129,7 +130,7 @@ ADDRESSES = st.one_of(
 @example("s3://")
 @example("hf://@@/")
 def test_any_address_is_found_or_a_line(text: str):
-    assert "\x1b" not in public(text)
+    assert "\x1b" not in redact(text)
     is_path(text)
     try:
         options = DataOptions(train_data_dir=text)
@@ -145,7 +146,7 @@ def test_any_address_is_found_or_a_line(text: str):
     "address", ["http://[", "http://[::1", "ftp://h/x", "simplecache::http://h/x", "http://127.0.0.1:99999999/x.jsonl"]
 )
 def test_an_address_that_is_none_is_one_line(address: str, tmp_path: Path):
-    from t2i_adapter.sources.table import open_source
+    from t2i_adapter.data.source import open_source
 
     with pytest.raises(UserError):
         open_source(DataOptions(train_data_dir=f"{address}{{0..1}}.tar", prepared_dir=str(tmp_path)), seed=0)

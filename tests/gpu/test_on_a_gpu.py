@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from t2i_adapter.config import (
+from t2i_adapter.batches.example import example_batch
+from t2i_adapter.config.tree import (
     AdapterOptions,
     BaseOptions,
     CheckpointOptions,
@@ -22,12 +23,12 @@ from t2i_adapter.config import (
 )
 from t2i_adapter.errors import Stopped
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
+from t2i_adapter.models.open import open_base
 from t2i_adapter.models.quantize import KINDS
-from t2i_adapter.training.estimate import Shapes, example_batch
-from t2i_adapter.training.frozen import load_frozen
-from t2i_adapter.training.run import run
+from t2i_adapter.training.frozen_model import load_frozen_model
+from t2i_adapter.training.memory import Shapes
 from t2i_adapter.training.step import batch_losses
+from t2i_adapter.verbs.train import run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,7 +75,7 @@ def gradient(config: Config, kind: str = "none", compile_kind: str = "off") -> t
     """The adapter's gradient on `nano`, bf16, as one vector, of the third step (graphs warm up)."""
     base = open_base(BaseOptions(quantize=kind))  # pyright: ignore[reportArgumentType]
     config = with_train(replace(config, base=base.options), compile=compile_kind)
-    frozen = load_frozen(config, base, GPU, torch.bfloat16)
+    frozen = load_frozen_model(config, base, GPU, torch.bfloat16)
     torch.manual_seed(0)
     adapter = build_adapter(AdapterOptions(), base.unet_config).to(GPU)
     batch = example_batch(base.unet_config, 4, height=128, width=128, device=GPU)
@@ -120,7 +121,7 @@ def test_the_memory_of_a_step_is_foretold(config: Config):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    frozen = load_frozen(config, base, GPU, torch.float32)
+    frozen = load_frozen_model(config, base, GPU, torch.float32)
     adapter = build_adapter(AdapterOptions(), base.unet_config).to(GPU)
     batch = example_batch(base.unet_config, 32, height=256, width=256, device=GPU)
     batch_losses(adapter, frozen, batch).mean().backward()

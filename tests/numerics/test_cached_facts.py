@@ -20,16 +20,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import write_circles, write_tiny_sdxl
+from support.tiny import write_circles, write_tiny_sdxl
 
-from t2i_adapter.cache import folders, texts
-from t2i_adapter.cache.prepare import Prepared, prepare
+from t2i_adapter.cache import layout as folders
+from t2i_adapter.cache import texts
+from t2i_adapter.cache.dataset import CachedDataset
+from t2i_adapter.cache.prepare import prepare
+from t2i_adapter.cache.progress import PrepareContext
 from t2i_adapter.cache.shards import Shards
-from t2i_adapter.cache.work import Machine
-from t2i_adapter.config import BaseOptions, DataOptions
+from t2i_adapter.config.tree import BaseOptions, DataOptions
+from t2i_adapter.data.source import open_source
 from t2i_adapter.errors import UserError
-from t2i_adapter.models.base import Base, FolderBase, open_base
-from t2i_adapter.sources.table import open_source
+from t2i_adapter.models.base import Base, FolderBase
+from t2i_adapter.models.open import open_base
 
 HALF = 2**-10  # float16 keeps 11 bits; encoding in another batch size moves float32 sums far less
 
@@ -49,23 +52,30 @@ def data(tmp_path: Path) -> Path:
     return write_circles(tmp_path / "data", num=6, size=80)
 
 
-def make(data: Path, base: Base | Path, root: Path, **options: Any) -> Prepared:
+def make(data: Path, base: Base | Path, root: Path, **options: Any) -> CachedDataset:
     """`prepare` with the options of data, machine and call mixed, as each is named but once."""
     base = base if isinstance(base, Base) else open_base(BaseOptions(name=str(base)))
 
     def named(cls: type) -> dict[str, Any]:
         return {name: options.pop(name) for name in list(options) if name in cls.__dataclass_fields__}
 
-    machine = Machine(
-        **{"base": base, "device": "cpu", "dtype": torch.float32, "root": root, "progress": False, **named(Machine)}
+    machine = PrepareContext(
+        **{
+            "base": base,
+            "device": "cpu",
+            "dtype": torch.float32,
+            "root": root,
+            "progress": False,
+            **named(PrepareContext),
+        }
     )
     data_options = DataOptions(**{"train_data_dir": str(data), "resolution": 64, **named(DataOptions)})
     facts = prepare(open_source(data_options, 0), data_options, machine, **{"in_channels": 3, **options})
-    assert isinstance(facts, Prepared)
+    assert isinstance(facts, CachedDataset)
     return facts
 
 
-def moments(prepared: Prepared, number: int, view: int = 0) -> np.ndarray:
+def moments(prepared: CachedDataset, number: int, view: int = 0) -> np.ndarray:
     found = prepared.fetch(number, view).moments
     assert found is not None
     return found
@@ -479,10 +489,10 @@ import torch
 torch.set_num_threads(1)
 from t2i_adapter.cache import shards
 from t2i_adapter.cache.prepare import prepare
-from t2i_adapter.cache.work import Machine
-from t2i_adapter.config import BaseOptions, DataOptions
+from t2i_adapter.cache.progress import PrepareContext
+from t2i_adapter.config.tree import BaseOptions, DataOptions
 from t2i_adapter.models.base import open_base
-from t2i_adapter.sources import table
+from t2i_adapter.data import table
 shards.SHARD_BYTES = 1  # a shard a record
 class Slow(table.TableSource):
     def __getitem__(self, index):
@@ -491,7 +501,7 @@ class Slow(table.TableSource):
 table.TableSource = Slow
 data, base, root = sys.argv[1:]
 options = DataOptions(train_data_dir=data, resolution=64)
-machine = Machine(open_base(BaseOptions(name=base)), "cpu", torch.float32, Path(root), progress=False)
+machine = PrepareContext(open_base(BaseOptions(name=base)), "cpu", torch.float32, Path(root), progress=False)
 prepare(table.open_source(options, 0), options, machine, in_channels=3)
 """
 

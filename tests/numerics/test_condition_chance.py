@@ -12,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_adapter.batches.loader import make_drafts
+from t2i_adapter.annotators.registry import annotate, open_annotator
+from t2i_adapter.batches.loader import make_partial_batches
 from t2i_adapter.batches.order import Order
-from t2i_adapter.cache.live import Live
-from t2i_adapter.cache.prepare import Prepared, prepare
-from t2i_adapter.cache.work import Machine
-from t2i_adapter.conditions.table import annotate, open_annotator
-from t2i_adapter.config import BaseOptions, Config, DataOptions, TrainOptions
-from t2i_adapter.models.base import open_base
-from t2i_adapter.sources.table import open_source
-from t2i_adapter.types import Draft
+from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
+from t2i_adapter.cache.prepare import prepare
+from t2i_adapter.cache.progress import PrepareContext
+from t2i_adapter.config.tree import BaseOptions, Config, DataOptions, TrainOptions
+from t2i_adapter.data.source import open_source
+from t2i_adapter.models.open import open_base
+from t2i_adapter.types import PartialBatch
 
 PICTURES, BATCH, STEPS = 2, 2, 4
 SPEC = "canny,low=200,high=400,vary=1"
@@ -55,16 +55,18 @@ def options_of(base: Path, data: Path, root: Path, *, seed: int = 5, spec: str =
     )
 
 
-def facts_of(config: Config) -> Prepared | Live:
+def facts_of(config: Config) -> CachedDataset | LiveDataset:
     assert config.data.prepared_dir
     root = Path(config.data.prepared_dir)
-    machine = Machine(open_base(config.base), "cpu", torch.float32, root, progress=False)
+    machine = PrepareContext(open_base(config.base), "cpu", torch.float32, root, progress=False)
     return prepare(open_source(config.data, 0), config.data, machine, in_channels=3)
 
 
-def drafts(config: Config, *, start: int = 0) -> list[Draft]:
+def drafts(config: Config, *, start: int = 0) -> list[PartialBatch]:
     facts = facts_of(config)
-    return [*make_drafts(facts, config, rank=0, world=1, start_step=start, stop_step=STEPS, num_timesteps=1000)]
+    return [
+        *make_partial_batches(facts, config, rank=0, world=1, start_step=start, stop_step=STEPS, num_timesteps=1000)
+    ]
 
 
 def conditions(config: Config, *, start: int = 0) -> list[torch.Tensor]:

@@ -11,11 +11,11 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
-from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.generation.generate import encode_prompts, generate
 from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
+from t2i_adapter.models.open import open_base
 
 SIZE = (64, 64)
 PROMPTS = ["red circle with blue background", "cyan circle", "a white square on green"]

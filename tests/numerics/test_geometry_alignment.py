@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_adapter.conditions.cut import cut
-from t2i_adapter.conditions.mirror import exchange_sides
-from t2i_adapter.config import DataOptions
+from t2i_adapter.annotators.mirror import exchange_sides
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.geometry import Framing, Resample, apply, aspect_gap, cover
+from t2i_adapter.data.pair import cut
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources.geometry import Framing, Resample, apply, aspect_gap, cover
 from t2i_adapter.types import Sample
 
 SIZES = [(64, 64), (100, 160), (333, 211), (48, 480), (17, 23), (683, 1024)]

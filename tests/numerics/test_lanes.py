@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2i_adapter.models.threads import on_cores, sharing_cores
-from t2i_adapter.training.estimate import example_batch
-from t2i_adapter.training.lanes import Lanes, count_lanes
-from t2i_adapter.training.step import Frozen, batch_losses
+from t2i_adapter.batches.example import example_batch
+from t2i_adapter.devices import on_cores, sharing_cores
+from t2i_adapter.training.cpu.lanes import CpuThreads, count_cpu_threads
+from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.types import Batch
 
 SIZE, DRAWS = 5, 2
 
 
 @pytest.fixture(scope="module")
-def batch(frozen: Frozen) -> Batch:
+def batch(frozen: FrozenModel) -> Batch:
     """Five samples of two draws each, all different."""
     torch.manual_seed(1)
     return example_batch(frozen.unet.config, SIZE, height=64, width=64, draws=DRAWS)
@@ -29,12 +29,14 @@ def gradients(adapter: Any) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in adapter.parameters()]
 
 
-def lanes_for(adapter: Any, frozen: Frozen, count: int) -> Lanes:
-    return Lanes(count, adapter, lambda network, samples: batch_losses(network, frozen, samples))
+def lanes_for(adapter: Any, frozen: FrozenModel, count: int) -> CpuThreads:
+    return CpuThreads(count, adapter, lambda network, samples: batch_losses(network, frozen, samples))
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
-def test_any_number_of_threads_gives_the_gradients_of_the_whole(adapter: Any, frozen: Frozen, batch: Batch, count: int):
+def test_any_number_of_threads_gives_the_gradients_of_the_whole(
+    adapter: Any, frozen: FrozenModel, batch: Batch, count: int
+):
     whole = batch_losses(adapter, frozen, batch).sum() * 0.1
     whole.backward()
     wanted = gradients(adapter)
@@ -50,7 +52,7 @@ def test_any_number_of_threads_gives_the_gradients_of_the_whole(adapter: Any, fr
         torch.testing.assert_close(got, 2 * first, rtol=1e-5, atol=1e-6 * float(first.abs().max()))
 
 
-def test_the_sum_has_the_same_bits_each_time_and_follows_the_weights(adapter: Any, frozen: Frozen, batch: Batch):
+def test_the_sum_has_the_same_bits_each_time_and_follows_the_weights(adapter: Any, frozen: FrozenModel, batch: Batch):
     lanes = lanes_for(adapter, frozen, 2)
     found = []
     for _ in range(4):
@@ -65,7 +67,7 @@ def test_the_sum_has_the_same_bits_each_time_and_follows_the_weights(adapter: An
     assert not torch.equal(gradients(adapter)[-1], found[0][-1])
 
 
-def test_where_a_thread_fails_nothing_is_added(adapter: Any, frozen: Frozen, batch: Batch):
+def test_where_a_thread_fails_nothing_is_added(adapter: Any, frozen: FrozenModel, batch: Batch):
     lanes = lanes_for(adapter, frozen, 2)
     broken = replace(batch, text=torch.cat([batch.text[:4], torch.full_like(batch.text[4:], 1.0)])[:, :, :-1])
     with pytest.raises(RuntimeError):
@@ -78,11 +80,11 @@ def test_lanes_are_for_a_cpu_and_one_process():
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        assert count_lanes(None, cpu, samples=8, processes=1) == 4
-        assert count_lanes(None, cpu, samples=3, processes=1) == 3
-        assert count_lanes(2, cpu, samples=8, processes=1) == 2
-        assert count_lanes(2, cpu, samples=8, processes=2) == 1
-        assert count_lanes(2, torch.device("cuda"), samples=8, processes=1) == 1
+        assert count_cpu_threads(None, cpu, samples=8, processes=1) == 4
+        assert count_cpu_threads(None, cpu, samples=3, processes=1) == 3
+        assert count_cpu_threads(2, cpu, samples=8, processes=1) == 2
+        assert count_cpu_threads(2, cpu, samples=8, processes=2) == 1
+        assert count_cpu_threads(2, torch.device("cuda"), samples=8, processes=1) == 1
         with sharing_cores(2) as pool:
             assert list(pool.map(lambda _: torch.get_num_threads(), range(4))) == [2, 2, 2, 2]
         assert torch.get_num_threads() == 4

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import write_circles
+from support.tiny import write_circles
 
-from t2i_adapter.batches.loader import make_drafts
-from t2i_adapter.cache.live import Encoders, Live
-from t2i_adapter.cache.prepare import Prepared, prepare
-from t2i_adapter.cache.work import Machine
-from t2i_adapter.config import (
+from t2i_adapter.batches.encoders import Encoders
+from t2i_adapter.batches.loader import make_partial_batches
+from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
+from t2i_adapter.cache.prepare import prepare
+from t2i_adapter.cache.progress import PrepareContext
+from t2i_adapter.config.tree import (
     BaseOptions,
     CheckpointOptions,
     Config,
@@ -25,11 +26,12 @@ from t2i_adapter.config import (
     TrackingOptions,
     TrainOptions,
 )
+from t2i_adapter.data.source import open_source
 from t2i_adapter.errors import UserError
-from t2i_adapter.models.base import Base, FolderBase, open_base
-from t2i_adapter.sources.table import open_source
-from t2i_adapter.training.run import run
+from t2i_adapter.models.base import Base, FolderBase
+from t2i_adapter.models.open import open_base
 from t2i_adapter.types import Batch
+from t2i_adapter.verbs.train import run
 
 HALF = 2**-10
 """One step of float16, relative: where the encoders' batches differ in size, float32 sums differ by 1e-6, which
@@ -56,17 +58,17 @@ def config(base: Path, data: Path, root: Path, **options: Any) -> Config:
     )
 
 
-def facts_of(options: Config, base: Base | None = None) -> Prepared | Live:
+def facts_of(options: Config, base: Base | None = None) -> CachedDataset | LiveDataset:
     base = base or open_base(options.base)
     assert options.data.prepared_dir
-    machine = Machine(base, "cpu", torch.float32, Path(options.data.prepared_dir), progress=False)
+    machine = PrepareContext(base, "cpu", torch.float32, Path(options.data.prepared_dir), progress=False)
     return prepare(open_source(options.data, 0), options.data, machine, in_channels=3)
 
 
 def batches(options: Config, base: Base | None = None) -> list[Batch]:
     facts = facts_of(options, base)
     encoders = Encoders(base or open_base(options.base), "cpu", torch.float32)
-    drafts = make_drafts(facts, options, rank=0, world=1, start_step=0, stop_step=4, num_timesteps=1000)
+    drafts = make_partial_batches(facts, options, rank=0, world=1, start_step=0, stop_step=4, num_timesteps=1000)
     return [encoders.complete(draft) for draft in drafts]
 
 
@@ -117,7 +119,7 @@ def test_nothing_is_kept_and_nothing_encoded_before_it_is_needed(
     options = config(tiny_base, tiny_data, tmp_path, cache="none")
     base = NothingToEncode(BaseOptions(name=str(tiny_base)), tiny_base)
     facts = facts_of(options, base)
-    assert isinstance(facts, Live)
+    assert isinstance(facts, LiveDataset)
     assert not (tmp_path / "cache").exists()
     record = facts.fetch(0, 0)
     assert record.moments is None
@@ -133,7 +135,7 @@ def test_what_one_process_leaves_is_the_other_s_share_however_late_it_looks(
     options = config(tiny_base, tiny_data, tmp_path, cache="none", text_cache="disk").data
     source, base = open_source(options, 0), open_base(BaseOptions(name=str(tiny_base)))
     cpu: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "root": tmp_path / "cache", "progress": False}
-    early, late = (Machine(base, **cpu, rank=rank, world=2, meeting="m", patience=0.1) for rank in (0, 1))
+    early, late = (PrepareContext(base, **cpu, rank=rank, world=2, meeting="m", patience=0.1) for rank in (0, 1))
     with pytest.raises(UserError, match="records that other processes should make"):
         prepare(source, options, early, in_channels=3)
     facts = prepare(source, options, late, in_channels=3)

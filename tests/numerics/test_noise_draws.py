@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 import torch
 
+from t2i_adapter.batches.example import example_batch
 from t2i_adapter.training.accumulate import part
-from t2i_adapter.training.estimate import example_batch
-from t2i_adapter.training.step import Frozen, batch_losses
+from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.types import Batch
 
 SIZE, DRAWS = 2, 3
 
 
 @pytest.fixture
-def parts(frozen: Frozen, adapter: Any) -> tuple[Frozen, Any]:
+def parts(frozen: FrozenModel, adapter: Any) -> tuple[FrozenModel, Any]:
     return frozen, adapter
 
 
 @pytest.fixture(scope="module")
-def batch(frozen: Frozen) -> Batch:
+def batch(frozen: FrozenModel) -> Batch:
     """Two samples of three draws, all as different as can be."""
     torch.manual_seed(1)
     drawn = example_batch(frozen.unet.config, SIZE, height=64, width=64, draws=DRAWS)
@@ -39,13 +39,13 @@ def one_draw(batch: Batch, draw: int) -> Batch:
     return replace(batch, **chosen)
 
 
-def gradient(parts: tuple[Frozen, Any], batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def gradient(parts: tuple[FrozenModel, Any], batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     frozen, adapter = parts
     losses = batch_losses(adapter, frozen, batch, min_snr_gamma=1.0)
     return losses.detach(), list(torch.autograd.grad(losses.mean(), list(adapter.parameters())))
 
 
-def test_loss_and_gradient_are_the_mean_of_separate_passes(parts: tuple[Frozen, Any], batch: Batch):
+def test_loss_and_gradient_are_the_mean_of_separate_passes(parts: tuple[FrozenModel, Any], batch: Batch):
     assert batch.draws == DRAWS
     together, gradients = gradient(parts, batch)
     separate = [gradient(parts, one_draw(batch, draw)) for draw in range(DRAWS)]
@@ -56,7 +56,7 @@ def test_loss_and_gradient_are_the_mean_of_separate_passes(parts: tuple[Frozen, 
         torch.testing.assert_close(got, alone.mean(0), rtol=1e-4, atol=1e-7)
 
 
-def test_the_adapter_runs_once_for_all_draws(parts: tuple[Frozen, Any], batch: Batch):
+def test_the_adapter_runs_once_for_all_draws(parts: tuple[FrozenModel, Any], batch: Batch):
     frozen, adapter = parts
     seen: list[int] = []
     handle = adapter.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
@@ -65,7 +65,7 @@ def test_the_adapter_runs_once_for_all_draws(parts: tuple[Frozen, Any], batch: B
     assert seen == [SIZE]
 
 
-def test_a_batch_cut_for_memory_keeps_each_samples_draws(parts: tuple[Frozen, Any], batch: Batch):
+def test_a_batch_cut_for_memory_keeps_each_samples_draws(parts: tuple[FrozenModel, Any], batch: Batch):
     whole, _ = gradient(parts, batch)
     cut = [gradient(parts, part(batch, number, number + 1))[0] for number in range(SIZE)]
     torch.testing.assert_close(torch.cat(cut), whole, rtol=1e-5, atol=1e-6)

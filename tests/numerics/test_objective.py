@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
-from t2i_adapter.config import ObjectiveOptions
+from t2i_adapter.config.read import with_values
+from t2i_adapter.config.tree import ObjectiveOptions
 from t2i_adapter.diffusion import objective, timesteps
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError
-from t2i_adapter.load import with_values
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 

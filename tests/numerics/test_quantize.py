@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from t2i_adapter.config import (
+from t2i_adapter.batches.example import example_batch
+from t2i_adapter.config.tree import (
     AdapterOptions,
     BaseOptions,
     CheckpointOptions,
@@ -22,11 +23,10 @@ from t2i_adapter.config import (
 )
 from t2i_adapter.models import quantize as q
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
-from t2i_adapter.training.estimate import example_batch
-from t2i_adapter.training.frozen import load_frozen
-from t2i_adapter.training.run import run
+from t2i_adapter.models.open import open_base
+from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.step import batch_losses
+from t2i_adapter.verbs.train import run
 
 COSINE = {"int8": 0.999, "float8": 0.99, "nf4": 0.9}
 
@@ -34,7 +34,7 @@ COSINE = {"int8": 0.999, "float8": 0.99, "nf4": 0.9}
 def gradient(base_name: str, kind: str) -> torch.Tensor:
     """The adapter's, on one batch."""
     base = open_base(BaseOptions(name=base_name, quantize=kind))  # pyright: ignore[reportArgumentType]
-    frozen = load_frozen(replace(Config(), base=base.options), base, torch.device("cpu"), torch.float32)
+    frozen = load_frozen_model(replace(Config(), base=base.options), base, torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
     adapter = build_adapter(AdapterOptions(), base.unet_config)
     batch_losses(adapter, frozen, example_batch(base.unet_config, 2, height=64, width=64)).mean().backward()

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.batches.example import example_batch
+from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
+from t2i_adapter.models.gradient_checkpointing import recompute
+from t2i_adapter.models.open import open_base
 from t2i_adapter.models.quantize import quantize
-from t2i_adapter.models.recompute import recompute
-from t2i_adapter.training.estimate import example_batch
-from t2i_adapter.training.step import Frozen, batch_losses
+from t2i_adapter.training.step import FrozenModel, batch_losses
 
 
 def gradients(blocks: str | None, *, quantized: bool = False) -> tuple[list[torch.Tensor], int]:
@@ -25,7 +25,7 @@ def gradients(blocks: str | None, *, quantized: bool = False) -> tuple[list[torc
         quantize(unet, "int8", "cpu")
     if blocks:
         recompute(unet, blocks)  # pyright: ignore[reportArgumentType]
-    frozen = Frozen(unet, NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
+    frozen = FrozenModel(unet, NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
     torch.manual_seed(0)
     adapter = build_adapter(AdapterOptions(), base.unet_config)
     batch = example_batch(base.unet_config, 4, height=128, width=128)

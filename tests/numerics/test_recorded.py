@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from t2i_adapter.config import (
+from t2i_adapter.batches.example import example_batch
+from t2i_adapter.config.tree import (
     BaseOptions,
     CheckpointOptions,
     Config,
@@ -21,15 +22,14 @@ from t2i_adapter.config import (
     TrackingOptions,
     TrainOptions,
 )
-from t2i_adapter.training import recorded
-from t2i_adapter.training.estimate import example_batch
-from t2i_adapter.training.lanes import Lanes
-from t2i_adapter.training.recorded import MOST, RECORD_AT, Recorder, is_recordable
-from t2i_adapter.training.run import run
-from t2i_adapter.training.step import Frozen, batch_losses
+from t2i_adapter.training.cpu import trace as recorded
+from t2i_adapter.training.cpu.lanes import CpuThreads
+from t2i_adapter.training.cpu.trace import MOST, RECORD_AT, TraceCache, is_traceable
+from t2i_adapter.training.step import FrozenModel, batch_losses
+from t2i_adapter.verbs.train import run
 
 
-def gradients(frozen: Frozen, adapter: Any, lanes: Lanes, samples: int, seed: int) -> list[Tensor]:
+def gradients(frozen: FrozenModel, adapter: Any, lanes: CpuThreads, samples: int, seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
     batch = example_batch(frozen.unet.config, samples, height=64, width=64)
     adapter.zero_grad()
@@ -37,11 +37,11 @@ def gradients(frozen: Frozen, adapter: Any, lanes: Lanes, samples: int, seed: in
     return [parameter.grad.clone() for parameter in adapter.parameters()]
 
 
-def test_replayed_on_two_threads_it_gives_the_same_bits(adapter: Any, frozen: Frozen):
+def test_replayed_on_two_threads_it_gives_the_same_bits(adapter: Any, frozen: FrozenModel):
     said: list[str] = []
-    recorder = Recorder(said.append)
+    recorder = TraceCache(said.append)
     plain, replaying = (
-        Lanes(2, adapter, lambda network, part: batch_losses(network, frozen, part), chosen)
+        CpuThreads(2, adapter, lambda network, part: batch_losses(network, frozen, part), chosen)
         for chosen in (None, recorder)
     )
     for seed in range(RECORD_AT + 3):  # parts of two and of three samples
@@ -55,7 +55,7 @@ def test_replayed_on_two_threads_it_gives_the_same_bits(adapter: Any, frozen: Fr
 
 
 def test_no_more_shapes_are_recorded_than_memory_is_for():
-    recorder = Recorder(print)
+    recorder = TraceCache(print)
     for side in range(1, MOST + 4):
         x = torch.ones(side)
         for _ in range(RECORD_AT + 1):
@@ -80,7 +80,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
 @pytest.mark.parametrize("function", OPERATIONS.values(), ids=OPERATIONS.keys())
 def test_any_operation_replays_on_other_numbers(function: Callable[[Tensor], Sequence[Tensor]]):
     said: list[str] = []
-    recorder = Recorder(said.append)
+    recorder = TraceCache(said.append)
     for seed in range(RECORD_AT + 3):
         torch.manual_seed(seed)
         x = torch.randn(2, 4)
@@ -125,7 +125,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(
     function: Callable[[Tensor], Sequence[Tensor]], why: str
 ):
     said: list[str] = []
-    recorder = Recorder(said.append)
+    recorder = TraceCache(said.append)
     for seed in range(3 * RECORD_AT):
         torch.manual_seed(seed)
         x = torch.randn(2, 4)
@@ -136,7 +136,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(
 
 
 def test_what_the_function_raises_while_it_is_recorded_is_raised():
-    recorder = Recorder(print)
+    recorder = TraceCache(print)
 
     def full(x: Tensor) -> Sequence[Tensor]:
         raise torch.OutOfMemoryError("no room")
@@ -174,7 +174,7 @@ def test_a_recorded_run_is_the_same_run(
         with monkeypatch.context() as patch:
             patch.setattr(recorded, "RECORD_AT", record_at)
             replays: list[object] = []
-            patch.setattr(Recorder, "_try", _kept(Recorder._try, replays))
+            patch.setattr(TraceCache, "_try", _kept(TraceCache._try, replays))
             run(config)
         assert len(replays) == (record_at == 3)
         found.append(load_file(tmp_path / str(record_at) / "checkpoint-5" / "training.safetensors"))
@@ -185,7 +185,7 @@ def test_a_recorded_run_is_the_same_run(
 def _kept(trial: Callable[..., Any], replays: list[object]) -> Callable[..., Any]:
     """The trial, which also lists each recording that has passed it."""
 
-    def trying(recorder: Recorder, *args: Any) -> Any:
+    def trying(recorder: TraceCache, *args: Any) -> Any:
         found = trial(recorder, *args)
         replays.extend(recorder._replays.values())
         return found
@@ -195,7 +195,7 @@ def _kept(trial: Callable[..., Any], replays: list[object]) -> Callable[..., Any
 
 def test_only_plain_operations_are_recorded():
     plain = Config()
-    assert is_recordable(plain)
-    assert not is_recordable(replace(plain, base=replace(plain.base, quantize="int8")))
+    assert is_traceable(plain)
+    assert not is_traceable(replace(plain, base=replace(plain.base, quantize="int8")))
     for name, value in {"gradient_checkpointing": True, "profile": True, "xformers": True, "compile": "on"}.items():
-        assert not is_recordable(replace(plain, train=replace(plain.train, **{name: value}))), name
+        assert not is_traceable(replace(plain, train=replace(plain.train, **{name: value}))), name

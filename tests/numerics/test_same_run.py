@@ -14,13 +14,14 @@ import huggingface_hub
 import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from doc_pages import code
-from push_hub import TOKEN, running_hub
 from safetensors.torch import load_file, save_file
+from support.doc_pages import code
+from support.push_hub import TOKEN, running_hub
 
-from t2i_adapter import compat, load
+from t2i_adapter import script as compat
 from t2i_adapter.cli import main
-from t2i_adapter.config import (
+from t2i_adapter.config import recipe as load
+from t2i_adapter.config.tree import (
     BaseOptions,
     CheckpointOptions,
     Config,
@@ -35,12 +36,15 @@ from t2i_adapter.config import (
 )
 from t2i_adapter.errors import Stopped, UserError
 from t2i_adapter.flags import parse_train
-from t2i_adapter.training import continuity, nonfinite, verify
+from t2i_adapter.training import nonfinite
+from t2i_adapter.training import resume as continuity
 from t2i_adapter.training.loop import Trainer
-from t2i_adapter.training.run import make_trainer, run, set_up
+from t2i_adapter.training.setup import make_trainer, set_up
 from t2i_adapter.training.signals import Stopper
 from t2i_adapter.training.step import batch_losses
 from t2i_adapter.types import Batch
+from t2i_adapter.verbs import verify_resume as verify
+from t2i_adapter.verbs.train import run
 
 BAD_STEP = 3
 

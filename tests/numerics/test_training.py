@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import write_tiny_sdxl
+from support.tiny import write_tiny_sdxl
 
-from t2i_adapter.config import (
+from t2i_adapter.config.read import with_values
+from t2i_adapter.config.tree import (
     AdapterOptions,
     BaseOptions,
     CheckpointOptions,
@@ -26,12 +27,11 @@ from t2i_adapter.config import (
 )
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError
-from t2i_adapter.load import with_values
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
-from t2i_adapter.training.run import run
-from t2i_adapter.training.step import Frozen, batch_losses
+from t2i_adapter.models.open import open_base
+from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.types import Batch
+from t2i_adapter.verbs.train import run
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -151,7 +151,7 @@ def test_learning_lowers_the_loss_on_a_fixed_batch(tmp_path: Path, prediction: s
     base = open_base(
         BaseOptions(name=str(write_tiny_sdxl(tmp_path / "base", prediction_type=prediction, zero_snr=zero_snr)))
     )
-    frozen = Frozen(
+    frozen = FrozenModel(
         base.unet("cpu", torch.float32), NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32
     )
     torch.manual_seed(0)
@@ -172,7 +172,7 @@ def test_frozen_means_frozen_and_every_weight_of_the_adapter_learns(tiny_base: P
     base = open_base(BaseOptions(name=str(tiny_base)))
     unet = base.unet("cpu", torch.float32)
     before = {name: value.clone() for name, value in unet.state_dict().items()}
-    frozen = Frozen(unet, NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
+    frozen = FrozenModel(unet, NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
     adapter = build_adapter(AdapterOptions(), base.unet_config)
     batch_losses(adapter, frozen, random_batch(base.unet_config)).mean().backward()
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in unet.parameters())
@@ -188,7 +188,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_base: Path):
         unet = base.unet("cpu", torch.float32)
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        frozen = Frozen(unet, NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
+        frozen = FrozenModel(unet, NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
         torch.manual_seed(0)
         adapter = build_adapter(AdapterOptions(), base.unet_config)
         batch_losses(adapter, frozen, random_batch(base.unet_config)).mean().backward()

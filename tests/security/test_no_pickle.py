@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from t2i_adapter.cli import main
 from t2i_adapter.errors import UserError
 from t2i_adapter.generation.condition import find_annotator
-from t2i_adapter.models.metadata import Metadata
+from t2i_adapter.models.record import Metadata
 
 SRC = Path(__file__).parents[2] / "src" / "t2i_adapter"
 MODULES = sorted(SRC.rglob("*.py"))

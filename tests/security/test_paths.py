@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from t2i_adapter.cache.options import RemoveOptions
-from t2i_adapter.cache.verbs import rm
 from t2i_adapter.cli import main
-from t2i_adapter.config import DataOptions
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.source import open_source
 from t2i_adapter.errors import UserError
-from t2i_adapter.models.metadata import Metadata
-from t2i_adapter.sources.make_data import EmojiOptions, make_emoji
-from t2i_adapter.sources.table import open_source
+from t2i_adapter.models.record import Metadata
+from t2i_adapter.verbs.cache import rm
+from t2i_adapter.verbs.cache_options import RemoveOptions
+from t2i_adapter.verbs.make_data import EmojiOptions, make_emoji
 
 
 def picture(color: str = "red", size: tuple[int, int] = (64, 64), kind: str = "PNG") -> bytes:
@@ -156,7 +156,7 @@ def test_the_record_of_an_adapter_is_published_without_this_machines_folders():
         base={"name": "/home/someone/models/base.safetensors", "vae": "~/vae", "config": None},
         data={"name": "https://host/a/0.tar?X-Signature=abcdef0123"},
         training={"list": ["/etc/passwd", "../x"]},
-    ).public()
+    ).without_local_paths()
     text = json.dumps(record.to_dict())
     assert not any(word in text for word in ("/home", "someone", "~", "/etc", "..", "abcdef0123", "host"))
 
@@ -222,7 +222,7 @@ def test_an_icons_size_is_bounded(tmp_path: Path, side: Any):
 
 
 def test_a_package_that_unpacks_without_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from t2i_adapter.sources import emoji
+    from t2i_adapter.data import emoji
 
     monkeypatch.setattr(emoji, "_MAX_UNPACKED", 2**20)
     with tarfile.open(tmp_path / "x.tgz", "w:gz") as tar:

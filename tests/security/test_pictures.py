@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from t2i_adapter.cli import main
-from t2i_adapter.config import DataOptions
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.picture import MAX_BYTES, StoredPicture, decode
+from t2i_adapter.data.source import open_source
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources.picture import MAX_BYTES, StoredPicture, decode
-from t2i_adapter.sources.table import open_source
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -112,7 +112,7 @@ MEASURED = """
 import resource, sys, time
 from pathlib import Path
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources.picture import StoredPicture, decode
+from t2i_adapter.data.picture import StoredPicture, decode
 decode(StoredPicture("warm", Path(sys.argv[1]).read_bytes()))
 for name in sys.argv[2:]:
     data = Path(name).read_bytes()

@@ -13,12 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from push_hub import TOKEN, running_hub
+from support.push_hub import TOKEN, running_hub
 
 from t2i_adapter.cli import main
-from t2i_adapter.config import DataOptions
-from t2i_adapter.errors import UserError, keep_secret, public
-from t2i_adapter.sources.table import open_source
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.source import open_source
+from t2i_adapter.errors import UserError, redact, register_secret
 
 ENVIRONMENT = {
     "HF_TOKEN": "hf_planted-in-the-environment",
@@ -76,7 +76,7 @@ def test_no_secret_is_in_anything_that_a_published_run_writes_or_says(tiny_base:
 def test_a_traceback_is_shown_without_secrets(tmp_path: Path):
     """What is no person's fault keeps its traceback, in which libraries like to quote what they were given."""
     program = (
-        "import os\nfrom t2i_adapter.cli import guarded\nfrom t2i_adapter.config import HubOptions\n"
+        "import os\nfrom t2i_adapter.cli import guarded\nfrom t2i_adapter.config.tree import HubOptions\n"
         f"HubOptions(token={TOKEN!r})\n"
         "def crash():\n"
         "    raise RuntimeError('401 for ' + os.environ['HF_TOKEN'] + ' at https://u:planted-password@h/x, "
@@ -90,9 +90,9 @@ def test_a_traceback_is_shown_without_secrets(tmp_path: Path):
 
 
 def test_what_is_told_once_as_a_secret_is_taken_out_of_every_message():
-    keep_secret("planted-in-this-test")
+    register_secret("planted-in-this-test")
     assert str(UserError("the hub says: planted-in-this-test is wrong")) == "the hub says: [secret] is wrong"
-    assert public("s3://key:word@bucket/x and https://h/a.tar?X-Amz-Signature=ab12 fail") == (
+    assert redact("s3://key:word@bucket/x and https://h/a.tar?X-Amz-Signature=ab12 fail") == (
         "s3://bucket/x and https://h/a.tar?... fail"
     )
 
@@ -207,7 +207,7 @@ def test_a_login_comes_from_netrc(locked: str, tmp_path: Path, monkeypatch: pyte
 
 def test_an_endless_answer_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A picture's server may send for ever: the disk is not filled."""
-    from t2i_adapter.sources import remote
+    from t2i_adapter.data import remote
 
     monkeypatch.setattr(remote, "_UNTOLD_BYTES", 2**20)
     sent = []

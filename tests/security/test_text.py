@@ -11,10 +11,10 @@ import yaml
 from PIL import Image
 
 from t2i_adapter.cli import main
-from t2i_adapter.errors import UserError, public
+from t2i_adapter.errors import UserError, redact
 from t2i_adapter.export.card import CardSample, markdown, write_card
 from t2i_adapter.export.hub import _operations
-from t2i_adapter.models.metadata import Metadata
+from t2i_adapter.models.record import Metadata
 
 ATTACKS = (
     "<script>alert(1)</script>",
@@ -101,7 +101,7 @@ def test_a_terminal_is_not_steered(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["annotate", "canny", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "o"), "--workers=0"])
     said = capsys.readouterr()
     assert "\x1b" not in said.err + said.out and "\u202e" not in said.err + said.out
-    assert public("a\x1b[31mb\x00c") == "a\\x1b[31mb\\x00c"
+    assert redact("a\x1b[31mb\x00c") == "a\\x1b[31mb\\x00c"
 
 
 @pytest.mark.parametrize("name", ["README.md", "images/sample_00.png", "diffusion_pytorch_model.fp16.safetensors"])

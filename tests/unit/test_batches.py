@@ -13,13 +13,12 @@ import pytest
 import torch
 
 from t2i_adapter.batches.item import MAX_BAD_ROWS, choose, choose_view
-from t2i_adapter.batches.loader import MicroBatches, make_drafts
+from t2i_adapter.batches.loader import MicroBatches, make_partial_batches
 from t2i_adapter.batches.packing import Packed, unpack
-from t2i_adapter.cache.records import ImageRecord, TextRecord
-from t2i_adapter.config import Config, DataOptions, ObjectiveOptions, TrainOptions
+from t2i_adapter.config.read import with_values
+from t2i_adapter.config.tree import Config, DataOptions, ObjectiveOptions, TrainOptions
 from t2i_adapter.errors import UserError
-from t2i_adapter.load import with_values
-from t2i_adapter.types import Draft, Geometry
+from t2i_adapter.types import Geometry, ImageRecord, PartialBatch, TextRecord
 
 TENSORS = ("moments", "pixels", "condition", "text", "pooled", "time_ids", "timesteps", "noise", "latent_noise")
 SQUARE = (64, 64)
@@ -27,7 +26,7 @@ SQUARE = (64, 64)
 
 @dataclass(frozen=True)
 class Memory:
-    """Facts that lie in memory, each array a function of its number: random, so that no two are alike.
+    """A dataset that lies in memory, each array a function of its number: random, so that no two are alike.
 
     sizes: each sample's crop. live: captions that are to be encoded. encoded: whether there are moments. bad: rows that
     cannot be read. untold: rows without a caption. grey: conditions whose three channels are one.
@@ -86,12 +85,12 @@ def config(*, workers: int = 0, batch_size: int = 4, accumulate: int = 1, seed: 
 
 def drafts(
     facts: Memory, options: Config, *, rank: int = 0, world: int = 1, start: int = 0, stop: int = 3
-) -> list[Draft]:
+) -> list[PartialBatch]:
     steps = {"start_step": start, "stop_step": stop}
-    return list(make_drafts(facts, options, rank=rank, world=world, num_timesteps=1000, **steps))
+    return list(make_partial_batches(facts, options, rank=rank, world=world, num_timesteps=1000, **steps))
 
 
-def rows(parts: list[Draft]) -> list[dict[str, Any]]:
+def rows(parts: list[PartialBatch]) -> list[dict[str, Any]]:
     """The samples one by one, wherever one batch ends and the next begins."""
     return [
         {name: value[index] for name, value in vars(part).items() if value is not None and name != "bad"}
@@ -100,7 +99,7 @@ def rows(parts: list[Draft]) -> list[dict[str, Any]]:
     ]
 
 
-def same(a: list[Draft], b: list[Draft]) -> bool:
+def same(a: list[PartialBatch], b: list[PartialBatch]) -> bool:
     def equal(x: Any, y: Any) -> bool:
         return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from t2i_adapter.cache import shards as shards_module
-from t2i_adapter.cache.folders import check_room
-from t2i_adapter.cache.keys import Keys
+from t2i_adapter.cache.layout import check_room
 from t2i_adapter.cache.records import (
     pack_condition,
     pack_image,
@@ -25,7 +24,7 @@ from t2i_adapter.cache.records import (
     unpack_image,
     view_keys,
 )
-from t2i_adapter.cache.shards import Record, Shards, ShardWriter, damage
+from t2i_adapter.cache.shards import Keys, Record, Shards, ShardWriter, damage
 from t2i_adapter.errors import UserError
 from t2i_adapter.types import Geometry
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from t2i_adapter.batches.captions import shuffled, told
-from t2i_adapter.config import DataOptions
+from t2i_adapter.config.tree import DataOptions
 
 
 def tell(*captions: str, pick: float = 0.0, drop: float = 0.5, tags: int = 0, **options: Any) -> str:

@@ -14,10 +14,10 @@ from diffusers import T2IAdapter
 from safetensors.torch import load_file, save_file
 
 from t2i_adapter.errors import UserError
+from t2i_adapter.tensors import write_tensors
 from t2i_adapter.training import checkpoint, saving
 from t2i_adapter.training.checkpoint import Keep, TrainingState
 from t2i_adapter.training.saving import Saver
-from t2i_adapter.training.tensor_file import write_tensors
 
 PLAN = {"seed": 0, "global_batch": 2, "samples": 8}
 

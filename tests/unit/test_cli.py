@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from t2i_adapter import __version__, cli
-from t2i_adapter.cli import VERBS, guarded, main
+from t2i_adapter.cli import VERBS, main
 from t2i_adapter.errors import UserError
+from t2i_adapter.exits import guarded
 
 COMMAND = [sys.executable, "-m", "t2i_adapter"]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from t2i_adapter.compat import _tell_idle, main, parse
-from t2i_adapter.load import dump, with_values
+from t2i_adapter.config.read import with_values
+from t2i_adapter.config.recipe import dump
+from t2i_adapter.script import _tell_idle, main, parse
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "train_t2i_adapter_sdxl.py"

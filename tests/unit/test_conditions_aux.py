@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_adapter.conditions import detectors
-from t2i_adapter.conditions.hub import PINNED
-from t2i_adapter.conditions.table import annotate, open_annotator
+from t2i_adapter.annotators import detectors
+from t2i_adapter.annotators.pretrained import PINNED
+from t2i_adapter.annotators.registry import annotate, open_annotator
 from t2i_adapter.errors import UserError
 
 FILES = {

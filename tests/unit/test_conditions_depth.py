@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_adapter.conditions.depth import INVERSE, METRIC, _padding, to_grey
-from t2i_adapter.conditions.hub import PINNED, UNUSED
-from t2i_adapter.conditions.table import annotate, open_annotator, open_recorded
+from t2i_adapter.annotators.depth import INVERSE, METRIC, _padding, to_grey
+from t2i_adapter.annotators.pretrained import PINNED, UNUSED
+from t2i_adapter.annotators.registry import annotate, open_annotator, open_recorded
 from t2i_adapter.errors import UserError
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_adapter.conditions import dwpose
-from t2i_adapter.conditions.hub import PINNED
-from t2i_adapter.conditions.pose_draw import draw_people
-from t2i_adapter.conditions.table import annotate, open_annotator
+from t2i_adapter.annotators import dwpose
+from t2i_adapter.annotators.mediapipe.skeleton import draw_people
+from t2i_adapter.annotators.pretrained import PINNED
+from t2i_adapter.annotators.registry import annotate, open_annotator
 from t2i_adapter.errors import UserError
 
 pytestmark = pytest.mark.skipif(find_spec("onnx") is None, reason="needs onnx, to write small networks")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from t2i_adapter.conditions.mirror import exchange_sides
-from t2i_adapter.conditions.table import annotate, open_annotator
-from t2i_adapter.sources.shapes import condition, render, sample_scene, visible_masks
+from t2i_adapter.annotators.mirror import exchange_sides
+from t2i_adapter.annotators.registry import annotate, open_annotator
+from t2i_adapter.data.shapes import condition, render, sample_scene, visible_masks
 
 SCENES = (25, 47, 70, 105)  # three shapes each on a plain ground
 

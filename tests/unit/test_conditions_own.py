@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from doc_pages import code
 from PIL import Image
+from support.doc_pages import code
 
+from t2i_adapter.annotators.registry import annotate, kinds, open_annotator
 from t2i_adapter.cli import main
-from t2i_adapter.conditions.table import annotate, kinds, open_annotator
 from t2i_adapter.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ def test_an_installed_package_gives_it_a_name(
     about = own.parent / "my_tones-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-tones\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[t2i_adapter.conditions]\ntones = tones:Tones\n")
+    (about / "entry_points.txt").write_text("[t2i_adapter.annotators]\ntones = tones:Tones\n")
     assert "tones" not in kinds()
     monkeypatch.syspath_prepend(str(own.parent))
     assert kinds()[-1] == "tones"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_adapter.conditions import weights
-from t2i_adapter.conditions.table import annotate, open_annotator
+from t2i_adapter.annotators import weights
+from t2i_adapter.annotators.registry import annotate, open_annotator
 from t2i_adapter.errors import UserError
 
 pytest.importorskip("ai_edge_litert", reason="needs sdxl-t2i-adapter[pose]")
@@ -50,7 +50,7 @@ def test_faults_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="threshold=1; needed is 0 up to, not including, 1"):
         open_annotator("person,threshold=1")
     monkeypatch.setenv(weights.FOLDER, str(tmp_path / "nowhere"))
-    from t2i_adapter.conditions.runtime import open_tflite
+    from t2i_adapter.annotators.runtime import open_tflite
 
     open_tflite.cache_clear()
     with pytest.raises(UserError, match="no such file; fetch it with"):

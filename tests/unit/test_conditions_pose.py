@@ -9,11 +9,20 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from t2i_adapter.conditions import weights
-from t2i_adapter.conditions.mirror import HUES, JOINT_TWINS, LIMB_BRIGHTNESS, exchange_sides
-from t2i_adapter.conditions.pose_draw import FINGERS, KNUCKLE, LIMBS, draw_people
-from t2i_adapter.conditions.pose_find import MESH_68, Person, Region, _anchors, _around, _groups, _hand, find_people
-from t2i_adapter.conditions.table import annotate, open_annotator
+from t2i_adapter.annotators import weights
+from t2i_adapter.annotators.mediapipe.landmarks import (
+    MESH_68,
+    Person,
+    Region,
+    _anchors,
+    _around,
+    _groups,
+    _hand,
+    find_people,
+)
+from t2i_adapter.annotators.mediapipe.skeleton import FINGERS, KNUCKLE, LIMBS, draw_people
+from t2i_adapter.annotators.mirror import HUES, JOINT_TWINS, LIMB_BRIGHTNESS, exchange_sides
+from t2i_adapter.annotators.registry import annotate, open_annotator
 from t2i_adapter.errors import UserError
 
 pytest.importorskip("ai_edge_litert", reason="needs sdxl-t2i-adapter[pose]")
@@ -267,7 +276,7 @@ def test_faults_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match="visible=2; needed is a probability"):
         open_annotator("pose,visible=2")
     monkeypatch.setenv(weights.FOLDER, str(tmp_path))
-    from t2i_adapter.conditions.runtime import open_tflite
+    from t2i_adapter.annotators.runtime import open_tflite
 
     open_tflite.cache_clear()
     with pytest.raises(UserError, match=r"pose: .*no such file; fetch it with `python -m .* pose`"):

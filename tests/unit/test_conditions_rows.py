@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_adapter.annotation.options import AnnotateOptions
-from t2i_adapter.annotation.run import run
-from t2i_adapter.conditions.table import TABLE, annotate, find_plugin, open_annotator, open_recorded
+from t2i_adapter.annotators.registry import TABLE, annotate, find_plugin, open_annotator, open_recorded
+from t2i_adapter.data.shapes import render, sample_scene
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources.shapes import render, sample_scene
+from t2i_adapter.verbs.annotate import run
+from t2i_adapter.verbs.annotate_options import AnnotateOptions
 
 LOCAL = [name for name in TABLE if not find_plugin(name).weights and not find_plugin(name).needs]
 SIZES = [(1, 1), (1, 9), (9, 1), (2, 3), (33, 65), (640, 16)]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_adapter.conditions.segmentation import PALETTE, distinct, is_good, paint
-from t2i_adapter.conditions.table import annotate, open_annotator
+from t2i_adapter.annotators.registry import annotate, open_annotator
+from t2i_adapter.annotators.segmentation import PALETTE, distinct, is_good, paint
 from t2i_adapter.errors import UserError
 
 

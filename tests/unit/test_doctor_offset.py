@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
+from t2i_adapter.data.shapes import condition, render, sample_scene
 from t2i_adapter.doctor.offset import REACH, SURE, find_offset, is_coarse
-from t2i_adapter.sources.shapes import condition, render, sample_scene
 
 SHIFTS = [(0, 0), (0, 3), (-3, 0), (5, -7), (REACH, -REACH)]
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from t2i_adapter.data.shapes import condition, render, sample_scene
 from t2i_adapter.doctor import alike
 from t2i_adapter.doctor.content import BLACK_ON_WHITE, CONTENTS, WHITE_ON_BLACK, content, polarity
-from t2i_adapter.sources.shapes import condition, render, sample_scene
 
 
 def pixels(kind: str, number: int = 5, size: int = 128) -> np.ndarray:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from t2i_adapter.data import emoji
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources import emoji
 
 DISC = '<circle cx="16" cy="16" r="12" fill="#f00"/>'
 NAMES = [f"thing-{letter}{i}" for i in range(4) for letter in "abcd"]

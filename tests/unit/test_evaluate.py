@@ -12,21 +12,21 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.config.tree import AdapterOptions, BaseOptions
+from t2i_adapter.data.shapes import write_dataset
 from t2i_adapter.errors import UserError
 from t2i_adapter.evaluation.evaluate import Evaluation, evaluate
 from t2i_adapter.evaluation.metrics import Truth, bootstrap
-from t2i_adapter.evaluation.options import EvaluateOptions
 from t2i_adapter.evaluation.pairs import Pair, make_pair, read_pairs
 from t2i_adapter.evaluation.report import make_report
-from t2i_adapter.evaluation.run import open_pairs, run
-from t2i_adapter.evaluation.sheet import SheetRow, make_sheet
 from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
-from t2i_adapter.sources.shapes import write_dataset
+from t2i_adapter.models.open import open_base
+from t2i_adapter.reports.sheet import SheetRow, make_sheet
 from t2i_adapter.types import Sample
+from t2i_adapter.verbs.evaluate import open_pairs, run
+from t2i_adapter.verbs.evaluate_options import EvaluateOptions
 
 
 @pytest.fixture(scope="module")

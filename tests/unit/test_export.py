@@ -15,14 +15,14 @@ import yaml
 from diffusers import T2IAdapter
 from PIL import Image
 
-from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.errors import UserError
-from t2i_adapter.evaluation.sheet import SheetRow, make_sheet
 from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.export.card import CardSample, add_evaluation, markdown, set_license, usage_code, write_card
 from t2i_adapter.models.adapter import build_adapter, load_adapter
-from t2i_adapter.models.base import open_base
-from t2i_adapter.models.metadata import Metadata, read_metadata
+from t2i_adapter.models.open import open_base
+from t2i_adapter.models.record import Metadata, read_metadata
+from t2i_adapter.reports.sheet import SheetRow, make_sheet
 
 FILES = {
     "config.json",
@@ -112,7 +112,7 @@ def test_what_is_published_names_no_place_of_this_machine(tmp_path: Path) -> Non
             "data": {"train_data_dir": "/home/someone/secret-project/data", "folders": ["./x/y"], "rows": 5},
         }
     )
-    public = metadata.public().to_dict()
+    public = metadata.without_local_paths().to_dict()
     assert public["base"]["name"] == "my-base"
     assert public["base"]["vae"] == "madebyollin/sdxl-vae-fp16-fix", "a hub id stays"
     assert public["data"] == {"train_data_dir": "data", "folders": ["y"], "rows": 5}

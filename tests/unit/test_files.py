@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from t2i_adapter.files import move_whole, sweep, write_whole
+from t2i_adapter.files import move_atomic, sweep, write_atomic
 
 
 def test_a_written_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "x.shard"
     for content in (b"old", b"new and longer"):
-        write_whole(path, [content[:2], memoryview(content)[2:]])
+        write_atomic(path, [content[:2], memoryview(content)[2:]])
         assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
 
@@ -27,9 +27,9 @@ def test_what_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path: Path
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path = tmp_path / "x.shard"
-    write_whole(path, [b"old"])
+    write_atomic(path, [b"old"])
     with pytest.raises(OSError, match="No space left"):
-        write_whole(path, full_disk())
+        write_atomic(path, full_disk())
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -39,9 +39,9 @@ def test_two_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
 
     def interrupted() -> Iterator[bytes]:
         yield b"first"
-        write_whole(path, [b"second"])
+        write_atomic(path, [b"second"])
 
-    write_whole(path, interrupted())
+    write_atomic(path, interrupted())
     assert path.read_bytes() == b"first", "the last one's"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -59,7 +59,7 @@ def test_a_folder_moves_with_all_it_holds_after_it_was_flushed(tmp_path: Path, m
 
     inodes = [path.stat().st_ino for path in (aside / "inner" / "a", aside / "inner", aside)]
     monkeypatch.setattr(os, "fsync", fsync)
-    move_whole(aside, final)
+    move_atomic(aside, final)
     assert (final / "inner" / "a").read_text() == "a"
     assert not aside.exists()
     assert {(inode, False) for inode in inodes} <= set(flushed), "everything was on the disk before the rename"
@@ -71,7 +71,7 @@ def test_a_folder_never_replaces_one_that_holds_something(tmp_path: Path) -> Non
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text(name)
     with pytest.raises(OSError):
-        move_whole(tmp_path / "a", tmp_path / "b")
+        move_atomic(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b" / "x").read_text() == "b"
 
 

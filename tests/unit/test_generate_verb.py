@@ -12,18 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_adapter.conditions.cut import cut
-from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.config.tree import AdapterOptions, BaseOptions
+from t2i_adapter.data.geometry import Framing
+from t2i_adapter.data.pair import cut
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.flags import parse_flags
 from t2i_adapter.generation.condition import fit_condition
 from t2i_adapter.generation.options import GenerateOptions
-from t2i_adapter.generation.run import run
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
-from t2i_adapter.sources.geometry import Framing
+from t2i_adapter.models.open import open_base
 from t2i_adapter.types import Sample
+from t2i_adapter.verbs.generate import run
 
 
 @pytest.fixture(scope="module")

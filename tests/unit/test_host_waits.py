@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from t2i_adapter.config import BaseOptions, Config, DataOptions, TrackingOptions, TrainOptions
+from t2i_adapter.config.tree import BaseOptions, Config, DataOptions, TrackingOptions, TrainOptions
 from t2i_adapter.training import nonfinite
-from t2i_adapter.training import run as training
+from t2i_adapter.verbs import train as training
 
 ASKS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "equal"}
 """Operations whose answer the host needs before it can go on."""
@@ -51,7 +51,7 @@ def test_the_host_asks_no_more_in_many_steps_than_in_few(
 ):
     often = asked(tiny_base, tiny_data, tmp_path / "cpu", steps=6)
     # As on a GPU; on a CPU the answer to whether a gradient is finite costs nothing, and is asked for at each step.
-    monkeypatch.setattr(nonfinite, "can_be_told", lambda optimizer: True)
+    monkeypatch.setattr(nonfinite, "supports_found_inf", lambda optimizer: True)
     many = asked(tiny_base, tiny_data, tmp_path / "many", steps=6)
     few = asked(tiny_base, tiny_data, tmp_path / "few", steps=2)
     assert many == few

@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 
-from t2i_adapter.config import SECRET, Config, HubOptions, OptimOptions
+from t2i_adapter.config.read import describe, nearest, option_types, with_values
+from t2i_adapter.config.recipe import dump, load
+from t2i_adapter.config.tree import SECRET, Config, HubOptions, OptimOptions
 from t2i_adapter.errors import UserError
-from t2i_adapter.load import describe, dump, load, nearest, option_types, with_values
 
 
 def read(tmp_path: Path, text: str, defaults: Config | None = None) -> Config:

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from t2i_adapter.cli import main
-from t2i_adapter.sources import emoji, make_data, shapes
+from t2i_adapter.data import emoji, shapes
+from t2i_adapter.verbs import make_data
 
 
 def shapes_words(out: Path, *more: str) -> list[str]:

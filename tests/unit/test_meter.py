@@ -11,9 +11,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from t2i_adapter.config import BaseOptions, Config, DataOptions, TrackingOptions, TrainOptions
+from t2i_adapter.config.tree import BaseOptions, Config, DataOptions, TrackingOptions, TrainOptions
 from t2i_adapter.training.meter import Meter
-from t2i_adapter.training.run import run
+from t2i_adapter.verbs.train import run
 
 
 def slowly(seconds: float, count: int) -> Iterator[int]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from t2i_adapter.data.shapes import render, sample_scene, visible_masks
 from t2i_adapter.evaluation.color import ciede2000, srgb_to_lab
 from t2i_adapter.evaluation.controls import derangement, picture_seeds
 from t2i_adapter.evaluation.figure import figure_mask
@@ -20,7 +21,6 @@ from t2i_adapter.evaluation.metrics import (
     measure,
     outline,
 )
-from t2i_adapter.sources.shapes import render, sample_scene, visible_masks
 
 
 def disc(x: float = 64, y: float = 64, radius: float = 30, size: int = 128) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from t2i_adapter.config import OptimOptions
+from t2i_adapter.config.tree import OptimOptions
 from t2i_adapter.training.muon import Muon, orthogonal
 from t2i_adapter.training.optim import make_optimizer
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLAdapterPipeline, StableDiffusionXLPipeline, T2IAdapter
+from nano_maker import card, checkpoint, judge, pictures, unet, vae, words
+from nano_maker.measure import SHEET_PROMPTS
 from safetensors import safe_open
 
+from t2i_adapter.data import emoji, shapes
 from t2i_adapter.models import nano
-from t2i_adapter.nano_maker import card, checkpoint, judge, pictures, unet, vae, words
-from t2i_adapter.nano_maker.measure import SHEET_PROMPTS
-from t2i_adapter.sources import emoji, shapes
 
 SIDE = 128
 

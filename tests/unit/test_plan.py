@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2i_adapter.batches.example import example_batch
 from t2i_adapter.cli import main
-from t2i_adapter.config import AdapterOptions, BaseOptions, Config, TrainOptions
+from t2i_adapter.config.tree import AdapterOptions, BaseOptions, Config, TrainOptions
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
+from t2i_adapter.models.gradient_checkpointing import recompute
+from t2i_adapter.models.open import open_base
 from t2i_adapter.models.quantize import KINDS, quantize
-from t2i_adapter.models.recompute import recompute
-from t2i_adapter.training.estimate import Shapes, example_batch
-from t2i_adapter.training.plan_options import PlanOptions
-from t2i_adapter.training.step import Frozen, batch_losses
+from t2i_adapter.training.memory import Shapes
+from t2i_adapter.training.step import FrozenModel, batch_losses
+from t2i_adapter.verbs.plan_options import PlanOptions
 
 MIB = 2**20
 RUN = "--data.resolution 128 --data.num_workers 0 --tracking.report_to none --train.seed 0 --train.lanes 1"
@@ -50,7 +51,7 @@ def test_a_step_keeps_what_it_was_said_to_keep(blocks: str | None):
     if blocks:
         recompute(unet, blocks)  # pyright: ignore[reportArgumentType]
     adapter = build_adapter(AdapterOptions(), base.unet_config)
-    frozen = Frozen(unet, NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
+    frozen = FrozenModel(unet, NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
     own = {p.untyped_storage().data_ptr() for p in (*unet.parameters(), *unet.buffers(), *adapter.parameters())}
     kept: dict[int, int] = {}
 

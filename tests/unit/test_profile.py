@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from t2i_adapter.config import CheckpointOptions, Config, DataOptions, TrackingOptions, TrainOptions
+from t2i_adapter.config.tree import CheckpointOptions, Config, DataOptions, TrackingOptions, TrainOptions
 from t2i_adapter.training import profile
-from t2i_adapter.training.run import run
+from t2i_adapter.verbs.train import run
 
 
 @pytest.fixture

@@ -11,21 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from push_hub import TOKEN, Hub, running_hub
+from support.push_hub import TOKEN, Hub, running_hub
 
-from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.export.card import write_card
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
-from t2i_adapter.models.metadata import Metadata
+from t2i_adapter.models.open import open_base
+from t2i_adapter.models.record import Metadata
 
 PROGRAM = """
 import sys
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.hub import push_command
-from t2i_adapter.export.options import PushOptions
-from t2i_adapter.export.run import push
+from t2i_adapter.verbs.push_options import PushOptions
+from t2i_adapter.verbs.push import push
 folder, token, model_id, license = sys.argv[1:]
 try:
     push(PushOptions(folder=folder, token=token or None, model_id=model_id or None, license=license or None))

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from t2i_adapter.data import shapes
+from t2i_adapter.data.shapes import Background, Scene, Shape
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources import shapes
-from t2i_adapter.sources.shapes import Background, Scene, Shape
 
 PLAIN = Background("plain", "blue", "white")
 

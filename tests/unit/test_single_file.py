@@ -18,19 +18,20 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from single_file import CLIP, OPEN_CLIP, UNET, VAE, write_single_file
-from tiny import write_tiny_sdxl
+from support.single_file import CLIP, OPEN_CLIP, UNET, VAE, write_single_file
+from support.tiny import write_tiny_sdxl
 from torch import Tensor
 
-from t2i_adapter.config import AdapterOptions, BaseOptions
+from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.export.card import usage_code
 from t2i_adapter.generation.options import ModelOptions
 from t2i_adapter.generation.pipeline import open_models
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import Base, FolderBase, open_base
-from t2i_adapter.models.metadata import Metadata
+from t2i_adapter.models.base import Base, FolderBase
+from t2i_adapter.models.open import open_base
+from t2i_adapter.models.record import Metadata
 from t2i_adapter.models.single_file import CONFIG_FILES, FileBase
 
 # Weights lie in the mapped files at different alignments, by which the CPU's kernels choose the order of their sums.

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import write_circles
+from support.tiny import write_circles
 
-from t2i_adapter.config import DataOptions
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data import picture
+from t2i_adapter.data.source import Source, open_source
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources import picture
-from t2i_adapter.sources.table import Source, open_source
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
-from hub_server import serve
-from tiny import write_circles
+from support.hub_server import serve
+from support.tiny import write_circles
 
-from t2i_adapter.config import DataOptions
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.source import Source, open_source
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources.table import Source, open_source
 
 
 def open_named(name: object, **options: Any) -> Source:
@@ -113,9 +113,9 @@ def test_damaged_bytes_name_row_and_column(circles: Path, tmp_path: Path) -> Non
 
 
 READ = """
-from t2i_adapter.config import DataOptions
+from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources.table import open_source
+from t2i_adapter.data.source import open_source
 for name in ("fusing/script", "fusing/folder", "fusing/nothing"):
     try:
         source = open_source(DataOptions(dataset_name=name), 0)

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from object_store import Rows, read_rows, write_manifest, write_paired, write_parquet_shards, write_tar_shards
 from PIL import Image
-from tiny import write_circles
+from support.object_store import Rows, read_rows, write_manifest, write_paired, write_parquet_shards, write_tar_shards
+from support.tiny import write_circles
 
-from t2i_adapter.config import DataOptions
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data import emoji, shapes
+from t2i_adapter.data.formats import KINDS, detect
+from t2i_adapter.data.source import Source, open_source
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources import emoji, shapes
-from t2i_adapter.sources.kinds import KINDS, detect
-from t2i_adapter.sources.table import Source, open_source
 
 NUM = 6
 

@@ -14,15 +14,23 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from object_store import Rows, WebServer, read_rows, serve_folder, serve_s3, write_manifest, write_parquet_shards
-from object_store import write_tar_shards as write_tars
-from tiny import write_circles
+from support.object_store import (
+    Rows,
+    WebServer,
+    read_rows,
+    serve_folder,
+    serve_s3,
+    write_manifest,
+    write_parquet_shards,
+)
+from support.object_store import write_tar_shards as write_tars
+from support.tiny import write_circles
 
-from t2i_adapter.config import DataOptions
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data import remote
+from t2i_adapter.data.remote import Store, ask, expand
+from t2i_adapter.data.source import Source, open_source
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources import remote
-from t2i_adapter.sources.remote import Store, ask, expand
-from t2i_adapter.sources.table import Source, open_source
 
 
 @pytest.fixture(autouse=True)
@@ -266,7 +274,7 @@ def test_s3_by_glob_and_its_faults(rows: Rows, kept: Path, tmp_path: Path, monke
 WITHOUT_S3FS = """
 import sys
 sys.modules["s3fs"] = None
-from t2i_adapter.sources.remote import find
+from t2i_adapter.data.remote import find
 try:
     find("s3://pairs/{0..1}.tar", "train_data_dir")
 except Exception as fault:

@@ -12,14 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from object_store import Rows, read_rows, write_parquet_shards, write_tar, write_tar_shards
 from PIL import Image
-from tiny import write_circles
+from support.object_store import Rows, read_rows, write_parquet_shards, write_tar, write_tar_shards
+from support.tiny import write_circles
 
-from t2i_adapter.config import DataOptions
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.source import Source, open_source
+from t2i_adapter.data.tar import split_name
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources.table import Source, open_source
-from t2i_adapter.sources.tar import split_name
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
-from t2i_adapter.config import Config, HubOptions, OptimOptions, TrainOptions, to_dict
+from t2i_adapter.config.tree import Config, HubOptions, OptimOptions, TrainOptions, to_dict
 from t2i_adapter.errors import UserError
 from t2i_adapter.training import optim, tracking
 from t2i_adapter.training.ema import Ema

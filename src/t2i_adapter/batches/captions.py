@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from t2i_adapter.cache.facts import prefixed
-from t2i_adapter.config import DataOptions
+from t2i_adapter.cache.dataset import prefixed
+from t2i_adapter.config.tree import DataOptions
 
 
 def told(captions: Sequence[str], options: DataOptions, *, pick: float, drop: float, tags: int) -> str:

@@ -8,11 +8,11 @@ import numpy as np
 
 from t2i_adapter.batches.captions import told
 from t2i_adapter.batches.order import AGAIN_STREAM, DRAW_STREAM, VIEW_STREAM, Order
-from t2i_adapter.cache.facts import Facts
-from t2i_adapter.cache.records import ImageRecord, TextRecord
-from t2i_adapter.config import Config
+from t2i_adapter.cache.dataset import PairDataset
+from t2i_adapter.config.tree import Config
 from t2i_adapter.diffusion import timesteps
 from t2i_adapter.errors import UserError
+from t2i_adapter.types import ImageRecord, TextRecord
 
 MAX_BAD_ROWS = 100
 """So many rows one after another that cannot be read are no bad rows but a source that is gone."""
@@ -39,7 +39,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Item:
-    """One sample of a batch; fields as in `types.Draft`, with the K draws of noise for the batch's axis, or none."""
+    """One sample of a batch; fields as in `types.PartialBatch`, K noise samples on the first axis."""
 
     record: ImageRecord
     text: TextRecord | None
@@ -71,7 +71,7 @@ def choose_view(seed: int, draw: int) -> tuple[float, int]:
     return float(generator.random()), int(generator.integers(2**63))
 
 
-def make_item(facts: Facts, order: Order, config: Config, draw: int, *, seed: int, num_timesteps: int) -> Item:
+def make_item(facts: PairDataset, order: Order, config: Config, draw: int, *, seed: int, num_timesteps: int) -> Item:
     """The item that draw `draw` of the run gives. Raises UserError where its row cannot be read and may not be
     skipped."""
     has_choice = facts.views > 1 or config.data.shuffle_tags
@@ -110,7 +110,7 @@ def _may_skip(config: Config) -> bool:
 
 
 def _fetch(
-    facts: Facts, order: Order, draw: int, view: int, *, seed: int, skip: bool
+    facts: PairDataset, order: Order, draw: int, view: int, *, seed: int, skip: bool
 ) -> tuple[ImageRecord, tuple[str, ...], tuple[tuple[int, str], ...]]:
     """Record and captions of the draw's sample, or where it cannot be read of the next of its group that can; and
     (number, reason) of those that were passed over."""

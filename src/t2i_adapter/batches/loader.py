@@ -12,17 +12,17 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from t2i_adapter.batches.item import Item, make_item
 from t2i_adapter.batches.order import Order, draws_of
-from t2i_adapter.batches.packing import PREFETCH, Packed, Slots, pack, unpack
-from t2i_adapter.cache.facts import Facts
-from t2i_adapter.config import Config
+from t2i_adapter.batches.packing import PREFETCH, Packed, SharedSlots, pack, unpack
+from t2i_adapter.cache.dataset import PairDataset
+from t2i_adapter.config.tree import Config
 from t2i_adapter.errors import UserError
-from t2i_adapter.types import Draft
+from t2i_adapter.types import PartialBatch
 
 CPU = torch.device("cpu")
 
 
-def make_drafts(
-    facts: Facts,
+def make_partial_batches(
+    facts: PairDataset,
     config: Config,
     *,
     rank: int,
@@ -31,7 +31,7 @@ def make_drafts(
     num_timesteps: int,
     stop_step: int,
     device: torch.device = CPU,
-) -> Iterator[Draft]:
+) -> Iterator[PartialBatch]:
     """Yields (stop_step - start_step) * gradient_accumulation_steps micro-batches, on the CPU, pinned where there is
     CUDA. They are the same for any number of workers, and a run that starts at step k gets what one that came there
     got. `config.train.seed` must be set. Raises UserError where a row cannot be read or a prepared file is damaged.
@@ -75,7 +75,7 @@ class MicroBatches(Dataset[Any]):
     """Indexed by a range of draws, gives their batch, or the message of a UserError: an exception that crosses a
     worker's border becomes a page of traceback."""
 
-    def __init__(self, facts: Facts, config: Config, global_batch: int, num_timesteps: int, *, pin: bool) -> None:
+    def __init__(self, facts: PairDataset, config: Config, global_batch: int, num_timesteps: int, *, pin: bool) -> None:
         seed = config.train.seed
         assert seed is not None, "the seed is drawn before the run starts"
         self._facts = facts
@@ -84,7 +84,7 @@ class MicroBatches(Dataset[Any]):
         self._order = Order(facts.groups, facts.shards, seed, global_batch)
         self._num_timesteps = num_timesteps
         self._pin = pin
-        self._slots: Slots | None = None
+        self._slots: SharedSlots | None = None
 
     def __getitem__(self, draws: range) -> Packed | str:
         try:
@@ -103,7 +103,7 @@ class MicroBatches(Dataset[Any]):
         if worker is None:
             return pack(items, pin=self._pin)
         if self._slots is None:
-            self._slots = Slots(worker.id)
+            self._slots = SharedSlots(worker.id)
         return self._slots.pack(items)
 
 

@@ -31,7 +31,7 @@ class Order:
     """The order of a run's samples.
 
     Args:
-        groups: sample numbers by crop size, each ascending, as in `Facts`.
+        groups: sample numbers by crop size, each ascending, as in `PairDataset`.
         shards: rows that lie together in storage, in order. With one, an epoch permutes its group freely; with
             several it goes from block to block, so that few shards are read at a time.
         seed: draws everything.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from t2i_adapter.batches.item import Item
-from t2i_adapter.types import Draft
+from t2i_adapter.types import PartialBatch
 
 PREFETCH = 2
 """Batches a loader process is asked for ahead of the one that is used."""
@@ -42,7 +42,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch: the first `size` bytes of `memory` hold `columns`; `fields` are the rest of a `Draft`, as plain Python.
+    """A batch: the first `size` bytes of `memory` hold `columns`; `fields` are the rest of a `PartialBatch`.
 
     Of a loader process `slot` tells which memory that is, and `memory` is None where it was sent before.
     """
@@ -54,7 +54,7 @@ class Packed:
     slot: tuple[int, int] | None = None
 
 
-class Slots:
+class SharedSlots:
     """The shared memory of a loader process, a slot for each batch that is on its way."""
 
     def __init__(self, worker: int) -> None:
@@ -83,7 +83,7 @@ def pack(items: Sequence[Item], *, pin: bool) -> Packed:
     return Packed(size, columns, _fields(items), memory)
 
 
-def unpack(packed: Packed, slots: dict[tuple[int, int], Tensor], *, pin: bool) -> Draft:
+def unpack(packed: Packed, slots: dict[tuple[int, int], Tensor], *, pin: bool) -> PartialBatch:
     """The batch, in memory that nobody writes to again. `slots` keeps what loader processes have sent."""
     memory = packed.memory
     if packed.slot is not None:
@@ -95,7 +95,7 @@ def unpack(packed: Packed, slots: dict[tuple[int, int], Tensor], *, pin: bool) -
     arrays |= {name: arrays[name].flatten(0, 1) for name in DRAWN}
     fields = dict(packed.fields)
     whole = {name: torch.tensor(fields.pop(name)) for name in ("time_ids", "timesteps")}
-    return Draft(**arrays, **whole, **fields)
+    return PartialBatch(**arrays, **whole, **fields)
 
 
 def _arrays(item: Item) -> Mapping[str, np.ndarray | None]:

@@ -13,19 +13,16 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from t2i_adapter.cache.facts import prefixed
-from t2i_adapter.cache.faults import BadRow, BadRows, list_bad_rows
-from t2i_adapter.cache.folders import NOTES, check_room, open_folder
-from t2i_adapter.cache.live import Live
-from t2i_adapter.cache.pictures import build_images, identify, lacking, moments_bytes, rows_of, same_as_bad
-from t2i_adapter.cache.records import ImageRecord, TextRecord, unpack_image
+from t2i_adapter.cache.dataset import CachedDataset, LiveDataset, prefixed
+from t2i_adapter.cache.images import build_images, identify, lacking, moments_bytes, rows_of, same_as_bad
+from t2i_adapter.cache.layout import NOTES, check_room, open_folder
+from t2i_adapter.cache.progress import PrepareContext, bar, count_absent, run_ahead, wait_for
 from t2i_adapter.cache.shards import Shards
-from t2i_adapter.cache.stage import Stage
 from t2i_adapter.cache.texts import (
     CaptionTable,
     Texts,
@@ -35,68 +32,23 @@ from t2i_adapter.cache.texts import (
     open_texts,
     tell_long,
 )
-from t2i_adapter.cache.work import Machine, bar, count_absent, run_ahead, wait_for
-from t2i_adapter.config import DataOptions
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.bad_rows import BadRow, BadRows, list_bad_rows
+from t2i_adapter.data.pair import PairTransform
+from t2i_adapter.data.source import Source, shards_of
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import sweep
-from t2i_adapter.sources.table import Source, shards_of
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The prepared pairs of a source (`cache.facts.Facts`); reading is memory-mapped, and it holds arrays only.
-
-    Attributes:
-        numbers: (N,) which of the source's rows these are.
-        rows: (views,N) where each view's record is in `images`.
-        groups, shards: as in `Facts`.
-        texts: the captions that are on disk; None encodes them all as they come.
-        table: what each sample's captions are; None asks the source.
-    """
-
-    source: Source
-    stage: Stage
-    numbers: np.ndarray
-    rows: np.ndarray
-    groups: tuple[np.ndarray, ...]
-    shards: tuple[int, ...]
-    images: Shards
-    texts: Texts | None
-    table: CaptionTable | None = None
-
-    @property
-    def views(self) -> int:
-        return len(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def fetch(self, number: int, view: int, draw: str = "") -> ImageRecord:
-        """Raises UserError where the record's file is damaged."""
-        key = self.source.key(int(self.numbers[number]))
-        record = unpack_image(self.images.read(int(self.rows[view, number])), key)
-        return self.stage.drawn(record, draw)
-
-    def captions(self, number: int) -> tuple[str, ...]:
-        """Raises UserError naming the row."""
-        if self.table:
-            return self.table.of(number)
-        return self.source.identify(int(self.numbers[number]), "").captions
-
-    def text(self, caption: str) -> TextRecord | None:
-        """Raises UserError where its file is damaged."""
-        return self.texts.get(caption) if self.texts else None
 
 
 def prepare(
     source: Source,
     options: DataOptions,
-    machine: Machine,
+    machine: PrepareContext,
     *,
     in_channels: int,
     extra_captions: Sequence[str] = ("",),
     bad_list: Path | None = None,
-) -> Prepared | Live:
+) -> CachedDataset | LiveDataset:
     """Everything a run needs of its pairs: from the cache where it is there, and made where it is not.
 
     Args:
@@ -108,7 +60,7 @@ def prepare(
     picture is found here; with `cache none` nothing is read but what the options cannot do without. Raises UserError.
     """
     started = time.monotonic()
-    stage = Stage.of(options, in_channels, source.annotate)
+    stage = PairTransform.of(options, in_channels, source.annotate)
     notes = machine.root / NOTES / machine.meeting if machine.world > 1 else None
     sweep(machine.root / NOTES, "*")
     bad = BadRows(options, len(source), notes, machine.rank)
@@ -126,10 +78,12 @@ def prepare(
         listed = f"; listed in {bad_list}" if bad_list else ""
         machine.say(f"{len(bad.found)} of {len(source)} rows cannot be used and are left out{listed}")
     machine.say(f"prepared: {len(pairs)} pairs{new}, {told} in {time.monotonic() - started:.0f} s at {machine.root}")
-    return replace(pairs, texts=texts, table=table) if isinstance(pairs, Prepared) else replace(pairs, texts=texts)
+    return replace(pairs, texts=texts, table=table) if isinstance(pairs, CachedDataset) else replace(pairs, texts=texts)
 
 
-def _prepared(pool: Executor, source: Source, stage: Stage, bad: BadRows, machine: Machine) -> tuple[Prepared, str]:
+def _prepared(
+    pool: Executor, source: Source, stage: PairTransform, bad: BadRows, machine: PrepareContext
+) -> tuple[CachedDataset, str]:
     """The pairs whose pictures are on disk by now, and how many of them were not before."""
     made_by = stage.fingerprint(machine.base.vae_fingerprint)
     folder = open_folder(machine.root, "images", made_by, {"base": machine.base.name, **stage.about()})
@@ -156,10 +110,10 @@ def _prepared(pool: Executor, source: Source, stage: Stage, bad: BadRows, machin
     _check_any(numbers, source)
     groups = groups_of(images.tags[rows[0]])
     shards = shards_of(source.shards, numbers)
-    return Prepared(source, stage, numbers, rows, groups, shards, images, None), f" ({len(missing)} new)"
+    return CachedDataset(source, stage, numbers, rows, groups, shards, images, None), f" ({len(missing)} new)"
 
 
-def _live(pool: Executor, source: Source, stage: Stage, bad: BadRows, machine: Machine) -> Live:
+def _live(pool: Executor, source: Source, stage: PairTransform, bad: BadRows, machine: PrepareContext) -> LiveDataset:
     """The pairs as they are. Only to sort them by crop size is each picture opened, once."""
     numbers = np.arange(len(source), dtype=np.int32)
     groups: tuple[np.ndarray, ...] = (numbers,)
@@ -175,10 +129,10 @@ def _live(pool: Executor, source: Source, stage: Stage, bad: BadRows, machine: M
         numbers = numbers[~np.isin(numbers, list(bad.found))]
         groups = groups_of(tags[numbers])
     _check_any(numbers, source)
-    return Live(source, stage, numbers, groups, shards_of(source.shards, numbers), None)
+    return LiveDataset(source, stage, numbers, groups, shards_of(source.shards, numbers), None)
 
 
-def _crop_size(source: Source, stage: Stage, number: int) -> int | BadRow:
+def _crop_size(source: Source, stage: PairTransform, number: int) -> int | BadRow:
     try:
         image = source[number].image
     except UserError as fault:
@@ -198,7 +152,7 @@ def groups_of(tags: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _texts(
-    source: Source, numbers: np.ndarray, options: DataOptions, machine: Machine, extra: Sequence[str]
+    source: Source, numbers: np.ndarray, options: DataOptions, machine: PrepareContext, extra: Sequence[str]
 ) -> tuple[Texts | None, CaptionTable | None, str]:
     """The captions on disk, made where they were not; whose they are; and what a person is told of them."""
     distinct: dict[str, int] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import lz4.block
@@ -12,48 +12,13 @@ import numpy as np
 
 from t2i_adapter.cache.shards import Record
 from t2i_adapter.errors import UserError
-from t2i_adapter.types import Geometry
+from t2i_adapter.types import Geometry, ImageRecord, TextRecord
 
-IMAGE_VERSION = 2
 TEXT_VERSION = 2
 """Raised when the numbers that a stage computes, or the way they lie in a record, change, so that older records are not
 taken for its own."""
 
 WORTH_PACKING = 0.9  # of its size, or it is kept as it is and read without a copy
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """The facts of one training pair.
-
-    Attributes:
-        key: names the row for people.
-        moments: (8,h,w) float16, mean and standard deviation of the VAE's posterior, before scaling; None where the
-            picture is still to be encoded.
-        condition: (C,H,W) uint8; on disk, where each draw makes its own, the crop (3,H,W) (`stage.Stage.drawn`).
-        geometry: where the crop lies on the original picture.
-        pixels: (3,H,W) uint8, the crop itself, where there are no moments.
-    """
-
-    key: str
-    moments: np.ndarray | None
-    condition: np.ndarray
-    geometry: Geometry
-    pixels: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class TextRecord:
-    """The facts of one caption: states (L,D) float16 and pooled (P,) float16."""
-
-    states: np.ndarray
-    pooled: np.ndarray
-
-
-def fingerprint(**parts: Any) -> str:
-    """A short name for a folder of records that were made alike: sha256 over the named parts."""
-    text = "\n".join(f"{name}={parts[name]}" for name in sorted(parts))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def text_key(caption: str, text_fingerprint: str) -> bytes:

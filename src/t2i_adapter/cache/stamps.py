@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from t2i_adapter.cache.keys import KEY_BYTES, Keys
-from t2i_adapter.files import write_whole
+from t2i_adapter.cache.shards import KEY_BYTES, Keys
+from t2i_adapter.files import write_atomic
 
 STAMP_BYTES = 16
 ENTRY = np.dtype([("stamp", "u1", STAMP_BYTES), ("digest", "u1", KEY_BYTES)])
@@ -58,7 +58,7 @@ class Stamps:
         crowded = len(self._files) >= MAX_FILES
         data = (np.concatenate([self._entries, entries]) if crowded else entries).tobytes()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / f"{uuid.uuid4().hex}{SUFFIX}", [data, zlib.crc32(data).to_bytes(4, "little")])
+        write_atomic(self.folder / f"{uuid.uuid4().hex}{SUFFIX}", [data, zlib.crc32(data).to_bytes(4, "little")])
         for file in self._files if crowded else ():
             file.unlink(missing_ok=True)
         self._new = []

@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from t2i_adapter.cache.folders import open_folder, show_bytes
-from t2i_adapter.cache.records import TEXT_VERSION, TextRecord, fingerprint, pack_text, text_key, unpack_text
+from t2i_adapter.cache.layout import open_folder
+from t2i_adapter.cache.progress import PrepareContext, bar, batched, run_ahead
+from t2i_adapter.cache.records import TEXT_VERSION, pack_text, text_key, unpack_text
 from t2i_adapter.cache.shards import Shards, ShardWriter
-from t2i_adapter.cache.work import Machine, bar, batched, run_ahead
-from t2i_adapter.config import DataOptions
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.devices import cores_of, release, sharing_cores
 from t2i_adapter.errors import UserError
-from t2i_adapter.models.base import Base, release
-from t2i_adapter.models.text import TextEncoder
-from t2i_adapter.models.threads import cores_of, sharing_cores
+from t2i_adapter.files import fingerprint, show_bytes
+from t2i_adapter.models.base import Base
+from t2i_adapter.models.encoders import TextEncoder
+from t2i_adapter.types import TOKENS, TextRecord, text_widths
 
-TOKENS = 77
 TEXT_BATCH = 32
 MOST_KEPT_BYTES = 16 * 2**30
 """`text_cache auto` keeps captions' states on disk up to this size, 54,000 captions of an SDXL."""
@@ -73,9 +74,8 @@ def open_texts(root: Path, base: Base, dtype: torch.dtype) -> Texts:
 
 def caption_bytes(base: Base) -> int:
     """What one caption's states take: 77 x D and P numbers of 2 bytes."""
-    config = base.unet_config
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    return 2 * (TOKENS * config["cross_attention_dim"] + pooled)
+    text, pooled = text_widths(base.unet_config)
+    return 2 * (TOKENS * text + pooled)
 
 
 def choose_captions(captions: Iterable[str], options: DataOptions, each: int) -> tuple[list[str] | None, str]:
@@ -110,7 +110,7 @@ def choose_captions(captions: Iterable[str], options: DataOptions, each: int) ->
     return list(distinct), f"captions: {len(distinct):,} distinct, {show_bytes(len(distinct) * each)} of states on disk"
 
 
-def build_texts(captions: Sequence[str], texts: Texts, machine: Machine) -> None:
+def build_texts(captions: Sequence[str], texts: Texts, machine: PrepareContext) -> None:
     """Encodes the captions and appends their records."""
     encoder = machine.base.text_encoder(machine.device, machine.dtype)
     waiting = batched(bar(captions, len(captions), "encoding captions", machine.show), TEXT_BATCH)

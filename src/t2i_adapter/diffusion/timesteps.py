@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
-from t2i_adapter.config import ObjectiveOptions
+from t2i_adapter.config.tree import ObjectiveOptions
 
 _NORMAL = NormalDist()
 _EDGE = 2.0**-53  # as far from 0 and 1 the normal quantile is a number, and any u but those two lies

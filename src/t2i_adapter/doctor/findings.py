@@ -9,11 +9,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from t2i_adapter.cache.texts import TOKENS
 from t2i_adapter.doctor.alike import confirmed, equal_groups, near_pairs
 from t2i_adapter.doctor.content import BLACK_ON_WHITE, CONTENTS, WHITE_ON_BLACK
 from t2i_adapter.doctor.offset import SURE
 from t2i_adapter.doctor.scan import Scan
+from t2i_adapter.types import TOKENS
 
 TINY = 0.5
 """Share of the resolution below which a picture's shorter side is tiny: it would be scaled up to twice its size."""

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from t2i_adapter.cache.live import encode_pixels
 from t2i_adapter.cache.records import pack_text
 from t2i_adapter.cache.shards import INDEX, pack
-from t2i_adapter.cache.texts import TOKENS, caption_bytes, choose_captions
-from t2i_adapter.config import DataOptions
+from t2i_adapter.cache.texts import caption_bytes, choose_captions
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.devices import release
 from t2i_adapter.doctor.scan import Scan
-from t2i_adapter.models.base import Base, release
-from t2i_adapter.models.latents import LatentEncoder
-from t2i_adapter.models.text import TextEncoder
+from t2i_adapter.models.base import Base
+from t2i_adapter.models.encoders import LatentEncoder, TextEncoder, encode_pixels
+from t2i_adapter.types import TOKENS
 
 MOST_SECONDS = 30.0
 """What timing one encoder may take; no further picture is begun after it."""

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from t2i_adapter.cache.folders import show_bytes
+from t2i_adapter.data.geometry import Framing
 from t2i_adapter.doctor.content import BLACK_ON_WHITE, CONTENTS, WHITE_ON_BLACK
 from t2i_adapter.doctor.findings import KINDS, Finding, median_offset
 from t2i_adapter.doctor.needs import Needs
 from t2i_adapter.doctor.scan import Scan
-from t2i_adapter.sources.geometry import Framing
+from t2i_adapter.files import show_bytes
 
 VERSION = 1
 """Of the JSON's form."""

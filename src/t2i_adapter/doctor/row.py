@@ -6,16 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from t2i_adapter.cache.faults import BadRow
 from t2i_adapter.cache.records import pack_image
 from t2i_adapter.cache.shards import INDEX, pack
-from t2i_adapter.cache.stage import Stage
-from t2i_adapter.conditions.cut import Cut
+from t2i_adapter.data.bad_rows import BadRow
+from t2i_adapter.data.pair import CroppedPair, PairTransform
+from t2i_adapter.data.source import Source
 from t2i_adapter.doctor.alike import look, pixels_hash
 from t2i_adapter.doctor.content import content, polarity
 from t2i_adapter.doctor.offset import find_offset
 from t2i_adapter.errors import UserError
-from t2i_adapter.sources.table import Source
 from t2i_adapter.types import Sample
 
 ROW = np.dtype(
@@ -71,7 +70,7 @@ class Examiner:
     """Reads rows and measures them, cut as training would. It goes to worker processes."""
 
     source: Source
-    stage: Stage
+    stage: PairTransform
 
     def examine(self, numbers: range) -> Chunk:
         """Reads the rows of a range. Where one is at fault that is told, and the next one read."""
@@ -105,7 +104,7 @@ class Examiner:
         row["is_read"] = True
 
 
-def _measure_condition(picture: np.ndarray, cut: Cut, row: np.void) -> None:
+def _measure_condition(picture: np.ndarray, cut: CroppedPair, row: np.void) -> None:
     """picture (H,W,3) u8, the condition as it is stored."""
     row["condition_size"] = picture.shape[:2]
     row["content"], row["polarity"] = content(picture), polarity(picture)
@@ -115,7 +114,7 @@ def _measure_condition(picture: np.ndarray, cut: Cut, row: np.void) -> None:
         row["margin"], row["scale"] = offset.margin, offset.scale
 
 
-def record_bytes(cut: Cut) -> int:
+def record_bytes(cut: CroppedPair) -> int:
     """What the cache keeps of one view, its entry in the index included."""
     height, width = cut.geometry.target
     moments = np.zeros((8, height // 8, width // 8), np.float16)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from t2i_adapter.cache.facts import prefixed
+from t2i_adapter.cache.dataset import prefixed
 from t2i_adapter.cache.records import text_key
 from t2i_adapter.doctor.row import ROW, Chunk, Examiner, Fault
 
@@ -86,7 +86,7 @@ def _chunks(examiner: Examiner, total: int, workers: int | None) -> Iterator[Chu
     if processes == 0:
         yield from map(examiner.examine, ranges)
         return
-    from t2i_adapter.cache.work import run_ahead  # loads torch, which the processes that read do without
+    from t2i_adapter.cache.progress import run_ahead  # loads torch, which the processes that read do without
 
     # Started afresh, not forked: by now this process has threads, whose locks a fork would copy as they happen to be.
     fresh = multiprocessing.get_context("spawn")

@@ -10,7 +10,7 @@ import numpy as np
 from diffusers import StableDiffusionXLAdapterPipeline
 from PIL import Image
 
-from t2i_adapter.conditions.table import Annotator, annotate
+from t2i_adapter.annotators.registry import Annotator, annotate
 from t2i_adapter.evaluation.controls import DRAWN, NO_ADAPTER, OTHER_CONDITION, TARGET, derangement, picture_seeds
 from t2i_adapter.evaluation.metrics import Estimate, bootstrap, condition_agreement, measure
 from t2i_adapter.evaluation.pairs import Pair

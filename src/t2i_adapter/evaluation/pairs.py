@@ -9,16 +9,16 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from t2i_adapter.conditions.cut import IMAGE_FILTER
-from t2i_adapter.conditions.table import Annotator, open_annotator
+from t2i_adapter.annotators.registry import Annotator, open_annotator
+from t2i_adapter.data.pair import IMAGE_FILTER
+from t2i_adapter.data.shapes import COLORS, Scene, visible_masks
+from t2i_adapter.data.source import Source
 from t2i_adapter.errors import UserError
 from t2i_adapter.evaluation.color import srgb_to_lab
 from t2i_adapter.evaluation.figure import figure_mask
 from t2i_adapter.evaluation.metrics import NamedColor, Truth
 from t2i_adapter.files import parse_json
 from t2i_adapter.generation.condition import fit, fit_condition, make_condition
-from t2i_adapter.sources.shapes import COLORS, Scene, visible_masks
-from t2i_adapter.sources.table import Source
 from t2i_adapter.types import Sample
 
 SCENE = "scene"  # column of the row's Scene as JSON, which `make-data shapes` writes

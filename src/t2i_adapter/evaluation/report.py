@@ -9,7 +9,7 @@ from typing import Any
 from t2i_adapter.evaluation.controls import ADAPTER, NO_ADAPTER, OTHER_CONDITION, TARGET
 from t2i_adapter.evaluation.evaluate import Evaluation
 from t2i_adapter.evaluation.metrics import TOLERANCE
-from t2i_adapter.evaluation.page import inline, make_page, table
+from t2i_adapter.reports.page import inline, make_page, table
 
 COLUMNS = {
     ADAPTER: "adapter",

@@ -15,9 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from t2i_adapter.errors import UserError
-from t2i_adapter.export.files import CONFIG, WEIGHTS, WEIGHTS_FP16
-from t2i_adapter.files import move_whole
-from t2i_adapter.models.metadata import FILE_NAME, SCHEMA, Metadata
+from t2i_adapter.files import move_atomic
+from t2i_adapter.models.record import CONFIG, FILE_NAME, SCHEMA, WEIGHTS, WEIGHTS_FP16, Metadata
 
 _ASIDE = ".saving-"
 
@@ -46,7 +45,7 @@ def save_adapter(
         with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=target) as temporary:
             names = _write(adapter, Path(temporary), record, fp16)
             for name in names:
-                move_whole(Path(temporary) / name, target / name)
+                move_atomic(Path(temporary) / name, target / name)
     except (OSError, SafetensorError) as fault:
         raise UserError(
             f"{target}: the adapter cannot be written ({fault}); what was there before is whole. "

@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from t2i_adapter.config import NANO
+from t2i_adapter.config.tree import NANO
+from t2i_adapter.data.picture import StoredPicture, decode, read_file
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import parse_json
-from t2i_adapter.models.metadata import Metadata, is_path
-from t2i_adapter.sources.picture import StoredPicture, decode, read_file
+from t2i_adapter.models.record import Metadata, is_path
 
 CARD = "README.md"
 PICTURES = "images"
@@ -89,7 +89,7 @@ def write_card(
         hyperparameters: rows of a table, plain values; None takes the record's optim and training.
         license: as the hub names it; without one the card states none.
     """
-    root, public = Path(folder), metadata.public()
+    root, public = Path(folder), metadata.without_local_paths()
     (root / PICTURES).mkdir(parents=True, exist_ok=True)
     for old in (root / PICTURES).glob("sample_??.png"):
         old.unlink()

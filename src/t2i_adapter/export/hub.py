@@ -11,10 +11,10 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import get_session
 
-from t2i_adapter.errors import UserError, keep_secret, public
+from t2i_adapter.errors import UserError, redact, register_secret
 from t2i_adapter.export.card import CARD, PICTURE_NAME, PICTURES
-from t2i_adapter.export.files import CONFIG, WEIGHTS, WEIGHTS_FP16
-from t2i_adapter.models.metadata import FILE_NAME, read_metadata
+from t2i_adapter.files import user_path
+from t2i_adapter.models.record import CONFIG, FILE_NAME, WEIGHTS, WEIGHTS_FP16, read_metadata
 
 PATIENCE = 100.0
 """Seconds without a byte after which an attempt is given up, of the client's six; it would wait for ever."""
@@ -39,7 +39,7 @@ def check_access(
         role = account.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             raise UserError(f"{asked_by}: the token may only read; make one that may write.")
-        name = model_id or Path(folder).expanduser().resolve().name
+        name = model_id or user_path(folder).resolve().name
         return api.create_repo(_full_id(name, account["name"]), private=private, exist_ok=True).repo_id
 
 
@@ -67,7 +67,7 @@ def _operations(folder: Path) -> Iterator[CommitOperationAdd]:
     for name in FILES:
         if (folder / name).is_file():
             yield CommitOperationAdd(path_in_repo=name, path_or_fileobj=_own(folder / name))
-    record = json.dumps(metadata.public().to_dict(), indent=2, ensure_ascii=False) + "\n"
+    record = json.dumps(metadata.without_local_paths().to_dict(), indent=2, ensure_ascii=False) + "\n"
     yield CommitOperationAdd(path_in_repo=FILE_NAME, path_or_fileobj=record.encode())
     for picture in sorted((folder / PICTURES).glob("*")):
         if PICTURE_NAME.fullmatch(picture.name) and picture.is_file():
@@ -92,8 +92,8 @@ def _asking_the_hub(what: str, token: str | None) -> Iterator[None]:
     All exceptions are taken: the client lets those of its HTTP library through, which differ between its versions,
     and a failed upload must never end a run in another way than this.
     """
-    keep_secret(token)
-    keep_secret(get_token())
+    register_secret(token)
+    register_secret(get_token())
     client = get_session()
     before, client.timeout = client.timeout, PATIENCE
     try:
@@ -101,7 +101,7 @@ def _asking_the_hub(what: str, token: str | None) -> Iterator[None]:
     except UserError:
         raise
     except Exception as fault:
-        line = " ".join(public(str(fault)).split())
+        line = " ".join(redact(str(fault)).split())
         raise UserError(f"{what}: the hub does not take it ({type(fault).__name__}: {line[:300]}).") from None
     finally:
         client.timeout = before

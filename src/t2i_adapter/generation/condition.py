@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from PIL import Image
 
-from t2i_adapter.conditions.cut import CONDITION_FILTER, IMAGE_FILTER
-from t2i_adapter.conditions.table import Annotator, annotate, open_annotator, open_recorded
+from t2i_adapter.annotators.registry import Annotator, annotate, open_annotator, open_recorded
+from t2i_adapter.data import geometry
+from t2i_adapter.data.pair import CONDITION_FILTER, IMAGE_FILTER
+from t2i_adapter.data.picture import StoredPicture, decode, read_file
 from t2i_adapter.errors import UserError
-from t2i_adapter.models.metadata import Metadata
-from t2i_adapter.sources import geometry
-from t2i_adapter.sources.picture import StoredPicture, decode, read_file
+from t2i_adapter.files import user_path
+from t2i_adapter.models.record import Metadata
 
 
 def read_condition(path: str, flag: str = "--image") -> Image.Image:
     """The picture in a file: RGB, upright. Raises UserError naming the flag and the file."""
-    file = Path(path).expanduser()
+    file = user_path(path)
     return decode(StoredPicture(f"{flag} {path}", read_file(file, flag)))
 
 

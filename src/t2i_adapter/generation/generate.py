@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from t2i_adapter.generation.options import SamplingOptions
-from t2i_adapter.models.latents import LatentScale
+from t2i_adapter.models.encoders import LatentScale
 
 _PIXELS_A_BATCH = 512 * 512  # 16 pictures of `nano`: on a CPU larger batches are no faster
 

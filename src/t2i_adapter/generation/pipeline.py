@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLAdapterPipeline, T2IAdapter
 
-from t2i_adapter.config import BaseOptions
+from t2i_adapter.config.tree import BaseOptions
 from t2i_adapter.errors import UserError
 from t2i_adapter.generation.options import ModelOptions
 from t2i_adapter.models.adapter import check_fits, load_adapter
-from t2i_adapter.models.base import Base, open_base
-from t2i_adapter.models.metadata import BASE_FIELDS, FILE_NAME, Metadata, read_metadata
+from t2i_adapter.models.base import Base
+from t2i_adapter.models.open import open_base
+from t2i_adapter.models.record import BASE_FIELDS, FILE_NAME, Metadata, read_metadata
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from diffusers import T2IAdapter
 
-from t2i_adapter.config import AdapterOptions
-from t2i_adapter.errors import UserError
+from t2i_adapter.config.tree import AdapterOptions
+from t2i_adapter.errors import UserError, first_line
 
 GAINS = {"default": 1.0, "quiet": 0.01, "zero": 0.0}
 """`adapter.init` -> what all features are multiplied by at the start."""
@@ -60,7 +60,7 @@ def load_adapter(name: str, *, cache_dir: str | None = None) -> T2IAdapter:
     except (OSError, ValueError) as fault:
         raise UserError(
             f"No adapter at {name!r}: a folder with config.json and diffusion_pytorch_model.safetensors, or a hub id "
-            f"that has these, is needed. ({_first_line(fault)})"
+            f"that has these, is needed. ({first_line(fault)})"
         ) from fault
 
 
@@ -105,7 +105,3 @@ def check_resolution(height: int, width: int, adapter_config: Mapping[str, Any],
             raise UserError(
                 f"{flag} {side}: the adapter takes picture sides in multiples of {factor} pixels; nearest: {near}."
             )
-
-
-def _first_line(fault: Exception) -> str:
-    return str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -18,18 +15,16 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     StableDiffusionXLAdapterPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from t2i_adapter.config import NANO, BaseOptions
-from t2i_adapter.errors import UserError
-from t2i_adapter.files import parse_json
-from t2i_adapter.models.latents import LatentEncoder, LatentScale
-from t2i_adapter.models.text import TextEncoder
+from t2i_adapter.config.tree import BaseOptions
+from t2i_adapter.errors import UserError, first_line
+from t2i_adapter.files import parse_json, sha256
+from t2i_adapter.models.encoders import LatentEncoder, LatentScale, TextEncoder
 
 if TYPE_CHECKING:
     from diffusers import T2IAdapter
@@ -38,43 +33,6 @@ transformers_logging.disable_progress_bar()  # a bar for reading one file from t
 
 TEXT_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 PARTS = ("unet", "vae", "scheduler", *TEXT_PARTS)
-
-
-def open_base(options: BaseOptions) -> Base:
-    """Finds the base, downloading it if it is a hub id, and checks that it is an SDXL. Raises UserError."""
-    name = options.name
-    path = Path(name).expanduser()
-    if options.config and (name == NANO or not path.is_file()):
-        raise UserError(
-            f"--base.config {options.config}: is for a base in a single file, and {name} is none; leave it out."
-        )
-    if name == NANO:
-        from t2i_adapter.models import nano
-
-        return FolderBase(options, nano.path())
-    if path.is_file():
-        from t2i_adapter.models.single_file import FileBase
-
-        return FileBase(options, path)
-    return FolderBase(options, path if path.is_dir() else _download(options))
-
-
-def _download(options: BaseOptions) -> Path:
-    """The hub's snapshot folder of the base, with safetensors weights only."""
-    try:
-        folder = StableDiffusionXLPipeline.download(
-            options.name,
-            revision=options.revision,
-            variant=options.variant,
-            cache_dir=options.cache_dir,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as fault:
-        raise UserError(
-            f"--pretrained_model_name_or_path {options.name}: no such folder or file, and the hub gives no such model "
-            f"({first_line(fault)}). Name a hub id, a diffusers folder, a single .safetensors file, or {NANO}."
-        ) from fault
-    return Path(folder)
 
 
 class Base(ABC):
@@ -271,20 +229,10 @@ class FolderBase(Base):
                 f"{self.name}: no safetensors weights{variant} for {part} ({first_line(fault)}). "
                 "Pickled weights (.bin, .ckpt) are not read."
             ) from fault
-        return frozen(model, device)
+        return freeze(model, device)
 
     def _hub(self, name: str) -> dict[str, Any]:
         return {"cache_dir": self.options.cache_dir, "local_files_only": Path(name).exists()}
-
-
-def release(device: torch.device | str) -> None:
-    """Gives memory of dropped parts back to the device, and to the system what the C library would keep of it."""
-    gc.collect()
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc has it
-    if trim:
-        trim(0)
 
 
 def _named_vae(options: BaseOptions, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL | None:
@@ -303,7 +251,7 @@ def _named_vae(options: BaseOptions, device: torch.device | str, dtype: torch.dt
             f"--pretrained_vae_model_name_or_path {options.vae}: no VAE there ({first_line(fault)}). "
             "Name a folder with config.json and safetensors weights, or a hub id that has these."
         ) from fault
-    return frozen(vae, device)
+    return freeze(vae, device)
 
 
 def vae_digest(options: BaseOptions) -> str | None:
@@ -325,7 +273,7 @@ def digest_of_folders(folders: list[Path], variant: str | None, *, weights: bool
         for path in sorted(folder.iterdir()):
             wanted = weights and path.suffix == ".safetensors" and _variant_of(path) == variant
             if wanted or path.suffix in (".json", ".txt"):
-                digest.update(f"{folder.name}/{path.name}\0{file_digest(path)}\n".encode())
+                digest.update(f"{folder.name}/{path.name}\0{sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -335,12 +283,7 @@ def _variant_of(path: Path) -> str | None:
     return parts[1].split("-")[0] if len(parts) > 2 else None
 
 
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def frozen(model: Any, device: torch.device | str) -> Any:
+def freeze(model: Any, device: torch.device | str) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -352,7 +295,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}; a JSON object of a diffusers model is needed.")
     return content
-
-
-def first_line(fault: Exception) -> str:
-    return str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__

@@ -19,18 +19,10 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from t2i_adapter.config import BaseOptions
-from t2i_adapter.errors import UserError
-from t2i_adapter.models.base import (
-    PARTS,
-    TEXT_PARTS,
-    FolderBase,
-    digest_of_folders,
-    file_digest,
-    first_line,
-    frozen,
-    vae_digest,
-)
+from t2i_adapter.config.tree import BaseOptions
+from t2i_adapter.errors import UserError, first_line
+from t2i_adapter.files import sha256, user_path
+from t2i_adapter.models.base import PARTS, TEXT_PARTS, FolderBase, digest_of_folders, freeze, vae_digest
 
 diffusers_logging.disable_progress_bar()  # one for each part, and there is one part at a time
 
@@ -67,7 +59,7 @@ class FileBase(FolderBase):
 
     @cached_property
     def _file_digest(self) -> str:
-        return file_digest(self.path)
+        return sha256(self.path)
 
     def _fingerprint(self, parts: Iterable[str]) -> str:
         """Of the parts' configs and of the whole file, for its header alone does not tell the weights."""
@@ -90,7 +82,7 @@ class FileBase(FolderBase):
         absent = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if absent:
             raise self._unlike_config(part, f"the file lacks {len(absent)} of its weights, such as {absent[0]}")
-        return frozen(torch.nn.Module.to(model, dtype=dtype), device)
+        return freeze(torch.nn.Module.to(model, dtype=dtype), device)
 
     def _unlike_config(self, part: str, reason: str) -> UserError:
         config = self.folder / part / "config.json"
@@ -130,7 +122,7 @@ def _keys(path: Path, *, with_vae: bool) -> set[str]:
 def _folder_of_configs(options: BaseOptions, path: Path) -> Path:
     """A diffusers folder, whether or not it has weights too: a local one, or the hub's files but for its weights."""
     named = options.config or _model_told_by_keys(path)
-    folder = Path(named).expanduser()
+    folder = user_path(named)
     if folder.is_dir():
         return folder
     try:

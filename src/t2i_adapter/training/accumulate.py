@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from t2i_adapter.errors import UserError
-from t2i_adapter.models.base import first_line, release
+from t2i_adapter.devices import release
+from t2i_adapter.errors import UserError, first_line
 from t2i_adapter.types import Batch
 
 _CPU_WORDS = ("not enough memory", "can't allocate memory", "could not create a memory", "could not create a primitive")
@@ -37,7 +37,7 @@ class Accumulation:
     at_once: int | None = None
     """Most samples computed together; None until memory has run out, and less each time it does."""
     side_by_side: Callable[[Batch, float], Tensor] | None = None
-    """Adds a share of the samples' gradients on several threads (`lanes.Lanes.add`); None computes them here."""
+    """Adds a share of the samples' gradients on several threads (`lanes.CpuThreads.add`); None computes them here."""
     span: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     """Entered around a part of the step with its name, where somebody measures (`profile.Profile`)."""
 

@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from t2i_adapter.errors import UserError
-from t2i_adapter.files import move_whole, parse_json
-from t2i_adapter.training.tensor_file import sha256, write_tensors
+from t2i_adapter.files import move_atomic, parse_json, sha256
+from t2i_adapter.tensors import write_tensors
 
 SCHEMA = 2
 PREFIX = "checkpoint-"
@@ -104,7 +104,7 @@ def write(output_dir: Path, snapshot: Snapshot) -> Path:
             raise OSError(f"it was written, but {fault}")
         if final.exists():
             _set_aside(final)
-        move_whole(aside, final)
+        move_atomic(aside, final)
     finally:
         _remove(aside)
     return final

@@ -14,17 +14,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from t2i_adapter.batches.loader import count_workers, make_drafts
-from t2i_adapter.cache.faults import BadRow, BadRows, list_bad_rows
-from t2i_adapter.cache.live import Encoders, Live
-from t2i_adapter.cache.prepare import Prepared, prepare
-from t2i_adapter.cache.work import Machine
-from t2i_adapter.config import Config
+from t2i_adapter.batches.encoders import Encoders
+from t2i_adapter.batches.loader import count_workers, make_partial_batches
+from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
+from t2i_adapter.cache.prepare import prepare
+from t2i_adapter.cache.progress import PrepareContext
+from t2i_adapter.config.tree import Config
+from t2i_adapter.data.bad_rows import BadRow, BadRows, list_bad_rows
+from t2i_adapter.data.source import Source
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import cache_root
 from t2i_adapter.models.base import Base
-from t2i_adapter.sources.remote import cache_root
-from t2i_adapter.sources.table import Source
-from t2i_adapter.types import Batch, Draft
+from t2i_adapter.types import Batch, PartialBatch
 
 BURST = 8
 """Batches made at once where a thread of the trainer makes them."""
@@ -34,14 +35,14 @@ BAD_SAMPLES = "bad_samples.jsonl"
 
 def prepare_data(
     config: Config, accelerator: Accelerator, base: Base, source: Source, dtype: torch.dtype, prompts: Sequence[str]
-) -> Prepared | Live:
+) -> CachedDataset | LiveDataset:
     """The run's pairs, what can be kept of them made and kept; rows left out are listed in the run's folder.
 
     dtype: arithmetic of the text encoders. prompts: captions to have besides the source's and the empty one.
     """
     meeting = [secrets.token_hex(8)]
     broadcast_object_list(meeting)
-    machine = Machine(
+    machine = PrepareContext(
         base,
         accelerator.device,
         dtype,
@@ -62,7 +63,7 @@ def prepare_data(
 
 
 def make_batches(
-    facts: Prepared | Live,
+    facts: CachedDataset | LiveDataset,
     config: Config,
     encoders: Encoders,
     accelerator: Accelerator,
@@ -72,7 +73,7 @@ def make_batches(
     num_timesteps: int,
 ) -> Iterator[Batch]:
     """This process's micro-batches from step `start_step` on, complete, on the device. Raises UserError."""
-    drafts = make_drafts(
+    drafts = make_partial_batches(
         facts,
         config,
         rank=accelerator.process_index,
@@ -89,12 +90,12 @@ def make_batches(
     yield from batches if has_workers or accelerator.num_processes > 1 else one_ahead(batches)
 
 
-def in_bursts(drafts: Iterable[Draft]) -> Iterator[Draft]:
+def in_bursts(drafts: Iterable[PartialBatch]) -> Iterator[PartialBatch]:
     """The same, several made at once: each by itself finds the cores' caches full of the step's numbers, and takes
     longer."""
     source = iter(drafts)
     while True:
-        burst: list[Draft] = []
+        burst: list[PartialBatch] = []
         try:
             burst.extend(islice(source, BURST))
         except UserError:  # not before those that were made
@@ -114,7 +115,9 @@ def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
             yield batch
 
 
-def _listed(drafts: Iterable[Draft], facts: Prepared | Live, config: Config) -> Iterator[Draft]:
+def _listed(
+    drafts: Iterable[PartialBatch], facts: CachedDataset | LiveDataset, config: Config
+) -> Iterator[PartialBatch]:
     """The drafts; rows that turned out bad only now are listed. Raises UserError where there are too many."""
     bad = BadRows(config.data, len(facts))
     for draft in drafts:
@@ -126,7 +129,7 @@ def _listed(drafts: Iterable[Draft], facts: Prepared | Live, config: Config) -> 
         yield draft
 
 
-def to_device(draft: Draft, device: torch.device) -> Draft:
+def to_device(draft: PartialBatch, device: torch.device) -> PartialBatch:
     """The draft with its tensors on the device, copied without waiting where its memory is pinned."""
     moved = {name: _moved(value, device) for name, value in vars(draft).items() if isinstance(value, torch.Tensor)}
     return replace(draft, **moved)

@@ -17,20 +17,20 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from t2i_adapter.config import Config, to_dict
+from t2i_adapter.config.tree import Config, to_dict
+from t2i_adapter.devices import on_cores
 from t2i_adapter.errors import Stopped, UserError
-from t2i_adapter.models.threads import on_cores
 from t2i_adapter.training import checkpoint, nonfinite, optim, tracking
 from t2i_adapter.training.accumulate import Accumulation
+from t2i_adapter.training.cpu.lanes import CpuThreads, count_cpu_threads
+from t2i_adapter.training.cpu.trace import TraceCache, is_traceable
 from t2i_adapter.training.ema import Ema
-from t2i_adapter.training.lanes import Lanes, count_lanes
 from t2i_adapter.training.meter import Meter
 from t2i_adapter.training.plan import Plan
 from t2i_adapter.training.profile import ADAPTER, FOLDER, UNET, Profile
-from t2i_adapter.training.recorded import Recorder, is_recordable
 from t2i_adapter.training.saving import Saver
 from t2i_adapter.training.signals import CODES, Stopper, reason
-from t2i_adapter.training.step import Frozen, batch_losses
+from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.types import Batch
 
 # The main process may prepare data or validate for long while the others wait.
@@ -51,7 +51,7 @@ class Trainer:
     plan: Plan
     accelerator: Accelerator
     adapter: Any
-    frozen: Frozen
+    frozen: FrozenModel
     batches: Callable[[int], Iterator[Batch]]
     validate: Callable[[Any, int], float | None] | None
     versions: dict[str, str]
@@ -73,7 +73,9 @@ class Trainer:
         # What accelerate makes of them: several processes, autocast, loss scaling.
         self.wrapped, self.wrapped_optimizer = self.accelerator.prepare(self.adapter, self.optimizer)
         self.guard = nonfinite.Guard(
-            self.optimizer, told=nonfinite.can_be_told(self.optimizer), scaled=self.accelerator.scaler is not None
+            self.optimizer,
+            told=nonfinite.supports_found_inf(self.optimizer),
+            scaled=self.accelerator.scaler is not None,
         )
         self.passed_over = 0
         self.accumulation = Accumulation(
@@ -140,10 +142,10 @@ class Trainer:
     def _losses(self, batch: Batch) -> Tensor:
         return batch_losses(self.wrapped, self.frozen, batch, min_snr_gamma=self.config.objective.min_snr_gamma)
 
-    def _lanes(self) -> Lanes | None:
+    def _lanes(self) -> CpuThreads | None:
         """On a CPU, the threads that share a micro-batch; made before accelerate wraps the adapter."""
         train, accelerator = self.config.train, self.accelerator
-        count = count_lanes(train.lanes, accelerator.device, train.batch_size, accelerator.num_processes)
+        count = count_cpu_threads(train.lanes, accelerator.device, train.batch_size, accelerator.num_processes)
         if count == 1:
             return None
 
@@ -154,7 +156,7 @@ class Trainer:
 
             return batch_losses(features, self.frozen, batch, min_snr_gamma=self.config.objective.min_snr_gamma)
 
-        return Lanes(count, self.adapter, losses, Recorder(tqdm.write) if is_recordable(self.config) else None)
+        return CpuThreads(count, self.adapter, losses, TraceCache(tqdm.write) if is_traceable(self.config) else None)
 
     def _update(self) -> None:
         """Clips, steps the optimiser at this step's learning rate, and counts the step."""

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from t2i_adapter.training.tensor_file import write_tensors
+from t2i_adapter.tensors import write_tensors
 from t2i_adapter.types import Batch
 
 FOLDER = "nonfinite"
@@ -31,8 +31,8 @@ class Guard:
     """Says of each step whether the optimiser may take it, and remembers those it may not."""
 
     def __init__(self, optimizer: Any, *, told: bool, scaled: bool) -> None:
-        """optimizer: PyTorch's own, not accelerate's wrapper of it. told: whether it `can_be_told`. scaled: whether
-        gradients are scaled, and a scaler judges them."""
+        """optimizer: PyTorch's own, not accelerate's wrapper of it. told: whether it `supports_found_inf`. scaled:
+        whether gradients are scaled, and a scaler judges them."""
         self._optimizer, self._told, self._scaled = optimizer, told, scaled
         self._verdicts: list[tuple[int, Tensor]] = []
         self._bad: list[int] = []
@@ -63,7 +63,7 @@ class Guard:
         return self.known() + [step for (step, _), good in zip(verdicts, finite, strict=True) if not good]
 
 
-def can_be_told(optimizer: Any) -> bool:
+def supports_found_inf(optimizer: Any) -> bool:
     """Whether an optimiser leaves everything as it is where its `found_inf`, a tensor on the device, is 1; and whether
     that spares anything, as it does on a GPU."""
     fused = all(group.get("fused") for group in optimizer.param_groups)

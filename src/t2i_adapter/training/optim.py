@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers.optimization import get_scheduler
 
-from t2i_adapter.config import OptimOptions
+from t2i_adapter.config.tree import OptimOptions
 from t2i_adapter.errors import UserError
 from t2i_adapter.training.muon import Muon
 from t2i_adapter.training.plan import Plan

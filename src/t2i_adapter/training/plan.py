@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from t2i_adapter.config import Config
+from t2i_adapter.config.tree import Config
 
 
 @dataclass(frozen=True)

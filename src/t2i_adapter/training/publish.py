@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from t2i_adapter.conditions.table import kinds, open_annotator
-from t2i_adapter.config import Config, DataOptions
+from t2i_adapter.annotators.registry import kinds, open_annotator
+from t2i_adapter.config.tree import Config, DataOptions
 from t2i_adapter.errors import UserError
 from t2i_adapter.export import hub
 from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.export.card import write_card
 from t2i_adapter.models.base import Base
-from t2i_adapter.models.metadata import Metadata
+from t2i_adapter.models.record import Metadata
 from t2i_adapter.training.loop import Trainer
 from t2i_adapter.training.validation import Validator
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from t2i_adapter.files import write_whole
+from t2i_adapter.files import write_atomic
 from t2i_adapter.training import checkpoint
 from t2i_adapter.training.checkpoint import Keep, Snapshot
 
@@ -69,7 +69,7 @@ class Saver:
         if self.saved != step:
             return
         try:
-            write_whole(self.output_dir / BEST, [json.dumps({"step": step, "score": score}).encode()])
+            write_atomic(self.output_dir / BEST, [json.dumps({"step": step, "score": score}).encode()])
             self.best = step, score
             checkpoint.rotate(self.output_dir, self.keep, step)
         except OSError as fault:

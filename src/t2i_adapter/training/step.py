@@ -9,11 +9,11 @@ from torch import Tensor
 
 from t2i_adapter.diffusion import objective
 from t2i_adapter.diffusion.schedule import NoiseSchedule
-from t2i_adapter.models.latents import LatentScale
+from t2i_adapter.models.encoders import LatentScale
 from t2i_adapter.types import Batch
 
 
-class Frozen(NamedTuple):
+class FrozenModel(NamedTuple):
     """The part of the model that does not learn."""
 
     unet: Any
@@ -22,7 +22,7 @@ class Frozen(NamedTuple):
     dtype: torch.dtype
 
 
-def batch_losses(adapter: Any, frozen: Frozen, batch: Batch, *, min_snr_gamma: float | None = None) -> Tensor:
+def batch_losses(adapter: Any, frozen: FrozenModel, batch: Batch, *, min_snr_gamma: float | None = None) -> Tensor:
     """Each sample's loss, (B,) float32, the mean over its draws of noise.
 
     adapter: condition (B,C,H,W) -> four features; it may run under autocast and be wrapped for several processes.
@@ -40,7 +40,7 @@ def each_draw(rows: Tensor, batch: Batch) -> Tensor:
     return rows.repeat_interleave(batch.draws, 0) if batch.draws > 1 else rows
 
 
-def predict(adapter: Any, frozen: Frozen, noisy: Tensor, batch: Batch) -> Tensor:
+def predict(adapter: Any, frozen: FrozenModel, noisy: Tensor, batch: Batch) -> Tensor:
     """The UNet's answer (B K,4,h,w) to the noisy latents, the adapter's features added inside it: computed once a
     sample, whatever the number of draws."""
     dtype = frozen.dtype

@@ -20,9 +20,9 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from PIL.Image import Image
 
-from t2i_adapter.config import Config, to_dict
-from t2i_adapter.errors import UserError, public
-from t2i_adapter.files import parse_json, write_whole
+from t2i_adapter.config.tree import Config, to_dict
+from t2i_adapter.errors import UserError, redact
+from t2i_adapter.files import parse_json, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def start(accelerator: Accelerator, config: Config) -> None:
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        sys.argv[:] = [public(word) for word in sys.argv]  # trackers record the command line
+        sys.argv[:] = [redact(word) for word in sys.argv]  # trackers record the command line
         accelerator.init_trackers(config.tracking.project, options, places)
 
     _guarded(begin, "start")
@@ -149,7 +149,7 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Drops the entries after `step`, which a resumed run writes again, and lines that a kill has cut off."""
     if path.is_file():
         kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= step]
-        write_whole(path, [line + b"\n" for line in kept])
+        write_atomic(path, [line + b"\n" for line in kept])
 
 
 def _step_of(line: bytes) -> float:
@@ -174,7 +174,7 @@ def _guarded(call: Callable[[], object], what: str) -> None:
     try:
         call()
     except Exception as fault:  # whatever a tracker raises, the run is worth more than its curve
-        _warn_once(what, type(fault).__name__, " ".join(public(str(fault)).split()))
+        _warn_once(what, type(fault).__name__, " ".join(redact(str(fault)).split()))
 
 
 @lru_cache(maxsize=100)

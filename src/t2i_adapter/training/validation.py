@@ -12,16 +12,17 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from t2i_adapter.conditions.table import Annotator, annotate, open_annotator
-from t2i_adapter.config import Config
+from t2i_adapter.annotators.registry import Annotator, annotate, open_annotator
+from t2i_adapter.config.tree import Config
+from t2i_adapter.data import geometry, picture
+from t2i_adapter.devices import release
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.card import CardSample, strip
 from t2i_adapter.generation.generate import TextStates, generate
 from t2i_adapter.generation.options import SamplingOptions
-from t2i_adapter.models.base import Base, release
-from t2i_adapter.sources import geometry, picture
+from t2i_adapter.models.base import Base
 from t2i_adapter.training import tracking
-from t2i_adapter.training.step import Frozen
+from t2i_adapter.training.step import FrozenModel
 
 FOLDER = "validation"
 
@@ -72,7 +73,7 @@ class Validator:
         self,
         config: Config,
         base: Base,
-        frozen: Frozen,
+        frozen: FrozenModel,
         rows: Sequence[Row],
         text: TextStates,
         accelerator: Accelerator,

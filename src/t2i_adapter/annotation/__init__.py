@@ -1,1 +1,0 @@
-"""Condition maps of pictures and data sets, by the annotators of `conditions`."""

@@ -1,0 +1,471 @@
+"""Every option of a run, each default beside its documentation. Importing this module loads no torch.
+
+The tree is filled in one order: defaults <- YAML recipe <- flags (`load.py`), and nothing mutates it afterwards.
+A check that needs only the value stands in `__post_init__` and names the flag to change; what needs files or models is
+checked where they are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from math import inf
+from typing import Any, Literal
+
+from t2i_adapter.errors import UserError, has_login, register_secret
+
+NANO = "nano"
+SECRET = "secret"  # metadata key of fields that are never written anywhere
+
+
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def seconds_of(text: str) -> int:
+    """The seconds that `90m`, `1h30m`, `12:00:00`, `1-12:00:00` (days) or a bare number of seconds mean.
+
+    Raises UserError.
+    """
+    clock = re.fullmatch(r"(?:([0-9]{1,4})-)?([0-9]{1,4}):([0-9]{2}):([0-9]{2})", text)
+    parts = zip("dhms", clock.groups(default="0"), strict=True) if clock else ()
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        parts = (("s", text),)
+    elif re.fullmatch(r"([0-9]{1,6}[dhms])+", text):
+        parts = ((part[-1], part[:-1]) for part in re.findall(r"[0-9]+[dhms]", text))
+    seconds = sum(_UNITS[unit] * int(count) for unit, count in parts)
+    _allow("train.max_time", seconds > 0, repr(text), "write 90m, 1h30m, 12:00:00, 1-12:00:00 (days) or seconds")
+    return seconds
+
+
+def _allow(flag: str, ok: bool, got: object, allowed: str) -> None:
+    if not ok:
+        raise UserError(f"--{flag} {got}: {allowed}")
+
+
+def check_no_login(flag: str, address: str) -> None:
+    """An address with a password would be kept in options, records and cards."""
+    if has_login(address):
+        raise UserError(
+            f"--{flag} {address}: an address may not hold a login, as it is written down with the run; "
+            "put it into ~/.netrc (http), or into the environment (s3)"
+        )
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """The frozen text-to-image model."""
+
+    name: str = NANO
+    """Hub id, diffusers folder, single .safetensors file, or `nano`, the base that comes with the package."""
+    config: str | None = None
+    """Diffusers folder or hub id that gives a single-file base its configs and tokenizers; None lets diffusers tell by
+    the file's keys, which it then fetches from the hub."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of the base, or of what gives a single-file base its configs."""
+    variant: str | None = None
+    """Weight file variant of the base, for example fp16."""
+    vae: str | None = None
+    """Another VAE: hub id or folder. SDXL's own overflows in fp16; madebyollin/sdxl-vae-fp16-fix does not."""
+    cache_dir: str | None = None
+    """Folder for what is downloaded from the hub; None is the hub library's own."""
+    quantize: Literal["none", "float8", "int8", "nf4"] = "none"
+    """Keep the matrices of the UNet's transformer blocks in 8 bits, or 4 (nf4), while training; docs/memory.md."""
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """The network that is trained."""
+
+    init_from: str | None = None
+    """Adapter to continue from: hub id or folder. None starts from random weights, channels read from the base."""
+    in_channels: Literal[1, 3] = 3
+    """Channels of the condition picture; the official SDXL adapters have 3."""
+    num_res_blocks: int = 2
+    """Residual blocks a stage. ComfyUI and A1111 open adapters with 2 only."""
+    init: Literal["default", "quiet", "zero"] = "default"
+    """`default` is diffusers' random start; `quiet` scales all features to 1 % of it, so that step 0 leaves the base
+    all but undisturbed; `zero` to nothing, by a first convolution of zeros."""
+
+    def __post_init__(self) -> None:
+        _allow("adapter.num_res_blocks", self.num_res_blocks >= 1, self.num_res_blocks, "1 or more")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Pairs of pictures and captions, and how each is cut to size."""
+
+    train_data_dir: str | None = None
+    """Where the pairs are: a folder (train/metadata.jsonl beside the pictures, or images/, conditions/ and captions in
+    .txt), a manifest (.jsonl, .csv, .parquet), tar or parquet shards by glob or braces, local or http://, https://,
+    s3://, an emoji package (.tgz), or `shapes`. This or dataset_name."""
+    dataset_name: str | None = None
+    """Hub id, or a local folder, of a data set. This or train_data_dir."""
+    dataset_config_name: str | None = None
+    """Configuration of the hub data set, where it has several."""
+    dataset_revision: str | None = None
+    """Hub revision (branch, tag or commit) of the data set."""
+    kind: Literal["auto", "folder", "paired", "manifest", "tar", "parquet", "hub", "emoji", "shapes"] = "auto"
+    """How the data is laid out; `auto` tells by its name and content, and says what it took it for."""
+    streaming: bool = False
+    """Read a hub data set's parquet shards one by one instead of downloading it whole first."""
+    split: str = "train"
+    """Split to train on."""
+    cache_dir: str | None = None
+    """Folder for downloaded and prepared data sets; None is the hub library's own."""
+    image_column: str = "image"
+    """Column of the target picture: decoded pictures, paths or bytes."""
+    conditioning_image_column: str = "conditioning_image"
+    """Column of the condition picture: decoded pictures, paths or bytes."""
+    caption_column: str = "text"
+    """Column of the caption, or of a list of captions of which one is drawn each time."""
+    condition: str | None = None
+    """Make the condition from the image with this kind of `t2i-adapter conditions`, options after commas, for example
+    canny,low=50; None takes the condition column."""
+    max_train_samples: int | None = None
+    """Use only this many rows, chosen by the seed."""
+    skip: str | None = None
+    """File of rows to leave out, one key a line, as `doctor` writes it."""
+    on_bad_sample: Literal["fail", "skip"] = "fail"
+    """`skip` leaves out rows that cannot be read, lists each with its reason in the run's bad_samples.jsonl, and stops
+    past max_bad_share."""
+    max_bad_share: float = 0.01
+    """Largest share of bad rows, 0 to 1, that on_bad_sample skip accepts."""
+    resolution: int = 1024
+    """Side of the training crop in pixels, and with buckets the square root of its area."""
+    buckets: Literal["none", "sdxl", "generated"] = "none"
+    """`none` cuts a square. `sdxl` picks the size of SDXL's own list that is nearest in aspect, scaled to the
+    resolution; `generated` all sizes of about that area in multiples of bucket_step."""
+    bucket_step: int = 64
+    """Sides of buckets are multiples of this many pixels; 32 at least."""
+    crop: Literal["center", "random"] = "center"
+    """Where the crop lies on the resized picture; `random` draws it for each view."""
+    flip: bool = False
+    """Show mirrored pictures too, half of the time: left and right of pose and normal maps are exchanged with them."""
+    views: int = 1
+    """Crops (random) and mirrorings that are kept of each picture; each time one of them is drawn."""
+    condition_kind: Literal["map", "labels", "pose", "normal"] = "map"
+    """What the condition's colours mean: `labels` are never blended (nearest), `pose` has OpenPose's left and right
+    colours, `normal` directions; it matters where pictures are scaled or mirrored."""
+    background: str = "white"
+    """What shows through transparent pixels: a colour's name or #rrggbb."""
+    crops_coords_top_left_h: int = 0
+    """Added to the true crop's top coordinate in SDXL's size conditioning, in pixels."""
+    crops_coords_top_left_w: int = 0
+    """Added to the true crop's left coordinate in SDXL's size conditioning, in pixels."""
+    proportion_empty_prompts: float = 0.0
+    """Share of draws, 0 to 1, whose caption is replaced by the empty one; drawn when a batch is built."""
+    caption_prefix: str = ""
+    """Put before every caption that is not empty, for example a trigger word."""
+    shuffle_tags: bool = False
+    """Read captions as lists of tags between commas and shuffle them anew at each draw."""
+    keep_tags: int = 0
+    """How many first tags keep their place when tags are shuffled."""
+    num_workers: int | None = None
+    """Processes that build batches; 0 builds them in the training process. The samples are the same for any number.
+    None is 1, and 0 where training is on a CPU: there such a process takes from the step what it gives, and memory."""
+    cache: Literal["disk", "none"] = "disk"
+    """`disk` encodes every picture once and keeps the latents; `none` encodes at each step, for streams too large to
+    keep."""
+    text_cache: Literal["auto", "disk", "live"] = "auto"
+    """`disk` keeps every caption's text states (308 KiB each for SDXL); `live` keeps the text encoders loaded. `auto`
+    decides by their size, and says so."""
+    prepared_dir: str | None = None
+    """Where latents and text states are kept, keyed by content; None is ~/.cache/t2i_adapter/prepared (or
+    $T2I_ADAPTER_CACHE)."""
+
+    def __post_init__(self) -> None:
+        check_no_login("train_data_dir", self.train_data_dir or "")
+        share = self.proportion_empty_prompts
+        _allow("proportion_empty_prompts", 0 <= share <= 1, share, "allowed is a share from 0 to 1")
+        _allow("resolution", 1 <= self.resolution <= 8192, self.resolution, "allowed is 1 to 8192 pixels")
+        workers = self.num_workers
+        _allow("dataloader_num_workers", workers is None or workers >= 0, workers, "0 or more")
+        count = self.max_train_samples
+        _allow("max_train_samples", count is None or count >= 1, count, "1 or more")
+        bad = self.max_bad_share
+        _allow("data.max_bad_share", 0 <= bad < 1, bad, "allowed is 0 up to, not including, 1")
+        step = self.bucket_step
+        _allow("data.bucket_step", step >= 32 and step % 32 == 0, step, "allowed are multiples of 32")
+        _allow("data.views", 1 <= self.views <= 64, self.views, "allowed is 1 to 64")
+        _allow("data.keep_tags", self.keep_tags >= 0, self.keep_tags, "0 or more")
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """What is learned at which noise level."""
+
+    timesteps: Literal["cubic", "uniform", "logit_normal"] = "cubic"
+    """`cubic` draws t = (1 - u^3) T (paper 2302.08453, section 3.4): structure is decided where noise is high.
+    `logit_normal` draws t = T / (1 + exp(-z)), z normal with logit_mean and logit_std."""
+    logit_mean: float = 0.0
+    """Mean of logit_normal's z: half of the draws lie above T / (1 + exp(-mean)), so above 0.73 T for 1."""
+    logit_std: float = 1.0
+    """Standard deviation of logit_normal's z; a small one keeps to timesteps near the middle of all draws."""
+    stratify: bool = False
+    """Spread each update's timesteps evenly over their distribution: one in each of as many equal parts as there are
+    draws in the global batch. Each draw's own distribution stays as it is."""
+    min_snr_gamma: float | None = None
+    """Min-SNR weighting (paper 2303.09556) with this gamma, 5 in the paper; None weighs every timestep alike."""
+    noise_offset: float = 0.0
+    """Standard deviation of a constant added to each channel's noise; 0 is none."""
+
+    def __post_init__(self) -> None:
+        gamma = self.min_snr_gamma
+        _allow("objective.min_snr_gamma", gamma is None or gamma > 0, gamma, "allowed is a number above 0")
+        _allow("objective.logit_mean", abs(self.logit_mean) <= 10, self.logit_mean, "allowed is -10 to 10")
+        _allow("objective.logit_std", 0 < self.logit_std <= 10, self.logit_std, "allowed is above 0, up to 10")
+        _allow("objective.noise_offset", 0 <= self.noise_offset < inf, self.noise_offset, "allowed is 0 or more")
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """The optimiser and its learning rate."""
+
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """`adamw8bit` needs bitsandbytes and a GPU: `pip install 'sdxl-t2i-adapter[adam8bit]'`. `muon` orthogonalises each
+    weight matrix's update and takes about ten times AdamW's learning rate; docs/sample-efficiency.md."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    scale_lr: bool = False
+    """Multiply the learning rate by the global batch."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's two moments; with muon that is for the biases alone."""
+    weight_decay: float = 1e-2
+    """Decoupled weight decay."""
+    eps: float = 1e-8
+    """Added to Adam's denominator."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    schedule: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "piecewise_constant",
+    ] = "constant_with_warmup"
+    """Shape of the learning rate over the run."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0, for the schedules that have a warm-up."""
+    num_cycles: int = 1
+    """Hard restarts of cosine_with_restarts."""
+    power: float = 1.0
+    """Power of the polynomial schedule."""
+    step_rules: str = ""
+    """Rules of piecewise_constant, as diffusers writes them: "1:10,0.1:20,0.01" multiplies by 1 for 10 steps, ..."""
+
+    def __post_init__(self) -> None:
+        _allow("learning_rate", 0 < self.lr < inf, self.lr, "allowed is a number above 0")
+        for number, beta in enumerate(self.betas, start=1):
+            _allow(f"adam_beta{number}", 0 <= beta < 1, beta, "allowed is 0 up to, not including, 1")
+        _allow("adam_weight_decay", 0 <= self.weight_decay < inf, self.weight_decay, "allowed is 0 or more")
+        _allow("adam_epsilon", 0 < self.eps < inf, self.eps, "allowed is a number above 0")
+        _allow("max_grad_norm", self.max_grad_norm > 0, self.max_grad_norm, "allowed is a number above 0")
+        _allow("lr_warmup_steps", self.warmup_steps >= 0, self.warmup_steps, "0 or more")
+        _allow("lr_num_cycles", self.num_cycles >= 1, self.num_cycles, "1 or more")
+        if self.schedule == "piecewise_constant":
+            form = re.fullmatch(r"([\d.e+-]+:\d+,)*[\d.e+-]+", self.step_rules)
+            _allow("optim.step_rules", bool(form), repr(self.step_rules), 'needs the form "1:10,0.1:20,0.01"')
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How long, how much at a time, and in which arithmetic."""
+
+    batch_size: int = 4
+    """Samples a device and micro-step."""
+    gradient_accumulation_steps: int = 1
+    """Micro-steps an update; the global batch is batch_size x this x processes."""
+    noise_draws: int = 1
+    """Draws of noise and timestep for each sample of a batch: its pair is read and its condition goes through the
+    adapter once for all of them, the UNet computes each."""
+    max_steps: int | None = None
+    """Updates in all; None derives them from epochs."""
+    epochs: int = 1
+    """Passes over the data, where max_steps is not given."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Arithmetic of the frozen base and autocast for the adapter, whose weights stay fp32. None asks accelerate's
+    configuration."""
+    gradient_checkpointing: bool = False
+    """Recompute the UNet's activations in the backward pass: less memory, more time."""
+    checkpoint_blocks: Literal["all", "large"] = "all"
+    """What gradient_checkpointing recomputes: every block, or only those of the two highest resolutions, where most of
+    the memory is and less of the time."""
+    seed: int | None = None
+    """Every random choice is a function of this and of a sample's place in the run; None draws a seed and prints it."""
+    allow_tf32: bool = False
+    """TF32 matrix products on NVIDIA Ampere and newer."""
+    profile: bool = False
+    """Write a trace of some updates, and a page that sums up where their time went, to profile/ in the run's folder."""
+    xformers: bool = False
+    """xFormers' attention instead of torch's scaled dot product attention."""
+    compile: Literal["off", "on", "graphs"] = "off"
+    """Compile the UNet (on a GPU its repeated blocks): minutes at first, kept for later runs. `graphs` also captures
+    what a GPU is told in CUDA graphs. On a CPU it is slower than what is done without, on a GPU neither was measured.
+    Where compiling fails the run says so and goes on without."""
+    channels_last: bool = False
+    """Keep the UNet's weights and pictures with channels last: on a CPU no difference, on a GPU not measured."""
+    lanes: int | None = None
+    """On a CPU, threads that share each micro-batch, every one with an equal part of the cores; None takes one a core,
+    at most one a sample. Another number changes a run's last bits only."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the adapter, which is then what is saved; 0 keeps none."""
+    max_time: str | None = None
+    """Stop, save and exit 0 once the run has taken this long: 90m, 1h30m, 12:00:00, 1-12:00:00 (days) or seconds.
+    Leave room for a step and a save before the scheduler's own limit."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do where a step's gradient is no finite number; in neither case does it reach the optimiser. `skip`
+    goes on with the next step."""
+    max_nonfinite: int = 10
+    """Steps of the whole run that on_nonfinite skip may pass over; one more stops it."""
+
+    def __post_init__(self) -> None:
+        _allow("train_batch_size", self.batch_size >= 1, self.batch_size, "1 or more")
+        accumulate = self.gradient_accumulation_steps
+        _allow("gradient_accumulation_steps", accumulate >= 1, accumulate, "1 or more")
+        _allow("train.noise_draws", 1 <= self.noise_draws <= 64, self.noise_draws, "allowed is 1 to 64")
+        _allow("max_train_steps", self.max_steps is None or self.max_steps >= 1, self.max_steps, "1 or more")
+        _allow("num_train_epochs", self.epochs >= 1, self.epochs, "1 or more")
+        _allow("seed", self.seed is None or 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
+        _allow("train.lanes", self.lanes is None or self.lanes >= 1, self.lanes, "1 or more")
+        _allow("train.ema_decay", 0 <= self.ema_decay < 1, self.ema_decay, "allowed is 0 up to, not including, 1")
+        _allow("train.max_nonfinite", self.max_nonfinite >= 0, self.max_nonfinite, "0 or more")
+        if self.max_time is not None:
+            seconds_of(self.max_time)
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Saving and going on."""
+
+    every: int = 500
+    """Updates between checkpoints."""
+    keep: int | None = 3
+    """How many of the newest to keep; the oldest goes only after the newest is whole. None keeps all."""
+    keep_every: int | None = None
+    """Keep the checkpoints of every so many updates too, whatever their age."""
+    keep_best: bool = False
+    """Save and keep the checkpoint whose validation pictures follow their conditions best, by `validation.judge`."""
+    resume: str | None = None
+    """`auto` (or `latest`) starts, goes on from the newest whole checkpoint, or finds the run finished: one command for
+    a job that is started again and again. Or a checkpoint's folder."""
+    allow_changed: bool = False
+    """Go on from a checkpoint although options have changed that make it another run."""
+
+    def __post_init__(self) -> None:
+        _allow("checkpointing_steps", self.every >= 1, self.every, "1 or more")
+        _allow("checkpoints_total_limit", self.keep is None or self.keep >= 1, self.keep, "1 or more")
+        each = self.keep_every
+        _allow("checkpoint.keep_every", each is None or each >= 1, each, "1 or more")
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """Pictures drawn while training, always from the same noise."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts; as many as images, or one for all."""
+    images: tuple[str, ...] = ()
+    """Condition picture files; as many as prompts, or one for all."""
+    num_images: int = 4
+    """Pictures a prompt."""
+    every: int = 100
+    """Updates between validations; there is one at step 0 and one at the end too."""
+    steps: int = 20
+    """Denoising steps a picture."""
+    guidance: float = 5.0
+    """Classifier-free guidance scale."""
+    judge: str | None = None
+    """Kind of condition that is made of each validation picture and compared with the row's own: how well the adapter
+    controls, logged with the curves. None takes `data.condition`'s; `none` measures nothing."""
+
+    def __post_init__(self) -> None:
+        prompts, images = len(self.prompts), len(self.images)
+        if bool(prompts) != bool(images):
+            given, missing = ("--validation_prompt", "--validation_image")[:: 1 if prompts else -1]
+            raise UserError(f"{given} is given without {missing}: give both, or neither.")
+        if prompts != images and 1 not in (prompts, images):
+            raise UserError(
+                f"--validation_prompt has {prompts} entries and --validation_image {images}: "
+                "give as many of one as of the other, or a single one of either."
+            )
+        _allow("num_validation_images", self.num_images >= 1, self.num_images, "1 or more")
+        _allow("validation_steps", self.every >= 1, self.every, "1 or more")
+        _allow("validation.steps", self.steps >= 1, self.steps, "1 or more")
+        _allow("validation.guidance", 0 <= self.guidance < inf, self.guidance, "allowed is 0 or more")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(prompt, image file) of each picture row, the single one of either repeated."""
+        count = max(len(self.prompts), len(self.images))
+        prompts = self.prompts * count if len(self.prompts) == 1 else self.prompts
+        images = self.images * count if len(self.images) == 1 else self.images
+        return list(zip(prompts, images, strict=True))
+
+
+@dataclass(frozen=True)
+class TrackingOptions:
+    """Where curves and pictures go."""
+
+    report_to: str = "tensorboard"
+    """Any tracker accelerate has (tensorboard, wandb, trackio, comet_ml, mlflow, ...), `all`, or `none`."""
+    project: str = "sd_xl_train_t2iadapter"
+    """Name of the project in the tracker."""
+    logging_dir: str = "logs"
+    """Folder of the tracker's files, inside the output folder."""
+    log_every: int = 10
+    """Updates between log entries."""
+
+    def __post_init__(self) -> None:
+        _allow("tracking.log_every", self.log_every >= 1, self.log_every, "1 or more")
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Publishing the result."""
+
+    push: bool = False
+    """Upload the adapter, its card and its pictures at the end; nothing else leaves the machine."""
+    model_id: str | None = None
+    """Repository; None takes the output folder's name under your account."""
+    token: str | None = field(default=None, metadata={SECRET: True})
+    """Access token; None uses the one `hf auth login` keeps. It is never written anywhere."""
+    private: bool = True
+    """Make the repository private, where it is created."""
+    license: str | None = None
+    """Licence of the adapter as the hub names it, for example apache-2.0, for the card; None states none."""
+
+    def __post_init__(self) -> None:
+        register_secret(self.token)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    output_dir: str = "t2iadapter-model"
+    """Folder of everything the run writes; the finished adapter lies at its top."""
+    base: BaseOptions = BaseOptions()
+    adapter: AdapterOptions = AdapterOptions()
+    data: DataOptions = DataOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
+    optim: OptimOptions = OptimOptions()
+    train: TrainOptions = TrainOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    validation: ValidationOptions = ValidationOptions()
+    tracking: TrackingOptions = TrackingOptions()
+    hub: HubOptions = HubOptions()
+
+
+def to_dict(options: Any) -> dict[str, Any]:
+    """The tree as plain JSON types, secrets left out."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in fields(value) if not f.metadata.get(SECRET)}
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+    return plain(options)

@@ -1,0 +1,152 @@
+"""Rows of whatever the `datasets` library reads: hub ids, local parquet, csv, arrow and saved data sets."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.cells import CellRows, Cells
+from t2i_adapter.data.parquet import ParquetTable
+from t2i_adapter.data.remote import Store, find_all
+from t2i_adapter.errors import UserError
+from t2i_adapter.files import cache_root, user_path
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+CONVERTED = "refs/convert/parquet"
+"""Branch on which the hub keeps a parquet copy of data sets that are published as a loading script."""
+
+
+class HubTable:
+    """One split of a `datasets` data set, map-style, its pictures left undecoded."""
+
+    def __init__(self, data: Dataset, place: str) -> None:
+        import datasets
+
+        for column, feature in data.features.items():
+            if isinstance(feature, datasets.Image):
+                data = data.cast_column(column, datasets.Image(decode=False))
+        self._data = data
+        self._columns: dict[str, Dataset] = {}
+        self.place, self.shards = place, (len(data),)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def names(self, wanted: set[str]) -> tuple[str, ...]:
+        return tuple(self._data.column_names)
+
+    def row(self, index: int) -> Mapping[str, Any]:
+        return self._data[index]
+
+    def value(self, index: int, column: str) -> Any:
+        if column not in self._columns:
+            self._columns[column] = self._data.select_columns([column])  # so that no picture is read for a caption
+        return self._columns[column][index][column]
+
+    def key(self, index: int) -> str:
+        return f"row {index}"
+
+    def where(self, index: int) -> str:
+        return f"{self.place}, row {index}"
+
+    def stamp(self, index: int, columns: Sequence[str]) -> str | None:
+        return None
+
+
+def open_rows(name: str, options: DataOptions) -> CellRows:
+    """Opens `name` (hub id or local folder) with `datasets`, or reads a hub id's parquet shards one by one. Raises
+    UserError for what the person can mend."""
+    from datasets import DatasetDict
+
+    folder = user_path(name)
+    local = folder.is_dir()
+    if options.streaming and not local:
+        return _stream(name, options)
+    loaded = _from_disk(folder) if local and _was_saved(folder) else _load(options, str(folder) if local else name)
+    splits = dict(loaded) if isinstance(loaded, DatasetDict) else {options.split: loaded}
+    if options.split not in splits:
+        raise UserError(f"{name} has no split {options.split!r}; there are: {', '.join(map(str, splits))}.")
+    roots = (folder, folder.resolve()) if local else _download_folders(options)
+    return CellRows(HubTable(splits[options.split], f"{name} (split {options.split})"), Cells(roots), options)
+
+
+def _stream(name: str, options: DataOptions) -> CellRows:
+    """A hub set's own parquet files, or else the hub's parquet copy of it."""
+    store = Store(cache_root(options.prepared_dir))
+    for revision in dict.fromkeys([options.dataset_revision or "main", options.dataset_revision or CONVERTED]):
+        files = find_all(f"hf://datasets/{name}@{quote(revision, safe='')}", "**/*.parquet")
+        shards = [blob for blob in files if _is_part(blob.name, options)]
+        if shards:
+            place = f"{name} (split {options.split}, {len(shards)} shards)"
+            return CellRows(ParquetTable(shards, store, place), Cells(), options)
+        if files:
+            raise UserError(f"{name} has parquet files, but none of split {options.split!r}" + _of_config(options))
+    raise UserError(f"--data.streaming: {name} has no parquet files, and the hub no copy of it; read it without.")
+
+
+def _is_part(url: str, options: DataOptions) -> bool:
+    """Whether a file is one of the split and configuration: by a folder's name, or the beginning of its own."""
+    *folders, file = url.partition("@")[2].split("/")[1:]  # of hf://datasets/owner/name@revision/folder/file
+    config = options.dataset_config_name
+    in_split = options.split in folders or re.match(rf"{re.escape(options.split)}(?![A-Za-z])", file) is not None
+    return in_split and (config is None or config in folders)
+
+
+def _of_config(options: DataOptions) -> str:
+    return f" and configuration {options.dataset_config_name!r}." if options.dataset_config_name else "."
+
+
+def _was_saved(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _from_disk(folder: Path) -> Any:
+    from datasets import load_from_disk
+
+    return load_from_disk(str(folder))
+
+
+def _load(options: DataOptions, name: str) -> Any:
+    """All splits of a data set, downloaded where need be."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    def load(config: str | None, revision: str | None, data_dir: str | None = None) -> Any:
+        return datasets.load_dataset(name, config, revision=revision, data_dir=data_dir, cache_dir=options.cache_dir)
+
+    try:
+        try:
+            return load(options.dataset_config_name, options.dataset_revision)
+        except RuntimeError as fault:
+            if "scripts are no longer supported" not in str(fault) or options.dataset_revision or Path(name).is_dir():
+                raise
+            print(f"{name} is a loading script, which is not run: reading its copy at {CONVERTED}.", file=sys.stderr)
+            return load(None, CONVERTED, options.dataset_config_name)
+    except (DatasetsError, OSError, ValueError, RuntimeError) as fault:
+        raise UserError(_explain(name, fault)) from fault
+
+
+def _explain(name: str, fault: Exception) -> str:
+    cause = fault.__cause__ or fault
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    kind = "folder" if Path(name).is_dir() else "data set"
+    return (
+        f"{kind} {name} cannot be read: {lines[0].rstrip('.')}. "
+        "Give a hub id, or a folder with train/metadata.jsonl beside the pictures (docs/data.md)."
+    )
+
+
+def _download_folders(options: DataOptions) -> tuple[Path, ...]:
+    """Where the libraries put downloaded files: the only places that a hub data set's rows may point to."""
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    own = (user_path(options.cache_dir),) if options.cache_dir else ()
+    return (*own, Path(HF_DATASETS_CACHE), Path(HF_HUB_CACHE))

@@ -1,0 +1,138 @@
+"""`t2i_adapter.json`: what an adapter was trained on and what it eats, kept beside its weights. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from t2i_adapter.errors import UserError
+from t2i_adapter.files import parse_json, user_path
+
+FILE_NAME = "t2i_adapter.json"
+SCHEMA = 1
+MAX_RESOLUTION = 8192
+BASE_FIELDS = ("name", "config", "revision", "variant", "vae")
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The contents of t2i_adapter.json.
+
+    Attributes:
+        base: the frozen model it was trained on: {name, config, revision, variant, vae}; only `name` is always there.
+        condition: what its condition pictures are: {channels, name, options, polarity, ...} as far as known.
+        resolution: side in pixels of the training crops.
+        data: where the pairs came from.
+        optim: summary of the optimiser's options.
+        training: summary of the other options.
+        steps: updates taken.
+        seed: the run's seed.
+        versions: libraries of the run.
+    """
+
+    base: Mapping[str, Any]
+    condition: Mapping[str, Any] = field(default_factory=dict)
+    resolution: int | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    optim: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    seed: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = FILE_NAME) -> Metadata:
+        """Checks plain JSON types and builds the record; UserError names `where` and the key that is wrong."""
+        content = _checked(data, where, "it", dict)
+        if content.get("schema", SCHEMA) != SCHEMA:
+            raise UserError(f"{where}: schema {content['schema']!r}; this version reads schema {SCHEMA}.")
+        known = {"schema", *cls.__dataclass_fields__}
+        if unknown := sorted(set(content) - known):
+            raise UserError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(known))}.")
+        record = cls(
+            base=_checked_base(content.get("base"), where),
+            **{key: _checked(content.get(key, {}), where, key, dict) for key in _MAPPINGS},
+            **{key: _checked(content.get(key), where, key, int, optional=True) for key in _NUMBERS},
+        )
+        if record.resolution is not None and not 1 <= record.resolution <= MAX_RESOLUTION:
+            raise UserError(f"{where}: resolution is {record.resolution}; allowed is 1 to {MAX_RESOLUTION} pixels.")
+        return record
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` reads them back to an equal record."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    def without_local_paths(self) -> Metadata:
+        """The same with paths of this machine cut to their last part, as it is uploaded."""
+        return replace(self, **{key: _without_paths(getattr(self, key)) for key in ("base", *_MAPPINGS)})
+
+
+_MAPPINGS = ("condition", "data", "optim", "training", "versions")
+_NUMBERS = ("resolution", "steps", "seed")
+
+
+def read_metadata(adapter: str | Path) -> Metadata | None:
+    """The record in an adapter's folder, or beside it on the hub; None for adapters that have none (made by others).
+
+    Raises UserError if the file is there and malformed.
+    """
+    folder = user_path(adapter)
+    path = folder / FILE_NAME if folder.is_dir() else _from_hub(str(adapter))
+    if path is None or not path.is_file():
+        return None
+    try:
+        data = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise UserError(f"{path} cannot be read as JSON: {fault}.") from fault
+    return Metadata.from_dict(data, str(path))
+
+
+def _from_hub(name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(name, FILE_NAME))
+    except (OSError, HfHubHTTPError, HFValidationError):
+        return None  # whether there is an adapter at all is told by whoever loads it
+
+
+def is_path(name: str) -> bool:
+    """Whether a base, VAE or data set is named by a place on this machine, not by a hub id."""
+    return name.startswith((".", "~", "/", "\\")) or ":" in name or Path(name).exists() or name.count("/") > 1
+
+
+def _checked_base(value: Any, where: str) -> dict[str, Any]:
+    base = _checked(value, where, "base", dict)
+    _checked(base.get("name"), where, "base.name", str)
+    for key in BASE_FIELDS[1:]:
+        _checked(base.get(key), where, f"base.{key}", str, optional=True)
+    return base
+
+
+def _checked(value: Any, where: str, key: str, kind: type, *, optional: bool = False) -> Any:
+    if (optional and value is None) or (isinstance(value, kind) and not isinstance(value, bool)):
+        return value
+    wanted = {dict: "an object", str: "a text", int: "a whole number"}[kind]
+    raise UserError(f"{where}: {key} is {value!r}; it must be {wanted}.")
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    if not isinstance(value, str) or not is_path(value):
+        return value
+    return Path(value.partition("?")[0] if "://" in value else value).name  # signatures stand behind a question mark
+
+
+CONFIG = "config.json"
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+WEIGHTS_FP16 = "diffusion_pytorch_model.fp16.safetensors"

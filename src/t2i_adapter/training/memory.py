@@ -1,0 +1,166 @@
+"""What a step needs of memory, found without weights: the step is run on tensors that have shapes and no content."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from t2i_adapter.batches.example import example_batch
+from t2i_adapter.config.tree import Config
+from t2i_adapter.diffusion.schedule import NoiseSchedule
+from t2i_adapter.models.adapter import build_adapter
+from t2i_adapter.models.base import Base
+from t2i_adapter.models.gradient_checkpointing import recompute
+from t2i_adapter.models.quantize import quantize
+from t2i_adapter.training.step import FrozenModel, batch_losses
+
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 4}
+"""Of what each keeps of a parameter: two moments, or one."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device. step: what a forward and backward pass need at their peak, gradients included."""
+
+    base: int
+    adapter: int
+    optimizer: int
+    average: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return self.base + self.adapter + self.optimizer + self.average + self.step
+
+
+class Shapes:
+    """A run's networks and their step as shapes without content, made once for any batch."""
+
+    def __init__(self, config: Config, base: Base, adapter: Any, dtype: torch.dtype) -> None:
+        """adapter: the one to train, of which only the config is used. dtype: arithmetic of the run."""
+        self.config, self.base, self.dtype = config, base, dtype
+        options = replace(
+            config.adapter, in_channels=adapter.config["in_channels"], num_res_blocks=adapter.config["num_res_blocks"]
+        )
+        with torch.device("meta"):
+            self._unet = self._make_unet()
+            self._adapter = build_adapter(options, base.unet_config).train()
+        schedule = NoiseSchedule.of(base.scheduler()).to(torch.device("meta"))
+        self._frozen = FrozenModel(self._unet, schedule, base.latent_scale, dtype)
+
+    def memory(self, batch_size: int, *, height: int, width: int) -> Memory:
+        """Of a micro-batch of pictures height x width pixels."""
+        trained = sum(parameter.numel() for parameter in self._adapter.parameters())
+        return Memory(
+            base=sum(tensor.nbytes for tensor in _tensors(self._unet)),
+            adapter=4 * trained,
+            optimizer=OPTIMIZER_BYTES[self.config.optim.name] * trained,
+            average=4 * trained if self.config.train.ema_decay else 0,
+            step=self._step_bytes(batch_size, height, width),
+        )
+
+    def _make_unet(self) -> Any:
+        config, kind = self.config, self.config.base.quantize
+        with _default_dtype(self.dtype):
+            unet: Any = UNet2DConditionModel.from_config(dict(self.base.unet_config))
+        unet.eval().requires_grad_(False)
+        if kind != "none":
+            quantize(unet, kind, "meta")
+        if config.train.gradient_checkpointing:
+            recompute(unet, config.train.checkpoint_blocks)
+        return unet
+
+    def _step_bytes(self, batch_size: int, height: int, width: int) -> int:
+        """The most bytes alive at once that a step allocates; the gradients are the last of them."""
+        for parameter in self._adapter.parameters():
+            parameter.grad = None
+        batch = example_batch(
+            self.base.unet_config,
+            batch_size,
+            height=height,
+            width=width,
+            channels=self._adapter.config["in_channels"],
+            draws=self.config.train.noise_draws,
+            device="meta",
+        )
+        given = sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor))
+        with _fused_attention(), Watermark() as watermark:
+            batch_losses(self._run_adapter, self._frozen, batch).mean().backward()
+        return given + watermark.peak
+
+    def _run_adapter(self, condition: torch.Tensor) -> Any:
+        """The adapter under autocast, which keeps its weights' narrow copies; shapes alone would not be cast."""
+        if self.dtype == torch.float32:
+            return self._adapter(condition)
+        narrow = {name: parameter.to(self.dtype) for name, parameter in self._adapter.named_parameters()}
+        return torch.func.functional_call(self._adapter, narrow, (condition.to(self.dtype),))
+
+
+@contextlib.contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention in one piece, as devices compute it: on shapes alone torch would write the whole matrix out.
+
+    Put in the place of torch's function, for a mode would not reach what the backward pass recomputes.
+    """
+
+    def fused(query: Any, key: Any, value: Any, *_: Any, scale: float | None = None, **__: Any) -> torch.Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)[0]
+
+    plain = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+class Watermark(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is entered and still alive; `peak` is the most of them at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if id(storage) not in before and storage not in self._known:
+                    self._add(storage)
+        return result
+
+    def _add(self, storage: Any) -> None:
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._remove, size)
+
+    def _remove(self, size: int) -> None:
+        self.alive -= size
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
