@@ -1,15 +1,14 @@
 """The command `t2i-adapter VERB ...`: a table of verbs, each imported when it is called.
 
-`t2i-adapter --help` and every verb's `--help` load no torch. What a person can mend is one line on stderr and exit
-code 2; an interrupt is 130; anything else is a mistake of ours and keeps its traceback.
+`t2i-adapter --help` and every verb's `--help` load no torch. `exits.py` lists the exit codes.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from t2i_adapter import __version__
@@ -111,26 +110,26 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
+    """Runs one verb; returns the exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
     if not words:
         print(overview(), file=sys.stderr)
         return 2
-    return guarded(lambda: _answer(words))
+    return guarded(partial(_run, words), partial(_flag_name, words))
 
 
 def overview(group: str = "") -> str:
-    """The verbs, or those of one group, each with its line."""
+    """The verbs, or those of one group, each with its summary."""
     verbs = {name: verb.summary for name, verb in VERBS.items() if name.startswith(group)}
     width = max(map(len, verbs))
     lines = [f"usage: {PROG} {group or 'VERB'} ... [flags]", ""]
     lines += [f"  {name:<{width}}  {summary}" for name, summary in verbs.items()]
-    lines += ["", f"`{PROG} VERB --help` lists a verb's flags; `{PROG} --version` tells the version."]
+    lines += ["", f"`{PROG} VERB --help` lists a verb's flags; `{PROG} --version` prints the version."]
     return "\n".join(lines)
 
 
-def _answer(words: list[str]) -> None:
-    """Tell what is asked for, or run the verb that `words` begin with."""
+def _run(words: list[str]) -> None:
+    """Prints what is asked for, or runs the verb that `words` begin with."""
     if words[0] in ("-h", "--help"):
         return print(overview())
     if words[0] == "--version":
@@ -138,50 +137,41 @@ def _answer(words: list[str]) -> None:
     if words[0] in _groups() and (len(words) == 1 or words[1] in ("-h", "--help")):
         return print(overview(words[0]))
     name, rest = _find_verb(words)
-    from t2i_adapter.flags import UnknownFlagError
-
-    try:
-        _call(name, rest)
-    except UnknownFlagError:
-        raise
-    except UserError as error:
-        raise UserError(_in_flags_of(name, str(error))) from None
+    return _call(name, rest)
 
 
 def _call(verb: str, argv: list[str]) -> None:
-    """Parse a verb's flags and run it; what takes a run's options has a recipe and a dry run beside them."""
+    """Parses a verb's flags and runs it. A verb that takes a run's options has --recipe and --dry_run beside them."""
     from t2i_adapter.flags import parse_flags, parse_train
     from t2i_adapter.script_flags import ROWS
 
     prog, function = f"{PROG} {verb}", VERBS[verb].function
-    names = {row.flag: row.paths[0] for row in ROWS if row.paths}
+    meant = {row.flag: row.paths[0] for row in ROWS if row.paths}
+    cls = resolve(VERBS[verb].options)
     if VERBS[verb].options == VERBS["train"].options:
-        flags = parse_train(argv, prog, names=names)
+        flags = parse_train(argv, prog, meant=meant)
         resolve(function)(flags.config, dry_run=flags.dry_run)
-    elif "config" in (cls := resolve(VERBS[verb].options)).__dataclass_fields__:
-        resolve(function)(parse_train(argv, prog, names=names, cls=cls))
+    elif "config" in cls.__dataclass_fields__:
+        resolve(function)(parse_train(argv, prog, cls=cls, meant=meant))
     else:
         options = parse_flags(cls, argv, prog)
         resolve(function)(options)
 
 
-def _in_flags_of(verb: str, message: str) -> str:
-    """`message` with each flag as `verb` calls it: the checks of shared parts name the diffusers script's flags."""
-    from t2i_adapter.config.read import option_types
-    from t2i_adapter.script_flags import ROWS
-
-    ours = {path.removeprefix("config.") for path in option_types(resolve(VERBS[verb].options))}
-    called: dict[str, str] = {}
-    for row in ROWS:
-        for path in row.paths[:1]:
-            short = _SHORT.get(path, path.replace(".", "_"))
-            name = next((name for name in (row.flag, path, short) if name in ours), row.flag)
-            called[row.flag] = name if row.given is True else f"{name} {row.given}"
-    return re.sub(r"--(\w+)\b(?!\.)", lambda found: f"--{called.get(found[1], found[1])}", message)
+_ELSEWHERE = {"base.name": "base", "data.train_data_dir": "data", "data.dataset_name": "data"}
+"""Options of a run -> how verbs that have no such option call it."""
 
 
-_SHORT = {"base.name": "base", "data.train_data_dir": "data", "data.dataset_name": "data"}
-"""Options of `train` whose name in other verbs is not just their path with underscores."""
+def _flag_name(words: list[str], path: str) -> str:
+    """How the verb that `words` begin with calls the option at `path` of a run's tree."""
+    from t2i_adapter.flags import flag_namer, flags_of
+
+    flags = flags_of(resolve(VERBS[_find_verb(words)[0]].options))
+    last = path.rpartition(".")[2]
+    for name in (path, _ELSEWHERE.get(path, ""), path.replace(".", "_"), last):
+        if name in flags:
+            return flags[name].label or f"--{name}"
+    return flag_namer({})(path)
 
 
 def _groups() -> set[str]:
@@ -189,7 +179,7 @@ def _groups() -> set[str]:
 
 
 def _find_verb(words: list[str]) -> tuple[str, list[str]]:
-    """The verb that `words` begin with, and the rest."""
+    """The verb that `words` begin with, and the rest. Raises UserError."""
     length = 2 if words[0] in _groups() else 1
     name = " ".join(words[:length])
     if name in VERBS:

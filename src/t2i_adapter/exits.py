@@ -1,4 +1,8 @@
-"""What a command prints and returns when it fails: one line and an exit code for what the user can fix."""
+"""What a command prints and returns when it fails: one line and an exit code for what the user can fix.
+
+Exit codes: 0 done, 2 an error that the user can fix, 130 interrupted, 141 the reader of the output is gone; a run that
+is stopped has its own (`training/signals.py`). A mistake of ours keeps its traceback and Python's code 1.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +16,23 @@ from types import TracebackType
 
 from t2i_adapter.errors import Stopped, UserError, redact
 
-STDOUT = 1  # file descriptor
+_STDOUT = 1  # file descriptor
+_DISK_REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable"}
+"""Disk errors that the user can fix -> what to do."""
 
 
-_MENDED_BY = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable"}
-"""Faults of a disk that a person can mend, and how."""
-
-
-def guarded(action: Callable[[], None]) -> int:
-    """Run `action`; turns what a person did, or can mend, into one line and an exit code."""
-    # Or else it warns, each time it is imported, that torchvision is missing, which nothing here needs.
+def guarded(action: Callable[[], None], name: Callable[[str], str] = "--{}".format) -> int:
+    """Runs `action` and returns the exit code. `name`: path of an option -> the flag that the user types for it."""
+    # Otherwise transformers warns at each import that torchvision is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.excepthook = _show_traceback
     try:
         action()
         sys.stdout.flush()
     except UserError as error:
-        return _refuse(str(error))
+        return _refuse(error.message(name))
     except Stopped as stop:
-        print(stop, file=sys.stderr, end="\n" * bool(str(stop)))  # of several processes one tells
+        print(stop, file=sys.stderr, end="\n" * bool(str(stop)))  # only the main process has a message
         return stop.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -38,18 +40,18 @@ def guarded(action: Callable[[], None]) -> int:
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # discards what is still buffered
         return 141  # as a program that dies of SIGPIPE
     except OSError as error:
-        if error.errno not in _MENDED_BY:
+        if error.errno not in _DISK_REMEDIES:
             raise
         place = error.filename or "the output folder"
-        return _refuse(f"{place}: {error.strerror}; {_MENDED_BY[error.errno]}, or write elsewhere")
+        return _refuse(f"{place}: {error.strerror}; {_DISK_REMEDIES[error.errno]}, or write elsewhere")
     return 0
 
 
 def _show_traceback(kind: type[BaseException], fault: BaseException, trace: TracebackType | None) -> None:
-    """As Python shows it, with what is secret taken out."""
+    """Prints a traceback as Python does, with secrets removed."""
     print(redact("".join(traceback.format_exception(kind, fault, trace))), end="", file=sys.stderr)
 
 
@@ -60,7 +62,7 @@ def _refuse(message: str) -> int:
 
 
 def _reader_is_gone() -> bool:
-    """Whether it is standard output's reader that went away, and not a pipe of our own."""
+    """Whether the reader of standard output went away, and not the reader of a pipe of our own."""
     poll = select.poll()
-    poll.register(STDOUT, 0)
+    poll.register(_STDOUT, 0)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))

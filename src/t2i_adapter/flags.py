@@ -1,27 +1,43 @@
-"""Flags to a frozen dataclass of options, through tyro; and every mistake in them as one line.
+"""A command line to a frozen dataclass of options; every mistake in it is one line.
 
-tyro answers a mistake with a box of several lines; here each becomes a UserError that names the flag and, where the
-flag is unknown, the nearest one. Flags read `--train.batch_size` and may be written `--train.batch-size`.
+Words are read here, by the options' types (`config.read`); tyro only prints `--help`. A flag is written
+`--train.batch_size 4`, `--train.batch-size 4` or `--train.batch_size=4`, and a switch `--data.flip` or
+`--data.no_flip`. A list takes the words up to the next flag. If a flag is given twice, the last one counts.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from t2i_adapter.config.read import describe, nearest, option_types, with_values
+from t2i_adapter import errors
+from t2i_adapter.config.read import allowed, describe, nearest, option_types, read_value, read_values, with_values
 from t2i_adapter.config.recipe import load
 from t2i_adapter.config.tree import Config
 from t2i_adapter.errors import UserError, register_secret
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How one flag is read.
+
+    Attributes:
+        paths: dotted paths of the options that it sets; none: the flag is accepted and has no effect.
+        kind: type of its value.
+        constant: the value that a switch sets; None: the flag takes a value, or is `--x` and `--no_x` for a bool.
+        label: what stands for the value in messages if it is a word without a flag, such as KIND; such words fill
+            these options in order. "" for a flag.
+    """
+
+    paths: tuple[str, ...]
+    kind: Any
+    constant: Any = None
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,191 +51,228 @@ class TrainFlags:
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
-def parse_train(
-    argv: Sequence[str],
-    prog: str,
-    defaults: Config | None = None,
-    values: Mapping[str, Any] | None = None,
-    names: Mapping[str, str] | None = None,
-    cls: Any = TrainFlags,
-) -> Any:
-    """Flags of a training run: `defaults`, then the recipe, then `values` by dotted path, then what `argv` sets.
-
-    `names` as in `parse_flags`. cls: what is returned, a run's options (`config`) and what a verb has beside them.
-    """
-    argv = [_spelt_out(word) for word in argv]
-    recipe = _recipe(argv)
-    config = load(recipe, defaults or Config()) if recipe else defaults or Config()
-    config = with_values(config, values or {})
-    flags = parse_flags(cls, argv, prog, replace(cls(), config=config), None, names)
-    _check_named(flags.config)
-    return flags
-
-
 SHORT = {
     "profile": "train.profile",
     "max_time": "train.max_time",
     "on_nonfinite": "train.on_nonfinite",
     "allow_changed": "checkpoint.allow_changed",
 }
-"""Flags of a run that people know by their last word alone, from other trainers."""
+"""Flags of a run that users of other trainers know by their last word alone."""
+_CONFIG = "config."
 
 
-def _spelt_out(word: str) -> str:
-    """A word of the command line, where it is one of those flags with its whole path."""
-    name, equals, value = word.partition("=")
-    path = SHORT.get(name[2:].replace("-", "_")) if name.startswith("--") else None
-    return f"--{path}{equals}{value}" if path else word
+def parse_flags(cls: type[T], argv: Sequence[str], prog: str) -> T:
+    """Options of class `cls` from words. `--help` prints and exits. Raises UserError."""
+    if is_help(argv):
+        print_help(cls, prog)
+    flags = flags_of(cls)
+    values = read_flags(argv, flags, prog)
+    _check_required(cls, values)
+    return _build(cls, values)
 
 
-def parse_flags(
-    cls: type[T],
+def parse_train(
     argv: Sequence[str],
     prog: str,
-    default: T | None = None,
-    types: Mapping[str, Any] | None = None,
-    names: Mapping[str, str] | None = None,
-) -> T:
-    """Options of class `cls` from flags. `--help` prints and exits; what does not parse raises UserError.
+    *,
+    cls: Any = TrainFlags,
+    defaults: Config | None = None,
+    more: Mapping[str, Flag] | None = None,
+    meant: Mapping[str, str] | None = None,
+) -> Any:
+    """Options of a run from words: `defaults`, then the recipe, then the flags, the last one given winning.
 
-    `types` gives each flag's type, where it is not each field's of `cls`; `names` maps further words that a misspelt
-    flag may have meant to the flag to name then.
+    Args:
+        cls: what is returned: a dataclass with a run's options as `config`, beside a verb's own.
+        more: further flags, whose paths are those of `config`.
+        meant: names that a misspelt flag may have meant -> the flag to suggest.
+
+    `--help` prints and exits. Raises UserError.
     """
-    types = types or flag_types(cls)
-    if not {"-h", "--help"} & set(argv):
-        _check_known(argv, prog, types, names or {})
-        _check_required(cls, argv)
-    told = io.StringIO()
-    extra: dict[str, Any] = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(told):
-            options, unknown = tyro.cli(
-                cls, args=list(argv), prog=prog, use_underscores=True, return_unknown_args=True, **extra
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(_sentence(told.getvalue(), types, prog)) from None
-    if unknown:
-        raise UserError(f"{unknown[0]!r} belongs to no flag; see `{prog} --help`")
-    return options
+    defaults = defaults or Config()
+    if is_help(argv):
+        print_help(cls, prog)
+    flags = {**{short: Flag((f"{_CONFIG}{path}",), None) for short, path in SHORT.items()}, **flags_of(cls)}
+    flags |= {short: flags[path] for short, path in SHORT.items()}
+    for name, added in (more or {}).items():
+        flags[name] = Flag(tuple(f"{_CONFIG}{path}" for path in added.paths), added.kind, added.constant)
+    values = read_flags(argv, flags, prog, meant)
+    recipe = values.get("recipe")
+    of_run = {path.removeprefix(_CONFIG): value for path, value in values.items() if path.startswith(_CONFIG)}
+    config = with_values(load(recipe, defaults) if recipe else defaults, of_run)
+    _check_sources(config)
+    own = {path: value for path, value in values.items() if not path.startswith(_CONFIG)}
+    return _build(cls, {**own, "config": config})
+
+
+def is_help(argv: Sequence[str]) -> bool:
+    """Whether help is asked for."""
+    return bool({"-h", "--help"} & set(argv))
+
+
+def print_help(cls: Any, prog: str) -> None:
+    """Prints the help of a verb whose options are of class `cls`, and exits with code 0."""
+    tyro.cli(cls, args=["--help"], prog=prog, use_underscores=True)
+
+
+def flags_of(cls: Any) -> dict[str, Flag]:
+    """Name -> flag of every option of `cls`. A run's options (`config`) have their paths as names."""
+    hints = get_type_hints(cls, include_extras=True)
+    found: dict[str, Flag] = {}
+    for path, kind in option_types(cls).items():
+        extras = getattr(hints.get(path), "__metadata__", ())
+        label = next((extra.metavar.strip("[]") for extra in extras if getattr(extra, "metavar", None)), path.upper())
+        flag = Flag((path,), kind, label=label if tyro.conf.Positional in extras else "")
+        found[path.removeprefix(_CONFIG)] = flag
+        for extra in extras:
+            found |= dict.fromkeys((alias.lstrip("-") for alias in getattr(extra, "aliases", None) or ()), flag)
+    return found
 
 
 def flag_types(cls: Any) -> dict[str, Any]:
-    """Flag -> type of every option of `cls` that is a flag, and not told by its place among the words."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {
-        path.removeprefix("config."): kind  # a run's options stand beside a verb's own
-        for path, kind in option_types(cls).items()
-        if tyro.conf.Positional not in getattr(hints.get(path), "__metadata__", ())
-    }
+    """Name -> type of every option of `cls` that is written with a flag."""
+    return {name: flag.kind for name, flag in flags_of(cls).items() if not flag.label and len(name) > 1}
 
 
-_ARGPARSE_WORDS = (
-    (r"^argument ", ""),
-    (r"expected (one|at least one) argument", r"needs \1 value"),
-    (r"ignored explicit argument (.*)", r"takes no value; got \1"),
-    (r"invalid choice: (.*) \(choose from (.*)\)", r"got \1, allowed is one of \2"),
-)
+def read_flags(
+    argv: Sequence[str], flags: Mapping[str, Flag], prog: str, meant: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Dotted path -> value of every option that the words set. `meant` as in `parse_train`. Raises UserError."""
+    values: dict[str, Any] = {}
+    positional = [flag for flag in flags.values() if flag.label]
+    for name, words in _split(argv, flags, prog, meant or {}):
+        if name is None:
+            if not positional:
+                raise UserError(f"{words[0]!r} belongs to no flag; see `{prog} --help`")
+            flag = positional[0] if get_origin(positional[0].kind) is tuple else positional.pop(0)
+            label = flag.label
+        else:
+            negative, flag = _named(name, flags)
+            label = f"--{name}"
+            if flag.constant is not None or flag.kind is bool:
+                values |= dict.fromkeys(flag.paths, not negative if flag.constant is None else flag.constant)
+                continue
+        value = _read(words, flag.kind, label)
+        for path in flag.paths:
+            many = name is None and isinstance(value, tuple)
+            values[path] = (*values.get(path, ()), *value) if many else value
+    return values
 
 
-class UnknownFlagError(UserError):
-    """A flag that does not exist, told with the nearest one that does."""
-
-
-class LineParser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose mistakes are a UserError and which leaves out what was not given."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS, **options)
-
-    def error(self, message: str) -> NoReturn:
-        for theirs, ours in _ARGPARSE_WORDS:
-            message = re.sub(theirs, ours, message)
-        raise UserError(message)
-
-
-def _recipe(argv: Sequence[str]) -> str | None:
-    """The value of --recipe, which must be read before the flags, as they go on top of it."""
-    parser = LineParser()
-    parser.add_argument("--recipe")
-    return vars(parser.parse_known_args(list(argv))[0]).get("recipe")
-
-
-def _stem(word: str) -> str:
-    return word.partition("=")[0].lstrip("-").replace("-", "_")
-
-
-def _check_known(argv: Sequence[str], prog: str, types: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Every word with two dashes is a flag of ours, and a switch has no value."""
-    for word in (word for word in argv if word.startswith("--") and word != "--"):
-        stem, equals, value = _stem(word), *word.partition("=")[1:]
-        switch = re.sub(r"(^|\.)no_", r"\1", stem)
-        if types.get(switch) is bool and not word.startswith("---"):
-            if equals:
-                head, _, tail = switch.rpartition(".")
-                off = f"--{head}.no_{tail}" if head else f"--no_{tail}"
-                raise UserError(f"{word}: takes no value; write --{switch} or {off}")
-        elif stem not in types or word.startswith("---"):
+def _split(
+    argv: Sequence[str], flags: Mapping[str, Flag], prog: str, meant: Mapping[str, str]
+) -> Iterator[tuple[str | None, list[str]]]:
+    """(name of a flag, its words) in order; None for the name of a word that belongs to no flag."""
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            yield from ((None, [rest]) for rest in words)
+            return
+        name, equals, value = word.partition("=")
+        short = name[1:] if len(name) == 2 and name[0] == "-" and name[1:] in flags else None
+        if not word.startswith("--") and short is None:
+            yield None, [word]
+            continue
+        stem = short or name[2:].replace("-", "_")
+        negative, flag = (False, None) if word.startswith("---") else _named(stem, flags)
+        if flag is None:
+            stem = name.lstrip("-").replace("-", "_")
             if "tok" in stem:  # a misspelt --hub.token
                 register_secret(value)
-            raise UnknownFlagError(f"{word}: no such flag; {_hint(stem, equals + value, prog, types, names)}")
+            raise UserError(f"{word}: no such flag; {_hint(stem, equals + value, prog, flags, meant)}")
+        if flag.constant is not None or flag.kind is bool:
+            if equals:
+                both = f"--{stem}" if negative or flag.constant is not None else f"--{stem} or --{_negated(stem)}"
+                raise UserError(f"{word}: a switch takes no value; write {both}")
+            yield stem, []
+        elif equals:
+            yield stem, [value]
+        else:
+            count = next((n for n, later in enumerate(words) if later.startswith("--")), len(words))
+            count = min(count, _most_words(flag.kind))
+            yield stem, [words.pop(0) for _ in range(count)]
 
 
-def _hint(stem: str, value: str, prog: str, types: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    meaning = {**{name: name for name in types}, **names}
-    meant = [stem] if stem in meaning else nearest(stem, [*names, *types])
-    flags = dict.fromkeys(f"--{meaning[name]}{value}" for name in meant)
-    return f"did you mean {' or '.join(flags)}?" if flags else f"see `{prog} --help`"
+def _named(stem: str, flags: Mapping[str, Flag]) -> tuple[bool, Any]:
+    """(whether a name without dashes is the negative form of a switch, its flag); None if there is no such flag."""
+    if stem in flags and not flags[stem].label:
+        return False, flags[stem]
+    head, dot, last = stem.rpartition(".")
+    positive = flags.get(f"{head}{dot}{last.removeprefix('no_')}") if last.startswith("no_") else None
+    is_switch = positive is not None and positive.kind is bool and positive.constant is None
+    return (True, positive) if is_switch else (False, None)
 
 
-def _check_required(cls: Any, argv: Sequence[str]) -> None:
-    given, flags = {_stem(word) for word in argv if word.startswith("--")}, flag_types(cls)
-    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-    missing = [f"--{name}" for name in required if name in flags and name not in given]
-    if missing:
-        raise UserError(f"{' and '.join(missing)}: required, and not given")
+def _negated(stem: str) -> str:
+    head, dot, last = stem.rpartition(".")
+    return f"{head}{dot}no_{last}"
 
 
-def _check_named(config: Config) -> None:
-    """A run has a base and one source of data."""
+def _most_words(kind: Any) -> int:
+    if get_origin(kind) is not tuple:
+        return 1
+    kinds = get_args(kind)
+    return 1_000_000 if kinds[-1] is Ellipsis else len(kinds)
+
+
+def _read(words: list[str], kind: Any, flag: str) -> Any:
+    if not words:
+        raise UserError(f"{flag}: needs a value; allowed is {describe(kind)}")
+    try:
+        return read_values(words, kind) if get_origin(kind) is tuple else read_value(words[0], kind)
+    except ValueError:
+        got = repr(words[0]) if len(words) == 1 else repr(words)
+        raise UserError(f"{flag} {got}: {allowed(kind, words[0])}") from None
+
+
+def _hint(stem: str, value: str, prog: str, flags: Mapping[str, Flag], meant: Mapping[str, str]) -> str:
+    known = {name: name for name, flag in flags.items() if not flag.label and name not in SHORT} | dict(meant)
+    near = [stem] if stem in known else nearest(stem, [*meant, *known])
+    suggested = dict.fromkeys(f"--{known[name]}{value}" for name in near)
+    return f"did you mean {' or '.join(suggested)}?" if suggested else f"see `{prog} --help`"
+
+
+def _check_required(cls: Any, values: Mapping[str, Any]) -> None:
+    flags = flags_of(cls)
+    missing = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    names = [flags[name].label or f"--{name}" for name in missing if name in flags and name not in values]
+    if names:
+        raise UserError(f"{' and '.join(names)}: required, and not given")
+
+
+def _build(cls: Any, values: Mapping[str, Any]) -> Any:
+    """An instance of `cls` with `values` by dotted path, and defaults for the rest."""
+    given: dict[str, Any] = {}
+    for f in fields(cls):
+        below = {path.partition(".")[2]: value for path, value in values.items() if path.partition(".")[0] == f.name}
+        if "" in below:
+            given[f.name] = below[""]
+        elif below:
+            default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+            assert is_dataclass(default)
+            given[f.name] = with_values(default, below)
+    return cls(**given)
+
+
+def flag_namer(names: Mapping[str, str]) -> Callable[[str], str]:
+    """Path of an option -> how a front door prints it, from its flags by path; another path is printed as it is."""
+
+    def name(path: str) -> str:
+        plain = path.rstrip("0123456789").rstrip(".")  # "optim.betas.0" is an item of a flag
+        return names.get(path) or names.get(plain) or f"--{plain}"
+
+    return name
+
+
+def _check_sources(config: Config) -> None:
+    """A run has a base and one dataset."""
     if not config.base.name:
-        raise UserError(
-            "--pretrained_model_name_or_path: required, and not given; a hub id, a folder, a file or `nano`"
-        )
+        raise UserError("is required: a hub id, a folder, a file or `nano`", option="base.name")
     given = [name for name in ("dataset_name", "train_data_dir") if getattr(config.data, name) is not None]
     if len(given) != 1:
-        got = "--dataset_name and --train_data_dir are both given" if given else "no training data is named"
-        raise UserError(f"{got}: give one, --dataset_name (a hub id) or --train_data_dir (a folder of pairs)")
-
-
-def _sentence(box: str, types: Mapping[str, Any], prog: str) -> str:
-    """What tyro says in a box, as one line: its first section, with what is allowed by the option's type."""
-    said = _first_section(box)
-    if place := re.match(r"Missing from .*?: ([A-Z]+)\b", said):
-        return f"{place[1]}: required, and not given"
-    flag = re.search(r"--([\w.\-]+)", said)
-    kind = types.get(_stem(flag[1])) if flag else None
-    if flag is None or kind is None:  # tyro's messages have another form than those known here
-        return f"{said}; see `{prog} --help`"
-    if said.startswith("Missing"):
-        return f"{flag[0]}: needs a value; allowed is {describe(kind)}"
-    got = re.search(r"choice ('.*') for|arguments (\[.*\]) into|('[^']*')[^']*$", said)
-    words = next((group for group in got.groups() if group), said) if got else said
-    return f"{flag[0]} {words}: allowed is {describe(kind)}"
-
-
-def _first_section(box: str) -> str:
-    """The text between a box's title and its first rule.
-
-    Where standard output is not UTF-8 the box has no borders, and a rule below its title.
-    """
-    sections: list[list[str]] = [[]]
-    for line in box.splitlines():
-        inner = line.strip("│ ")
-        if inner and set(inner) <= set("─-"):
-            sections.append([])
-        elif inner and not inner.startswith(("╭", "╰")):
-            sections[-1].append(inner)
-    has_borders = box.lstrip().startswith("╭")
-    return " ".join(sections[0] if has_borders or len(sections) == 1 else sections[1]).rstrip(".")
+        got = "two datasets are given" if given else "no dataset is given"
+        raise UserError(
+            f"{got}: give {errors.flag('data.dataset_name')} (a hub id) or "
+            f"{errors.flag('data.train_data_dir')} (a folder, a file or shards)"
+        )

@@ -1,4 +1,4 @@
-"""Imports a heavy module when a verb needs it."""
+"""Imports a heavy module when a verb needs it, named as "module:name" in a table."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 
 def resolve(reference: str) -> Any:
-    """What "module:name" refers to."""
+    """The object that "module:name" names; imports the module."""
     module, _, name = reference.partition(":")
     return getattr(_imported(module), name)
 
 
 def _imported(name: str) -> ModuleType:
-    """The module. What an import makes stays for good: to look for garbage meanwhile takes a fifth of its time, and
-    later sweeps, this process' and its loader's, need not look at it again."""
+    """Imports with the garbage collector off, about 20 % faster, and then freezes what was made: modules are never
+    collected, so later collections need not scan them."""
     if name in sys.modules:
         return sys.modules[name]
     gc.disable()

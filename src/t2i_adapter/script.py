@@ -1,7 +1,7 @@
-"""The diffusers script's command line on our option tree: one row per flag. Importing this module loads no torch.
+"""The drop-in script: the command line of diffusers' `train_t2i_adapter_sdxl.py` on our option tree. Loads no torch.
 
-`train_t2i_adapter_sdxl.py` means what that script means: its flags, types, choices and defaults, checked before
-anything heavy is imported. Every option of `t2i-adapter train` may stand beside them (`--optim.warmup_steps 20`).
+Its flags, types, choices and defaults mean what they mean in that script; they are checked before anything heavy is
+imported. Every flag of `t2i-adapter train` may stand beside them (`--optim.warmup_steps 20`).
 """
 
 from __future__ import annotations
@@ -9,42 +9,41 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_origin
 
-from t2i_adapter.config.read import describe, nearest, option_types, with_values
+from t2i_adapter.config.read import option_types, with_values, without_none
 from t2i_adapter.config.tree import Config
-from t2i_adapter.flags import LineParser, TrainFlags, parse_train
+from t2i_adapter.exits import guarded
+from t2i_adapter.flags import Flag, TrainFlags, flag_namer, is_help, parse_train
+from t2i_adapter.imports import resolve
 from t2i_adapter.script_flags import ROWS, SCRIPT_WAYS, Row
 
 PROG = "train_t2i_adapter_sdxl.py"
 
 
 def script_defaults() -> Config:
-    """The option tree as the diffusers script starts from; `base.name` is empty, as it has no default there."""
+    """The option tree with the script's defaults; `base.name` is empty, as it has no default there."""
     values = {path: value for row in ROWS if row.type for path, value in row.values(row.default).items()}
     return with_values(Config(), {**values, "base.name": "", **SCRIPT_WAYS})
 
 
 def parse(argv: Sequence[str]) -> TrainFlags:
-    """The script's flags and our own, over the script's defaults. Raises UserError for what does not parse or fit."""
-    given, ours = _parser().parse_known_args(list(argv))
-    values = {path: value for row in ROWS for path, value in row.values(getattr(given, row.flag, None)).items()
-              if hasattr(given, row.flag)}  # fmt: skip
-    names = {row.flag: row.flag for row in ROWS}
-    return parse_train(ours, PROG, script_defaults(), values, names)
+    """The script's flags and ours, over the script's defaults. Raises UserError."""
+    kinds = option_types(Config)
+    flags = {row.flag: Flag(row.paths, _kind(row, kinds), row.given if row.type is None else None) for row in ROWS}
+    return parse_train(argv, PROG, defaults=script_defaults(), more=flags, meant={row.flag: row.flag for row in ROWS})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The drop-in script; returns the exit code."""
-    from t2i_adapter.exits import guarded
-
-    return guarded(partial(_train, sys.argv[1:] if argv is None else list(argv)))
+    """Runs the drop-in script; returns the exit code."""
+    names = {path: f"--{row.flag}" for row in reversed(ROWS) if row.given is True for path in row.paths}
+    return guarded(partial(_train, sys.argv[1:] if argv is None else list(argv)), flag_namer(names))
 
 
 def flag_table() -> str:
-    """The rows as a Markdown table: what `docs/diffusers-script.md` shows."""
+    """The rows as a Markdown table, which `docs/diffusers-script.md` shows."""
     lines = ["| flag | value | default | here | note |", "|---|---|---|---|---|"]
     for row in ROWS:
         value = "switch" if row.type is None else " \\| ".join(row.choices or (row.type.__name__,))
@@ -56,77 +55,49 @@ def flag_table() -> str:
 
 
 def _train(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        return print(_parser().format_help())
+    if is_help(argv):
+        return print(_help())
     flags = parse(argv)
-    _tell_idle(argv)
-    from t2i_adapter.imports import resolve
-
+    _warn_of_idle_flags(argv)
     return resolve("t2i_adapter.verbs.train:run")(flags.config, dry_run=flags.dry_run)
 
 
-def _tell_idle(argv: list[str]) -> None:
-    """One line, from the main process, about given flags that have no effect."""
+def _warn_of_idle_flags(argv: list[str]) -> None:
+    """Prints one line, on the main process, about given flags that have no effect."""
     given = {word.partition("=")[0] for word in argv}
     idle = [f"--{row.flag}" for row in ROWS if not row.place and f"--{row.flag}" in given]
     if idle and os.environ.get("RANK", "0") == "0":
         print(f"accepted, no effect: {', '.join(idle)}", file=sys.stderr)
 
 
-def _parser() -> LineParser:
-    """argparse for the rows; what it does not know (our own flags, and mistakes) is left over."""
-    parser = LineParser(
+def _kind(row: Row, kinds: dict[str, Any]) -> Any:
+    """The type by which a flag is read: the script's, or the option's if that is a list of choices."""
+    if row.choices:
+        return Literal[row.choices]
+    if row.nargs:
+        return tuple[row.type, ...]  # type: ignore[valid-type]
+    own = without_none(kinds.get(row.place))
+    return own if get_origin(own) is Literal else row.type
+
+
+def _help() -> str:
+    parser = argparse.ArgumentParser(
         prog=PROG,
         usage=f"{PROG} --pretrained_model_name_or_path BASE (--dataset_name ID | --train_data_dir DIR) [flags]",
         description="Train a T2I-Adapter for SDXL: the flags of the diffusers script of this name.",
         epilog="Every flag of `t2i-adapter train --help` may stand beside them, such as --optim.warmup_steps 20.",
+        add_help=False,
     )
-    kinds = option_types(Config)
     for row in ROWS:
-        options: dict[str, Any] = {"help": _help(row)}
+        default = "required" if row.required else "" if _has_no_default(row) else f"default: {row.default}"
+        text = row.note.replace("%", "%%") + (f" ({default})" if default else "")
         if row.type is None:
-            options |= {"action": "store_const", "const": row.given}
+            parser.add_argument(f"--{row.flag}", action="store_true", help=text)
         else:
-            options |= {
-                "type": _reader(row, kinds.get(row.place)),
-                "nargs": row.nargs,
-                "choices": row.choices,
-                "metavar": _metavar(row),
-            }
-        parser.add_argument(f"--{row.flag}", **options)
-    return parser
-
-
-def _help(row: Row) -> str:
-    default = "required" if row.required else "" if _has_no_default(row) else f"default: {row.default}"
-    return row.note.replace("%", "%%") + (f" ({default})" if default else "")
+            metavar = None if row.choices else row.type.__name__.upper()
+            parser.add_argument(f"--{row.flag}", nargs=row.nargs, choices=row.choices, metavar=metavar, help=text)
+    return parser.format_help()
 
 
 def _has_no_default(row: Row) -> bool:
     return row.default is None or row.type is None
-
-
-def _metavar(row: Row) -> str | None:
-    return None if row.choices or row.type is None else row.type.__name__.upper()
-
-
-def _reader(row: Row, kind: Any) -> Callable[[str], Any]:
-    """Reads the flag's text; what is allowed is told by the type of the flag, or by the list its option allows.
-
-    kind: that option's type.
-    """
-    allowed = get_args(kind) if get_origin(kind) is Literal and row.choices is None else ()
-
-    def read(text: str) -> Any:
-        assert row.type is not None
-        try:
-            value = row.type(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"got {text!r}, allowed is {describe(row.type)}") from None
-        if allowed and value not in allowed:
-            close = nearest(text, list(allowed))
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise argparse.ArgumentTypeError(f"got {text!r}, allowed is {describe(kind)}{hint}")
-        return value
-
-    return read

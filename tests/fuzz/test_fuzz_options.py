@@ -103,7 +103,7 @@ WORDS = st.lists(
 def test_any_words_are_flags_or_a_line(words: list[str]):
     if {"-h", "--help"} & set(words):
         return
-    for parse in (compat.parse, lambda argv: parse_train(argv, "t2i-adapter train", names={})):
+    for parse in (compat.parse, lambda argv: parse_train(argv, "t2i-adapter train", meant={})):
         try:
             parse(words)
         except UserError as fault:

@@ -110,7 +110,7 @@ def test_a_token_has_no_place_in_a_recipe(tmp_path: Path, capsys: pytest.Capture
     recipe.write_text("hub:\n  token: hf_planted-in-a-recipe\n")
     assert main(["train", "--recipe", str(recipe)]) == 2
     said = capsys.readouterr().err
-    assert "is a secret and has no place in a recipe" in said and "hf_planted-in-a-recipe" not in said
+    assert "is a secret, which a recipe may not hold" in said and "hf_planted-in-a-recipe" not in said
 
 
 ADDRESS = f"https://{LOGIN}:{PASSWORD}@127.0.0.1:9/{{000..003}}.tar"

@@ -65,10 +65,10 @@ def test_help_is_quick_and_light(words: list[str]) -> None:
         (["train", "--train.batch_size", "x"], "--train.batch_size 'x': allowed is a whole number"),
         (["train", "--train.batch_size"], "--train.batch_size: needs a value; allowed is a whole number"),
         (["train", "--train.mixed-precision=fp8"], "--train.mixed_precision 'fp8': allowed is one of no, fp16, bf16"),
-        (["train", "--optim.betas", "1"], "--optim.betas: needs a value; allowed is 2 items"),
-        (["train", "--hub.push=True"], "--hub.push=True: takes no value; write --hub.push or --hub.no_push"),
+        (["train", "--optim.betas", "1"], "--optim.betas '1': allowed is 2 items, each a number"),
+        (["train", "--hub.push=True"], "--hub.push=True: a switch takes no value; write --hub.push or --hub.no_push"),
         (["train", "stray"], "'stray' belongs to no flag"),
-        (["train"], "no training data is named: give one, --data.dataset_name"),
+        (["train"], "no dataset is given: give --data.dataset_name"),
         (["train", "--data.resolution", "0"], "--data.resolution 0: allowed is 1 to 8192 pixels"),
         (["train", "--data.resolution=100000"], "--data.resolution 100000: allowed is 1 to 8192 pixels"),
         (["train", "--optim.betas", "0.9", "1.5"], "1.5: allowed is 0 up to, not including, 1"),
@@ -77,10 +77,10 @@ def test_help_is_quick_and_light(words: list[str]) -> None:
         (["train", "--optim.weight_decay=-1"], "--optim.weight_decay -1.0: allowed is 0 or more"),
         (["train", "--optim.schedule=piecewise_constant"], "--optim.step_rules '': needs the form"),
         (["train", "--train.seed=-1"], "--train.seed -1: allowed is 0 to 2^63 - 1"),
-        (["train", "--objective.noise_offset=nan"], "--objective.noise_offset nan: allowed is 0 or more"),
+        (["train", "--objective.noise_offset=nan"], "--objective.noise_offset 'nan': allowed is a number"),
         (["train", "--tracking.log_every=0"], "--tracking.log_every 0: 1 or more"),
         (["train", "--validation.prompts", "a"], "--validation.prompts is given without --validation.images"),
-        (["train", "--recipe"], "--recipe: needs one value"),
+        (["train", "--recipe"], "--recipe: needs a value"),
         (["train", "--recipe", "/no/such.yaml"], "--recipe /no/such.yaml: No such file"),
         (["make-data", "shapes"], "--out: required, and not given"),
         (["make-data", "emoji", "--size", "8"], "--out and --package: required, and not given"),
@@ -101,7 +101,7 @@ def test_mistakes_are_one_line(words: list[str], said: str, capsys: pytest.Captu
 
 
 def test_mistakes_are_one_line_without_utf8() -> None:
-    """tyro draws its boxes otherwise where standard output is not UTF-8; the line must be the same."""
+    """The line does not depend on the encoding of standard output."""
     done = subprocess.run(
         [*COMMAND, "train", "--train.batch_size", "x"],
         capture_output=True,
@@ -132,7 +132,7 @@ def test_ends_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", "import sys\nfrom t2i_adapter.cli import guarded\n"
+        [sys.executable, "-c", "import sys\nfrom t2i_adapter.exits import guarded\n"
          "sys.stdin.read()\nsys.exit(guarded(lambda: print('x' * 200000)))"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -144,7 +144,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 def test_interrupt_leaves_no_traceback(tmp_path: Path) -> None:
-    code = "import os, signal, sys\nfrom t2i_adapter.cli import guarded\n"
+    code = "import os, signal, sys\nfrom t2i_adapter.exits import guarded\n"
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
     code += "sys.exit(guarded(lambda: os.kill(os.getpid(), signal.SIGINT)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

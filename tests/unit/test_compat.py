@@ -12,7 +12,7 @@ import pytest
 
 from t2i_adapter.config.read import with_values
 from t2i_adapter.config.recipe import dump
-from t2i_adapter.script import _tell_idle, main, parse
+from t2i_adapter.script import _warn_of_idle_flags, main, parse
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "train_t2i_adapter_sdxl.py"
@@ -64,23 +64,23 @@ def test_what_the_script_resolves_reads_back_as_a_recipe(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--train_data_dir=x"], "--pretrained_model_name_or_path: required, and not given"),
-        (["--pretrained_model_name_or_path=b"], "no training data is named: give one, --dataset_name"),
-        ([*NAMED, "--dataset_name=d"], "--dataset_name and --train_data_dir are both given"),
+        (["--train_data_dir=x"], "--pretrained_model_name_or_path is required: a hub id"),
+        (["--pretrained_model_name_or_path=b"], "no dataset is given: give --dataset_name"),
+        ([*NAMED, "--dataset_name=d"], "two datasets are given: give --dataset_name (a hub id) or --train_data_dir"),
         ([*NAMED, "--proportion_empty_prompts=1.5"], "--proportion_empty_prompts 1.5: allowed is a share from 0 to 1"),
         ([*NAMED, "--proportion_empty_prompts=-.1"], "--proportion_empty_prompts -0.1: allowed"),
         ([*NAMED, "--validation_prompt", "a"], "--validation_prompt is given without --validation_image"),
         ([*NAMED, "--validation_image", "a"], "--validation_image is given without --validation_prompt"),
         ([*NAMED, "--validation_image", "a", "b", "--validation_prompt", "1", "2", "3"], "has 3 entries"),
-        ([*NAMED, "--train_batch_size", "abc"], "--train_batch_size: got 'abc', allowed is a whole number"),
-        ([*NAMED, "--train_batch_size", "2.5"], "--train_batch_size: got '2.5', allowed is a whole number"),
-        ([*NAMED, "--learning_rate", "fast"], "--learning_rate: got 'fast', allowed is a number"),
+        ([*NAMED, "--train_batch_size", "abc"], "--train_batch_size 'abc': allowed is a whole number"),
+        ([*NAMED, "--train_batch_size", "2.5"], "--train_batch_size '2.5': allowed is a whole number"),
+        ([*NAMED, "--learning_rate", "fast"], "--learning_rate 'fast': allowed is a number"),
         ([*NAMED, "--learning_rate", "0"], "--learning_rate 0.0: allowed is a number above 0"),
-        ([*NAMED, "--seed"], "--seed: needs one value"),
-        ([*NAMED, "--validation_prompt"], "--validation_prompt: needs at least one value"),
-        ([*NAMED, "--push_to_hub=True"], "--push_to_hub: takes no value; got 'True'"),
-        ([*NAMED, "--mixed_precision=fp8"], "--mixed_precision: got 'fp8', allowed is one of 'no', 'fp16', 'bf16'"),
-        ([*NAMED, "--mixed_precision=None"], "--mixed_precision: got 'None', allowed is one of"),
+        ([*NAMED, "--seed"], "--seed: needs a value; allowed is a whole number"),
+        ([*NAMED, "--validation_prompt"], "--validation_prompt: needs a value; allowed is a list"),
+        ([*NAMED, "--push_to_hub=True"], "--push_to_hub=True: a switch takes no value; write --push_to_hub"),
+        ([*NAMED, "--mixed_precision=fp8"], "--mixed_precision 'fp8': allowed is one of no, fp16, bf16"),
+        ([*NAMED, "--mixed_precision=None"], "--mixed_precision 'None': allowed is one of"),
         ([*NAMED, "--lr_scheduler=cosin"], "did you mean cosine?"),
         ([*NAMED, "--learning_rat=1"], "--learning_rat=1: no such flag; did you mean --learning_rate=1?"),
         ([*NAMED, "--train_batch", "4"], "--train_batch: no such flag; did you mean --train_batch_size?"),
@@ -104,13 +104,13 @@ def test_dead_flags_are_said_out_loud_once(capsys: pytest.CaptureFixture[str], m
     dead = ["--tokenizer_name", "t", "--detection_resolution=512", "--set_grads_to_none"]
     assert parse([*NAMED, *dead]) == parse(NAMED)
     monkeypatch.delenv("RANK", raising=False)
-    _tell_idle([*NAMED, *dead])
+    _warn_of_idle_flags([*NAMED, *dead])
     told = capsys.readouterr().err
     assert told == "accepted, no effect: --tokenizer_name, --detection_resolution, --set_grads_to_none\n"
     monkeypatch.setenv("RANK", "1")  # as torchrun and accelerate set it for the second process
-    _tell_idle([*NAMED, *dead])
+    _warn_of_idle_flags([*NAMED, *dead])
     monkeypatch.setenv("RANK", "0")
-    _tell_idle(NAMED)
+    _warn_of_idle_flags(NAMED)
     assert capsys.readouterr().err == ""
 
 

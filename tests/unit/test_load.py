@@ -80,7 +80,7 @@ def test_reads_by_the_type_of_the_option(tmp_path: Path, text: str, path: str, v
         ("1: 2", "recipe.yaml:1: 1: no such option"),
         ("train:\n  seed: 1\n  seed: 2", "recipe.yaml:3: train.seed: is given twice"),
         ("train: {seed: 1}\ntrain: {epochs: 2}", "recipe.yaml:2: train: is given twice"),
-        ("hub: {token: hf_x}", "hub.token: is a secret and has no place in a recipe; give it as --hub.token"),
+        ("hub: {token: hf_x}", "hub.token: is a secret, which a recipe may not hold; give it as --hub.token"),
         ("train: 3", "recipe.yaml:1: train: expected options of its own, each on a line; got '3'"),
         ("- a\n- b", "recipe.yaml:1: the recipe: expected options of its own, each on a line; got a list"),
         ("word", "the recipe: expected options of its own"),
@@ -105,8 +105,8 @@ def test_reads_by_the_type_of_the_option(tmp_path: Path, text: str, path: str, v
         ("optim: {betas: 0.9}", "optim.betas: got '0.9', allowed is 2 items, each a number"),
         ("optim: {betas: [0.9, x]}", "optim.betas[1]: got 'x', allowed is a number"),
         ("validation: {prompts: one}", "validation.prompts: got 'one', allowed is a list, each text"),
-        ("data: {resolution: 0}", "recipe.yaml: --resolution 0: allowed is 1 to 8192 pixels"),
-        ("validation: {prompts: [a]}", "recipe.yaml: --validation_prompt is given without --validation_image"),
+        ("data: {resolution: 0}", "recipe.yaml: --data.resolution 0: allowed is 1 to 8192 pixels"),
+        ("validation: {prompts: [a]}", "recipe.yaml: --validation.prompts is given without --validation.images"),
         ("train: {seed: !!python/object/apply:os.getpid []}", "train.seed: got"),
         ("base: {name: !!python/name:os.system x}", "base.name: got"),
         ("base: {name: !secret x}", "base.name: got"),
@@ -114,7 +114,7 @@ def test_reads_by_the_type_of_the_option(tmp_path: Path, text: str, path: str, v
         ("a: 1\n\tb: 2", "recipe.yaml:2: not YAML:"),
         ("a: *b", "not YAML: found undefined alias"),
         ("a: 1\n---\nb: 2", "not YAML:"),
-        ("[" * 1200, "nested too deeply"),
+        ("[" * 1200, "nested deeper than 50 levels"),
     ],
 )
 def test_refuses_with_the_place(tmp_path: Path, text: str, message: str) -> None:
@@ -126,7 +126,7 @@ def test_refuses_with_the_place(tmp_path: Path, text: str, message: str) -> None
 
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("output_dir: \xe9".encode("latin-1"))
-    for name, said in (("none.yaml", "No such file"), ("", "Is a directory"), ("latin.yaml", "not text in UTF-8")):
+    for name, said in (("none.yaml", "No such file"), ("", "Is a directory"), ("latin.yaml", "not UTF-8 text")):
         with pytest.raises(UserError, match=said):
             load(tmp_path / name, Config())
 
@@ -205,7 +205,7 @@ def test_with_values_checks_once_with_everything() -> None:
     both = {"validation.prompts": ("a", "b"), "validation.images": ("x",)}
     assert with_values(Config(), both).validation.pairs() == [("a", "x"), ("b", "x")]
     assert with_values(Config(), {"optim.betas.1": 0.5}).optim.betas == (0.9, 0.5)
-    with pytest.raises(UserError, match="--validation_prompt"):
+    with pytest.raises(UserError, match="--validation.prompts"):
         with_values(Config(), {"validation.prompts": ("a",)})
 
 

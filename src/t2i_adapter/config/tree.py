@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from math import inf
 from typing import Any, Literal
 
-from t2i_adapter.errors import UserError, has_login, register_secret
+from t2i_adapter.errors import UserError, flag, has_login, register_secret
 
 NANO = "nano"
 SECRET = "secret"  # metadata key of fields that are never written anywhere
@@ -38,17 +38,19 @@ def seconds_of(text: str) -> int:
     return seconds
 
 
-def _allow(flag: str, ok: bool, got: object, allowed: str) -> None:
+def _allow(option: str, ok: bool, got: object, allowed: str) -> None:
+    """Raises UserError about the option at this path of the tree unless its value is `ok`."""
     if not ok:
-        raise UserError(f"--{flag} {got}: {allowed}")
+        raise UserError(f"{got}: {allowed}", option=option)
 
 
-def check_no_login(flag: str, address: str) -> None:
-    """An address with a password would be kept in options, records and cards."""
+def check_no_login(option: str, address: str) -> None:
+    """Refuses an address with a password, which options, records and cards would keep. Raises UserError."""
     if has_login(address):
         raise UserError(
-            f"--{flag} {address}: an address may not hold a login, as it is written down with the run; "
-            "put it into ~/.netrc (http), or into the environment (s3)"
+            f"{address}: an address may not hold a login, because the run writes its options down; "
+            "put the login into ~/.netrc (http) or into the environment (s3)",
+            option=option,
         )
 
 
@@ -175,14 +177,14 @@ class DataOptions:
     $T2I_ADAPTER_CACHE)."""
 
     def __post_init__(self) -> None:
-        check_no_login("train_data_dir", self.train_data_dir or "")
+        check_no_login("data.train_data_dir", self.train_data_dir or "")
         share = self.proportion_empty_prompts
-        _allow("proportion_empty_prompts", 0 <= share <= 1, share, "allowed is a share from 0 to 1")
-        _allow("resolution", 1 <= self.resolution <= 8192, self.resolution, "allowed is 1 to 8192 pixels")
+        _allow("data.proportion_empty_prompts", 0 <= share <= 1, share, "allowed is a share from 0 to 1")
+        _allow("data.resolution", 1 <= self.resolution <= 8192, self.resolution, "allowed is 1 to 8192 pixels")
         workers = self.num_workers
-        _allow("dataloader_num_workers", workers is None or workers >= 0, workers, "0 or more")
+        _allow("data.num_workers", workers is None or workers >= 0, workers, "0 or more")
         count = self.max_train_samples
-        _allow("max_train_samples", count is None or count >= 1, count, "1 or more")
+        _allow("data.max_train_samples", count is None or count >= 1, count, "1 or more")
         bad = self.max_bad_share
         _allow("data.max_bad_share", 0 <= bad < 1, bad, "allowed is 0 up to, not including, 1")
         step = self.bucket_step
@@ -257,14 +259,14 @@ class OptimOptions:
     """Rules of piecewise_constant, as diffusers writes them: "1:10,0.1:20,0.01" multiplies by 1 for 10 steps, ..."""
 
     def __post_init__(self) -> None:
-        _allow("learning_rate", 0 < self.lr < inf, self.lr, "allowed is a number above 0")
-        for number, beta in enumerate(self.betas, start=1):
-            _allow(f"adam_beta{number}", 0 <= beta < 1, beta, "allowed is 0 up to, not including, 1")
-        _allow("adam_weight_decay", 0 <= self.weight_decay < inf, self.weight_decay, "allowed is 0 or more")
-        _allow("adam_epsilon", 0 < self.eps < inf, self.eps, "allowed is a number above 0")
-        _allow("max_grad_norm", self.max_grad_norm > 0, self.max_grad_norm, "allowed is a number above 0")
-        _allow("lr_warmup_steps", self.warmup_steps >= 0, self.warmup_steps, "0 or more")
-        _allow("lr_num_cycles", self.num_cycles >= 1, self.num_cycles, "1 or more")
+        _allow("optim.lr", 0 < self.lr < inf, self.lr, "allowed is a number above 0")
+        for number, beta in enumerate(self.betas):
+            _allow(f"optim.betas.{number}", 0 <= beta < 1, beta, "allowed is 0 up to, not including, 1")
+        _allow("optim.weight_decay", 0 <= self.weight_decay < inf, self.weight_decay, "allowed is 0 or more")
+        _allow("optim.eps", 0 < self.eps < inf, self.eps, "allowed is a number above 0")
+        _allow("optim.max_grad_norm", self.max_grad_norm > 0, self.max_grad_norm, "allowed is a number above 0")
+        _allow("optim.warmup_steps", self.warmup_steps >= 0, self.warmup_steps, "0 or more")
+        _allow("optim.num_cycles", self.num_cycles >= 1, self.num_cycles, "1 or more")
         if self.schedule == "piecewise_constant":
             form = re.fullmatch(r"([\d.e+-]+:\d+,)*[\d.e+-]+", self.step_rules)
             _allow("optim.step_rules", bool(form), repr(self.step_rules), 'needs the form "1:10,0.1:20,0.01"')
@@ -322,13 +324,13 @@ class TrainOptions:
     """Steps of the whole run that on_nonfinite skip may pass over; one more stops it."""
 
     def __post_init__(self) -> None:
-        _allow("train_batch_size", self.batch_size >= 1, self.batch_size, "1 or more")
+        _allow("train.batch_size", self.batch_size >= 1, self.batch_size, "1 or more")
         accumulate = self.gradient_accumulation_steps
-        _allow("gradient_accumulation_steps", accumulate >= 1, accumulate, "1 or more")
+        _allow("train.gradient_accumulation_steps", accumulate >= 1, accumulate, "1 or more")
         _allow("train.noise_draws", 1 <= self.noise_draws <= 64, self.noise_draws, "allowed is 1 to 64")
-        _allow("max_train_steps", self.max_steps is None or self.max_steps >= 1, self.max_steps, "1 or more")
-        _allow("num_train_epochs", self.epochs >= 1, self.epochs, "1 or more")
-        _allow("seed", self.seed is None or 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
+        _allow("train.max_steps", self.max_steps is None or self.max_steps >= 1, self.max_steps, "1 or more")
+        _allow("train.epochs", self.epochs >= 1, self.epochs, "1 or more")
+        _allow("train.seed", self.seed is None or 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
         _allow("train.lanes", self.lanes is None or self.lanes >= 1, self.lanes, "1 or more")
         _allow("train.ema_decay", 0 <= self.ema_decay < 1, self.ema_decay, "allowed is 0 up to, not including, 1")
         _allow("train.max_nonfinite", self.max_nonfinite >= 0, self.max_nonfinite, "0 or more")
@@ -355,8 +357,8 @@ class CheckpointOptions:
     """Go on from a checkpoint although options have changed that make it another run."""
 
     def __post_init__(self) -> None:
-        _allow("checkpointing_steps", self.every >= 1, self.every, "1 or more")
-        _allow("checkpoints_total_limit", self.keep is None or self.keep >= 1, self.keep, "1 or more")
+        _allow("checkpoint.every", self.every >= 1, self.every, "1 or more")
+        _allow("checkpoint.keep", self.keep is None or self.keep >= 1, self.keep, "1 or more")
         each = self.keep_every
         _allow("checkpoint.keep_every", each is None or each >= 1, each, "1 or more")
 
@@ -384,15 +386,16 @@ class ValidationOptions:
     def __post_init__(self) -> None:
         prompts, images = len(self.prompts), len(self.images)
         if bool(prompts) != bool(images):
-            given, missing = ("--validation_prompt", "--validation_image")[:: 1 if prompts else -1]
-            raise UserError(f"{given} is given without {missing}: give both, or neither.")
+            given, missing = ("validation.prompts", "validation.images")[:: 1 if prompts else -1]
+            raise UserError(f"is given without {flag(missing)}: give both, or neither.", option=given)
         if prompts != images and 1 not in (prompts, images):
             raise UserError(
-                f"--validation_prompt has {prompts} entries and --validation_image {images}: "
-                "give as many of one as of the other, or a single one of either."
+                f"has {prompts} entries and {flag('validation.images')} {images}: "
+                "give as many of one as of the other, or a single one of either.",
+                option="validation.prompts",
             )
-        _allow("num_validation_images", self.num_images >= 1, self.num_images, "1 or more")
-        _allow("validation_steps", self.every >= 1, self.every, "1 or more")
+        _allow("validation.num_images", self.num_images >= 1, self.num_images, "1 or more")
+        _allow("validation.every", self.every >= 1, self.every, "1 or more")
         _allow("validation.steps", self.steps >= 1, self.steps, "1 or more")
         _allow("validation.guidance", 0 <= self.guidance < inf, self.guidance, "allowed is 0 or more")
 
