@@ -20,7 +20,7 @@ PROG = "t2i-adapter"
 
 
 class Verb(NamedTuple):
-    """One line about a verb, the dataclass of its options and the function that takes them ("module:name" each)."""
+    """A verb's summary, the dataclass of its options and the function that takes them ("module:name" each)."""
 
     summary: str
     options: str
@@ -29,55 +29,55 @@ class Verb(NamedTuple):
 
 VERBS = {
     "demo": Verb(
-        "Make data, train on the embedded base, generate, evaluate: in minutes.",
+        "Make data, train on the embedded base, generate and evaluate, in minutes.",
         "t2i_adapter.verbs.demo_options:DemoOptions",
         "t2i_adapter.verbs.demo:run",
     ),
     "make-data shapes": Verb(
-        "Write a data set of drawn shapes, with their exact condition maps.",
+        "Write a dataset of drawn shapes with their exact condition maps.",
         "t2i_adapter.verbs.make_data:ShapesOptions",
         "t2i_adapter.verbs.make_data:make_shapes",
     ),
     "make-data emoji": Verb(
-        "Write a data set of Fluent Emoji, from their npm package.",
+        "Write a dataset of Fluent Emoji from their npm package.",
         "t2i_adapter.verbs.make_data:EmojiOptions",
         "t2i_adapter.verbs.make_data:make_emoji",
     ),
     "doctor": Verb(
-        "Look a data set over before training: what is wrong, row by row.",
+        "Check a dataset before training and list what is wrong, row by row.",
         "t2i_adapter.verbs.doctor_options:DoctorOptions",
         "t2i_adapter.verbs.doctor:run",
     ),
     "conditions": Verb(
-        "List the kinds of condition maps, or draw a sheet of them.",
+        "List the condition kinds, or write a sheet of them.",
         "t2i_adapter.verbs.annotate_options:ConditionsOptions",
         "t2i_adapter.verbs.conditions:run",
     ),
     "annotate": Verb(
-        "Make the condition map of a picture, or of a whole data set.",
+        "Make the condition map of a picture, or of a whole dataset.",
         "t2i_adapter.verbs.annotate_options:AnnotateOptions",
         "t2i_adapter.verbs.annotate:run",
     ),
     "plan": Verb(
-        "Tell what a run will need: memory, disk, hours, the largest batch.",
+        "Predict what a run needs: memory, disk, hours, the largest batch.",
         "t2i_adapter.verbs.plan_options:PlanOptions",
         "t2i_adapter.verbs.plan:run",
     ),
     "prepare": Verb(
-        "Encode what a training run would need, and stop.",
+        "Encode the dataset of a run into the cache, and stop.",
         "t2i_adapter.config.tree:Config",
         "t2i_adapter.verbs.train:prepare",
     ),
     "train": Verb(
-        "Train an adapter, from flags or a recipe.", "t2i_adapter.config.tree:Config", "t2i_adapter.verbs.train:run"
+        "Train an adapter from flags or a recipe.", "t2i_adapter.config.tree:Config", "t2i_adapter.verbs.train:run"
     ),
     "verify-resume": Verb(
-        "Show that a run stopped and resumed is the run left alone.",
+        "Check that a stopped and resumed run equals an uninterrupted one.",
         "t2i_adapter.verbs.verify_resume_options:VerifyOptions",
         "t2i_adapter.verbs.verify_resume:run",
     ),
     "generate": Verb(
-        "Draw pictures from prompts and condition pictures.",
+        "Generate pictures from prompts and condition pictures.",
         "t2i_adapter.generation.options:GenerateOptions",
         "t2i_adapter.verbs.generate:run",
     ),
@@ -87,17 +87,17 @@ VERBS = {
         "t2i_adapter.verbs.evaluate:run",
     ),
     "cache ls": Verb(
-        "List what is prepared: records, bytes, when it was last used.",
+        "List the cached records: number, bytes, last use.",
         "t2i_adapter.verbs.cache_options:CacheOptions",
         "t2i_adapter.verbs.cache:ls",
     ),
     "cache verify": Verb(
-        "Read every prepared record and name the damaged files.",
+        "Read every cached record and list the damaged files.",
         "t2i_adapter.verbs.cache_options:CacheOptions",
         "t2i_adapter.verbs.cache:verify",
     ),
     "cache rm": Verb(
-        "Remove prepared records: some, those not used for long, or all.",
+        "Remove cached records: some, those unused for long, or all.",
         "t2i_adapter.verbs.cache_options:RemoveOptions",
         "t2i_adapter.verbs.cache:rm",
     ),

@@ -1,4 +1,4 @@
-"""The one exception for what a person can mend, and what of any text may be shown."""
+"""The one exception for errors that the user can fix, and the removal of secrets from every text."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ SECRET_NAMES = (
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
     *("WANDB_API_KEY", "COMET_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
 )
-"""Variables of the environment whose values are never shown."""
+"""Environment variables whose values are never printed."""
 _LOGIN = re.compile(r"(?<=://)[^/?#\s]*@")
 _SIGNATURE = re.compile(r"((?:https?|s3|hf)://[^\s?]*\?)[^\s'\"),;]+")
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_SHORTEST = 6  # letters: hiding less would hide half of every text
-_OPEN, _CLOSE = "\ue000", "\ue001"  # of a private use area: no text of a user's has them around a path
+_SHORTEST = 6  # letters; hiding shorter words would hide half of every text
+_OPEN, _CLOSE = "\ue000", "\ue001"  # around the path of an option; private use characters, rare in any text
 _FLAG = re.compile(f"{_OPEN}([a-z0-9_.]+){_CLOSE}")
 _kept: set[str] = set()
 
 
 def register_secret(text: str | None) -> None:
-    """Takes `text` out of everything that `redact` is given from now on: each of its words, for clients quote them."""
+    """Makes `redact` hide each word of `text` from now on; error messages of clients quote single words."""
     _kept.update(word for word in (text or "").split() if len(word) >= _SHORTEST)
 
 
 def has_login(address: str) -> bool:
-    """Whether an address holds a user's name or password: scheme://user:password@host/..."""
+    """Whether an address holds a user name or password: scheme://user:password@host/..."""
     return _LOGIN.search(address) is not None
 
 
 def redact(text: str) -> str:
-    """`text` as it may be shown and logged.
+    """`text` as it may be printed and logged.
 
-    Secrets are "[secret]"; addresses lose their login, and what follows their question mark, where signatures stand;
-    what steers a terminal or reverses the reading order is written as its escape.
+    Secrets become "[secret]". Addresses lose their login, and their query, which may hold a signature. Characters that
+    control a terminal or reverse the reading order are written as escapes.
     """
     _kept.update(word for name in SECRET_NAMES for word in os.environ.get(name, "").split() if len(word) >= _SHORTEST)
     for secret in sorted(_kept, key=len, reverse=True):
@@ -79,9 +79,10 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """A run ended before its last step because a signal or a time limit asked it to, and can go on from where it is.
+    """A run was stopped before its last update by a signal or a time limit, after it was saved; it can be resumed.
 
-    Not an Exception: what keeps a run alive through faults must not swallow it. `code` is the exit code.
+    It is not an Exception, so that code which keeps a run alive through failures does not swallow it. `code` is the
+    exit code.
     """
 
     def __init__(self, message: str, code: int) -> None:

@@ -1,4 +1,4 @@
-"""Files and folders that appear under their name whole and on the disk, or not at all; JSON of whatever origin."""
+"""Files and folders: atomic writes, checksums, paths that users write, JSON from anywhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STALE_SECONDS = 24 * 3600
 
 
 def parse_json(text: str | bytes) -> Any:
-    """As `json.loads`, with every fault of the text a ValueError: also one that is nested too deeply."""
+    """As `json.loads`; text that is nested too deeply is a ValueError too."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -25,8 +25,11 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Writes a file by way of one beside it, NAME.RANDOM.tmp, which is gone again if that fails. Of several processes
-    that write the same file the last one's stays. Raises OSError."""
+    """Writes a temporary file beside `path`, NAME.RANDOM.tmp, flushes it to the disk and renames it to `path`.
+
+    If that fails, the temporary file is removed. If several processes write the same file, the last one wins. Raises
+    OSError.
+    """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -38,9 +41,9 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def move_atomic(source: Path, target: Path) -> None:
-    """Renames a file, or a folder with all it holds, once it is on the disk; the rename outlasts a power cut.
+    """Flushes a file, or a folder with its content, to the disk, then renames it; the rename survives a power cut.
 
-    Both lie on one file system. A file takes the place of `target`; a folder needs the place empty. Raises OSError.
+    Both must be on one file system. A file replaces `target`; a folder needs `target` not to exist. Raises OSError.
     """
     for path in (*source.rglob("*"), source):
         _flush(path)
@@ -49,7 +52,7 @@ def move_atomic(source: Path, target: Path) -> None:
 
 
 def sweep(folder: Path, pattern: str) -> None:
-    """Removes files that a killed process left behind: those a day old, which no living one is still about to use."""
+    """Removes files that a killed process left behind: those that match and are a day old."""
     for path in folder.glob(pattern):
         if time.time() - path.stat().st_mtime > STALE_SECONDS:
             path.unlink(missing_ok=True)
@@ -64,7 +67,7 @@ def _flush(path: Path) -> None:
 
 
 def fingerprint(**parts: Any) -> str:
-    """A short name for a folder of records that were made alike: sha256 over the named parts."""
+    """Name for a folder of records made with the same options and weights: sha256 over the named parts, 32 digits."""
     text = "\n".join(f"{name}={parts[name]}" for name in sorted(parts))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -87,24 +90,24 @@ def user_path(text: str | Path) -> Path:
 
 
 def cache_root(named: str | None) -> Path:
-    """Where all that comes of data is kept: as named (--data.prepared_dir), else $T2I_ADAPTER_CACHE, else the user's
-    cache."""
+    """Folder of everything that is cached of datasets: `named` (data.prepared_dir), else $T2I_ADAPTER_CACHE, else
+    ~/.cache/t2i_adapter/prepared."""
     named = named or os.environ.get("T2I_ADAPTER_CACHE")
     return user_path(named) if named else Path.home() / ".cache" / "t2i_adapter" / "prepared"
 
 
 def output_folder(out: str) -> Path:
-    """The folder that --out names, made where it is missing. Raises UserError where it cannot be."""
+    """The folder that the option `out` names; creates it if it is missing. Raises UserError."""
     folder = user_path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        raise UserError(f"--out {out}: the folder cannot be made ({fault.strerror}).") from fault
+        raise UserError(f"{out}: the folder cannot be created ({fault.strerror}).", option="out") from fault
     return folder
 
 
 def show_bytes(count: float) -> str:
-    """ "1.5 GB", "12 MB", "3 KB"."""
+    """A number of bytes for people: "1.5 GB", "12 MB" or "3 KB"."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

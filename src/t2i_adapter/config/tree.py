@@ -1,8 +1,8 @@
 """Every option of a run, each default beside its documentation. Importing this module loads no torch.
 
-The tree is filled in one order: defaults <- YAML recipe <- flags (`load.py`), and nothing mutates it afterwards.
-A check that needs only the value stands in `__post_init__` and names the flag to change; what needs files or models is
-checked where they are read.
+The tree is filled in one order: defaults <- YAML recipe (`recipe.py`) <- flags (`flags.py`), and nothing mutates it
+afterwards. A check that needs only the values is in `__post_init__` and names the option to change. A check that needs
+files or models is made when they are read.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ from typing import Any, Literal
 from t2i_adapter.errors import UserError, flag, has_login, register_secret
 
 NANO = "nano"
-SECRET = "secret"  # metadata key of fields that are never written anywhere
+SECRET = "secret"  # metadata key of fields that are never written to a file
 
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def seconds_of(text: str) -> int:
-    """The seconds that `90m`, `1h30m`, `12:00:00`, `1-12:00:00` (days) or a bare number of seconds mean.
-
-    Raises UserError.
-    """
+    """Seconds in `90m`, `1h30m`, `12:00:00`, `1-12:00:00` (days) or a plain number of seconds. Raises UserError."""
     clock = re.fullmatch(r"(?:([0-9]{1,4})-)?([0-9]{1,4}):([0-9]{2}):([0-9]{2})", text)
     parts = zip("dhms", clock.groups(default="0"), strict=True) if clock else ()
     if re.fullmatch(r"[0-9]{1,9}", text):
@@ -59,20 +56,20 @@ class BaseOptions:
     """The frozen text-to-image model."""
 
     name: str = NANO
-    """Hub id, diffusers folder, single .safetensors file, or `nano`, the base that comes with the package."""
+    """Hub id, diffusers folder, single .safetensors file, or `nano`, the base inside the package."""
     config: str | None = None
-    """Diffusers folder or hub id that gives a single-file base its configs and tokenizers; None lets diffusers tell by
-    the file's keys, which it then fetches from the hub."""
+    """Diffusers folder or hub id with the configs and tokenizers of a single-file base. None: diffusers recognises the
+    model by the file's keys and fetches them from the hub."""
     revision: str | None = None
-    """Hub revision (branch, tag or commit) of the base, or of what gives a single-file base its configs."""
+    """Hub revision (branch, tag or commit) of the base, or of `config`."""
     variant: str | None = None
     """Weight file variant of the base, for example fp16."""
     vae: str | None = None
     """Another VAE: hub id or folder. SDXL's own overflows in fp16; madebyollin/sdxl-vae-fp16-fix does not."""
     cache_dir: str | None = None
-    """Folder for what is downloaded from the hub; None is the hub library's own."""
+    """Folder for downloads from the hub; None is the hub library's own."""
     quantize: Literal["none", "float8", "int8", "nf4"] = "none"
-    """Keep the matrices of the UNet's transformer blocks in 8 bits, or 4 (nf4), while training; docs/memory.md."""
+    """Quantise the matrices of the UNet's transformer blocks to 8 bits, or 4 (nf4), while training; docs/memory.md."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +77,14 @@ class AdapterOptions:
     """The network that is trained."""
 
     init_from: str | None = None
-    """Adapter to continue from: hub id or folder. None starts from random weights, channels read from the base."""
+    """Adapter to continue from: hub id or folder. None starts from random weights, with the base's channels."""
     in_channels: Literal[1, 3] = 3
     """Channels of the condition picture; the official SDXL adapters have 3."""
     num_res_blocks: int = 2
-    """Residual blocks a stage. ComfyUI and A1111 open adapters with 2 only."""
+    """Residual blocks of each stage. ComfyUI and A1111 only open adapters with 2."""
     init: Literal["default", "quiet", "zero"] = "default"
-    """`default` is diffusers' random start; `quiet` scales all features to 1 % of it, so that step 0 leaves the base
-    all but undisturbed; `zero` to nothing, by a first convolution of zeros."""
+    """`default` is diffusers' random start. `quiet` scales all features to 1 % of that, so that step 0 hardly changes
+    the base's output. `zero` scales them to 0: the weights of the first convolution are zeros."""
 
     def __post_init__(self) -> None:
         _allow("adapter.num_res_blocks", self.num_res_blocks >= 1, self.num_res_blocks, "1 or more")
@@ -95,86 +92,86 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Pairs of pictures and captions, and how each is cut to size."""
+    """Pairs of pictures, their captions, and how each is cropped."""
 
     train_data_dir: str | None = None
-    """Where the pairs are: a folder (train/metadata.jsonl beside the pictures, or images/, conditions/ and captions in
-    .txt), a manifest (.jsonl, .csv, .parquet), tar or parquet shards by glob or braces, local or http://, https://,
-    s3://, an emoji package (.tgz), or `shapes`. This or dataset_name."""
+    """The dataset: a folder (train/metadata.jsonl beside the pictures, or images/, conditions/ and captions in .txt), a
+    manifest (.jsonl, .csv, .parquet), tar or parquet shards by glob or braces, local or at http://, https://, s3://, an
+    emoji package (.tgz), or `shapes`. This or dataset_name."""
     dataset_name: str | None = None
-    """Hub id, or a local folder, of a data set. This or train_data_dir."""
+    """Hub id, or a local folder, of a dataset. This or train_data_dir."""
     dataset_config_name: str | None = None
-    """Configuration of the hub data set, where it has several."""
+    """Configuration of the hub dataset, if it has several."""
     dataset_revision: str | None = None
-    """Hub revision (branch, tag or commit) of the data set."""
+    """Hub revision (branch, tag or commit) of the dataset."""
     kind: Literal["auto", "folder", "paired", "manifest", "tar", "parquet", "hub", "emoji", "shapes"] = "auto"
-    """How the data is laid out; `auto` tells by its name and content, and says what it took it for."""
+    """Layout of the dataset; `auto` recognises it by its name and content and prints what it found."""
     streaming: bool = False
-    """Read a hub data set's parquet shards one by one instead of downloading it whole first."""
+    """Read a hub dataset's parquet shards one by one instead of downloading all of them first."""
     split: str = "train"
     """Split to train on."""
     cache_dir: str | None = None
-    """Folder for downloaded and prepared data sets; None is the hub library's own."""
+    """Folder for downloaded datasets; None is the hub library's own."""
     image_column: str = "image"
     """Column of the target picture: decoded pictures, paths or bytes."""
     conditioning_image_column: str = "conditioning_image"
     """Column of the condition picture: decoded pictures, paths or bytes."""
     caption_column: str = "text"
-    """Column of the caption, or of a list of captions of which one is drawn each time."""
+    """Column of the caption, or of a list of captions; each draw of a sample picks one of them."""
     condition: str | None = None
-    """Make the condition from the image with this kind of `t2i-adapter conditions`, options after commas, for example
-    canny,low=50; None takes the condition column."""
+    """Make the condition from the image with this annotator (`t2i-adapter conditions` lists them), its options behind
+    commas, for example canny,low=50. None reads the condition column."""
     max_train_samples: int | None = None
-    """Use only this many rows, chosen by the seed."""
+    """Number of rows to use, chosen by the seed; None uses all."""
     skip: str | None = None
-    """File of rows to leave out, one key a line, as `doctor` writes it."""
+    """File of rows to skip, one key a line, as `doctor` writes it."""
     on_bad_sample: Literal["fail", "skip"] = "fail"
-    """`skip` leaves out rows that cannot be read, lists each with its reason in the run's bad_samples.jsonl, and stops
-    past max_bad_share."""
+    """`fail` stops at a row that cannot be read. `skip` skips it, lists it with its reason in the run's
+    bad_samples.jsonl, and stops if there are more than max_bad_share."""
     max_bad_share: float = 0.01
     """Largest share of bad rows, 0 to 1, that on_bad_sample skip accepts."""
     resolution: int = 1024
     """Side of the training crop in pixels, and with buckets the square root of its area."""
     buckets: Literal["none", "sdxl", "generated"] = "none"
-    """`none` cuts a square. `sdxl` picks the size of SDXL's own list that is nearest in aspect, scaled to the
-    resolution; `generated` all sizes of about that area in multiples of bucket_step."""
+    """`none` crops squares. `sdxl` picks the size of SDXL's own list that is nearest in aspect ratio, scaled to the
+    resolution. `generated` picks from all sizes of about that area in multiples of bucket_step."""
     bucket_step: int = 64
-    """Sides of buckets are multiples of this many pixels; 32 at least."""
+    """Sides of buckets are multiples of this many pixels; at least 32."""
     crop: Literal["center", "random"] = "center"
-    """Where the crop lies on the resized picture; `random` draws it for each view."""
+    """Position of the crop on the resized picture; `random` draws one for each view."""
     flip: bool = False
-    """Show mirrored pictures too, half of the time: left and right of pose and normal maps are exchanged with them."""
+    """Mirror half of the draws left to right. Pose and normal maps exchange their left and right colours with it."""
     views: int = 1
-    """Crops (random) and mirrorings that are kept of each picture; each time one of them is drawn."""
+    """Number of random crops (and mirrorings) that are cached of each picture; each draw picks one."""
     condition_kind: Literal["map", "labels", "pose", "normal"] = "map"
-    """What the condition's colours mean: `labels` are never blended (nearest), `pose` has OpenPose's left and right
-    colours, `normal` directions; it matters where pictures are scaled or mirrored."""
+    """What the condition's colours mean, for scaling and mirroring: `labels` are never blended (nearest), `pose` has
+    OpenPose's left and right colours, `normal` has directions, `map` has neither."""
     background: str = "white"
-    """What shows through transparent pixels: a colour's name or #rrggbb."""
+    """Colour behind transparent pixels: a colour's name or #rrggbb."""
     crops_coords_top_left_h: int = 0
     """Added to the true crop's top coordinate in SDXL's size conditioning, in pixels."""
     crops_coords_top_left_w: int = 0
     """Added to the true crop's left coordinate in SDXL's size conditioning, in pixels."""
     proportion_empty_prompts: float = 0.0
-    """Share of draws, 0 to 1, whose caption is replaced by the empty one; drawn when a batch is built."""
+    """Share of draws, 0 to 1, whose caption is replaced by the empty one, chosen when a batch is built."""
     caption_prefix: str = ""
-    """Put before every caption that is not empty, for example a trigger word."""
+    """Text in front of every caption that is not empty, for example a trigger word."""
     shuffle_tags: bool = False
-    """Read captions as lists of tags between commas and shuffle them anew at each draw."""
+    """Read captions as tags between commas and shuffle them at each draw."""
     keep_tags: int = 0
-    """How many first tags keep their place when tags are shuffled."""
+    """Number of first tags that keep their place when tags are shuffled."""
     num_workers: int | None = None
-    """Processes that build batches; 0 builds them in the training process. The samples are the same for any number.
-    None is 1, and 0 where training is on a CPU: there such a process takes from the step what it gives, and memory."""
+    """Loader processes; 0 builds batches in the training process. The samples are the same for any number. None is 1,
+    and 0 if training runs on a CPU, where a loader process slows the step as much as it helps, and takes memory."""
     cache: Literal["disk", "none"] = "disk"
-    """`disk` encodes every picture once and keeps the latents; `none` encodes at each step, for streams too large to
-    keep."""
+    """`disk` encodes every picture once and caches the latents. `none` encodes at each step, for datasets too large to
+    cache."""
     text_cache: Literal["auto", "disk", "live"] = "auto"
-    """`disk` keeps every caption's text states (308 KiB each for SDXL); `live` keeps the text encoders loaded. `auto`
-    decides by their size, and says so."""
+    """`disk` caches every caption's text states (308 KiB each for SDXL). `live` keeps the text encoders loaded. `auto`
+    chooses by their size and prints its choice."""
     prepared_dir: str | None = None
-    """Where latents and text states are kept, keyed by content; None is ~/.cache/t2i_adapter/prepared (or
-    $T2I_ADAPTER_CACHE)."""
+    """Folder of cached latents and text states, keyed by content; None is $T2I_ADAPTER_CACHE, or
+    ~/.cache/t2i_adapter/prepared."""
 
     def __post_init__(self) -> None:
         check_no_login("data.train_data_dir", self.train_data_dir or "")
@@ -195,22 +192,22 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
-    """What is learned at which noise level."""
+    """The training objective and its noise levels."""
 
     timesteps: Literal["cubic", "uniform", "logit_normal"] = "cubic"
-    """`cubic` draws t = (1 - u^3) T (paper 2302.08453, section 3.4): structure is decided where noise is high.
+    """`cubic` draws t = (1 - u^3) T (paper 2302.08453, section 3.4), more often high noise, which decides structure.
     `logit_normal` draws t = T / (1 + exp(-z)), z normal with logit_mean and logit_std."""
     logit_mean: float = 0.0
     """Mean of logit_normal's z: half of the draws lie above T / (1 + exp(-mean)), so above 0.73 T for 1."""
     logit_std: float = 1.0
-    """Standard deviation of logit_normal's z; a small one keeps to timesteps near the middle of all draws."""
+    """Standard deviation of logit_normal's z; the smaller, the closer the timesteps to their median."""
     stratify: bool = False
-    """Spread each update's timesteps evenly over their distribution: one in each of as many equal parts as there are
-    draws in the global batch. Each draw's own distribution stays as it is."""
+    """Spread each update's timesteps evenly over their distribution (stratified sampling): it is divided into as many
+    equal parts as the global batch has draws, one draw in each. The distribution of a single draw does not change."""
     min_snr_gamma: float | None = None
-    """Min-SNR weighting (paper 2303.09556) with this gamma, 5 in the paper; None weighs every timestep alike."""
+    """Min-SNR weighting (paper 2303.09556) with this gamma, 5 in the paper; None weights all timesteps equally."""
     noise_offset: float = 0.0
-    """Standard deviation of a constant added to each channel's noise; 0 is none."""
+    """Standard deviation of a constant that is added to each channel's noise; 0 adds none."""
 
     def __post_init__(self) -> None:
         gamma = self.min_snr_gamma
@@ -232,13 +229,13 @@ class OptimOptions:
     scale_lr: bool = False
     """Multiply the learning rate by the global batch."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of Adam's two moments; with muon that is for the biases alone."""
+    """Decay of Adam's two moments; muon uses them for the biases alone."""
     weight_decay: float = 1e-2
     """Decoupled weight decay."""
     eps: float = 1e-8
     """Added to Adam's denominator."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to it."""
     schedule: Literal[
         "linear",
         "cosine",
@@ -250,13 +247,13 @@ class OptimOptions:
     ] = "constant_with_warmup"
     """Shape of the learning rate over the run."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises from 0, for the schedules that have a warm-up."""
+    """Updates over which the learning rate rises from 0, for the schedules that have a warm-up."""
     num_cycles: int = 1
     """Hard restarts of cosine_with_restarts."""
     power: float = 1.0
     """Power of the polynomial schedule."""
     step_rules: str = ""
-    """Rules of piecewise_constant, as diffusers writes them: "1:10,0.1:20,0.01" multiplies by 1 for 10 steps, ..."""
+    """Rules of piecewise_constant in diffusers' form: "1:10,0.1:20,0.01" multiplies by 1 for 10 updates, ..."""
 
     def __post_init__(self) -> None:
         _allow("optim.lr", 0 < self.lr < inf, self.lr, "allowed is a number above 0")
@@ -274,54 +271,54 @@ class OptimOptions:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How long, how much at a time, and in which arithmetic."""
+    """Length of the run, batch size, precision and speed."""
 
     batch_size: int = 4
-    """Samples a device and micro-step."""
+    """Samples of each device and micro-step."""
     gradient_accumulation_steps: int = 1
-    """Micro-steps an update; the global batch is batch_size x this x processes."""
+    """Micro-steps of each update; the global batch is batch_size x this x processes."""
     noise_draws: int = 1
-    """Draws of noise and timestep for each sample of a batch: its pair is read and its condition goes through the
-    adapter once for all of them, the UNet computes each."""
+    """Noise samples (with a timestep each) of every sample of a batch. The adapter computes the sample's features once
+    for all of them; the UNet computes each."""
     max_steps: int | None = None
-    """Updates in all; None derives them from epochs."""
+    """Updates of the whole run; None derives them from epochs."""
     epochs: int = 1
-    """Passes over the data, where max_steps is not given."""
+    """Passes over the dataset, if max_steps is not given."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Arithmetic of the frozen base and autocast for the adapter, whose weights stay fp32. None asks accelerate's
+    """Precision of the frozen base, and of autocast for the adapter, whose weights stay fp32. None takes accelerate's
     configuration."""
     gradient_checkpointing: bool = False
     """Recompute the UNet's activations in the backward pass: less memory, more time."""
     checkpoint_blocks: Literal["all", "large"] = "all"
-    """What gradient_checkpointing recomputes: every block, or only those of the two highest resolutions, where most of
-    the memory is and less of the time."""
+    """What gradient_checkpointing recomputes: every block, or only those of the two highest resolutions, which hold
+    most of the memory and cost less of the time."""
     seed: int | None = None
-    """Every random choice is a function of this and of a sample's place in the run; None draws a seed and prints it."""
+    """Every random choice is a function of the seed and of the draw's number; None draws a seed and prints it."""
     allow_tf32: bool = False
     """TF32 matrix products on NVIDIA Ampere and newer."""
     profile: bool = False
-    """Write a trace of some updates, and a page that sums up where their time went, to profile/ in the run's folder."""
+    """Profile some updates: a trace, and a table of where the time went, in profile/ in the run's folder."""
     xformers: bool = False
     """xFormers' attention instead of torch's scaled dot product attention."""
     compile: Literal["off", "on", "graphs"] = "off"
-    """Compile the UNet (on a GPU its repeated blocks): minutes at first, kept for later runs. `graphs` also captures
-    what a GPU is told in CUDA graphs. On a CPU it is slower than what is done without, on a GPU neither was measured.
-    Where compiling fails the run says so and goes on without."""
+    """Compile the UNet with torch.compile (on a GPU its repeated blocks): minutes at first, cached for later runs.
+    `graphs` adds CUDA graphs (mode="reduce-overhead"). On a CPU it is slower than `off`; on a GPU it is not measured.
+    If compiling fails, the run prints that and continues without."""
     channels_last: bool = False
-    """Keep the UNet's weights and pictures with channels last: on a CPU no difference, on a GPU not measured."""
+    """Use the channels_last memory format for the UNet: no difference on a CPU, not measured on a GPU."""
     lanes: int | None = None
-    """On a CPU, threads that share each micro-batch, every one with an equal part of the cores; None takes one a core,
-    at most one a sample. Another number changes a run's last bits only."""
+    """On a CPU, the number of threads that share each micro-batch; each has an equal part of the cores. None is one a
+    core, at most one a sample. Another number changes only the last bits of a run's numbers."""
     ema_decay: float = 0.0
-    """Decay of an exponential moving average of the adapter, which is then what is saved; 0 keeps none."""
+    """Decay of the EMA (exponential moving average) of the adapter, which is then what is saved; 0 is no EMA."""
     max_time: str | None = None
-    """Stop, save and exit 0 once the run has taken this long: 90m, 1h30m, 12:00:00, 1-12:00:00 (days) or seconds.
-    Leave room for a step and a save before the scheduler's own limit."""
+    """Save, stop and exit with code 0 after this time: 90m, 1h30m, 12:00:00, 1-12:00:00 (days) or seconds. Leave time
+    for one update and one save before the scheduler's own limit."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do where a step's gradient is no finite number; in neither case does it reach the optimiser. `skip`
-    goes on with the next step."""
+    """What to do if the gradient of an update holds NaN or inf. `stop` ends the run; `skip` continues with the next
+    update. The gradient does not reach the optimiser in either case."""
     max_nonfinite: int = 10
-    """Steps of the whole run that on_nonfinite skip may pass over; one more stops it."""
+    """Number of updates of the whole run that on_nonfinite skip may skip; one more stops the run."""
 
     def __post_init__(self) -> None:
         _allow("train.batch_size", self.batch_size >= 1, self.batch_size, "1 or more")
@@ -331,7 +328,8 @@ class TrainOptions:
         _allow("train.max_steps", self.max_steps is None or self.max_steps >= 1, self.max_steps, "1 or more")
         _allow("train.epochs", self.epochs >= 1, self.epochs, "1 or more")
         _allow("train.seed", self.seed is None or 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
-        _allow("train.lanes", self.lanes is None or self.lanes >= 1, self.lanes, "1 or more")
+        threads = self.lanes
+        _allow("train.lanes", threads is None or threads >= 1, threads, "1 or more")
         _allow("train.ema_decay", 0 <= self.ema_decay < 1, self.ema_decay, "allowed is 0 up to, not including, 1")
         _allow("train.max_nonfinite", self.max_nonfinite >= 0, self.max_nonfinite, "0 or more")
         if self.max_time is not None:
@@ -340,21 +338,21 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """Saving and going on."""
+    """Saving and resuming."""
 
     every: int = 500
     """Updates between checkpoints."""
     keep: int | None = 3
-    """How many of the newest to keep; the oldest goes only after the newest is whole. None keeps all."""
+    """Number of newest checkpoints to keep; the oldest is deleted after the newest is complete. None keeps all."""
     keep_every: int | None = None
-    """Keep the checkpoints of every so many updates too, whatever their age."""
+    """Also keep every checkpoint whose update is a multiple of this."""
     keep_best: bool = False
-    """Save and keep the checkpoint whose validation pictures follow their conditions best, by `validation.judge`."""
+    """Save and keep the checkpoint whose validation pictures follow their conditions best, by validation.judge."""
     resume: str | None = None
-    """`auto` (or `latest`) starts, goes on from the newest whole checkpoint, or finds the run finished: one command for
-    a job that is started again and again. Or a checkpoint's folder."""
+    """`auto` (or `latest`) starts the run, resumes it from the newest complete checkpoint, or finds it finished: one
+    command for a job that is restarted. Or a checkpoint's folder."""
     allow_changed: bool = False
-    """Go on from a checkpoint although options have changed that make it another run."""
+    """Resume although options have changed that make it another run."""
 
     def __post_init__(self) -> None:
         _allow("checkpoint.every", self.every >= 1, self.every, "1 or more")
@@ -365,23 +363,23 @@ class CheckpointOptions:
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """Pictures drawn while training, always from the same noise."""
+    """Pictures generated while training, always from the same noise."""
 
     prompts: tuple[str, ...] = ()
-    """Prompts; as many as images, or one for all."""
+    """Prompts: as many as images, or one for all images."""
     images: tuple[str, ...] = ()
-    """Condition picture files; as many as prompts, or one for all."""
+    """Condition picture files: as many as prompts, or one for all prompts."""
     num_images: int = 4
-    """Pictures a prompt."""
+    """Pictures of each prompt."""
     every: int = 100
-    """Updates between validations; there is one at step 0 and one at the end too."""
+    """Updates between validations; there is also one at step 0 and one at the end."""
     steps: int = 20
-    """Denoising steps a picture."""
+    """Denoising steps of each picture."""
     guidance: float = 5.0
     """Classifier-free guidance scale."""
     judge: str | None = None
-    """Kind of condition that is made of each validation picture and compared with the row's own: how well the adapter
-    controls, logged with the curves. None takes `data.condition`'s; `none` measures nothing."""
+    """Annotator that makes a condition of each validation picture, which is compared with the row's own condition. The
+    score, how well the adapter controls, is logged. None is the annotator of data.condition; `none` turns it off."""
 
     def __post_init__(self) -> None:
         prompts, images = len(self.prompts), len(self.images)
@@ -400,7 +398,7 @@ class ValidationOptions:
         _allow("validation.guidance", 0 <= self.guidance < inf, self.guidance, "allowed is 0 or more")
 
     def pairs(self) -> list[tuple[str, str]]:
-        """(prompt, image file) of each picture row, the single one of either repeated."""
+        """(prompt, image file) of each row of pictures, a single one repeated."""
         count = max(len(self.prompts), len(self.images))
         prompts = self.prompts * count if len(self.prompts) == 1 else self.prompts
         images = self.images * count if len(self.images) == 1 else self.images
@@ -409,7 +407,7 @@ class ValidationOptions:
 
 @dataclass(frozen=True)
 class TrackingOptions:
-    """Where curves and pictures go."""
+    """Where metrics and pictures are logged."""
 
     report_to: str = "tensorboard"
     """Any tracker accelerate has (tensorboard, wandb, trackio, comet_ml, mlflow, ...), `all`, or `none`."""
@@ -429,15 +427,15 @@ class HubOptions:
     """Publishing the result."""
 
     push: bool = False
-    """Upload the adapter, its card and its pictures at the end; nothing else leaves the machine."""
+    """Upload the adapter, its card and its pictures at the end, and nothing else."""
     model_id: str | None = None
     """Repository; None takes the output folder's name under your account."""
     token: str | None = field(default=None, metadata={SECRET: True})
-    """Access token; None uses the one `hf auth login` keeps. It is never written anywhere."""
+    """Access token; None uses the one that `hf auth login` stored. It is never written to a file."""
     private: bool = True
-    """Make the repository private, where it is created."""
+    """Make the repository private, if it is created."""
     license: str | None = None
-    """Licence of the adapter as the hub names it, for example apache-2.0, for the card; None states none."""
+    """Licence of the adapter by its name on the hub, for example apache-2.0, for the card; None omits it."""
 
     def __post_init__(self) -> None:
         register_secret(self.token)
@@ -448,7 +446,7 @@ class Config:
     """One run."""
 
     output_dir: str = "t2iadapter-model"
-    """Folder of everything the run writes; the finished adapter lies at its top."""
+    """Folder of everything that the run writes, with the finished adapter at its top."""
     base: BaseOptions = BaseOptions()
     adapter: AdapterOptions = AdapterOptions()
     data: DataOptions = DataOptions()
@@ -462,7 +460,7 @@ class Config:
 
 
 def to_dict(options: Any) -> dict[str, Any]:
-    """The tree as plain JSON types, secrets left out."""
+    """The tree as plain JSON types, without secrets."""
 
     def plain(value: Any) -> Any:
         if is_dataclass(value):
