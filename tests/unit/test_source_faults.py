@@ -71,7 +71,7 @@ def test_a_split_that_is_not_there(data: Path) -> None:
 @pytest.mark.parametrize("flag", ["image_column", "conditioning_image_column", "caption_column"])
 def test_a_missing_column_names_flag_and_columns(data: Path, flag: str) -> None:
     message = fault_of(data, **{flag: "nope"})
-    assert message.startswith(f"--{flag} nope: {data}/train/metadata.jsonl has no such column")
+    assert message.startswith(f"--data.{flag} nope: {data}/train/metadata.jsonl has no such column")
     assert message.endswith("there are: image, conditioning_image, text.")
 
 
@@ -169,7 +169,7 @@ def test_an_animation_is_refused(data: Path) -> None:
     path = data / "train" / "00002.png"
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:])
-    assert fault_of(data) == f"{path}: animated, several frames; save the one that is meant as a still picture."
+    assert fault_of(data) == f"{path}: animated, several frames; save one frame as a still picture."
 
 
 def test_a_decompression_bomb_is_refused_by_its_header(data: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(data: Path) -> None:
 def test_a_strip_is_refused_by_its_header(data: Path) -> None:
     path = data / "train" / "00002.png"
     Image.new("1", (30_000, 2)).save(path)
-    assert fault_of(data) == f"{path}: 30000x2 pixels; a side has at most 16,384. Scale it down, or cut it."
+    assert fault_of(data) == f"{path}: 30000x2 pixels; a side has at most 16,384. Scale it down, or crop it."
 
 
 def test_another_aspect_names_row_and_sizes(data: Path) -> None:

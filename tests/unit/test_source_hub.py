@@ -100,7 +100,7 @@ def test_wrong_column_type_split_and_column(circles: Path, tmp_path: Path) -> No
         open_named(folder)[0]
     with pytest.raises(UserError, match="has no split 'test'; there are: train"):
         open_named(folder, split="test")
-    with pytest.raises(UserError, match="--caption_column nope: .* there are: image, conditioning_image, text"):
+    with pytest.raises(UserError, match="--data.caption_column nope: .* there are: image, conditioning_image, text"):
         open_named(folder, caption_column="nope")
 
 

@@ -137,7 +137,7 @@ def test_an_annotator_needs_no_condition_column(data: Path, rows: Rows) -> None:
     metadata = data / "train" / "metadata.jsonl"
     lines = [{"file_name": row["image"].name, "text": row["text"]} for row in rows]
     metadata.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "--conditioning_image_column conditioning_image" in fault_of(data)
+    assert "--data.conditioning_image_column conditioning_image" in fault_of(data)
     source = open_at(data, condition="canny")
     assert source[0].condition is None and source.annotate == "canny"
     assert source.identify(0).digest == source[0].digest
@@ -190,7 +190,7 @@ def test_skip_leaves_rows_out_and_tells_of_keys_that_no_row_has(data: Path, tmp_
     assert {chosen.key(i) for i in range(2)} <= {source.key(i) for i in range(4)}
     assert "--data.skip nowhere: cannot be read" in fault_of(data, skip="nowhere")
     skip.write_text("".join(f"train/{i:05d}.png\n" for i in range(NUM)))
-    assert "leaves out all 6 rows" in fault_of(data, skip=str(skip))
+    assert "skips all 6 rows" in fault_of(data, skip=str(skip))
 
 
 def test_a_row_whose_line_is_no_json_can_be_skipped(data: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.picture import StoredPicture, read_file
 from t2i_adapter.data.remote import Blob, Store, file_stamp, is_url, local_path
 from t2i_adapter.data.rows import Row
-from t2i_adapter.errors import UserError, has_login
+from t2i_adapter.errors import UserError, flag, has_login
 
 
 class Table(Protocol):
@@ -60,16 +60,19 @@ class Cells:
                 return StoredPicture(f"{cell} ({path})" if path else cell, data)
             value = path
         if value is None or value == "":
-            raise UserError(f"{cell}: there is no picture. Every row needs one: add it or leave the row out.")
+            raise UserError(
+                f"{cell}: there is no picture. Every row needs one: add it or skip the row.", kind="missing"
+            )
         if isinstance(value, bytes):
             return StoredPicture(cell, value)
         if not isinstance(value, str):
-            raise UserError(f"{cell}: holds {type(value).__name__}; allowed are pictures, paths or bytes.")
+            kind = "unreadable"
+            raise UserError(f"{cell}: holds {type(value).__name__}; allowed are pictures, paths or bytes.", kind=kind)
         blob = self._blob(value, cell)
         try:
             path = self.store.local(blob) if blob.is_remote and self.store else Path(blob.name)
         except UserError as fault:
-            raise UserError(f"{cell}: {fault}") from fault
+            raise fault.within(cell) from fault
         return StoredPicture(blob.name, read_file(path, cell))
 
     def stamp(self, value: Any) -> str | None:
@@ -101,14 +104,17 @@ class Cells:
             raise UserError(f"{cell}: {text!r} is a path, but this data set has no folder that it could lie in.")
         path = normal(self.roots[0] / text)
         if not any(path.is_relative_to(normal(root)) for root in self.roots):
-            raise UserError(f"{cell}: {text!r} leaves the data folder {self.roots[0]}. Paths must stay in it.")
+            raise UserError(
+                f"{cell}: {text!r} leaves the data folder {self.roots[0]}. Paths must stay in it.", kind="missing"
+            )
         return Blob(str(path), 0, None)
 
     def _address(self, url: str, cell: str) -> Blob:
         if self.store is None:
             raise UserError(
-                f"{cell}: {url!r} is an address; only files are read. Download it and give its path, or make the "
-                "table a manifest (--data.kind manifest), whose rows may name addresses."
+                f"{cell}: {url!r} is an address; only files are read. Download it and write its path, or make the "
+                f"table a manifest ({flag('data.kind')} manifest), whose rows may name addresses.",
+                kind="missing",
             )
         if has_login(url):
             raise UserError(f"{cell}: {url!r} held a login, which rows may not; put it into ~/.netrc.")
@@ -138,7 +144,7 @@ _SCHEME = re.compile("[A-Za-z][A-Za-z0-9+.-]*:")
 def _inside(text: str, base: str, cell: str) -> str:
     path = os.path.normpath(text)
     if path.startswith(("/", "..")) or _SCHEME.match(path):
-        raise UserError(f"{cell}: {text!r} leaves the data folder {base}. Paths must stay in it.")
+        raise UserError(f"{cell}: {text!r} leaves the data folder {base}. Paths must stay in it.", kind="missing")
     return path
 
 
@@ -149,11 +155,11 @@ class CellRows:
         self.place, self.shards = table.place, table.shards
         self.annotate = options.condition
         self._table, self._cells, self._options = table, cells, options
-        flags = ["image_column", "caption_column"]
+        used = ["image_column", "caption_column"]
         if not self.annotate:
-            flags.insert(1, "conditioning_image_column")
-        self._pictures = [getattr(options, flag) for flag in flags[:-1]]
-        _check_columns(table, {flag: getattr(options, flag) for flag in flags})
+            used.insert(1, "conditioning_image_column")
+        self._pictures = [getattr(options, name) for name in used[:-1]]
+        _check_columns(table, {name: getattr(options, name) for name in used})
 
     def __len__(self) -> int:
         return len(self._table)
@@ -197,10 +203,11 @@ class CellRows:
         return f"{self._table.where(index)}, column {column}"
 
 
-def _check_columns(table: Table, flags: Mapping[str, str]) -> None:
+def _check_columns(table: Table, columns: Mapping[str, str]) -> None:
     if not len(table):
         raise UserError(f"{table.place}: there are no rows.")
-    names = table.names(set(flags.values()))
-    for flag, column in flags.items():
+    names = table.names(set(columns.values()))
+    for name, column in columns.items():
         if column not in names:
-            raise UserError(f"--{flag} {column}: {table.place} has no such column; there are: {', '.join(names)}.")
+            text = f"{column}: {table.place} has no such column; there are: {', '.join(names)}."
+            raise UserError(text, option=f"data.{name}")

@@ -152,11 +152,12 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = parse_json(line.decode())
     except UnicodeDecodeError as fault:
-        raise UserError(f"{where}: not UTF-8 text ({fault.reason} at byte {fault.start}).") from fault
+        raise UserError(f"{where}: not UTF-8 text ({fault.reason} at byte {fault.start}).", kind="row") from fault
     except ValueError as fault:
-        raise UserError(f"{where}: not JSON: {fault}.") from fault
+        raise UserError(f"{where}: not JSON: {fault}.", kind="row") from fault
     if not isinstance(row, dict):
-        raise UserError(f'{where}: holds {type(row).__name__}; each line is one object: {{"file_name": ..., ...}}.')
+        text = f'{where}: holds {type(row).__name__}; each line is one object: {{"file_name": ..., ...}}.'
+        raise UserError(text, kind="row")
     return {_column(name): value for name, value in row.items()}
 
 

@@ -40,7 +40,8 @@ class PairedRows:
         if not annotate and not (folder / CONDITIONS).is_dir():
             raise UserError(
                 f"{folder}: there is no folder {CONDITIONS}/. Add it, or name an annotator that makes conditions from "
-                "the images with --data.condition."
+                "the images.",
+                option="data.condition",
             )
 
     def __len__(self) -> int:
@@ -69,12 +70,14 @@ class PairedRows:
             return path.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
             raise UserError(
-                f"{self.where(index)}: has no caption: {path} is missing (an empty file is allowed)."
+                f"{self.where(index)}: has no caption: {path} is missing (an empty file is allowed).", kind="caption"
             ) from None
         except UnicodeDecodeError as fault:
-            raise UserError(f"{path}: not UTF-8 text ({fault.reason} at byte {fault.start}).") from fault
+            raise UserError(
+                f"{path}: not UTF-8 text ({fault.reason} at byte {fault.start}).", kind="caption"
+            ) from fault
         except OSError as fault:
-            raise UserError(f"{path}: cannot be read: {fault.strerror}.") from fault
+            raise UserError(f"{path}: cannot be read: {fault.strerror}.", kind="caption") from fault
 
     def stamp(self, index: int) -> str | None:
         try:
@@ -95,8 +98,10 @@ class PairedRows:
         if len(found) == 1:
             return found[0]
         if found:
-            raise UserError(f"{self.where(index)}: has several conditions: {', '.join(map(str, found))}. Keep one.")
-        raise UserError(f"{self.where(index)}: has no condition: there is no {stem} with {', '.join(SUFFIXES)}.")
+            text = f"{self.where(index)}: has several conditions: {', '.join(map(str, found))}. Keep one."
+            raise UserError(text, kind="unreadable")
+        text = f"{self.where(index)}: has no condition: there is no {stem} with {', '.join(SUFFIXES)}."
+        raise UserError(text, kind="missing")
 
 
 def list_pictures(folder: Path) -> Any:

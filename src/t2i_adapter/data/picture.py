@@ -51,7 +51,8 @@ def color(text: str) -> Color:
     except ValueError:
         channels = ()
     if len(channels) != 3:
-        raise UserError(f"--data.background {text}: allowed is a colour's name, such as white, or #rrggbb.")
+        message = f"{text}: allowed is a colour's name, such as white, or #rrggbb."
+        raise UserError(message, option="data.background")
     return channels
 
 
@@ -60,19 +61,22 @@ def read_file(path: Path, cell: str) -> bytes:
     try:
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):  # a pipe blocks, and some devices have no end
-            raise UserError(f"{cell}: {path} is a folder, a pipe or a device; a picture's file is needed.")
+            raise UserError(
+                f"{cell}: {path} is a folder, a pipe or a device; a picture's file is needed.", kind="unreadable"
+            )
         check_size(state.st_size, f"{cell}: {path}")
         return path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{cell}: {path}: no such file.") from None
+        raise UserError(f"{cell}: {path}: no such file.", kind="missing") from None
     except (OSError, ValueError) as fault:  # ValueError: a name that no file can have
-        raise UserError(f"{cell}: {path} cannot be read: {getattr(fault, 'strerror', None) or fault}.") from fault
+        reason = getattr(fault, "strerror", None) or fault
+        raise UserError(f"{cell}: {path} cannot be read: {reason}.", kind="unreadable") from fault
 
 
 def check_size(count: int, name: str) -> None:
     """Raises UserError where a picture's file has more bytes than are read into memory."""
     if count > MAX_BYTES:
-        raise UserError(f"{name}: {count:,} bytes; a picture's file has at most {MAX_BYTES:,}.")
+        raise UserError(f"{name}: {count:,} bytes; a picture's file has at most {MAX_BYTES:,}.", kind="unreadable")
 
 
 def decode(stored: StoredPicture, background: Color = WHITE) -> Image.Image:
@@ -83,7 +87,7 @@ def decode(stored: StoredPicture, background: Color = WHITE) -> Image.Image:
     if stored.draw:
         return stored.draw()
     if not stored.data:
-        raise UserError(f"{stored.name}: the file is empty; a picture is needed.")
+        raise UserError(f"{stored.name}: the file is empty; a picture is needed.", kind="empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below
@@ -92,19 +96,22 @@ def decode(stored: StoredPicture, background: Color = WHITE) -> Image.Image:
         picture.load()
         return to_rgb(ImageOps.exif_transpose(picture), stored.name, background)
     except Image.DecompressionBombError as fault:
-        raise UserError(f"{stored.name}: too large to decode ({fault}); at most {MAX_PIXELS:,} pixels.") from fault
+        text = f"{stored.name}: too large to decode ({fault}); at most {MAX_PIXELS:,} pixels."
+        raise UserError(text, kind="huge") from fault
     except UnidentifiedImageError:
-        raise UserError(f"{stored.name}: not a picture that can be read ({len(stored.data)} bytes).") from None
+        text = f"{stored.name}: not a picture that can be read ({len(stored.data)} bytes)."
+        raise UserError(text, kind="unreadable") from None
     except UserError:
         raise
     except Exception as fault:  # Pillow's decoders raise nearly anything on files made to break them
-        raise UserError(f"{stored.name}: damaged picture: {fault}.") from fault
+        raise UserError(f"{stored.name}: damaged picture: {fault}.", kind="unreadable") from fault
 
 
 def to_rgb(picture: Image.Image, name: str, background: Color = WHITE) -> Image.Image:
     """RGB with 8 bits a channel, transparency composited over `background`. `name` is for messages."""
     if picture.mode == "F":
-        raise UserError(f"{name}: holds floating point numbers, whose range is not known; save it with 8 or 16 bits.")
+        text = f"{name}: holds floating point numbers, whose range is not known; save it with 8 or 16 bits."
+        raise UserError(text, kind="unreadable")
     if picture.mode in WIDE_GREY:
         picture = _scale_to_8_bits(picture, name)
     if picture.has_transparency_data:
@@ -124,16 +131,20 @@ def _formats() -> list[str]:
 def _check_header(picture: Image.Image, name: str) -> None:
     width, height = picture.size
     if width * height > MAX_PIXELS:
-        raise UserError(f"{name}: {width}x{height} pixels; at most {MAX_PIXELS:,} are decoded. Scale it down.")
+        text = f"{name}: {width}x{height} pixels; at most {MAX_PIXELS:,} are decoded. Scale it down."
+        raise UserError(text, kind="huge")
     if max(width, height) > MAX_SIDE:
-        raise UserError(f"{name}: {width}x{height} pixels; a side has at most {MAX_SIDE:,}. Scale it down, or cut it.")
+        text = f"{name}: {width}x{height} pixels; a side has at most {MAX_SIDE:,}. Scale it down, or crop it."
+        raise UserError(text, kind="huge")
     # Not n_frames, which reads all of a GIF. Cameras keep a preview as a second frame of their JPEG.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
-        raise UserError(f"{name}: animated, several frames; save the one that is meant as a still picture.")
+        text = f"{name}: animated, several frames; save one frame as a still picture."
+        raise UserError(text, kind="unreadable")
 
 
 def _scale_to_8_bits(picture: Image.Image, name: str) -> Image.Image:
     values = np.asarray(picture).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise UserError(f"{name}: grey levels {values.min()}..{values.max()}; allowed are 8 or 16 bits (0..65535).")
+        text = f"{name}: grey levels {values.min()}..{values.max()}; allowed are 8 or 16 bits (0..65535)."
+        raise UserError(text, kind="unreadable")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))

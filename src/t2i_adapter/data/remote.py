@@ -205,7 +205,7 @@ def attempt(function: Callable[[], T], url: str) -> T:
         except Exception as caught:
             fault = _cause(caught)
             if isinstance(fault, FileNotFoundError) or _status(fault) in _MISSING:
-                raise UserError(f"{url}: no such file there.") from None
+                raise UserError(f"{url}: no such file there.", kind="missing") from None
             if not isinstance(fault, OSError | ValueError) and type(fault).__module__.partition(".")[0] not in _FOREIGN:
                 raise
             if pause is None or not _may_pass(fault):

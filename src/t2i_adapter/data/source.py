@@ -84,7 +84,7 @@ def open_source(options: DataOptions, seed: int) -> Source:
     numbers, unused = leave_out(rows, options.skip)
     numbers = choose(numbers, options.max_train_samples, seed)
     if not len(numbers):
-        raise UserError(f"--data.skip {options.skip}: leaves out all {len(rows)} rows of {rows.place}.")
+        raise UserError(f"{options.skip}: skips all {len(rows)} rows of {rows.place}.", option="data.skip")
     return TableSource(rows, numbers, background=background, what=what + unused)
 
 
@@ -99,7 +99,8 @@ def leave_out(rows: Rows, skip: str | None) -> tuple[Sequence[int] | np.ndarray,
         text = user_path(skip).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as fault:
         reason = getattr(fault, "strerror", None) or fault
-        raise UserError(f"--data.skip {skip}: cannot be read ({reason}). It holds keys of rows, one a line.") from fault
+        text = f"{skip}: cannot be read ({reason}). It holds keys of rows, one a line."
+        raise UserError(text, option="data.skip") from fault
     keys = {line.strip() for line in text.splitlines() if line.strip()}
     found = np.fromiter((rows.key(number) in keys for number in range(len(rows))), bool, len(rows))
     known = {rows.key(int(number)) for number in np.flatnonzero(found)}
@@ -167,7 +168,8 @@ class TableSource:
             raise UserError(
                 f"{self._rows.where(number)} ({self._rows.key(number)}): the condition is "
                 f"{condition.width}x{condition.height} and its image {image.width}x{image.height}: another aspect, so "
-                "they would not lie on each other. Make the condition at its image's size, or at one scale of it."
+                "they would not align. Make the condition at its image's size, or at a multiple of it.",
+                kind="aspect",
             )
 
 
@@ -183,14 +185,15 @@ def check_caption(value: Any, cell: str) -> None:
     """A caption is a string, or a list of at least one; the empty string is allowed. Raises UserError."""
     texts = value if isinstance(value, list | tuple) else [value]
     if not texts:
-        raise UserError(f'{cell}: an empty list; give at least one caption ("" is allowed).')
+        raise UserError(f'{cell}: an empty list; write at least one caption ("" is allowed).', kind="caption")
     for text in texts:
         if text is None:
-            raise UserError(f'{cell}: there is no caption. Add one ("" is allowed) or leave the row out.')
+            raise UserError(f'{cell}: there is no caption. Add one ("" is allowed) or skip the row.', kind="caption")
         if not isinstance(text, str):
-            raise UserError(f"{cell}: holds {type(text).__name__}; a caption is a string or a list of strings.")
+            words = f"{cell}: holds {type(text).__name__}; a caption is a string or a list of strings."
+            raise UserError(words, kind="caption")
         if _HALF_LETTER.search(text):
-            raise UserError(f"{cell}: holds half a letter (a lone surrogate), which is no text.")
+            raise UserError(f"{cell}: holds a lone surrogate (half a letter), which is not text.", kind="caption")
 
 
 def hash_row(row: Row) -> str:

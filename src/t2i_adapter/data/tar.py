@@ -103,7 +103,7 @@ class TarRows:
         data = self._part(index, part)
         if data is None:
             wanted = ", ".join(f".{suffix}" for suffix in part_suffixes(self._options)[part])
-            raise UserError(f"{self.where(index)}: there is no {part}: no member ends in {wanted}.")
+            raise UserError(f"{self.where(index)}: there is no {part}: no member ends in {wanted}.", kind="missing")
         return StoredPicture(f"{self.where(index)}, {part}", data)
 
     def _meta(self, index: int) -> dict[str, Any]:
@@ -118,16 +118,18 @@ class TarRows:
         try:
             row = parse_json(self._text(index, data))
         except ValueError as fault:
-            raise UserError(f"{self.where(index)}: its .json is not JSON: {fault}.") from fault
+            raise UserError(f"{self.where(index)}: its .json is not JSON: {fault}.", kind="row") from fault
         if not isinstance(row, dict):
-            raise UserError(f"{self.where(index)}: its .json holds {type(row).__name__}; an object is needed.")
+            text = f"{self.where(index)}: its .json holds {type(row).__name__}; an object is needed."
+            raise UserError(text, kind="row")
         return row
 
     def _text(self, index: int, data: bytes) -> str:
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as fault:
-            raise UserError(f"{self.where(index)}: its caption is not UTF-8 text (byte {fault.start}).") from fault
+            text = f"{self.where(index)}: its caption is not UTF-8 text (byte {fault.start})."
+            raise UserError(text, kind="caption") from fault
 
     def _part(self, index: int, part: str) -> bytes | None:
         """A member's bytes; None where the sample has no such member."""
