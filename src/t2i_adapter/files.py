@@ -7,7 +7,8 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,21 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Writes a temporary file beside `path`, NAME.RANDOM.tmp, flushes it to the disk and renames it to `path`.
+    """Writes a file by way of `atomic_path`. If several processes write the same file, the last one wins. Raises
+    OSError."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.writelines(chunks)
 
-    If that fails, the temporary file is removed. If several processes write the same file, the last one wins. Raises
-    OSError.
-    """
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, NAME.RANDOM.tmp. When the block ends, the file is flushed to the disk and renamed
+    to `path`; if it raises, the file is removed."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.writelines(chunks)
+        yield temporary
         move_atomic(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 

@@ -101,7 +101,7 @@ class Spoiler:
 
     def plant(self, kind: str, number: int, spoil: Callable[[Spoiler, int], None], key: str = "") -> None:
         spoil(self, number)
-        self.expected.setdefault(kind, []).append(key or f"train/{self.rows[number]['file_name']}")
+        self.expected.setdefault(kind, []).append(key or f"train/{self.rows[number]['file_name']} (line {number + 1})")
 
     def file(self, number: int, which: int) -> Path:
         return self.folder / self.rows[number][PAIR[which]]
@@ -178,7 +178,10 @@ def spoilt(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Spoiler:
     smaller = paint(0, lambda picture: picture.resize((48, 48), Image.Resampling.LANCZOS))
     data.plant("missing", 1, lambda data, number: data.file(number, 0).unlink())
     data.plant(
-        "missing", 2, lambda data, number: data.rows[number].update(file_name="../../x.png"), "train/../../x.png"
+        "missing",
+        2,
+        lambda data, number: data.rows[number].update(file_name="../../x.png"),
+        "train/../../x.png (line 3)",
     )
     data.plant("empty", 3, store(1, lambda _: b""))
     data.plant("unreadable", 4, store(0, lambda png: png[: len(png) // 2]))
@@ -208,7 +211,7 @@ def test_a_spoilt_set_has_just_the_planted_findings(
     assert planted(report) == spoilt.expected
     assert (report["errors"], report["warnings"]) == (7, 10)
     told = capsys.readouterr().out
-    assert "error: a picture is not there: 2 rows (train/00001.png, train/../../x.png)" in told
+    assert "error: a picture is not there: 2 rows (train/00001.png (line 2), train/../../x.png (line 3))" in told
     assert "3 px right" in told and told.endswith("7 errors, 10 warnings\n")
     page = (tmp_path / "page.html").read_text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "<script" not in page

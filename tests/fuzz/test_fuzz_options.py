@@ -17,7 +17,8 @@ from t2i_adapter import script as compat
 from t2i_adapter.config import recipe as load
 from t2i_adapter.config.read import option_types
 from t2i_adapter.config.tree import Config, DataOptions
-from t2i_adapter.data.remote import expand, find
+from t2i_adapter.data.addresses import expand
+from t2i_adapter.data.remote import find
 from t2i_adapter.errors import UserError, redact
 from t2i_adapter.flags import parse_train
 from t2i_adapter.models.record import is_path
@@ -136,7 +137,7 @@ def test_any_address_is_found_or_a_line(text: str):
         options = DataOptions(train_data_dir=text)
         expand(text)
         if "://" not in text or text.startswith("file://"):
-            find(text, "train_data_dir")
+            find(text)
     except UserError:
         return
     assert load.with_values(options, {}) == replace(options)

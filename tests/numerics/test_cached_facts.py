@@ -329,9 +329,9 @@ def test_bad_rows_are_left_out_and_listed(tiny_base: Path, tmp_path: Path, capsy
         assert prepared.shards == (18,)
         assert "2 of 20 rows cannot be used and are left out" in capsys.readouterr().out
     keys = [prepared.fetch(number, 0).key for number in range(18)]
-    assert keys == [f"train/{number:05d}.png" for number in range(20) if number not in (7, 12)]
+    assert keys == [f"train/{number:05d}.png (line {number + 1})" for number in range(20) if number not in (7, 12)]
     rows = [json.loads(line) for line in listed.read_text().splitlines()]
-    assert [row["key"] for row in rows] == ["train/00007.png", "train/00012.png"], "once each"
+    assert [row["key"] for row in rows] == ["train/00007.png (line 8)", "train/00012.png (line 13)"], "once each"
     assert "damaged picture" in rows[0]["reason"]
     assert "no such file" in rows[1]["reason"]
 

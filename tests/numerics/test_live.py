@@ -191,7 +191,7 @@ def test_bad_rows_met_on_the_way_are_listed_and_their_number_is_bounded(tiny_bas
     options = config(tiny_base, data, tmp_path, cache="none", on_bad_sample="skip", max_bad_share=0.2)
     run(options)
     [line] = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
-    assert json.loads(line)["key"] == "train/00003.png"
+    assert json.loads(line)["key"] == "train/00003.png (line 4)"
     assert "no such file" in json.loads(line)["reason"]
     strict = replace(options, output_dir=str(tmp_path / "strict"), data=replace(options.data, max_bad_share=0.1))
     with pytest.raises(UserError, match="1 of 8 rows cannot be used, and --data.max_bad_share 0.1 allows 0"):

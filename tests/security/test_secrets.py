@@ -207,9 +207,9 @@ def test_a_login_comes_from_netrc(locked: str, tmp_path: Path, monkeypatch: pyte
 
 def test_an_endless_answer_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A picture's server may send for ever: the disk is not filled."""
-    from t2i_adapter.data import remote
+    from t2i_adapter.data import store
 
-    monkeypatch.setattr(remote, "_UNTOLD_BYTES", 2**20)
+    monkeypatch.setattr(store, "_UNKNOWN_BYTES", 2**20)
     sent = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -106,7 +106,7 @@ def test_faults_are_named(adapter: Path, shapes: Path, tiny_data: Path, tmp_path
     for changes, named in [
         ({"num": 9}, "--num 9.*5 pairs.*--num 5"),
         ({"split": "validation"}, "validation"),
-        ({"caption_column": "words"}, "--caption_column words"),
+        ({"caption_column": "words"}, "--data.caption_column words"),
         ({"resolution": 72}, "72.*64 or 80"),
     ]:
         with pytest.raises(UserError, match=named):

@@ -53,14 +53,14 @@ def png(array: Any, mode: str | None = None) -> bytes:
 
 
 def test_both_or_neither_name_of_data_is_refused(data: Path) -> None:
-    with pytest.raises(UserError, match="--dataset_name or --train_data_dir .* neither is given"):
+    with pytest.raises(UserError, match="--data.dataset_name or --data.train_data_dir .* neither is set"):
         open_source(DataOptions(), seed=0)
-    with pytest.raises(UserError, match="both are given"):
+    with pytest.raises(UserError, match="both are set"):
         open_source(DataOptions(train_data_dir=str(data), dataset_name="x/y"), seed=0)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    assert fault_of(tmp_path / "nowhere") == f"--train_data_dir {tmp_path / 'nowhere'}: no such folder."
+    assert fault_of(tmp_path / "nowhere") == f"--data.train_data_dir {tmp_path / 'nowhere'}: no such folder."
 
 
 def test_a_split_that_is_not_there(data: Path) -> None:
@@ -82,12 +82,12 @@ def test_a_bad_json_line_is_named(data: Path) -> None:
     assert fault_of(data).startswith(f"{metadata}, line 3: not JSON")
     others = open_folder(data)
     assert [others.key(i) for i in range(4)] == [
-        "train/00000.png",
-        "train/00001.png",
+        "train/00000.png (line 1)",
+        "train/00001.png (line 2)",
         "train/line 3",
-        "train/00003.png",
+        "train/00003.png (line 5)",
     ]
-    assert others[3].key == "train/00003.png"
+    assert others[3].key == "train/00003.png (line 5)"
     metadata.write_text('"a string"\n')
     assert "line 1: holds str; each line is one object" in fault_of(data)
     metadata.write_bytes(b'{"file_name": "\xff.png"}\n')
@@ -114,7 +114,7 @@ def test_a_bad_caption_is_found_by_reading_or_identifying_its_row_alone(data: Pa
             read(2)
         assert f"{data}/train/metadata.jsonl, line 3, column text" in str(fault.value)
         read(1)
-    assert source.key(2) == "train/00002.png"
+    assert source.key(2) == "train/00002.png (line 3)"
 
 
 def test_a_missing_caption_key(data: Path) -> None:
@@ -193,7 +193,7 @@ def test_another_aspect_names_row_and_sizes(data: Path) -> None:
     path = data / "train" / "00002_outline.png"
     Image.open(path).resize((128, 64)).save(path)
     message = fault_of(data)
-    assert "line 3 (train/00002.png): the condition is 128x64 and its image 64x64" in message
+    assert "line 3 (train/00002.png (line 3)): the condition is 128x64 and its image 64x64" in message
 
 
 @pytest.mark.parametrize("size", [(128, 128), (63, 64), (512, 513)])
@@ -253,7 +253,7 @@ def test_the_folder_itself_its_parent_and_dataset_name_are_the_same_data(data: P
     sources = [open_folder(data), open_folder(data / "train"), open_source(DataOptions(dataset_name=str(data)), 0)]
     assert [len(source) for source in sources] == [4, 4, 4]
     assert len({source[1].digest for source in sources}) == 1
-    assert sources[0][1].key == "train/00001.png"
+    assert sources[0][1].key == "train/00001.png (line 2)"
     assert sources[0].describe() == f"4 pairs from {data}/train/metadata.jsonl, read as an image folder"
 
 
@@ -261,10 +261,10 @@ def test_a_picture_in_two_rows_has_two_keys(data: Path) -> None:
     edit_rows(data, lambda rows: rows[2].update(file_name="00001.png"))
     source = open_folder(data)
     assert [source[i].key for i in range(4)] == [
-        "train/00000.png",
+        "train/00000.png (line 1)",
         "train/00001.png (line 2)",
         "train/00001.png (line 3)",
-        "train/00003.png",
+        "train/00003.png (line 4)",
     ]
 
 

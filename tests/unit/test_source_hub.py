@@ -81,7 +81,7 @@ def test_paths_are_relative_to_the_data_folder(circles: Path) -> None:
     Dataset.from_dict(rows).to_csv(circles / "rows.csv")
     source = open_named(circles)
     assert source[0].image.size == (64, 64)
-    assert source.describe() == f"3 pairs from {circles} (split train), read as a data set"
+    assert source.describe() == f"3 pairs from {circles} (split train), read as a dataset"
 
 
 def test_a_null_caption_names_its_row(circles: Path, tmp_path: Path) -> None:
@@ -144,14 +144,14 @@ def test_hub_data_sets_as_folder_and_as_loading_script(circles: Path, tmp_path: 
         )
     digest = open_named(circles)[1].digest
     as_script, as_folder, absent = run.stdout.splitlines()
-    assert as_script == f"3 pairs from fusing/script (split train), read as a data set {digest}"
-    assert as_folder == f"3 pairs from fusing/folder (split train), read as a data set {digest}"
-    assert absent.startswith("data set fusing/nothing cannot be read: Dataset 'fusing/nothing' doesn't exist")
+    assert as_script == f"3 pairs from fusing/script (split train), read as a dataset {digest}"
+    assert as_folder == f"3 pairs from fusing/folder (split train), read as a dataset {digest}"
+    assert absent.startswith("dataset fusing/nothing cannot be read: Dataset 'fusing/nothing' doesn't exist")
     assert "fusing/script is a loading script, which is not run" in run.stderr
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_line() -> None:
-    with pytest.raises(UserError, match="data set nobody/nothing cannot be read") as fault:
+    with pytest.raises(UserError, match="dataset nobody/nothing cannot be read") as fault:
         open_named("nobody/nothing")
     assert "\n" not in str(fault.value)
 

@@ -18,7 +18,7 @@ from support.tiny import write_circles
 
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data import emoji, shapes
-from t2i_adapter.data.formats import KINDS, detect
+from t2i_adapter.data.formats import LAYOUTS, detect
 from t2i_adapter.data.source import Source, open_source
 from t2i_adapter.errors import UserError
 
@@ -65,7 +65,7 @@ def test_every_layout_gives_the_same_pairs_also_in_another_process(data: Path, r
     }
     for kind, place in places.items():
         opened = open_at(place)
-        assert opened.describe().endswith(f", read as {KINDS[kind].what}")
+        assert opened.describe().endswith(f", read as {LAYOUTS[kind].what}")
         source: Source = pickle.loads(pickle.dumps(opened))
         assert pairs(source) == pairs(opened) == expected, kind
         for index in range(NUM):
@@ -159,7 +159,7 @@ def test_the_kind_is_told_by_what_is_there_and_else_by_the_name(data: Path, tmp_
         assert detect(location, options) == kind, location
     assert detect("lambdalabs/some.tar", DataOptions(dataset_name="x")) == "hub"
     assert "no such folder" in fault_of(tmp_path / "nowhere")
-    assert "its name does not tell its kind" in fault_of("http://127.0.0.1/pairs")
+    assert "the layout is unknown" in fault_of("http://127.0.0.1/pairs")
     assert "no such file" in fault_of(tmp_path / "nowhere.jsonl")
     assert "there is no train/metadata.jsonl" in fault_of(tmp_path, kind="folder")
     assert "there is no folder images/" in fault_of(tmp_path, kind="paired")
@@ -180,12 +180,12 @@ def test_a_split_of_shards_in_one_folder(rows: Rows, tmp_path: Path) -> None:
 
 def test_skip_leaves_rows_out_and_tells_of_keys_that_no_row_has(data: Path, tmp_path: Path) -> None:
     skip = tmp_path / "skip.txt"
-    skip.write_text("train/00001.png\n\ntrain/00004.png\nnobody\n")
+    skip.write_text("train/00001.png (line 2)\n\ntrain/00004.png\nnobody\n")
     source = open_at(data, skip=str(skip))
-    assert [source.key(i) for i in range(len(source))] == [f"train/{i:05d}.png" for i in (0, 2, 3, 5)]
+    assert [source.key(i) for i in range(len(source))] == [f"train/{i:05d}.png (line {i + 1})" for i in (0, 2, 3, 5)]
     assert source.shards == (4,)
     assert "4 of 6 pairs" in source.describe()
-    assert f"; 2 rows are left out by {skip}, where 1 keys are of no row, such as 'nobody'" in source.describe()
+    assert f"; {skip} skips 2 rows and lists 1 keys that no row has, such as 'nobody'" in source.describe()
     chosen = open_at(data, skip=str(skip), max_train_samples=2)
     assert {chosen.key(i) for i in range(2)} <= {source.key(i) for i in range(4)}
     assert "--data.skip nowhere: cannot be read" in fault_of(data, skip="nowhere")
@@ -200,7 +200,7 @@ def test_a_row_whose_line_is_no_json_can_be_skipped(data: Path, tmp_path: Path) 
     key = open_at(data).key(1)
     (tmp_path / "skip.txt").write_text(key)
     source = open_at(data, skip=str(tmp_path / "skip.txt"))
-    assert [source[i].key for i in range(len(source))] == [f"train/{i:05d}.png" for i in (0, 2, 3, 4, 5)]
+    assert [source[i].key for i in range(len(source))] == [f"train/{i:05d}.png (line {i + 1})" for i in (0, 2, 3, 4, 5)]
 
 
 def test_shards_of_chosen_rows_add_up(rows: Rows, tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_shapes_are_those_of_make_data(tmp_path: Path) -> None:
         assert drawn.identify(index).digest == b.digest
     assert len(open_at("shapes")) == 2000
     assert open_at("shapes:3", resolution=64, split="test")[0].captions != drawn[0].captions
-    assert "the form is shapes, or shapes:5000" in fault_of("shapes:many")
+    assert "allowed is shapes, or for example shapes:5000" in fault_of("shapes:many")
     assert "unknown split 'other'" in fault_of("shapes", split="other")
 
 

@@ -28,8 +28,10 @@ from support.tiny import write_circles
 
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data import remote
-from t2i_adapter.data.remote import Store, ask, expand
+from t2i_adapter.data.addresses import expand
+from t2i_adapter.data.remote import ask
 from t2i_adapter.data.source import Source, open_source
+from t2i_adapter.data.store import Store
 from t2i_adapter.errors import UserError
 
 
@@ -169,17 +171,17 @@ def test_what_was_used_least_recently_goes_when_the_folder_is_full(web: WebServe
     blobs = [ask(name) for name in names]
     store = Store(kept, limit=sum(blob.size for blob in blobs[:3]) + blobs[3].size // 2)
     paths = [store.local(blob) for blob in blobs[:3]]
-    (kept / "fetched" / "killed.1.part").write_bytes(b"x")
+    (kept / "fetched" / "killed.1.tmp").write_bytes(b"x")
     store.local(blobs[0])
     store.local(blobs[3])
     left = [path.exists() for path in paths]
     assert left[0], "it was used after the others"
     assert not left[1], "it was used first"
     assert store.place(blobs[3]).exists()
-    assert (kept / "fetched" / "killed.1.part").exists(), "another process may be writing it"
-    os.utime(kept / "fetched" / "killed.1.part", (0, 0))
+    assert (kept / "fetched" / "killed.1.tmp").exists(), "another process may be writing it"
+    os.utime(kept / "fetched" / "killed.1.tmp", (0, 0))
     store.local(blobs[1])
-    assert not (kept / "fetched" / "killed.1.part").exists()
+    assert not (kept / "fetched" / "killed.1.tmp").exists()
 
 
 def test_a_server_that_fails_twice_is_asked_again(web: WebServer, kept: Path) -> None:
@@ -198,8 +200,8 @@ def test_a_server_that_goes_on_failing_is_named(web: WebServer, kept: Path, stat
 def test_a_missing_shard_is_named(web: WebServer, kept: Path, tmp_path: Path) -> None:
     assert fault_of(f"{web.address}/tar/{{0000..0002}}.tar", kept) == f"{web.address}/tar/0002.tar: no such file there."
     pattern = f"{tmp_path}/tar/{{0000..0002}}.tar"
-    assert fault_of(pattern, kept) == f"--train_data_dir {tmp_path}/tar/0002.tar: no such file."
-    assert fault_of(f"{tmp_path}/tar/x*.tar", kept) == f"--train_data_dir {tmp_path}/tar/x*.tar: names no file."
+    assert fault_of(pattern, kept) == f"--data.train_data_dir {tmp_path}/tar/0002.tar: no such file."
+    assert fault_of(f"{tmp_path}/tar/x*.tar", kept) == f"--data.train_data_dir {tmp_path}/tar/x*.tar: names no file."
 
 
 def test_an_address_that_nobody_answers_is_named(kept: Path) -> None:
@@ -212,7 +214,7 @@ def test_an_address_that_nobody_answers_is_named(kept: Path) -> None:
 
 @pytest.mark.parametrize("url", ["ftp://127.0.0.1/0.tar", "simplecache::http://127.0.0.1/0.tar"])
 def test_other_kinds_of_addresses_are_refused(url: str, kept: Path) -> None:
-    assert "addresses of this kind are not read; allowed are http, https, s3, hf" in fault_of(url, kept)
+    assert "addresses of this kind are not supported; allowed are http, https, s3, hf" in fault_of(url, kept)
 
 
 def test_parquet_from_a_server_without_ranges(web: WebServer, kept: Path) -> None:
@@ -238,7 +240,7 @@ def test_a_manifest_elsewhere_names_pictures_beside_it(web: WebServer, kept: Pat
     [
         ("../tar/0000.tar", "leaves the data folder http://"),
         ("/etc/passwd", "leaves the data folder http://"),
-        ("file:///etc/passwd", "names a file here, but the table comes from http://"),
+        ("file:///etc/passwd", "names a local file, but the table comes from http://"),
         ("nothing.png", "/flat/nothing.png: no such file there"),
     ],
 )
@@ -276,7 +278,7 @@ import sys
 sys.modules["s3fs"] = None
 from t2i_adapter.data.remote import find
 try:
-    find("s3://pairs/{0..1}.tar", "train_data_dir")
+    find("s3://pairs/{0..1}.tar")
 except Exception as fault:
     print(type(fault).__name__, fault)
 """
@@ -284,13 +286,17 @@ except Exception as fault:
 
 def test_s3_without_its_package_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_S3FS], capture_output=True, text=True, timeout=60)
-    line = "UserError s3://pairs/0.tar: s3:// needs a package that is not here: pip install 'sdxl-t2i-adapter[s3]'\n"
+    line = (
+        "UserError s3://pairs/0.tar: s3:// needs a package that is not installed: pip install 'sdxl-t2i-adapter[s3]'\n"
+    )
     assert done.stdout == line
 
 
 def test_a_folder_that_cannot_be_made_names_the_flag(web: WebServer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    assert fault_of(f"{web.address}/tar/0000.tar", tmp_path / "file").startswith("--data.prepared_dir: ")
+    assert fault_of(f"{web.address}/tar/0000.tar", tmp_path / "file").startswith(
+        f"--data.prepared_dir {tmp_path}/file/"
+    )
 
 
 def test_indices_are_made_once(kept: Path) -> None:

@@ -1,35 +1,33 @@
-"""An image folder: `metadata.jsonl` beside the pictures, a folder a split, as `datasets` lays it out."""
+"""An image folder: `metadata.jsonl` beside the pictures, one folder a split, as `datasets` lays it out."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from t2i_adapter.config.tree import DataOptions
-from t2i_adapter.data.cells import CellRows, Cells
-from t2i_adapter.data.lines import LineTable
+from t2i_adapter.data.jsonl import JsonLinesTable
+from t2i_adapter.data.table import PictureReader
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import user_path
 
 METADATA = "metadata.jsonl"
 
 
-def open_rows(location: str, options: DataOptions) -> CellRows:
-    """Raises UserError where the folder has no metadata, or not of this split."""
-    folder = user_path(location)
-    metadata = find_split(folder, options.split, METADATA)
+def open_rows(location: str, options: DataOptions) -> JsonLinesTable:
+    """Raises UserError if the folder has no metadata, or none of this split."""
+    metadata = find_split(user_path(location), options.split, METADATA)
     if metadata is None:
-        raise UserError(
-            f"{location}: there is no {options.split}/{METADATA}, which an image folder has (docs/data.md)."
-        )
-    table = LineTable(metadata, options.image_column, prefix=f"{metadata.parent.name}/")
-    return CellRows(table, Cells(roots=(metadata.parent,)), options)
+        text = f"{location}: there is no {options.split}/{METADATA}, which an image folder has (docs/data.md)."
+        raise UserError(text, option="data.train_data_dir")
+    reader = PictureReader(roots=(metadata.parent,))
+    return JsonLinesTable(metadata, reader, options, prefix=f"{metadata.parent.name}/")
 
 
 def find_split(folder: Path, split: str, mark: str) -> Path | None:
-    """`mark`, the file or folder that tells a layout: in `folder`/split, or in `folder` itself where that is the
-    split's folder.
+    """The file or folder `mark`, which identifies a layout: in `folder`/split, or in `folder` if that is the split's
+    own folder.
 
-    None where the folder has another layout. Raises UserError where it has this layout but not this split.
+    None if the folder has another layout. Raises UserError if it has this layout but not this split.
     """
     if (folder / split / mark).exists():
         return folder / split / mark

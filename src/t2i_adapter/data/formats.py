@@ -1,4 +1,4 @@
-"""Every kind of data there is, and how it is told which one a name means: a new kind is a row here and a module."""
+"""The dataset layouts, and how a location's layout is recognised. A new layout is one entry of LAYOUTS and a module."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from importlib import import_module
 from pathlib import Path
 
 from t2i_adapter.config.tree import DataOptions
-from t2i_adapter.data.remote import base_name, is_url, local_path
+from t2i_adapter.data.addresses import base_name, is_url, local_path
 from t2i_adapter.data.rows import Rows
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, flag
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of data: `opener` is "module:function", called with the data's location and the options."""
+class Layout:
+    """`opener`: "module:function", called with the data's location and the options. `what`: its name for people."""
 
     opener: str
     what: str
 
     def open(self, location: str, options: DataOptions) -> Rows:
-        """Raises UserError for what the person can mend."""
+        """Raises UserError."""
         module, _, name = self.opener.partition(":")
         function: Callable[[str, DataOptions], Rows] = getattr(import_module(module), name)
         return function(location, options)
 
 
-KINDS = {
-    "folder": Kind("t2i_adapter.data.folder:open_rows", "an image folder"),
-    "paired": Kind("t2i_adapter.data.paired:open_rows", "paired folders"),
-    "manifest": Kind("t2i_adapter.data.manifest:open_rows", "a manifest"),
-    "tar": Kind("t2i_adapter.data.tar:open_rows", "tar shards"),
-    "parquet": Kind("t2i_adapter.data.parquet:open_rows", "parquet shards"),
-    "hub": Kind("t2i_adapter.data.huggingface:open_rows", "a data set"),
-    "emoji": Kind("t2i_adapter.data.generated:open_emoji", "an emoji package"),
-    "shapes": Kind("t2i_adapter.data.generated:open_shapes", "shapes that are drawn when needed"),
+LAYOUTS = {
+    "folder": Layout("t2i_adapter.data.folder:open_rows", "an image folder"),
+    "paired": Layout("t2i_adapter.data.paired:open_rows", "paired folders"),
+    "manifest": Layout("t2i_adapter.data.manifest:open_rows", "a manifest"),
+    "tar": Layout("t2i_adapter.data.tar:open_rows", "tar shards"),
+    "parquet": Layout("t2i_adapter.data.parquet:open_rows", "parquet shards"),
+    "hub": Layout("t2i_adapter.data.huggingface:open_rows", "a dataset"),
+    "emoji": Layout("t2i_adapter.data.generated:open_emoji", "an emoji package"),
+    "shapes": Layout("t2i_adapter.data.generated:open_shapes", "generated shapes"),
 }
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,29 +44,32 @@ _SUFFIXES = {".jsonl": "manifest", ".csv": "manifest", ".tar": "tar", ".parquet"
 
 
 def located(location: str, options: DataOptions) -> DataOptions:
-    """The options with their data named, for verbs that take one word for it: a hub id where the options say so, or
-    ORG/NAME where no folder ORG is here."""
-    told = options.kind == "hub" or options.streaming
-    if told or (_HUB_ID.fullmatch(location) and not Path(location).parent.exists()):
+    """The options with `location` as their dataset, for verbs that have one option for it.
+
+    It is a hub id if the options say so, or if it has the form ORG/NAME and there is no local folder ORG.
+    """
+    is_hub = options.kind == "hub" or options.streaming
+    if is_hub or (_HUB_ID.fullmatch(location) and not Path(location).parent.exists()):
         return replace(options, dataset_name=location)
     return replace(options, train_data_dir=location)
 
 
-def open_kind(options: DataOptions) -> tuple[Rows, str]:
-    """The rows of the data that the options name, and in words what it was taken for. Raises UserError."""
+def open_layout(options: DataOptions) -> tuple[Rows, str]:
+    """The rows of the dataset that the options name, and the name of its layout. Raises UserError."""
     if bool(options.train_data_dir) == bool(options.dataset_name):
-        given = "both are given" if options.dataset_name else "neither is given"
-        raise UserError(f"--dataset_name or --train_data_dir names the data; {given}: give one of them.")
+        got = "both are set" if options.dataset_name else "neither is set"
+        names = f"{flag('data.dataset_name')} or {flag('data.train_data_dir')}"
+        raise UserError(f"{names} names the data; {got}. Set one of them.")
     location = options.train_data_dir or options.dataset_name or ""
-    kind = KINDS[detect(location, options) if options.kind == "auto" else options.kind]
-    return kind.open(location, options), kind.what
+    layout = LAYOUTS[detect(location, options) if options.kind == "auto" else options.kind]
+    return layout.open(location, options), layout.what
 
 
 def detect(location: str, options: DataOptions) -> str:
-    """The kind that a location's name and content tell: what is there goes before what it is called."""
+    """The name of a location's layout: by its content if it is a local folder, else by its name. Raises UserError."""
     path = local_path(location)
     if path.is_dir():
-        return _of_folder(path, options)
+        return _of_folder(path)
     suffix = re.search(r"\.[A-Za-z0-9]+$", base_name(location).rstrip("}"))
     known = _SUFFIXES.get(suffix.group().lower()) if suffix else None
     if known and (options.train_data_dir or path.is_file() or is_url(location)):
@@ -76,15 +79,15 @@ def detect(location: str, options: DataOptions) -> str:
     if re.fullmatch(r"shapes(:.*)?", location):
         return "shapes"
     if path.is_file() or is_url(location):
-        ends = ", ".join(_SUFFIXES)
-        raise UserError(f"--train_data_dir {location}: its name does not tell its kind ({ends}); give --data.kind.")
-    raise UserError(f"--train_data_dir {location}: no such folder.")
+        text = f"{location}: the layout is unknown, as the name does not end in one of {', '.join(_SUFFIXES)}."
+        raise UserError(f"{text} Name it with {flag('data.kind')}.", option="data.train_data_dir")
+    raise UserError(f"{location}: no such folder.", option="data.train_data_dir", kind="missing")
 
 
-def _of_folder(folder: Path, options: DataOptions) -> str:
+def _of_folder(folder: Path) -> str:
     def has(name: str) -> bool:
         return any(any(folder.glob(pattern)) for pattern in (name, f"*/{name}"))
 
-    # Last what the `datasets` library reads: parquet, csv, arrow, saved data sets
+    # Last the layouts of the `datasets` library: parquet, csv, arrow, saved datasets
     marks = {"metadata.jsonl": "folder", "images": "paired", "icons.json": "emoji", "*.tar": "tar"}
-    return next((kind for mark, kind in marks.items() if has(mark)), "hub")
+    return next((layout for mark, layout in marks.items() if has(mark)), "hub")

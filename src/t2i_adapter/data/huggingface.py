@@ -1,32 +1,33 @@
-"""Rows of whatever the `datasets` library reads: hub ids, local parquet, csv, arrow and saved data sets."""
+"""Datasets read by the `datasets` library: hub ids, local parquet, csv and arrow, and saved datasets."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from t2i_adapter.config.tree import DataOptions
-from t2i_adapter.data.cells import CellRows, Cells
 from t2i_adapter.data.parquet import ParquetTable
-from t2i_adapter.data.remote import Store, find_all
-from t2i_adapter.errors import UserError
+from t2i_adapter.data.remote import find_all
+from t2i_adapter.data.store import Store
+from t2i_adapter.data.table import PictureReader, Table
+from t2i_adapter.errors import UserError, first_line
 from t2i_adapter.files import cache_root, user_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 CONVERTED = "refs/convert/parquet"
-"""Branch on which the hub keeps a parquet copy of data sets that are published as a loading script."""
+"""Branch on which the hub keeps a parquet copy of a dataset that is published as a loading script."""
 
 
-class HubTable:
-    """One split of a `datasets` data set, map-style, its pictures left undecoded."""
+class HubTable(Table):
+    """One split of a map-style `datasets` dataset; its pictures stay encoded."""
 
-    def __init__(self, data: Dataset, place: str) -> None:
+    def __init__(self, data: Dataset, place: str, reader: PictureReader, options: DataOptions) -> None:
         import datasets
 
         for column, feature in data.features.items():
@@ -34,35 +35,25 @@ class HubTable:
                 data = data.cast_column(column, datasets.Image(decode=False))
         self._data = data
         self._columns: dict[str, Dataset] = {}
-        self.place, self.shards = place, (len(data),)
+        super().__init__(place, (len(data),), reader, options)
 
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def names(self, wanted: set[str]) -> tuple[str, ...]:
+    def columns(self, wanted: set[str]) -> tuple[str, ...]:
         return tuple(self._data.column_names)
 
-    def row(self, index: int) -> Mapping[str, Any]:
+    def values(self, index: int) -> Mapping[str, Any]:
         return self._data[index]
 
     def value(self, index: int, column: str) -> Any:
         if column not in self._columns:
-            self._columns[column] = self._data.select_columns([column])  # so that no picture is read for a caption
+            self._columns[column] = self._data.select_columns([column])  # reads a caption without the pictures
         return self._columns[column][index][column]
 
-    def key(self, index: int) -> str:
-        return f"row {index}"
 
-    def where(self, index: int) -> str:
-        return f"{self.place}, row {index}"
+def open_rows(name: str, options: DataOptions) -> Table:
+    """Opens `name` (hub id or local folder) with `datasets`; if streaming, reads a hub id's parquet shards one by one.
 
-    def stamp(self, index: int, columns: Sequence[str]) -> str | None:
-        return None
-
-
-def open_rows(name: str, options: DataOptions) -> CellRows:
-    """Opens `name` (hub id or local folder) with `datasets`, or reads a hub id's parquet shards one by one. Raises
-    UserError for what the person can mend."""
+    Raises UserError.
+    """
     from datasets import DatasetDict
 
     folder = user_path(name)
@@ -74,25 +65,26 @@ def open_rows(name: str, options: DataOptions) -> CellRows:
     if options.split not in splits:
         raise UserError(f"{name} has no split {options.split!r}; there are: {', '.join(map(str, splits))}.")
     roots = (folder, folder.resolve()) if local else _download_folders(options)
-    return CellRows(HubTable(splits[options.split], f"{name} (split {options.split})"), Cells(roots), options)
+    return HubTable(splits[options.split], f"{name} (split {options.split})", PictureReader(roots), options)
 
 
-def _stream(name: str, options: DataOptions) -> CellRows:
-    """A hub set's own parquet files, or else the hub's parquet copy of it."""
+def _stream(name: str, options: DataOptions) -> ParquetTable:
+    """The parquet files of a hub dataset, or of the hub's parquet copy of it."""
     store = Store(cache_root(options.prepared_dir))
     for revision in dict.fromkeys([options.dataset_revision or "main", options.dataset_revision or CONVERTED]):
         files = find_all(f"hf://datasets/{name}@{quote(revision, safe='')}", "**/*.parquet")
         shards = [blob for blob in files if _is_part(blob.name, options)]
         if shards:
             place = f"{name} (split {options.split}, {len(shards)} shards)"
-            return CellRows(ParquetTable(shards, store, place), Cells(), options)
+            return ParquetTable(shards, store, PictureReader(), options, place=place)
         if files:
             raise UserError(f"{name} has parquet files, but none of split {options.split!r}" + _of_config(options))
-    raise UserError(f"--data.streaming: {name} has no parquet files, and the hub no copy of it; read it without.")
+    text = f"{name} has no parquet files, and neither has the hub's copy of it. Read it without this option."
+    raise UserError(text, option="data.streaming")
 
 
 def _is_part(url: str, options: DataOptions) -> bool:
-    """Whether a file is one of the split and configuration: by a folder's name, or the beginning of its own."""
+    """Whether a file belongs to the split and configuration: by a folder's name, or the start of the file's name."""
     *folders, file = url.partition("@")[2].split("/")[1:]  # of hf://datasets/owner/name@revision/folder/file
     config = options.dataset_config_name
     in_split = options.split in folders or re.match(rf"{re.escape(options.split)}(?![A-Za-z])", file) is not None
@@ -104,6 +96,7 @@ def _of_config(options: DataOptions) -> str:
 
 
 def _was_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
@@ -114,7 +107,7 @@ def _from_disk(folder: Path) -> Any:
 
 
 def _load(options: DataOptions, name: str) -> Any:
-    """All splits of a data set, downloaded where need be."""
+    """All splits of a dataset, downloaded if needed."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -135,16 +128,16 @@ def _load(options: DataOptions, name: str) -> Any:
 
 def _explain(name: str, fault: Exception) -> str:
     cause = fault.__cause__ or fault
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    kind = "folder" if Path(name).is_dir() else "data set"
+    reason = first_line(cause) if isinstance(cause, Exception) else type(cause).__name__
+    kind = "folder" if Path(name).is_dir() else "dataset"
     return (
-        f"{kind} {name} cannot be read: {lines[0].rstrip('.')}. "
-        "Give a hub id, or a folder with train/metadata.jsonl beside the pictures (docs/data.md)."
+        f"{kind} {name} cannot be read: {reason.rstrip('.')}. "
+        "Name a hub id, or a folder with train/metadata.jsonl beside the pictures (docs/data.md)."
     )
 
 
 def _download_folders(options: DataOptions) -> tuple[Path, ...]:
-    """Where the libraries put downloaded files: the only places that a hub data set's rows may point to."""
+    """Folders of the libraries' downloads: the only folders that rows of a hub dataset may name files in."""
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.addresses import file_stamp
 from t2i_adapter.data.folder import find_split
 from t2i_adapter.data.picture import StoredPicture, read_file
-from t2i_adapter.data.remote import file_stamp
-from t2i_adapter.data.rows import Row
-from t2i_adapter.errors import UserError
+from t2i_adapter.data.rows import Row, Rows
+from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import user_path
 
 IMAGES, CONDITIONS = "images", "conditions"
@@ -19,18 +19,19 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def open_rows(location: str, options: DataOptions) -> PairedRows:
-    """Raises UserError where the folder has no images, or two of one stem."""
-    folder = user_path(location)
-    images = find_split(folder, options.split, IMAGES)
+    """Raises UserError if the folder has no images, or two of one stem."""
+    images = find_split(user_path(location), options.split, IMAGES)
     if images is None:
-        raise UserError(f"{location}: there is no folder {IMAGES}/, which paired folders have (docs/data.md).")
+        text = f"{location}: there is no folder {IMAGES}/, which paired folders have (docs/data.md)."
+        raise UserError(text, option="data.train_data_dir")
     return PairedRows(images.parent, options.condition)
 
 
-class PairedRows:
-    """Every picture under images/, also in folders of it, sorted by name. The whole text of its .txt is its caption."""
+class PairedRows(Rows):
+    """Every picture below images/, sorted by name. Its caption is the whole text of its .txt."""
 
     def __init__(self, folder: Path, annotate: str | None) -> None:
+        """Raises UserError if pictures, or the folder of conditions, are missing."""
         self.place, self.annotate = str(folder), annotate
         self._folder = folder
         self._names = list_pictures(folder / IMAGES)
@@ -40,12 +41,8 @@ class PairedRows:
         if not annotate and not (folder / CONDITIONS).is_dir():
             raise UserError(
                 f"{folder}: there is no folder {CONDITIONS}/. Add it, or name an annotator that makes conditions from "
-                "the images.",
-                option="data.condition",
+                f"the images with {flag('data.condition')}."
             )
-
-    def __len__(self) -> int:
-        return len(self._names)
 
     def key(self, index: int) -> str:
         return f"{self._folder.name}/{self._name(index)}"
@@ -69,13 +66,11 @@ class PairedRows:
         try:
             return path.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
-            raise UserError(
-                f"{self.where(index)}: has no caption: {path} is missing (an empty file is allowed).", kind="caption"
-            ) from None
+            text = f"{self.where(index)}: has no caption: {path} is missing (an empty file is allowed)."
+            raise UserError(text, kind="caption") from None
         except UnicodeDecodeError as fault:
-            raise UserError(
-                f"{path}: not UTF-8 text ({fault.reason} at byte {fault.start}).", kind="caption"
-            ) from fault
+            text = f"{path}: not UTF-8 text ({fault.reason} at byte {fault.start})."
+            raise UserError(text, kind="caption") from fault
         except OSError as fault:
             raise UserError(f"{path}: cannot be read: {fault.strerror}.", kind="caption") from fault
 
@@ -84,7 +79,7 @@ class PairedRows:
             paths = [self._image(index)] if self.annotate else [self._image(index), self._condition(index)]
             return "\n".join(file_stamp(str(path.absolute()), path.stat()) for path in paths)
         except (OSError, UserError):
-            return None  # reading it says what is wrong
+            return None  # reading the row raises the error
 
     def _name(self, index: int) -> str:
         return self._names[index].as_py()
@@ -97,17 +92,19 @@ class PairedRows:
         found = [path for suffix in SUFFIXES if (path := stem.with_name(stem.name + suffix)).exists()]
         if len(found) == 1:
             return found[0]
+        where = self.where(index)
         if found:
-            text = f"{self.where(index)}: has several conditions: {', '.join(map(str, found))}. Keep one."
+            text = f"{where}: has several conditions: {', '.join(map(str, found))}. Keep one."
             raise UserError(text, kind="unreadable")
-        text = f"{self.where(index)}: has no condition: there is no {stem} with {', '.join(SUFFIXES)}."
+        text = f"{where}: has no condition: there is no {stem} with {', '.join(SUFFIXES)}."
         raise UserError(text, kind="missing")
 
 
 def list_pictures(folder: Path) -> Any:
-    """Names of all pictures under a folder, relative to it and sorted: an arrow array, not a million strings.
+    """Names of all pictures below a folder, relative to it and sorted: an arrow array, which takes less memory than
+    a million Python strings.
 
-    Raises UserError where two have the same stem, whose captions and conditions could not be told apart.
+    Raises UserError if two have the same stem: they would share caption and condition.
     """
     import pyarrow as pa
 
@@ -129,4 +126,4 @@ def _of_one_stem(names: list[str]) -> tuple[str, str]:
         other = seen.setdefault(Path(name).with_suffix(""), name)
         if other != name:
             return other, name
-    raise AssertionError("there are two, or there would be as many stems as names")
+    raise AssertionError("the caller found two names of one stem")

@@ -1,4 +1,4 @@
-"""A picture as it is stored, read and decoded: bytes with a name for messages, then RGB and upright."""
+"""Reads and decodes stored pictures: limits on size, allowed formats, and conversion to upright 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from t2i_adapter.errors import UserError
 
 MAX_PIXELS = 100_000_000
-"""A picture's largest area, 10,000 x 10,000: checked in its header, before anything is unpacked."""
+"""Largest area of a picture in pixels, 10,000 x 10,000; checked in its header, before it is decoded."""
 
 MAX_SIDE = 16_384
-"""A picture's longest side: what is longer is a strip, of which a crop shows next to nothing."""
+"""Longest side of a picture in pixels; a crop of a longer strip shows almost nothing of it."""
 
 MAX_BYTES = 512 * 2**20
-"""A picture's largest file: 16 bits a channel, not compressed, fit in it at MAX_PIXELS' half."""
+"""Largest picture file in bytes: enough for MAX_PIXELS / 2 at 16 bits a channel without compression."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
-"""What is decoded. Pillow knows more, among them formats that start other programs (EPS) or hold other files."""
+"""Formats that are decoded. Pillow has more; some of them start other programs (EPS) or refer to other files."""
 
 Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
@@ -34,18 +34,18 @@ WIDE_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 @dataclass(frozen=True)
 class StoredPicture:
-    """A picture's bytes as they are stored, and the file or cell they came from.
+    """A picture's stored bytes, and its file or cell for messages.
 
-    Of a picture that is drawn, `draw` makes it (RGB), and `data` stands for all that decides it.
+    A generated picture has `render`, which returns it (RGB); its `data` is a hash of all that determines its pixels.
     """
 
     name: str
     data: bytes
-    draw: Callable[[], Image.Image] | None = None
+    render: Callable[[], Image.Image] | None = None
 
 
 def color(text: str) -> Color:
-    """(red, green, blue), 0 to 255, of a colour's name or #rrggbb. Raises UserError."""
+    """(red, green, blue), 0 to 255, of a CSS colour name or #rrggbb. Raises UserError."""
     try:
         channels = ImageColor.getrgb(text)
     except ValueError:
@@ -57,7 +57,7 @@ def color(text: str) -> Color:
 
 
 def read_file(path: Path, cell: str) -> bytes:
-    """A picture's file, into memory. Raises UserError where it is missing, none, or too large."""
+    """The bytes of a picture's file. `cell` names its row and column in messages. Raises UserError."""
     try:
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):  # a pipe blocks, and some devices have no end
@@ -74,23 +74,23 @@ def read_file(path: Path, cell: str) -> bytes:
 
 
 def check_size(count: int, name: str) -> None:
-    """Raises UserError where a picture's file has more bytes than are read into memory."""
+    """Raises UserError if a picture's file is larger than MAX_BYTES. `name` is for messages."""
     if count > MAX_BYTES:
         raise UserError(f"{name}: {count:,} bytes; a picture's file has at most {MAX_BYTES:,}.", kind="unreadable")
 
 
 def decode(stored: StoredPicture, background: Color = WHITE) -> Image.Image:
-    """RGB and upright (EXIF), transparency over `background`, 16-bit grey scaled to 8 bits. Raises UserError.
+    """The picture as RGB, upright (EXIF), transparency over `background`, 16-bit grey scaled to 8 bits.
 
-    Colour profiles are not applied.
+    Ignores colour profiles. Raises UserError.
     """
-    if stored.draw:
-        return stored.draw()
+    if stored.render:
+        return stored.render()
     if not stored.data:
         raise UserError(f"{stored.name}: the file is empty; a picture is needed.", kind="empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit stands below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_check_header` has its own limit
             picture = Image.open(io.BytesIO(stored.data), formats=_formats())
         _check_header(picture, stored.name)
         picture.load()
@@ -103,12 +103,15 @@ def decode(stored: StoredPicture, background: Color = WHITE) -> Image.Image:
         raise UserError(text, kind="unreadable") from None
     except UserError:
         raise
-    except Exception as fault:  # Pillow's decoders raise nearly anything on files made to break them
+    except Exception as fault:  # Pillow's decoders raise many types of errors for damaged files
         raise UserError(f"{stored.name}: damaged picture: {fault}.", kind="unreadable") from fault
 
 
 def to_rgb(picture: Image.Image, name: str, background: Color = WHITE) -> Image.Image:
-    """RGB with 8 bits a channel, transparency composited over `background`. `name` is for messages."""
+    """RGB with 8 bits a channel, transparency composited over `background`. `name` is for messages.
+
+    Raises UserError.
+    """
     if picture.mode == "F":
         text = f"{name}: holds floating point numbers, whose range is not known; save it with 8 or 16 bits."
         raise UserError(text, kind="unreadable")
@@ -123,7 +126,7 @@ def to_rgb(picture: Image.Image, name: str, background: Color = WHITE) -> Image.
 
 @cache
 def _formats() -> list[str]:
-    """Those of FORMATS that this build of Pillow has."""
+    """The formats of FORMATS that this build of Pillow has."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -136,7 +139,7 @@ def _check_header(picture: Image.Image, name: str) -> None:
     if max(width, height) > MAX_SIDE:
         text = f"{name}: {width}x{height} pixels; a side has at most {MAX_SIDE:,}. Scale it down, or crop it."
         raise UserError(text, kind="huge")
-    # Not n_frames, which reads all of a GIF. Cameras keep a preview as a second frame of their JPEG.
+    # Not n_frames, which reads a whole GIF. MPO is a JPEG with a camera's preview as second frame.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
         text = f"{name}: animated, several frames; save one frame as a still picture."
         raise UserError(text, kind="unreadable")

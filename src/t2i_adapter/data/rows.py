@@ -1,17 +1,21 @@
-"""What a kind of data gives of itself, by number: stored bytes, captions as they stand, names for messages."""
+"""What every dataset layout provides, by row number: stored bytes, captions, a key, a name for messages, a stamp.
+
+`layouts` in formats.py implement `Rows`; `source.Source` makes decoded samples of them.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from t2i_adapter.data.picture import StoredPicture
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it is stored, nothing decoded or checked; `condition` is None where an annotator makes it."""
+    """One row as it is stored; nothing is decoded or checked. `condition` is None if an annotator makes it."""
 
     image: StoredPicture
     condition: StoredPicture | None
@@ -19,42 +23,47 @@ class Row:
     meta: Mapping[str, Any]
 
 
-class Rows(Protocol):
-    """Data of one kind: what `TableSource` makes pairs of. Each call depends on the number alone, from any thread, and
-    it can be sent to loader processes.
+class Rows(ABC):
+    """The rows of one dataset. A result depends on the row's number alone, and any thread may call.
+
+    Rows can be pickled for loader processes.
 
     Attributes:
-        place: where the data is, for people.
-        shards: how many rows lie together in storage, in order; they sum to the number of rows.
-        annotate: the annotator that is to make the conditions; None where the data has them.
+        place: where the data is, for messages.
+        shards: number of rows of each stored shard, in order; they sum to the number of rows.
+        annotate: the annotator that makes the conditions; None if the data has condition pictures.
     """
 
     place: str
     shards: tuple[int, ...]
     annotate: str | None
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return sum(self.shards)
 
+    @abstractmethod
     def key(self, index: int) -> str:
-        """Names the row, unlike any other; also one that cannot be read."""
-        ...
+        """A unique name of the row, for lists and reports. A row that cannot be read has one too."""
 
+    @abstractmethod
     def where(self, index: int) -> str:
-        """Names file and row in messages."""
-        ...
+        """The row's file and its place in it, for messages."""
 
     def caption_cell(self, index: int) -> str:
-        """Names where the caption stands in messages."""
-        ...
+        """The place of the row's caption, for messages."""
+        return self.where(index)
 
+    @abstractmethod
     def row(self, index: int) -> Row:
-        """Raises UserError naming the row or file."""
-        ...
+        """Reads the row. Raises UserError that names the row or file."""
 
+    @abstractmethod
     def captions(self, index: int) -> Any:
-        """What `row` gives as captions, no picture read."""
-        ...
+        """Reads the captions of `row(index)` without its pictures. Raises UserError."""
 
     def stamp(self, index: int) -> str | None:
-        """As `Source.stamp`."""
-        ...
+        """A text that changes when the row's stored bytes change, found without reading them; None if unknown.
+
+        It holds each file's absolute path, size and modification time; in a shard, the shard's and the row's number.
+        """
+        return None

@@ -1,4 +1,7 @@
-"""Training pairs by number, whatever they come from: rows chosen, pictures decoded, every fault of a row named."""
+"""`Source`: a dataset as samples by number. Rows are chosen, pictures decoded, and errors name the row.
+
+`open_source` opens the dataset that the options name, in any layout.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL.Image import Image
 
 from t2i_adapter.config.tree import DataOptions
-from t2i_adapter.data.formats import open_kind
+from t2i_adapter.data.formats import open_layout
 from t2i_adapter.data.geometry import aspect_gap
 from t2i_adapter.data.picture import color, decode
 from t2i_adapter.data.rows import Row, Rows
@@ -20,110 +23,34 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.files import user_path
 from t2i_adapter.types import Sample
 
-_HALF_LETTER = re.compile("[\ud800-\udfff]")  # JSON can write them, UTF-8 cannot
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write them, UTF-8 cannot
+_LINE = re.compile(r" \(line \d+\)$")
 MAX_ASPECT_GAP = 1.0  # pixels: what rounding a size makes
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What is known of a row before its pictures are decoded; fields as in `Sample`."""
+    """A row's fields that need no decoded picture; as in `Sample`."""
 
     key: str
     captions: tuple[str, ...]
     digest: str
 
 
-class Source(Protocol):
-    """Training pairs by number. Every call reads afresh and depends on nothing but the number.
+class Source:
+    """Training pairs by number. A call reads the row again, and its result depends on the number alone.
 
     Attributes:
-        shards: how many pairs lie together in storage, in order; they sum to the number of pairs. Reading them in that
-            order is cheap; a source where all orders are has one.
-        annotate: the annotator that is to make the conditions, `Sample.condition` being None; None where the data has
-            them.
+        shards: number of pairs of each stored shard, in order; they sum to the number of pairs. Reading shard by shard
+            is cheap. A source that reads equally fast in any order has one.
+        annotate: the annotator that makes the conditions, in which case `Sample.condition` is None; None if the data
+            has condition pictures.
     """
-
-    @property
-    def shards(self) -> tuple[int, ...]: ...
-
-    @property
-    def annotate(self) -> str | None: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample:
-        """The pair, decoded and checked. Raises UserError naming the row or file."""
-        ...
-
-    def key(self, index: int) -> str:
-        """Names the pair, as `Sample.key`, also where the row cannot be read."""
-        ...
-
-    def identify(self, index: int, digest: str | None = None) -> Identity:
-        """The pair's key, captions and content hash. Decodes nothing; reads the stored bytes to hash them, or takes
-        `digest` where it is known and reads no picture. Raises UserError."""
-        ...
-
-    def stamp(self, index: int) -> str | None:
-        """What is the same for as long as the row's stored bytes are, told without reading them: each file's absolute
-        path, size and time of change (a shard's, and the row in it). None where nothing tells."""
-        ...
-
-    def describe(self) -> str:
-        """One line for the plan: how many pairs, from where, of what kind."""
-        ...
-
-
-def open_source(options: DataOptions, seed: int) -> Source:
-    """Opens the data that the options name; `seed` chooses the rows where max_train_samples is set.
-
-    What concerns all rows is checked here, a row's faults when it is read. Raises UserError.
-    """
-    background = color(options.background)
-    rows, what = open_kind(options)
-    numbers, unused = leave_out(rows, options.skip)
-    numbers = choose(numbers, options.max_train_samples, seed)
-    if not len(numbers):
-        raise UserError(f"{options.skip}: skips all {len(rows)} rows of {rows.place}.", option="data.skip")
-    return TableSource(rows, numbers, background=background, what=what + unused)
-
-
-def leave_out(rows: Rows, skip: str | None) -> tuple[Sequence[int] | np.ndarray, str]:
-    """Numbers of the rows whose keys the file `skip` does not list, ascending, and words for the keys that no row has.
-
-    Raises UserError where the file cannot be read.
-    """
-    if skip is None:
-        return range(len(rows)), ""
-    try:
-        text = user_path(skip).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as fault:
-        reason = getattr(fault, "strerror", None) or fault
-        text = f"{skip}: cannot be read ({reason}). It holds keys of rows, one a line."
-        raise UserError(text, option="data.skip") from fault
-    keys = {line.strip() for line in text.splitlines() if line.strip()}
-    found = np.fromiter((rows.key(number) in keys for number in range(len(rows))), bool, len(rows))
-    known = {rows.key(int(number)) for number in np.flatnonzero(found)}
-    words = f"; {len(known)} rows are left out by {skip}"
-    if keys - known:
-        words += f", where {len(keys - known)} keys are of no row, such as {min(keys - known)!r}"
-    return np.flatnonzero(~found), words
-
-
-def choose(numbers: Sequence[int] | np.ndarray, most: int | None, seed: int) -> Sequence[int] | np.ndarray:
-    """All of the ascending `numbers`, or `most` of them drawn by the seed, ascending."""
-    if most is None or most >= len(numbers):
-        return numbers
-    chosen = np.sort(np.random.default_rng(seed).choice(len(numbers), most, replace=False))
-    return chosen if isinstance(numbers, range) else np.asarray(numbers)[chosen]
-
-
-class TableSource:
-    """Pairs made of some rows, by number."""
 
     def __init__(
         self, rows: Rows, numbers: Sequence[int] | np.ndarray, *, background: tuple[int, int, int], what: str
     ) -> None:
+        """`numbers`: the rows to use, ascending. `what`: the layout, for `describe`."""
         self._rows, self._numbers, self._background, self._what = rows, numbers, background, what
         self.annotate = rows.annotate
         self.shards = shards_of(rows.shards, numbers)
@@ -132,6 +59,7 @@ class TableSource:
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> Sample:
+        """The pair, decoded and checked. Raises UserError that names the row or file."""
         number = int(self._numbers[index])
         row = self._rows.row(number)
         image = decode(row.image, self._background)
@@ -143,9 +71,15 @@ class TableSource:
         )
 
     def key(self, index: int) -> str:
+        """The pair's name, as in `Sample.key`; a row that cannot be read has one too. May read a line of a table, so
+        ask for it when a message needs it."""
         return self._rows.key(int(self._numbers[index]))
 
     def identify(self, index: int, digest: str | None = None) -> Identity:
+        """The pair's key, captions and content hash; decodes no picture. Raises UserError.
+
+        Reads the stored bytes to hash them. If `digest` is known, pass it, and no picture is read.
+        """
         number = int(self._numbers[index])
         if digest is not None:
             return Identity(self._rows.key(number), self._texts(number, self._rows.captions(number)), digest)
@@ -153,9 +87,11 @@ class TableSource:
         return Identity(self._rows.key(number), self._texts(number, row.captions), hash_row(row))
 
     def stamp(self, index: int) -> str | None:
+        """A text that changes when the pair's stored bytes change, found without reading them; None if unknown."""
         return self._rows.stamp(int(self._numbers[index]))
 
     def describe(self) -> str:
+        """One line for the plan: how many pairs, from which place, in which layout."""
         of = f" of {len(self._rows)}" if len(self) < len(self._rows) else ""
         return f"{len(self)}{of} pairs from {self._rows.place}, read as {self._what}"
 
@@ -168,13 +104,62 @@ class TableSource:
             raise UserError(
                 f"{self._rows.where(number)} ({self._rows.key(number)}): the condition is "
                 f"{condition.width}x{condition.height} and its image {image.width}x{image.height}: another aspect, so "
-                "they would not align. Make the condition at its image's size, or at a multiple of it.",
+                "they do not align. Make the condition at its image's size, or at a multiple of it.",
                 kind="aspect",
             )
 
 
+def open_source(options: DataOptions, seed: int) -> Source:
+    """Opens the dataset that the options name; `seed` chooses the rows if max_train_samples is set.
+
+    Checks the dataset as a whole; a row is checked when it is read. Raises UserError.
+    """
+    background = color(options.background)
+    rows, what = open_layout(options)
+    numbers, skipped = skip_rows(rows, options.skip)
+    numbers = choose(numbers, options.max_train_samples, seed)
+    if not len(numbers):
+        raise UserError(f"{options.skip}: skips all {len(rows)} rows of {rows.place}.", option="data.skip")
+    return Source(rows, numbers, background=background, what=what + skipped)
+
+
+def skip_rows(rows: Rows, skip: str | None) -> tuple[Sequence[int] | np.ndarray, str]:
+    """Numbers of the rows whose keys the file `skip` does not list, ascending; and a text about the skipped rows.
+
+    A key with a line number, "a.png (line 3)", may also be listed without it. Raises UserError if the file cannot be
+    read.
+    """
+    if skip is None:
+        return range(len(rows)), ""
+    try:
+        text = user_path(skip).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as fault:
+        reason = getattr(fault, "strerror", None) or fault
+        message = f"{skip}: cannot be read ({reason}). It holds keys of rows, one a line."
+        raise UserError(message, option="data.skip") from fault
+    listed = {line.strip() for line in text.splitlines() if line.strip()}
+    is_used, found = np.ones(len(rows), bool), set[str]()
+    for number in range(len(rows)):
+        key = rows.key(number)
+        matches = listed & {key, _LINE.sub("", key)}
+        found |= matches
+        is_used[number] = not matches
+    words = f"; {skip} skips {np.count_nonzero(~is_used)} rows"
+    if listed - found:
+        words += f" and lists {len(listed - found)} keys that no row has, such as {min(listed - found)!r}"
+    return np.flatnonzero(is_used), words
+
+
+def choose(numbers: Sequence[int] | np.ndarray, most: int | None, seed: int) -> Sequence[int] | np.ndarray:
+    """All of the ascending `numbers`, or `most` of them chosen by the seed, ascending."""
+    if most is None or most >= len(numbers):
+        return numbers
+    chosen = np.sort(np.random.default_rng(seed).choice(len(numbers), most, replace=False))
+    return chosen if isinstance(numbers, range) else np.asarray(numbers)[chosen]
+
+
 def shards_of(stored: tuple[int, ...], numbers: Sequence[int] | np.ndarray) -> tuple[int, ...]:
-    """How many of the ascending `numbers` lie in each stored shard, empty ones left out."""
+    """How many of the ascending `numbers` lie in each stored shard; shards without any are left out."""
     if isinstance(numbers, range):
         return stored
     ends = np.searchsorted(numbers, np.cumsum(stored))
@@ -182,7 +167,7 @@ def shards_of(stored: tuple[int, ...], numbers: Sequence[int] | np.ndarray) -> t
 
 
 def check_caption(value: Any, cell: str) -> None:
-    """A caption is a string, or a list of at least one; the empty string is allowed. Raises UserError."""
+    """Raises UserError unless `value` is a string, which may be empty, or a list of at least one string."""
     texts = value if isinstance(value, list | tuple) else [value]
     if not texts:
         raise UserError(f'{cell}: an empty list; write at least one caption ("" is allowed).', kind="caption")
@@ -192,8 +177,8 @@ def check_caption(value: Any, cell: str) -> None:
         if not isinstance(text, str):
             words = f"{cell}: holds {type(text).__name__}; a caption is a string or a list of strings."
             raise UserError(words, kind="caption")
-        if _HALF_LETTER.search(text):
-            raise UserError(f"{cell}: holds a lone surrogate (half a letter), which is not text.", kind="caption")
+        if _SURROGATE.search(text):
+            raise UserError(f"{cell}: holds half a letter (a lone surrogate), which is not text.", kind="caption")
 
 
 def hash_row(row: Row) -> str:

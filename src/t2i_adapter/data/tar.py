@@ -1,7 +1,7 @@
-"""WebDataset shards: tar files whose members form a sample where their names are the same up to the first dot.
+"""WebDataset shards: tar files in which members whose names are equal up to the first dot form a sample.
 
-A shard is indexed once, and the index kept; pictures are then read by their place in the file. No member's name is ever
-used as a path, and members that name one outside, links and devices are refused.
+A shard is indexed once, and the index is stored; pictures are then read by their position in the file. No member's
+name is used as a path. Links, devices and members whose names lead out of the archive are refused.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import pyarrow as pa
 
 from t2i_adapter.config.tree import DataOptions
-from t2i_adapter.data.parquet import describe, labels, shard_pattern, starts
+from t2i_adapter.data.addresses import Blob
 from t2i_adapter.data.picture import StoredPicture, check_size
-from t2i_adapter.data.remote import Blob, Store, find
-from t2i_adapter.data.rows import Row
+from t2i_adapter.data.remote import find
+from t2i_adapter.data.rows import Row, Rows
+from t2i_adapter.data.shard_files import describe, labels, part_of, shard_pattern, starts
+from t2i_adapter.data.store import Store
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import cache_root, parse_json
 
@@ -32,28 +33,28 @@ PARTS = ("image", "condition", "txt", "json")
 _VERSION = 1
 _BLOCK = tarfile.BLOCKSIZE
 _OPEN_FILES = 32
-_AT_ONCE = 4
-_ABSENT = -1
+_THREADS = 4
+_MISSING = -1
 
 
 def open_rows(location: str, options: DataOptions) -> TarRows:
     """Shards by glob or braces; a folder stands for all *.tar in it, or in the split's folder. Raises UserError."""
-    blobs = find(shard_pattern(location, options.split, ".tar"), "train_data_dir")
+    blobs = find(shard_pattern(location, options.split, ".tar"))
     return TarRows(blobs, options, Store(cache_root(options.prepared_dir)))
 
 
-class TarRows:
+class TarRows(Rows):
     """Samples of all shards, in the order of their first members.
 
-    A sample is an image (.jpg, .png, .webp), a condition (.cond.png or .conditioning_image.png, after the column's
-    name; or jpg, webp) and a caption: the whole text of a .txt, or else the caption column of a .json.
+    A sample is an image (.jpg, .png, .webp), a condition (.cond.png, or .conditioning_image.png after the column's
+    name; or jpg, webp) and a caption: the whole text of a .txt, otherwise the caption column of a .json.
     """
 
     def __init__(self, blobs: Sequence[Blob], options: DataOptions, store: Store) -> None:
         self.place, self.annotate = describe(blobs), options.condition
         self._blobs, self._store, self._options = list(blobs), store, options
         self._labels = labels(blobs)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(_THREADS) as pool:
             indices = list(pool.map(self._index, blobs))
         self.shards = tuple(len(index) for index in indices)
         self._starts = starts(self.shards)
@@ -64,14 +65,11 @@ class TarRows:
         if not len(self):
             raise UserError(f"{self.place}: there are no samples.")
 
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._reset()
 
     def key(self, index: int) -> str:
@@ -132,15 +130,15 @@ class TarRows:
             raise UserError(text, kind="caption") from fault
 
     def _part(self, index: int, part: str) -> bytes | None:
-        """A member's bytes; None where the sample has no such member."""
+        """A member's bytes; None if the sample has no such member. Raises UserError."""
         start, size = int(self._places[f"{part}_at"][index]), int(self._places[f"{part}_size"][index])
-        if start == _ABSENT:
+        if start == _MISSING:
             return None
         shard = self._shard(index)
         check_size(size, f"{self.where(index)}, {part}")
         data = os.pread(self._file(shard).fileno(), size, start)
         if len(data) != size:
-            raise UserError(f"{self._blobs[shard].name}: has become shorter since it was indexed. Start again.")
+            raise UserError(f"{self._blobs[shard].name}: is shorter than when it was indexed. Start again.")
         return data
 
     def _file(self, shard: int) -> IO[bytes]:
@@ -150,7 +148,7 @@ class TarRows:
                 file = self._open(self._blobs[shard])
             self._files[shard] = file
             while len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)  # closed when the last thread that reads it lets go
+                self._files.popitem(last=False)  # closes when no thread refers to it any more
         return file
 
     def _open(self, blob: Blob) -> IO[bytes]:
@@ -161,7 +159,7 @@ class TarRows:
             raise UserError(f"{blob.name}: cannot be read: {fault.strerror}.") from fault
 
     def _shard(self, index: int) -> int:
-        return int(np.searchsorted(self._starts, index, side="right")) - 1
+        return part_of(self._starts, index)
 
     def _index(self, blob: Blob) -> pa.Table:
         suffixes = part_suffixes(self._options)
@@ -176,7 +174,7 @@ class TarRows:
 
 
 def part_suffixes(options: DataOptions) -> dict[str, list[str]]:
-    """What a member's name ends in, after its first dot, for each part of a sample."""
+    """Part of a sample -> the suffixes, after the first dot of a member's name, that it may have."""
     names = dict.fromkeys(["cond", "conditioning_image", options.conditioning_image_column])
     return {
         "image": [*PICTURES, *(f"{options.image_column}.{suffix}" for suffix in PICTURES)],
@@ -187,9 +185,9 @@ def part_suffixes(options: DataOptions) -> dict[str, list[str]]:
 
 
 def index_shard(path: Path, name: str, suffixes: dict[str, list[str]]) -> pa.Table:
-    """Stem, and place and size of each part, of every sample in a shard; place and size are -1 where it has none.
+    """One row a sample: its stem, and position and size in bytes of each part; both are -1 if the part is missing.
 
-    Raises UserError naming the shard, as `name`, and the member that is at fault.
+    `name` is the shard's name in messages. Raises UserError that names the shard and the member.
     """
     part_of = {suffix: part for part, ends in suffixes.items() for suffix in ends}
     samples: dict[str, dict[str, tuple[int, int]]] = {}
@@ -199,7 +197,9 @@ def index_shard(path: Path, name: str, suffixes: dict[str, list[str]]) -> pa.Tab
             for member in tar:
                 _check_member(member, name)
                 if member.size < 0 or member.offset_data < end:
-                    raise UserError(f"{name}: member {member.name!r} is said to lie before the one before it.")
+                    raise UserError(
+                        f"{name}: damaged: the header of member {member.name!r} puts it before the end of the last one."
+                    )
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK if member.isreg() else end
                 stem, suffix = split_name(member.name)
                 part = part_of.get(suffix.lower())
@@ -207,11 +207,13 @@ def index_shard(path: Path, name: str, suffixes: dict[str, list[str]]) -> pa.Tab
                     continue
                 sample = samples.setdefault(stem, {})
                 if part in sample:
-                    raise UserError(f"{name}: sample {stem} has two members for its {part}; stems are used once.")
+                    raise UserError(f"{name}: sample {stem} has two members for its {part}; one is allowed.")
                 sample[part] = member.offset_data, member.size
         _check_end(path, name, end)
     except tarfile.TarError as fault:
-        raise UserError(f"{name}: truncated, or no plain tar file (compressed ones are not read): {fault}.") from fault
+        raise UserError(
+            f"{name}: truncated, or not a plain tar file (compressed ones are not supported): {fault}."
+        ) from fault
     except OSError as fault:
         raise UserError(f"{name}: cannot be read: {fault.strerror or fault}.") from fault
     return _to_table(samples)
@@ -226,25 +228,25 @@ def split_name(member: str) -> tuple[str, str]:
 
 def _check_member(member: tarfile.TarInfo, name: str) -> None:
     if member.name.startswith(("/", "\\")) or ".." in member.name.replace("\\", "/").split("/"):
-        raise UserError(f"{name}: member {member.name!r} leads out of the archive; such a file is not read.")
+        raise UserError(f"{name}: member {member.name!r} leads out of the archive, which is not allowed.")
     if not (member.isreg() or member.isdir()) or member.issparse():
-        raise UserError(f"{name}: member {member.name!r} is a link or a device; only plain files are read.")
+        raise UserError(f"{name}: member {member.name!r} is a link or a device; only plain files are allowed.")
 
 
 def _check_end(path: Path, name: str, end: int) -> None:
-    """A whole archive ends in a block of zeros, which `tarfile` does not insist on."""
+    """Raises UserError if the archive does not end in a block of zeros, which `tarfile` does not check."""
     with path.open("rb") as file:
         file.seek(end)
         if file.read(_BLOCK) != bytes(_BLOCK):
             raise UserError(
-                f"{name}: truncated: it ends at byte {path.stat().st_size:,} without an end mark. Copy it anew."
+                f"{name}: truncated: it ends at byte {path.stat().st_size:,} without an end mark. Copy it again."
             )
 
 
 def _to_table(samples: dict[str, dict[str, tuple[int, int]]]) -> pa.Table:
     columns: dict[str, Any] = {"stem": pa.array(list(samples), pa.large_string())}
     for part in PARTS:
-        found = [sample.get(part, (_ABSENT, _ABSENT)) for sample in samples.values()]
+        found = [sample.get(part, (_MISSING, _MISSING)) for sample in samples.values()]
         columns[f"{part}_at"] = pa.array([place for place, _ in found], pa.int64())
         columns[f"{part}_size"] = pa.array([size for _, size in found], pa.int64())
     return pa.table(columns)

@@ -1,7 +1,7 @@
 """Synthetic scenes: flat shapes on plain or patterned backgrounds, with captions and exact maps, endless by seed."""
 
 from .dataset import SPLITS, TEST_START, kinds_caption, split_start, write_dataset
-from .draw import CONDITIONS, SEGMENTATION_COLORS, background_mask, condition, render, visible_masks
+from .pixels import CONDITIONS, SEGMENTATION_COLORS, background_mask, condition, render, visible_masks
 from .sample import MAX_TURN, default_accent, sample_scene
 from .scene import COLORS, KINDS, PATTERNS, SPACED, Background, Scene, Shape
 

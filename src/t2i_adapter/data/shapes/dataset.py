@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ...errors import UserError
-from .draw import CONDITIONS, condition, render
+from .pixels import CONDITIONS, condition, render
 from .sample import sample_scene
 from .scene import KINDS, PATTERNS, Scene
 

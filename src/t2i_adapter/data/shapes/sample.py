@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .draw import visible_masks
+from .pixels import visible_masks
 from .scene import COLORS, KINDS, PATTERNS, SPACED, Background, Scene, Shape
 
 _RADIUS = (0.12, 0.33)  # of the side: below, a shape is a few latent pixels; above, two no longer fit
