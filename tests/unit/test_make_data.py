@@ -49,9 +49,9 @@ def test_the_same_again_does_nothing_and_another_is_refused(tmp_path: Path, caps
     assert main(shapes_words(out)) == 0
     before = contents(out)
     assert main(shapes_words(out)) == 0
-    assert "already holds this data set" in capsys.readouterr().out
+    assert "already holds this dataset" in capsys.readouterr().out
     assert main(shapes_words(out, "--seed", "1")) == 2
-    assert "holds another data set (made with seed 0)" in capsys.readouterr().err
+    assert "holds another dataset (made with seed 0)" in capsys.readouterr().err
     assert contents(out) == before
 
 

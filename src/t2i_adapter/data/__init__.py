@@ -1,1 +1,1 @@
-"""Where samples come from: folders, the hub, shards, and generators of the project."""
+"""Datasets: the layouts on disk, on servers and on the hub, generated pictures, and the crop of a pair."""

@@ -1,4 +1,4 @@
-"""One affine map for both pictures of a pair: what part of the original is cut out, how large, and mirrored or not."""
+"""The crop of a pair: one affine map for both pictures, with its position, size and mirroring; and size buckets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILTERS: dict[Resample, Image.Resampling] = {
     "bilinear": Image.Resampling.BILINEAR,
     "nearest": Image.Resampling.NEAREST,
 }
-"""Pillow widens the first two with the scale, so that shrinking does not alias; `nearest` keeps label values."""
+"""Pillow antialiases the first two when it shrinks; `nearest` never blends label values."""
 
 SDXL_SIDE = 1024
 SDXL_BUCKETS: dict[int, tuple[int, ...]] = {
@@ -51,15 +51,15 @@ SDXL_BUCKETS: dict[int, tuple[int, ...]] = {
     1984: (512,),
     2048: (512,),
 }
-"""Height -> widths of the sizes SDXL itself was trained on (SDXL report, appendix I), around 1024 x 1024."""
+"""Height -> widths of SDXL's own training sizes (SDXL report, appendix I), around 1024 x 1024."""
 
 MAX_ASPECT = 4
-"""Generated buckets go from 1:4 to 4:1, as far as SDXL's own."""
+"""Generated buckets have aspects from 1:4 to 4:1, as SDXL's own."""
 
 
 @dataclass(frozen=True)
 class Framing:
-    """All that decides a crop besides the picture itself; fields as in `DataOptions`."""
+    """The options that determine a crop, together with the picture; fields as in `DataOptions`."""
 
     resolution: int
     buckets: Buckets = "none"
@@ -70,7 +70,7 @@ class Framing:
 
     @classmethod
     def of(cls, options: DataOptions) -> Framing:
-        """The options' framing, those that have no say set to their defaults: equal crops, equal framings."""
+        """The options' framing. Fields without effect have their defaults, so equal crops have equal framings."""
         return cls(
             resolution=options.resolution,
             buckets=options.buckets,
@@ -82,7 +82,7 @@ class Framing:
 
     @property
     def count(self) -> int:
-        """How many views are kept of a picture: centred crops have no others than plain and mirrored."""
+        """Number of views of a picture. A centred crop has two at most: plain and mirrored."""
         if self.crop == "random":
             return self.views
         return 2 if self.flip else 1
@@ -92,16 +92,16 @@ class Framing:
         return _targets(self.resolution, self.buckets, self.bucket_step)
 
     def target(self, original: tuple[int, int]) -> tuple[int, int]:
-        """The crop size that is nearest in aspect to a picture of `original` size; both (height, width)."""
+        """The crop size whose aspect is nearest to that of a picture of `original` size; both (height, width)."""
         return _nearest(self.targets(), original)
 
     def plan(self, original: tuple[int, int], digest: str, view: int) -> Geometry:
-        """Where view `view` of a picture lies: scaled until it just covers its target, and cut.
+        """The geometry of view `view`: the picture is scaled until it just covers its target, then cropped.
 
         Args:
             original: (height, width) of the upright picture.
-            digest: names the picture's content; what is random is drawn from it and `view` alone.
-            view: in range(self.count). Of centred crops view 1 is the mirrored one.
+            digest: hash of the picture's content; random positions depend on it and `view` alone.
+            view: in range(self.count). View 1 of a centred crop is the mirrored one.
         """
         assert 0 <= view < self.count
         geometry = cover(original, self.target(original))
@@ -113,18 +113,18 @@ class Framing:
 
 
 def cover(original: tuple[int, int], target: tuple[int, int]) -> Geometry:
-    """Scaled until it just covers `target`, and the centre cut out; all (height, width) in pixels."""
+    """The centre crop of a picture that is scaled until it just covers `target`; all (height, width) in pixels."""
     scale = max(t / o for t, o in zip(target, original, strict=True))
     height, width = (max(t, round(o * scale)) for t, o in zip(target, original, strict=True))
     return Geometry(original, (height, width), ((height - target[0]) // 2, (width - target[1]) // 2), target)
 
 
 def apply(picture: Image.Image, geometry: Geometry, resample: Resample) -> Image.Image:
-    """Cuts the crop out of `picture`, which may have another size than `geometry.original` but covers the same view.
+    """The crop of `picture`, which shows the view of `geometry.original` and may have another size.
 
-    Resize and crop are one step: the crop's corners go back to the picture's own coordinates, and only what lies
-    between them is resampled. Pixels are squares whose centres lie at half coordinates, so that pictures of
-    different sizes fall on each other to the sub-pixel, and a long thin picture is never blown up as a whole.
+    Resize and crop are one step: the crop's corners are mapped to the picture's coordinates, and only the pixels
+    between them are resampled. Pixel centres lie at half coordinates, so pictures of different sizes align to a
+    fraction of a pixel; and a long thin picture is never enlarged as a whole.
     """
     (top, left), (height, width) = geometry.top_left, geometry.target
     up, across = picture.height / geometry.resized[0], picture.width / geometry.resized[1]
@@ -134,8 +134,8 @@ def apply(picture: Image.Image, geometry: Geometry, resample: Resample) -> Image
 
 
 def aspect_gap(image: tuple[int, int], condition: tuple[int, int]) -> float:
-    """How far apart two pictures' aspects are, in pixels of the smaller error; 0 is the same aspect, and up to 1
-    is what rounding a size to whole pixels makes. Sizes are (height, width)."""
+    """Difference of two pictures' aspects in pixels: 0 for equal aspects, up to 1 if a size was rounded to whole
+    pixels. Sizes are (height, width)."""
     (h, w), (ch, cw) = image, condition
     gaps = abs(h * cw / ch - w), abs(w * ch / cw - h), abs(ch * w / h - cw), abs(cw * h / w - ch)
     return min(gaps)
@@ -157,8 +157,8 @@ def _scaled_sdxl(resolution: int, step: int) -> set[tuple[int, int]]:
 
 
 def _generated(resolution: int, step: int) -> set[tuple[int, int]]:
-    """For every width the greatest height that keeps the square's area, and both turned: no bucket takes more memory
-    than the square."""
+    """For each width the largest height within the square's area, and both turned by 90 degrees. No bucket needs more
+    memory than the square."""
     area = max(resolution, step) ** 2
     sizes = set()
     for long in range(step, 2 * max(resolution, step) + 1, step):
@@ -170,12 +170,12 @@ def _generated(resolution: int, step: int) -> set[tuple[int, int]]:
 
 @lru_cache(maxsize=4096)
 def _nearest(targets: tuple[tuple[int, int], ...], original: tuple[int, int]) -> tuple[int, int]:
-    """By the logarithm of the aspect, so that 1:2 and 2:1 are alike; the larger of two that are as near."""
+    """Compares logarithms of aspects, so 1:2 and 2:1 are equally far from 1:1; of equally near sizes, the larger."""
     wanted = log(original[0] / original[1])
     return min(targets, key=lambda size: (round(abs(log(size[0] / size[1]) - wanted), 9), -size[0] * size[1]))
 
 
 def _draws(digest: str, view: int) -> tuple[int, int, int]:
-    """Three independent 64-bit numbers, a function of picture and view."""
+    """Three independent 64-bit numbers that depend on picture and view alone."""
     drawn = hashlib.sha256(f"{digest}/{view}".encode()).digest()
     return int.from_bytes(drawn[:8]), int.from_bytes(drawn[8:16]), int.from_bytes(drawn[16:24])

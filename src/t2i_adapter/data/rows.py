@@ -1,6 +1,6 @@
 """What every dataset layout provides, by row number: stored bytes, captions, a key, a name for messages, a stamp.
 
-`layouts` in formats.py implement `Rows`; `source.Source` makes decoded samples of them.
+Each layout of `formats.LAYOUTS` implements `Rows`; `source.Source` makes decoded samples of them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The verbs `make-data shapes` and `make-data emoji`: image folders of pairs, whole or not at all.
+"""The verbs `make-data shapes` and `make-data emoji`: they write image folders of pairs, whole or not at all.
 
-Importing this module loads no torch, and the generators only when they are called.
+Importing this module is light: the generators are imported when they are called.
 """
 
 from __future__ import annotations
@@ -17,47 +17,47 @@ from typing import Any, Literal
 from t2i_adapter.errors import UserError
 
 Kind = Literal["circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring"]
-MADE = ".made.json"  # written beside train/ and test/; a hidden file, so that `datasets` does not read it
+MADE = ".made.json"  # the options, beside train/ and test/; hidden, so that `datasets` does not read it
 
 
 @dataclass(frozen=True)
 class ShapesOptions:
-    """Draw scenes of shapes, endless by seed, each with its exact condition map."""
+    """Render scenes of shapes, each with its exact condition map."""
 
     out: Path
     """Folder to write; must be new or empty."""
     num: int = 2000
     """Pairs to train on, in train/."""
     num_test: int = 64
-    """Held-out pairs, in test/; never among those of train/, however many those are."""
+    """Held-out pairs, in test/; they are never among those of train/."""
     size: int = 128
     """Side of the pictures in pixels."""
     seed: int = 0
-    """Same seed, same scenes."""
+    """Equal seeds make equal scenes."""
     condition: Literal["outline", "canny", "depth", "segmentation", "palette"] = "outline"
-    """Which map of the scene is the condition picture."""
+    """Map of the scene that becomes the condition picture."""
     max_shapes: int = 3
-    """Shapes in a scene, at most; at least one."""
+    """Largest number of shapes in a scene; the smallest is one."""
     kinds: tuple[Kind, ...] = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
-    """Which shapes there are."""
+    """Kinds of shapes."""
     patterns: tuple[Literal["plain", "striped", "dotted", "floral"], ...] = ("plain", "striped", "dotted", "floral")
-    """Which backgrounds there are."""
+    """Patterns of backgrounds."""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.max_shapes <= 3, f"--max_shapes {self.max_shapes}: allowed is 1 to 3")
-        _require(len(self.kinds) > 0, "--kinds: name at least one")
-        _require(len(self.patterns) > 0, "--patterns: name at least one")
-        _require(self.num >= 1, f"--num {self.num}: allowed is 1 or more")
-        _require(self.num_test >= 0, f"--num_test {self.num_test}: allowed is 0 or more")
-        _require(16 <= self.size <= 4096, f"--size {self.size}: allowed is 16 to 4096 pixels")
-        _require(self.seed >= 0, f"--seed {self.seed}: allowed is 0 or more")
+        _require(1 <= self.max_shapes <= 3, "max_shapes", f"{self.max_shapes}: allowed is 1 to 3.")
+        _require(len(self.kinds) > 0, "kinds", "is empty: name at least one.")
+        _require(len(self.patterns) > 0, "patterns", "is empty: name at least one.")
+        _require(self.num >= 1, "num", f"{self.num}: allowed is 1 or more.")
+        _require(self.num_test >= 0, "num_test", f"{self.num_test}: allowed is 0 or more.")
+        _require(16 <= self.size <= 4096, "size", f"{self.size}: allowed is 16 to 4096 pixels.")
+        _require(self.seed >= 0, "seed", f"{self.seed}: allowed is 0 or more.")
 
 
 @dataclass(frozen=True)
 class EmojiOptions:
     """Render Fluent Emoji (MIT), a fixed tenth of the names held out, with outlines found by OpenCV.
 
-    The pictures come from the npm package @iconify-json/fluent-emoji-flat; drawing needs the extra `[emoji]`.
+    The icons come from the npm package @iconify-json/fluent-emoji-flat; rendering needs the extra `[emoji]`.
     """
 
     out: Path
@@ -65,18 +65,18 @@ class EmojiOptions:
     package: Path
     """The package: the .tgz of `npm pack @iconify-json/fluent-emoji-flat`, its folder, or its icons.json."""
     num: int | None = None
-    """Pairs to train on, in train/, spread evenly over the names; None takes all."""
+    """Pairs to train on, in train/, spread evenly over the names; None is all."""
     num_test: int | None = None
-    """Held-out pairs, in test/, likewise."""
+    """Held-out pairs, in test/, spread likewise; None is all."""
     size: int = 128
     """Side of the pictures in pixels."""
     condition: Literal["outline", "canny"] = "outline"
-    """How the condition picture is made from the emoji."""
+    """Method that makes the condition picture from the emoji."""
 
     def __post_init__(self) -> None:
         for name, num in (("num", self.num), ("num_test", self.num_test)):
-            _require(num is None or num >= 1, f"--{name} {num}: allowed is 1 or more")
-        _require(16 <= self.size <= 4096, f"--size {self.size}: allowed is 16 to 4096 pixels")
+            _require(num is None or num >= 1, name, f"{num}: allowed is 1 or more.")
+        _require(16 <= self.size <= 4096, "size", f"{self.size}: allowed is 16 to 4096 pixels.")
 
 
 def make_shapes(options: ShapesOptions) -> None:
@@ -117,17 +117,20 @@ def make_emoji(options: EmojiOptions) -> None:
 
 
 def _make(out: Path, options: dict[str, Any], splits: tuple[str, ...], write: Callable[[Path, str], Path]) -> None:
-    """Write every split beside `out` first and then move it there, so that `out` is whole or untouched."""
+    """Writes every split to a temporary folder beside `out`, then renames it: `out` is whole or untouched.
+
+    Raises UserError.
+    """
     out = out.resolve()
     made = {name: str(value) for name, value in options.items() if name != "out"}
     if _is_made(out, made):
-        print(f"{out} already holds this data set; nothing to do")
+        print(f"{out} already holds this dataset; nothing to do")
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be made: {error.strerror} ({error.filename})") from None
+        raise UserError(f"{out}: cannot be made: {error.strerror} ({error.filename}).", option="out") from None
     try:
         building.chmod(0o755)
         for split in splits:
@@ -148,14 +151,14 @@ def _write_split(out: Path, building: Path, split: str, write: Callable[[Path, s
 
 
 def _is_made(out: Path, made: dict[str, str]) -> bool:
-    """Whether `out` holds just this already. Raises UserError where it holds anything else."""
+    """Whether `out` holds exactly this dataset already. Raises UserError if it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder that is new or empty")
+        raise UserError(f"{out}: is a file; name a folder that is new or empty.", option="out")
     marker = out / MADE
     if not marker.is_file():
-        raise UserError(f"--out {out}: is not empty; name a folder that is new or empty")
+        raise UserError(f"{out}: is not empty; name a folder that is new or empty.", option="out")
     try:
         there = json.loads(marker.read_text())
     except (OSError, ValueError):
@@ -163,9 +166,10 @@ def _is_made(out: Path, made: dict[str, str]) -> bool:
     if there == made:
         return True
     other = [f"{name} {there.get(name)}" for name, value in made.items() if there.get(name) != value]
-    raise UserError(f"--out {out}: holds another data set (made with {', '.join(other)}); name another folder")
+    text = f"{out}: holds another dataset (made with {', '.join(other)}); name another folder."
+    raise UserError(text, option="out")
 
 
-def _require(ok: bool, message: str) -> None:
+def _require(ok: bool, option: str, text: str) -> None:
     if not ok:
-        raise UserError(message)
+        raise UserError(text, option=option)

@@ -1,4 +1,7 @@
-"""Synthetic scenes: flat shapes on plain or patterned backgrounds, with captions and exact maps, endless by seed."""
+"""Synthetic scenes: flat shapes on plain or patterned backgrounds, with captions and exact condition maps.
+
+A seed and an index determine a scene; there is no last index.
+"""
 
 from .dataset import SPLITS, TEST_START, kinds_caption, split_start, write_dataset
 from .pixels import CONDITIONS, SEGMENTATION_COLORS, background_mask, condition, render, visible_masks

@@ -1,4 +1,4 @@
-"""Scenes as a `datasets` image folder."""
+"""Writes scenes as a `datasets` image folder, the dataset of `make-data shapes`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from .sample import sample_scene
 from .scene import KINDS, PATTERNS, Scene
 
 SPLITS = ("train", "test")
-#: test scenes are numbered from here, so that no number of training scenes reaches them
 TEST_START = 2**31
+"""Index of the first test scene; training scenes have lower ones."""
 
 
 def split_start(split: str) -> int:
-    """The index of a split's first scene in the endless row of a seed."""
+    """The index of a split's first scene. Raises UserError."""
     if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
+        raise UserError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}.")
     return TEST_START if split == "test" else 0
 
 
 def kinds_caption(scene: Scene) -> str:
-    """A caption that names the shapes, and neither colours nor places: what is left must come from the condition."""
+    """A caption that names the shapes without colours and places, which a model then takes from the condition."""
     return " and ".join(f"a {shape.kind}" for shape in scene.shapes)
 
 
@@ -40,23 +40,23 @@ def write_dataset(
     patterns: tuple[str, ...] = PATTERNS,
     overwrite: bool = False,
 ) -> Path:
-    """Write `num` scenes to out/split: NNNNN.png, NNNNN_cond.png and metadata.jsonl. Returns that folder.
+    """Writes `num` scenes to out/split: NNNNN.png, NNNNN_cond.png and metadata.jsonl. Returns that folder.
 
-    Each row of metadata.jsonl has file_name, conditioning_image_file_name, text, shapes (a caption that names no colour
-    and no place), and scene: the JSON of `Scene.to_dict` as one string, from which `Scene.from_dict(json.loads(...))`
-    gives the scene back.
+    Each row of metadata.jsonl has file_name, conditioning_image_file_name, text, shapes (a caption without colours and
+    places) and scene, the JSON of `Scene.to_dict` as one string: `Scene.from_dict(json.loads(...))` reads it.
+    Raises UserError.
     """
     if condition not in CONDITIONS:
-        raise UserError(f"unknown condition {condition!r}; allowed: {', '.join(CONDITIONS)}")
+        raise UserError(f"unknown condition {condition!r}; allowed: {', '.join(CONDITIONS)}.")
     start, folder = split_start(split), out / split
     if (folder / "metadata.jsonl").exists() and not overwrite:
-        raise UserError(f"{folder} already holds a data set; choose another folder or allow to overwrite it")
+        raise UserError(f"{folder} already holds a dataset; name another folder, or allow overwriting.")
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(num):
         scene = sample_scene(seed, start + i, max_shapes=max_shapes, kinds=kinds, patterns=patterns)
         rows.append(_write_sample(folder, i, scene, size, condition))
-    # The table comes last: a folder with one is complete.
+    # The table is written last: a folder that has one is complete.
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

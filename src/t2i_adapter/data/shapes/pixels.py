@@ -1,4 +1,4 @@
-"""From a scene to pixels: the picture, and the exact maps that a photograph would need an annotator for."""
+"""Renders a scene: its picture, and the exact condition maps, which a photograph needs an annotator for."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from .scene import COLORS, KINDS, Scene, Shape
 
 CONDITIONS = ("outline", "canny", "depth", "segmentation", "palette")
 
-_SUPERSAMPLE = 4  # coverage in 16ths of a pixel: edges look smooth, and a 128 px scene takes about a millisecond
+_SUPERSAMPLE = 4  # coverage in 16ths of a pixel; a 128 px scene takes about a millisecond
 _SUBPIXEL_BITS = 4  # cv2.fillPoly takes integers with this many binary places
 _PALETTE_CELLS = 8  # T2I-Adapter's colour map divides 512 px by 64; other sizes keep its 8 x 8 cells
-_FAR = 40  # depth of the background: not 0, so that it differs from "no depth known"
-#: one colour a kind, far apart in hue; the background is black
+_FAR = 40  # depth of the background; 0 would mean that the depth is unknown
 SEGMENTATION_COLORS: dict[str, tuple[int, int, int]] = dict(
     zip(
         KINDS,
@@ -25,10 +24,11 @@ SEGMENTATION_COLORS: dict[str, tuple[int, int, int]] = dict(
         strict=True,
     )
 )  # fmt: skip
+"""Kind of shape -> its colour in a segmentation map; the background is black."""
 
 
 def render(scene: Scene, size: int) -> Image.Image:
-    """The picture, RGB, size x size, antialiased."""
+    """The picture: RGB, size x size pixels, antialiased."""
     picture = _background(scene, size)  # (H,W,3) float, 0 to 255
     for shape in scene.shapes:
         coverage = _coverage(shape, size)[..., None]
@@ -37,7 +37,7 @@ def render(scene: Scene, size: int) -> Image.Image:
 
 
 def visible_masks(scene: Scene, size: int) -> np.ndarray:
-    """(N,H,W) bool, back to front: where each shape is seen, without what shapes in front of it hide."""
+    """(N,H,W) bool, back to front: the visible pixels of each shape, without those that shapes in front hide."""
     masks = np.zeros((len(scene.shapes), size, size), bool)
     hidden = np.zeros((size, size), bool)
     for i in reversed(range(len(scene.shapes))):
@@ -48,12 +48,12 @@ def visible_masks(scene: Scene, size: int) -> np.ndarray:
 
 
 def background_mask(scene: Scene, size: int) -> np.ndarray:
-    """(H,W) bool: where no shape is."""
+    """(H,W) bool: the pixels outside all shapes."""
     return np.logical_not(visible_masks(scene, size).any(axis=0))
 
 
 def condition(scene: Scene, size: int, kind: str) -> Image.Image:
-    """One of CONDITIONS for the scene, RGB, size x size, aligned with `render` to the pixel."""
+    """One of CONDITIONS for the scene: RGB, size x size, aligned with `render` to the pixel. Raises ValueError."""
     if kind not in _CONDITION_MAKERS:
         raise ValueError(f"unknown condition: {kind!r}; allowed: {', '.join(CONDITIONS)}")
     array = _CONDITION_MAKERS[kind](scene, size)
@@ -73,12 +73,12 @@ def _outline(scene: Scene, size: int) -> np.ndarray:
 
 
 def _canny(scene: Scene, size: int) -> np.ndarray:
-    """(H,W) uint8: OpenCV's Canny of the picture, with the thresholds that the field uses."""
+    """(H,W) uint8: OpenCV's Canny of the picture, with the usual thresholds 100 and 200."""
     return cv2.Canny(np.asarray(render(scene, size)), 100, 200)
 
 
 def _depth(scene: Scene, size: int) -> np.ndarray:
-    """(H,W) uint8: nearer is brighter; the front shape is 255, the others evenly below, the background _FAR."""
+    """(H,W) uint8, nearer is brighter: the front shape is 255, the background _FAR, the others in even steps."""
     canvas = np.full((size, size), _FAR, np.uint8)
     count = len(scene.shapes)
     for i, mask in enumerate(visible_masks(scene, size)):
@@ -87,7 +87,7 @@ def _depth(scene: Scene, size: int) -> np.ndarray:
 
 
 def _segmentation(scene: Scene, size: int) -> np.ndarray:
-    """(H,W,3) uint8: SEGMENTATION_COLORS of each visible shape on black."""
+    """(H,W,3) uint8: each visible shape in its colour of SEGMENTATION_COLORS, on black."""
     canvas = np.zeros((size, size, 3), np.uint8)
     for shape, mask in zip(scene.shapes, visible_masks(scene, size), strict=True):
         canvas[mask] = SEGMENTATION_COLORS[shape.kind]
@@ -95,7 +95,7 @@ def _segmentation(scene: Scene, size: int) -> np.ndarray:
 
 
 def _palette(scene: Scene, size: int) -> np.ndarray:
-    """(H,W,3) uint8: bicubic down to 8 x 8 cells, nearest back up, as T2I-Adapter's colour condition does."""
+    """(H,W,3) uint8: scaled to 8 x 8 cells (bicubic) and back (nearest), as T2I-Adapter's colour condition."""
     cells = render(scene, size).resize((_PALETTE_CELLS, _PALETTE_CELLS), Image.Resampling.BICUBIC)
     return np.asarray(cells.resize((size, size), Image.Resampling.NEAREST))
 
@@ -112,7 +112,7 @@ def _background(scene: Scene, size: int) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _pattern_coverage(pattern: str, size: int) -> np.ndarray:
-    """(H,W) float32 in [0,1]: how much of each pixel the accent covers. The colour keeps the larger part."""
+    """(H,W) float32 in [0,1]: share of each pixel that the accent covers. The colour covers the larger area."""
     big = size * _SUPERSAMPLE
     y, x = np.mgrid[0:big, 0:big].astype(np.float32) / big
     if pattern == "striped":
@@ -129,7 +129,7 @@ def _pattern_coverage(pattern: str, size: int) -> np.ndarray:
 
 
 def _grid_distance(x: np.ndarray, y: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distance, in cells, and direction to the next point of a grid whose every other row is shifted by half a cell."""
+    """Distance (in cells) and direction to the nearest point of a grid whose odd rows are shifted by half a cell."""
     row = np.floor(y * cells)
     dx = (x * cells + 0.5 * (row % 2)) % 1 - 0.5
     dy = (y * cells) % 1 - 0.5
@@ -137,12 +137,12 @@ def _grid_distance(x: np.ndarray, y: np.ndarray, cells: int) -> tuple[np.ndarray
 
 
 def _coverage(shape: Shape, size: int) -> np.ndarray:
-    """(H,W) float32 in [0,1]: how much of each pixel the shape covers."""
+    """(H,W) float32 in [0,1]: share of each pixel that the shape covers."""
     big = size * _SUPERSAMPLE
     angle = np.deg2rad(shape.angle)
     turn = np.asarray([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     canvas = np.zeros((big, big), np.uint8)
-    # A pixel's integer coordinate is its centre for OpenCV: half a pixel less puts the corner of the picture at 0.
+    # In OpenCV integer coordinates are pixel centres; minus half a pixel, 0 is the corner of the picture.
     polygons = [
         np.rint((((outline @ turn) * shape.radius + shape.center) * big - 0.5) * 2**_SUBPIXEL_BITS).astype(np.int32)
         for outline in _unit_outlines(shape.kind)
@@ -152,13 +152,13 @@ def _coverage(shape: Shape, size: int) -> np.ndarray:
 
 
 def _shrink(canvas: np.ndarray, size: int) -> np.ndarray:
-    """(big,big) uint8 -> (size,size) float32 in [0,1], the mean over each pixel."""
+    """(big,big) uint8 -> (size,size) float32 in [0,1]: the mean over each pixel."""
     return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 
 @lru_cache(maxsize=len(KINDS))
 def _unit_outlines(kind: str) -> tuple[np.ndarray, ...]:
-    """Closed outlines (M,2) inside the unit circle, y down; a second outline is a hole."""
+    """Closed outlines (M,2) inside the unit circle, y pointing down; a second outline is a hole."""
     if kind == "circle":
         return (_arc(1.0),)
     if kind == "ring":

@@ -1,4 +1,4 @@
-"""Endless scenes by (seed, index), and the words for them."""
+"""Samples scenes and their captions; (seed, index) determines both."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 from .pixels import visible_masks
 from .scene import COLORS, KINDS, PATTERNS, SPACED, Background, Scene, Shape
 
-_RADIUS = (0.12, 0.33)  # of the side: below, a shape is a few latent pixels; above, two no longer fit
-_SMALL, _LARGE = 0.18, 0.27  # a shape is called small or large beyond these radii
-_MIN_COLOR_DISTANCE = 90.0  # in RGB; about what keeps every pair of neighbours apart for the eye
-_MIN_VISIBLE = 0.45  # of its area, for a shape behind others to be told by its kind
+_RADIUS = (0.12, 0.33)  # of the side: a smaller shape has only a few latent pixels, of larger ones two do not fit
+_SMALL, _LARGE = 0.18, 0.27  # radii below and above which a caption may say small or large
+_MIN_COLOR_DISTANCE = 90.0  # in RGB; about the least distance at which neighbours look different
+_MIN_VISIBLE = 0.45  # share of its area; a shape that is hidden more cannot be recognised
 _TRIES = 30
 _COUNT_SHARES = (0.62, 0.26, 0.12)  # of scenes with 1, 2, 3 shapes
 _PLAIN_SHARE = 0.55
-#: largest turn in degrees that leaves the kind recognisable
 MAX_TURN = {"circle": 0, "ring": 0, "square": 18, "triangle": 25, "star": 36, "heart": 25, "diamond": 15, "cross": 20}
+"""Kind -> largest rotation in degrees at which it can be recognised."""
 _ACCENT_WORDS = {"striped": "stripes", "dotted": "dots", "floral": "flowers"}
 _RGB = np.asarray(list(COLORS.values()), np.float32)  # (colours,3)
 _NAMES = list(COLORS)
@@ -26,7 +26,7 @@ _NAMES = list(COLORS)
 def sample_scene(
     seed: int, index: int, *, max_shapes: int = 3, patterns: tuple[str, ...] = PATTERNS, kinds: tuple[str, ...] = KINDS
 ) -> Scene:
-    """The scene with this number in the endless row of `seed`: the same each time, on every machine."""
+    """The scene with number `index` of `seed`, equal on every call and machine."""
     rng = np.random.default_rng([seed, index])
     background, named_accent = _sample_background(rng, patterns)
     shapes = _sample_shapes(rng, background, max_shapes, kinds)
@@ -34,13 +34,13 @@ def sample_scene(
 
 
 def default_accent(color: str) -> str:
-    """The accent that a caption need not name: white, or black on a light colour."""
+    """The accent that captions do not name: white, or black on a light colour."""
     red, green, blue = COLORS[color]
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "white"
 
 
 def _sample_background(rng: np.random.Generator, patterns: Sequence[str]) -> tuple[Background, bool]:
-    """A background, and whether its caption has to name the accent."""
+    """A background, and whether its caption names the accent."""
     color = _NAMES[rng.integers(len(_NAMES))]
     others = [p for p in patterns if p != "plain"]
     plain = not others or ("plain" in patterns and rng.random() < _PLAIN_SHARE)
@@ -51,7 +51,7 @@ def _sample_background(rng: np.random.Generator, patterns: Sequence[str]) -> tup
 
 
 def _pick_color(rng: np.random.Generator, apart_from: Sequence[str]) -> str:
-    """A colour that is told apart from each of the given ones."""
+    """A colour that looks different from each of `apart_from`."""
     taken = np.asarray([COLORS[c] for c in apart_from], np.float32)
     nearest = np.linalg.norm(_RGB[:, None] - taken, axis=-1).min(axis=1)
     allowed = np.flatnonzero(nearest >= _MIN_COLOR_DISTANCE)
@@ -77,7 +77,7 @@ def _sample_shapes(
 
 
 def _place(rng: np.random.Generator, kind: str, color: str, count: int) -> Shape:
-    """One shape somewhere in the picture, whole; those of a group are a little smaller."""
+    """One shape at a random place, wholly inside the picture; with several shapes it is a little smaller."""
     low, high = _RADIUS
     radius = rng.uniform(low, high if count == 1 else 0.26)
     x, y = rng.uniform(radius, 1 - radius, size=2)
@@ -92,10 +92,10 @@ def _place(rng: np.random.Generator, kind: str, color: str, count: int) -> Shape
 
 
 def _all_visible(shapes: tuple[Shape, ...], background: Background) -> bool:
-    """Whether no shape is hidden too far to be seen for what it is."""
+    """Whether enough of each shape is visible to recognise it."""
     if len(shapes) == 1:
         return True
-    size = 32  # coarse is enough for a share
+    size = 32  # pixels; enough to compare areas
     seen = visible_masks(Scene(shapes, background, ""), size).sum(axis=(1, 2))
     whole = [visible_masks(Scene((shape,), background, ""), size).sum() for shape in shapes]
     return bool(np.all(seen >= _MIN_VISIBLE * np.asarray(whole)))
@@ -145,7 +145,7 @@ def _single_caption(rng: np.random.Generator, shape: Shape, noun: str, ground: s
 
 
 def _group_caption(rng: np.random.Generator, nouns: Sequence[str], ground: str, accent: str) -> str:
-    """Front to back ("in front of") or back to front ("behind"); nouns come back to front."""
+    """Names shapes front to back ("in front of") or back to front ("behind"). `nouns` are back to front."""
     if rng.random() < 0.65:
         row = " in front of ".join(_a(noun) for noun in reversed(nouns))
     else:

@@ -1,4 +1,4 @@
-"""What a scene is: shapes back to front, a background, a caption. Plain data, no pixels."""
+"""The data of a scene: shapes from back to front, a background and a caption; its JSON form; the CSS colours."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ pink, plum, powder blue, purple, rebecca purple, red, rosy brown, royal blue, sa
 sea green, sea shell, sienna, silver, sky blue, slate blue, slate gray, slate grey, snow, spring green, steel blue, tan,
 teal, thistle, tomato, turquoise, violet, wheat, white, white smoke, yellow, yellow green
 """
-#: joined name -> spaced name, for instance "palegoldenrod" -> "pale golden rod"
 SPACED = {name.replace(" ", ""): name for name in " ".join(_SPACED_NAMES.split()).split(", ")}
-#: joined name -> (r, g, b), 0 to 255
+"""Joined name -> spaced name: "palegoldenrod" -> "pale golden rod"."""
 COLORS: dict[str, tuple[int, int, int]] = {}
+"""Joined name -> (r, g, b), 0 to 255."""
 for _name in SPACED:
     _red, _green, _blue, *_ = ImageColor.getrgb(_name)
     COLORS[_name] = (_red, _green, _blue)
@@ -39,7 +39,10 @@ for _name in SPACED:
 
 @dataclass(frozen=True)
 class Shape:
-    """One flat shape. `center` (x, y) and `radius` are in units of the picture's side, `angle` is in degrees."""
+    """One flat shape. `center` (x, y) and `radius` are in units of the picture's side; `angle` is in degrees.
+
+    Raises ValueError for values that are not allowed.
+    """
 
     kind: str
     color: str
@@ -58,7 +61,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Background:
-    """A flat colour, or a pattern of `accent` on it. A plain background does not show its accent."""
+    """A flat colour, or a pattern of `accent` on it. A plain background does not show its accent. Raises ValueError."""
 
     pattern: str
     color: str
@@ -72,7 +75,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """Shapes from back to front on a background, and the words for it."""
+    """Shapes from back to front on a background, and the caption."""
 
     shapes: tuple[Shape, ...]
     background: Background
@@ -86,7 +89,7 @@ class Scene:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scene:
-        """The scene that `to_dict` wrote; a ValueError names what is missing or not allowed."""
+        """The scene of a mapping that `to_dict` returned. Raises ValueError if a field is missing or not allowed."""
         shapes, background = _take(data, "scene", "shapes", list), _take(data, "scene", "background", dict)
         return cls(
             shapes=tuple(_shape_from_dict(shape, f"shape {i}") for i, shape in enumerate(shapes)),
@@ -109,7 +112,7 @@ def _shape_from_dict(data: Any, where: str) -> Shape:
 
 
 def _take(data: Any, where: str, key: str, kind: type | tuple[type, ...]) -> Any:
-    """data[key], checked to be there and of that type."""
+    """data[key]. Raises ValueError if it is missing or has another type."""
     if not isinstance(data, dict):
         raise ValueError(f"{where}: a mapping was expected, got {type(data).__name__}")
     if key not in data:
