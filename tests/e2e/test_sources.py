@@ -1,4 +1,4 @@
-"""The embedded base learns from every kind of data, through the command line."""
+"""The embedded base trains on every layout, from the command line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ONE_SHARD = {
     "a manifest": "flat/pairs.csv",
     "parquet shards": "flat/pairs.parquet",
 }
-"""What each is read as -> where it lies. The same pairs in the same order, so they train to the same losses."""
+"""Layout -> location. They hold equal pairs in one order, so the losses are equal."""
 
 
 @pytest.fixture(scope="module")

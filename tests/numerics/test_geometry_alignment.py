@@ -1,4 +1,4 @@
-"""Image and condition lie on each other, and the size conditioning tells the truth."""
+"""Image and condition align to a fraction of a pixel, and the size conditioning is correct."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_picture_of_the_right_size_is_untouched() -> None:
 
 
 def checkerboard(size: tuple[int, int], cells: tuple[int, int]) -> Image.Image:
-    """A board of `cells` fields over the whole picture, each pixel the exact share of white in it."""
+    """A checkerboard of `cells` fields; a pixel's value is the exact share of white in it."""
     fine = 64
     rows, columns = (
         ((np.arange(length * fine) * count // (length * fine)) % 2).reshape(length, fine).mean(axis=1)
@@ -86,7 +86,7 @@ def test_shrinking_does_not_alias() -> None:
         assert np.abs(cut - 127.5).max() <= 6, "lines finer than a pixel become grey"
 
 
-def test_a_long_thin_picture_is_not_blown_up_as_a_whole() -> None:
+def test_a_long_thin_picture_is_not_enlarged_as_a_whole() -> None:
     picture = Image.new("RGB", (20_000, 2), "red")
     geometry = cover((2, 20_000), (512, 512))
     assert geometry.resized == (512, 5_120_000)  # 7.8 GB if it were made
@@ -131,7 +131,7 @@ def test_sdxl_s_own_sizes() -> None:
 
 
 @pytest.mark.parametrize(("resolution", "step"), [(1024, 64), (1024, 32), (512, 64), (256, 32), (128, 32), (64, 64)])
-def test_generated_sizes_have_about_the_area_and_no_more(resolution: int, step: int) -> None:
+def test_generated_sizes_have_at_most_the_square_s_area(resolution: int, step: int) -> None:
     sizes = Framing(resolution, "generated", step).targets()
     assert (resolution, resolution) in sizes
     assert sizes == tuple(sorted({(width, height) for height, width in sizes}))
@@ -166,7 +166,7 @@ def test_a_picture_goes_to_the_size_nearest_in_aspect(original: tuple[int, int],
 @pytest.mark.parametrize("original", [(300, 211), (211, 300), (97, 640), (512, 512)])
 @pytest.mark.parametrize("sizes", LISTS)
 @pytest.mark.parametrize("crop", ["center", "random"])
-def test_every_view_lies_on_the_resized_picture_which_just_covers_it(
+def test_every_view_lies_inside_the_resized_picture_which_just_covers_it(
     original: tuple[int, int], sizes: dict[str, Any], crop: Any
 ) -> None:
     framing = Framing(128, crop=crop, flip=True, views=6, **sizes)
@@ -212,7 +212,7 @@ def test_options_that_change_no_crop_change_no_framing() -> None:
 
 
 def ramp(size: tuple[int, int]) -> Image.Image:
-    """Each pixel tells its place: red from left to right, green from top to bottom."""
+    """A pixel's colour is its position: red grows from left to right, green from top to bottom."""
     height, width = size
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([(x + 0.5) * 256 / width, (y + 0.5) * 256 / height, 0 * x], -1).astype(np.uint8))
@@ -220,7 +220,7 @@ def ramp(size: tuple[int, int]) -> Image.Image:
 
 @pytest.mark.parametrize("sizes", LISTS)
 @pytest.mark.parametrize("original", [(600, 400), (333, 517)])
-def test_the_size_conditioning_tells_where_the_crop_really_lies(
+def test_the_size_conditioning_is_the_true_position_of_the_crop(
     original: tuple[int, int], sizes: dict[str, Any]
 ) -> None:
     framing = Framing(128, crop="random", flip=True, views=8, **sizes)
@@ -270,7 +270,7 @@ def board_sample(original: tuple[int, int], scale: float, *, shifted: int = 0) -
 @pytest.mark.parametrize(("crop", "flip"), [("center", False), ("center", True), ("random", True)])
 @pytest.mark.parametrize("original", [(240, 240), (251, 403), (487, 321)])
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.37, 3.0])
-def test_image_and_condition_lie_on_each_other_through_every_path(
+def test_image_and_condition_align_through_every_path(
     sizes: dict[str, Any], crop: Any, flip: bool, original: tuple[int, int], scale: float
 ) -> None:
     framing = Framing(160, crop=crop, flip=flip, views=3, **sizes)
@@ -309,7 +309,7 @@ def test_labels_are_never_blended(channels: int) -> None:
 
 
 def test_a_normal_map_s_x_changes_its_sign_with_the_picture() -> None:
-    """A ball's normals are, mirrored, again a ball's."""
+    """The mirrored normal map of a ball is the normal map of a ball."""
     y, x = (np.mgrid[:129, :129] - 64) / 60
     inside = x**2 + y**2 < 1
     z = np.sqrt(np.clip(1 - x**2 - y**2, 0, 1))
@@ -342,7 +342,7 @@ WALKER = {
     "r_ankle": (85, 235), "l_hip": (145, 142), "l_knee": (150, 190), "l_ankle": (200, 225), "r_eye": (120, 28),
     "l_eye": (145, 30), "r_ear": (105, 35), "l_ear": (165, 38),
 }  # fmt: skip
-"""Joint -> (x, y) of somebody who is not the same on both sides, in the joints' order."""
+"""Joint -> (x, y) of an asymmetric body, in the order of the joints."""
 
 
 def draw_pose(joints: dict[str, tuple[int, int]], dim: float) -> np.ndarray:
@@ -381,7 +381,7 @@ def test_pose_colours_turn_back_by_a_second_mirroring_and_others_never_turn() ->
     assert not np.array_equal(np.asarray(once), drawing)
 
 
-def test_a_sample_without_a_condition_is_refused_by_its_name() -> None:
+def test_a_sample_without_a_condition_is_an_error_that_names_it() -> None:
     sample = Sample("train/00017.png", Image.new("RGB", (64, 64)), None, ("",), "d")
     with pytest.raises(UserError, match=r"train/00017.png: has no condition picture.*--data.condition"):
         cut(sample, Framing(64), 0, 3)

@@ -1,4 +1,4 @@
-"""Fluent Emoji from its package: read safely, split by name, drawn, outlined. The package is a small one of ours."""
+"""Fluent Emoji: safe reading of the package, splits, rendering and outlines, on a small package of our own."""
 
 import io
 import json
@@ -140,7 +140,7 @@ def test_write_dataset(package, tmp_path):
     assert len((out / "train" / "metadata.jsonl").read_text().splitlines()) == 2
 
 
-def test_write_refuses_what_it_cannot_do(package, tmp_path):
+def test_write_refuses_unknown_options(package, tmp_path):
     for options in ({"split": "dev"}, {"condition": "depth"}, {"background": "whitish"}):
         with pytest.raises(UserError, match=next(iter(options.values()))):
             emoji.write_dataset(tmp_path, package=package, **options)

@@ -1,4 +1,4 @@
-"""`make-data`: folders that training can read, whole or not there at all."""
+"""`make-data` writes folders that training can read, whole or not at all."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def test_shapes_are_written_and_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert sorted(path.name for path in out.parent.iterdir()) == ["data"]  # nothing half-made is left
 
 
-def test_the_same_again_does_nothing_and_another_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_options_again_do_nothing_and_other_options_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "data"
     assert main(shapes_words(out)) == 0
     before = contents(out)
@@ -83,7 +85,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def emoji_package(folder: Path) -> Path:
-    """The npm package with 40 icons, so that both splits get some."""
+    """An npm package with 40 icons, so both splits have some."""
     icons = {f"icon-{n}": {"body": f'<circle cx="16" cy="16" r="{4 + n % 10}" fill="#e33"/>'} for n in range(40)}
     data = json.dumps({"icons": icons, "width": 32, "height": 32}).encode()
     with tarfile.open(folder / "package.tgz", "w:gz") as tar:
@@ -101,7 +103,7 @@ def test_emoji_are_written(tmp_path: Path) -> None:
     assert len(rows["train"]) + len(rows["test"]) == 40 and 1 <= len(rows["test"]) <= 12
 
 
-def test_a_package_that_is_none_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_or_missing_package_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.tgz").write_text("not an archive")
     for package in ("bad.tgz", "missing.tgz"):
         words = ["make-data", "emoji", "--out", str(tmp_path / "e"), "--package", str(tmp_path / package)]

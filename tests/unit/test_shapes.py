@@ -1,4 +1,4 @@
-"""Scenes: the same by number everywhere, exact maps, captions that say what is drawn."""
+"""Scenes: seed and index determine them, their maps are exact, and captions name their shapes."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_dict_round_trip_through_json(index):
         (lambda d: d["background"].pop("accent"), "accent"),
     ],
 )
-def test_bad_dict_says_what_is_wrong(change, says):
+def test_an_error_in_a_dict_names_the_field(change, says):
     data = Scene((one(),), PLAIN, "red circle with blue background").to_dict()
     change(data)
     with pytest.raises(ValueError, match=says):
@@ -106,7 +106,7 @@ def test_depth_is_brighter_in_front():
     assert depth[64, 90] > depth[64, 38] > depth[2, 2] > 0
 
 
-def test_segmentation_tells_kinds():
+def test_segmentation_has_one_colour_a_kind():
     scene = Scene((one("heart"),), PLAIN, "")
     pixels = np.asarray(shapes.condition(scene, 64, "segmentation"))
     assert tuple(pixels[32, 32]) == shapes.SEGMENTATION_COLORS["heart"]
@@ -181,7 +181,7 @@ def test_splits_share_no_scene(tmp_path):
     assert not scenes["train"] & scenes["test"]
 
 
-def test_write_refuses_what_it_cannot_do(tmp_path):
+def test_write_refuses_unknown_options(tmp_path):
     with pytest.raises(UserError, match="validation"):
         shapes.write_dataset(tmp_path, num=1, split="validation")
     with pytest.raises(UserError, match="pose"):

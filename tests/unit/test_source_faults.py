@@ -1,4 +1,4 @@
-"""Every fault of a row or picture is one message that names it."""
+"""Every error of a row or picture is one message that names the row or picture."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def edit_rows(data: Path, change: Any) -> None:
 
 
 def fault_of(data: Path, **options: Any) -> str:
-    """The message that opening the folder, or reading row 2, ends in."""
+    """The message of the error from opening the folder or reading row 2."""
     with pytest.raises(UserError) as fault:
         open_folder(data, **options)[2]
     return str(fault.value)

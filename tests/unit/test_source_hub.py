@@ -1,4 +1,4 @@
-"""Data sets that the `datasets` library reads: pictures as features, bytes or paths."""
+"""Datasets read by the `datasets` library: pictures as features, bytes or paths."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ for name in ("fusing/script", "fusing/folder", "fusing/nothing"):
 
 
 def test_hub_data_sets_as_folder_and_as_loading_script(circles: Path, tmp_path: Path) -> None:
-    """A real download from a hub on loopback. A script is not run: the hub's parquet copy is read instead."""
+    """Downloads from a hub on loopback. A script is not run: the hub's parquet copy is read instead."""
     script, copy = tmp_path / "script", tmp_path / "copy" / "default"
     script.mkdir()
     (script / "script.py").write_text("raise SystemExit('a data set ran code')")
@@ -150,7 +150,7 @@ def test_hub_data_sets_as_folder_and_as_loading_script(circles: Path, tmp_path: 
     assert "fusing/script is a loading script, which is not run" in run.stderr
 
 
-def test_a_hub_id_that_cannot_be_had_is_one_line() -> None:
+def test_an_unknown_hub_id_is_one_line() -> None:
     with pytest.raises(UserError, match="dataset nobody/nothing cannot be read") as fault:
         open_named("nobody/nothing")
     assert "\n" not in str(fault.value)

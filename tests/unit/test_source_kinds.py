@@ -1,4 +1,4 @@
-"""Every kind of data: told by its name and content, giving the same pairs, sent to other processes, chosen from."""
+"""Every layout: detection, equal pairs in all of them, pickling, chosen and skipped rows, stamps."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_manifests_paths_stay_in_its_folder(rows: Rows, suffix: str, path: str
     assert "leaves the data folder" in fault_of(place, 1)
 
 
-def test_csv_takes_empty_captions_quoted_breaks_and_says_what_is_wrong(rows: Rows) -> None:
+def test_csv_has_empty_captions_and_quoted_breaks_and_names_errors(rows: Rows) -> None:
     rows[0]["text"], rows[1]["text"] = "", 'two\nlines, "quoted"'
     place = manifest_beside(rows, ".csv")
     assert [open_at(place).identify(i).captions for i in (0, 1)] == [("",), ('two\nlines, "quoted"',)]
@@ -108,7 +108,7 @@ def test_a_wrong_column_type_is_named(rows: Rows) -> None:
     assert fault_of(place) == f"{place}, line 1, column image: holds int; allowed are pictures, paths or bytes."
 
 
-def test_paired_folders_say_what_is_missing_or_twice(rows: Rows, tmp_path: Path) -> None:
+def test_paired_folders_name_missing_and_repeated_files(rows: Rows, tmp_path: Path) -> None:
     folder = write_paired(tmp_path / "paired", rows)
     (folder / "images" / "00001.txt").unlink()
     assert f"{folder}/images/00001.png: has no caption: " in fault_of(folder, 1)
@@ -143,7 +143,7 @@ def test_an_annotator_needs_no_condition_column(data: Path, rows: Rows) -> None:
     assert source.identify(0).digest == source[0].digest
 
 
-def test_the_kind_is_told_by_what_is_there_and_else_by_the_name(data: Path, tmp_path: Path) -> None:
+def test_the_layout_is_detected_by_content_then_by_name(data: Path, tmp_path: Path) -> None:
     options = DataOptions(train_data_dir="x")
     for location, kind in {
         str(data): "folder",
@@ -178,7 +178,7 @@ def test_a_split_of_shards_in_one_folder(rows: Rows, tmp_path: Path) -> None:
     assert len(open_at(tmp_path / "tar", split="test")) == 1
 
 
-def test_skip_leaves_rows_out_and_tells_of_keys_that_no_row_has(data: Path, tmp_path: Path) -> None:
+def test_skip_takes_keys_with_and_without_a_line_and_reports_unknown_ones(data: Path, tmp_path: Path) -> None:
     skip = tmp_path / "skip.txt"
     skip.write_text("train/00001.png (line 2)\n\ntrain/00004.png\nnobody\n")
     source = open_at(data, skip=str(skip))
@@ -193,7 +193,7 @@ def test_skip_leaves_rows_out_and_tells_of_keys_that_no_row_has(data: Path, tmp_
     assert "skips all 6 rows" in fault_of(data, skip=str(skip))
 
 
-def test_a_row_whose_line_is_no_json_can_be_skipped(data: Path, tmp_path: Path) -> None:
+def test_a_row_that_is_not_json_can_be_skipped(data: Path, tmp_path: Path) -> None:
     metadata = data / "train" / "metadata.jsonl"
     lines = metadata.read_text().splitlines()
     metadata.write_text("\n".join([lines[0], "{oops", *lines[2:]]))
@@ -220,7 +220,7 @@ def test_the_background_shows_through(data: Path, background: str, rgb: tuple[in
 
 
 @pytest.mark.parametrize("background", ["nocolor", "#12", "#11223344"])
-def test_a_background_that_is_no_colour(data: Path, background: str) -> None:
+def test_an_unknown_background_colour(data: Path, background: str) -> None:
     assert fault_of(data, background=background).startswith(f"--data.background {background}: allowed is a colour's")
 
 
@@ -257,7 +257,7 @@ def test_shapes_are_those_of_make_data(tmp_path: Path) -> None:
     assert "unknown split 'other'" in fault_of("shapes", split="other")
 
 
-def test_a_drawn_pairs_digest_follows_what_decides_its_pixels() -> None:
+def test_a_rendered_pairs_digest_depends_on_what_determines_its_pixels() -> None:
     digests = [
         open_at("shapes:3", **options)[0].digest
         for options in ({"resolution": 64}, {"resolution": 32}, {"resolution": 64, "condition": "depth"})
@@ -278,7 +278,7 @@ def emoji_package(path: Path, **files: Any) -> Path:
     return path
 
 
-def test_emoji_are_drawn_from_their_package(tmp_path: Path) -> None:
+def test_emoji_are_rendered_from_their_package(tmp_path: Path) -> None:
     pytest.importorskip("resvg_py", reason="the extra [emoji] is not installed")
     disc = {"body": '<circle cx="16" cy="16" r="12" fill="#f00"/>'}
     icons = {"height": 32, "icons": {f"thing-{i}": disc for i in range(20)}}
@@ -318,7 +318,7 @@ def test_the_sample_of_emoji_in_the_assets_is_whole() -> None:
     assert "MIT License" in (assets / "LICENSE").read_text()
 
 
-def test_a_row_of_a_manifest_costs_bytes_and_not_objects(tmp_path: Path) -> None:
+def test_a_manifest_holds_no_python_object_per_row(tmp_path: Path) -> None:
     count = 100_000
     line = '{{"image": "{0:06d}.png", "conditioning_image": "c{0:06d}.png", "text": "a picture of thing {0}"}}\n'
     (tmp_path / "pairs.jsonl").write_text("".join(line.format(number) for number in range(count)))

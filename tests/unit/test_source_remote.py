@@ -1,4 +1,4 @@
-"""Files elsewhere: found, fetched once, kept within bounds; and every way that goes wrong, named."""
+"""Remote files: they are found, downloaded once, and deleted when the folder is full; errors name the address."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_braces() -> None:
 
 
 @pytest.mark.parametrize("inner", ["tar/{0000..0001}.tar", "parquet/train-0000{0,1}-of-00002.parquet"])
-def test_shards_stay_known_over_runs(web: WebServer, kept: Path, inner: str) -> None:
+def test_stamps_of_shards_are_equal_in_two_runs(web: WebServer, kept: Path, inner: str) -> None:
     first, again = (open_at(f"{web.address}/{inner}", kept) for _ in range(2))
     stamps = [first.stamp(i) for i in range(4)]
     assert None not in stamps and len(set(stamps)) == 4
@@ -110,7 +110,7 @@ def test_a_shard_is_fetched_once_and_again_only_when_it_has_changed(web: WebServ
     assert [web.asked[f"GET /tar/000{i}.tar"] for i in (0, 1)] == [1, 2]
 
 
-def test_an_address_may_go_on_after_its_path(web: WebServer, kept: Path) -> None:
+def test_an_address_may_have_a_query(web: WebServer, kept: Path) -> None:
     source = open_at(f"{web.address}/tar/0000.tar?signature=a/b", kept)
     assert [source[i].key for i in range(2)] == ["0000.tar/00000", "0000.tar/00002"]
 
@@ -132,7 +132,7 @@ def test_an_index_outlives_its_fetched_shard(web: WebServer, kept: Path) -> None
     assert web.asked["GET /tar/0000.tar"] == before + 1
 
 
-def test_a_damaged_index_is_made_anew(web: WebServer, kept: Path) -> None:
+def test_a_damaged_index_is_made_again(web: WebServer, kept: Path) -> None:
     place = f"{web.address}/tar/0000.tar"
     digests = read_all(open_at(place, kept))
     for path in (kept / "indices").iterdir():
@@ -166,7 +166,7 @@ def test_a_forked_process_fetches_for_itself(web: WebServer, kept: Path) -> None
     assert len(set(digests)) == 4 and digests == read_all(source)
 
 
-def test_what_was_used_least_recently_goes_when_the_folder_is_full(web: WebServer, kept: Path) -> None:
+def test_the_least_recently_used_files_are_deleted_when_the_folder_is_full(web: WebServer, kept: Path) -> None:
     names = [f"{web.address}/flat/0000{i}.png" for i in range(4)]
     blobs = [ask(name) for name in names]
     store = Store(kept, limit=sum(blob.size for blob in blobs[:3]) + blobs[3].size // 2)
@@ -184,13 +184,13 @@ def test_what_was_used_least_recently_goes_when_the_folder_is_full(web: WebServe
     assert not (kept / "fetched" / "killed.1.tmp").exists()
 
 
-def test_a_server_that_fails_twice_is_asked_again(web: WebServer, kept: Path) -> None:
+def test_a_request_that_fails_twice_is_retried(web: WebServer, kept: Path) -> None:
     web.failures = 2
     assert len(open_at(f"{web.address}/tar/0000.tar", kept)) == 2
 
 
 @pytest.mark.parametrize(("status", "tries"), [(503, "3 tries"), (403, "1 try")])
-def test_a_server_that_goes_on_failing_is_named(web: WebServer, kept: Path, status: int, tries: str) -> None:
+def test_an_address_that_always_fails_is_named(web: WebServer, kept: Path, status: int, tries: str) -> None:
     web.failures, web.status = 1000, status
     url = f"{web.address}/tar/0000.tar"
     message = fault_of(url, kept)
@@ -223,7 +223,7 @@ def test_parquet_from_a_server_without_ranges(web: WebServer, kept: Path) -> Non
     assert len(set(read_all(open_at(place, kept)))) == 4
 
 
-def test_a_manifest_elsewhere_names_pictures_beside_it(web: WebServer, kept: Path, tmp_path: Path) -> None:
+def test_a_remote_manifest_names_pictures_beside_it(web: WebServer, kept: Path, tmp_path: Path) -> None:
     place = f"{web.address}/flat/pairs.csv"
     local = open_at(str(tmp_path / "flat" / "pairs.csv"), kept)
     source = open_at(place, kept)
@@ -244,7 +244,7 @@ def test_a_manifest_elsewhere_names_pictures_beside_it(web: WebServer, kept: Pat
         ("nothing.png", "/flat/nothing.png: no such file there"),
     ],
 )
-def test_a_manifest_elsewhere_reads_nothing_here(
+def test_a_remote_manifest_reads_no_local_file(
     web: WebServer, kept: Path, tmp_path: Path, image: str, part: str
 ) -> None:
     (tmp_path / "flat" / "bad.csv").write_text(f"image,conditioning_image,text\n{image},00000_outline.png,x\n")

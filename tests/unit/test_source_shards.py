@@ -1,4 +1,4 @@
-"""Tar and parquet shards: what a sample is, and every way that a shard is spoilt."""
+"""Tar and parquet shards: their samples, and an error for each kind of damage."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rows(tmp_path: Path) -> Rows:
 
 @pytest.fixture
 def members(rows: Rows) -> dict[str, bytes]:
-    """Of a shard with one whole sample, "a"."""
+    """The members of a shard with one complete sample, "a"."""
     return {"a.png": rows[0]["image"].read_bytes(), "a.cond.png": rows[0]["condition"].read_bytes(), "a.txt": b"circle"}
 
 
@@ -110,7 +110,7 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
     assert "member 'a.png' is a link or a device" in fault_of(place)
 
 
-def test_a_compressed_tar_is_told_from_a_plain_one(tmp_path: Path) -> None:
+def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
     place = tmp_path / "0.tar"
     with tarfile.open(place, "w:gz"):
         pass
@@ -138,7 +138,7 @@ def test_the_same_stems_in_two_shards_have_keys_of_their_own(tmp_path: Path, mem
         ("a.cond.png", "sample a: there is no condition: no member ends in .cond.jpg"),
     ],
 )
-def test_what_a_sample_lacks_is_named_and_harms_no_other(
+def test_a_missing_member_is_named_and_other_samples_are_read(
     tmp_path: Path, members: dict[str, bytes], lacks: str, part: str
 ) -> None:
     other = {name.replace("a", "b", 1): data for name, data in members.items()}
@@ -165,7 +165,7 @@ def test_a_shard_without_samples_and_damaged_bytes(tmp_path: Path, members: dict
     assert f"{place}, sample a, image: damaged picture" in fault_of(place)
 
 
-def test_an_index_is_kept_until_the_shard_changes(tmp_path: Path, members: dict[str, bytes]) -> None:
+def test_an_index_is_cached_until_the_shard_changes(tmp_path: Path, members: dict[str, bytes]) -> None:
     place, kept = write_tar(tmp_path / "0.tar", members), tmp_path / "kept"
     for count in (1, 1):
         open_at(place, prepared_dir=str(kept))
@@ -197,7 +197,7 @@ def test_captions_are_read_without_their_pictures(tmp_path: Path, rows: Rows) ->
         source.identify(0)
 
 
-def test_a_file_that_is_no_parquet_or_a_damaged_one(tmp_path: Path, rows: Rows) -> None:
+def test_a_damaged_parquet_file_and_another_format(tmp_path: Path, rows: Rows) -> None:
     folder = write_parquet_shards(tmp_path / "p", rows)
     shard = folder / "train-00001-of-00002.parquet"
     whole = shard.read_bytes()
