@@ -107,7 +107,7 @@ class Framing:
         geometry = cover(original, self.target(original))
         if self.crop == "center":
             return replace(geometry, flipped=view == 1)
-        top, left, side = _draws(digest, view)
+        top, left, side = _hashed_numbers(digest, view)
         rows, columns = (whole - part + 1 for whole, part in zip(geometry.resized, geometry.target, strict=True))
         return replace(geometry, top_left=(top % rows, left % columns), flipped=self.flip and side % 2 == 1)
 
@@ -175,7 +175,7 @@ def _nearest(targets: tuple[tuple[int, int], ...], original: tuple[int, int]) ->
     return min(targets, key=lambda size: (round(abs(log(size[0] / size[1]) - wanted), 9), -size[0] * size[1]))
 
 
-def _draws(digest: str, view: int) -> tuple[int, int, int]:
+def _hashed_numbers(digest: str, view: int) -> tuple[int, int, int]:
     """Three independent 64-bit numbers that depend on picture and view alone."""
-    drawn = hashlib.sha256(f"{digest}/{view}".encode()).digest()
-    return int.from_bytes(drawn[:8]), int.from_bytes(drawn[8:16]), int.from_bytes(drawn[16:24])
+    hashed = hashlib.sha256(f"{digest}/{view}".encode()).digest()
+    return int.from_bytes(hashed[:8]), int.from_bytes(hashed[8:16]), int.from_bytes(hashed[16:24])
