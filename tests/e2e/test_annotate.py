@@ -16,7 +16,7 @@ from PIL import Image
 from support.tiny import write_circles
 
 from t2i_adapter.cli import main
-from t2i_adapter.verbs.annotate_folder import BAD_ROWS, LIST
+from t2i_adapter.verbs.annotate import BAD_ROWS, LIST
 
 
 @pytest.fixture
@@ -139,25 +139,25 @@ def test_another_kind_is_not_mixed_in(pictures: Path, tmp_path: Path, capsys: py
     out = tmp_path / "out"
     assert annotate("canny", "--data", pictures, "--out", out, "--workers", 0) == 0
     assert annotate("canny,low=5", "--data", pictures, "--out", out, "--workers", 0) == 2
-    assert "holds maps made otherwise" in capsys.readouterr().err
+    assert "its maps were made with other options" in capsys.readouterr().err
     assert annotate("canny", "--data", pictures, "--out", pictures, "--workers", 0) == 2
     assert "is not empty" in capsys.readouterr().err
 
 
 FAULTS = {
     "no kind": ([], "KIND: required"),
-    "no photo": (["canny", "-o", "x.png"], "neither PHOTO nor --data is given"),
-    "both": (["canny", "a.png", "--data", "b", "-o", "x.png"], "PHOTO and --data are both given"),
-    "no out": (["canny", "a.png"], "--out: required"),
+    "no photo": (["canny", "-o", "x.png"], "neither PHOTO nor --data is set"),
+    "both": (["canny", "a.png", "--data", "b", "-o", "x.png"], "PHOTO and --data are both set"),
+    "no out": (["canny", "a.png"], "--out is required"),
     "kind": (["cany", "PHOTO", "-o", "x.png"], "condition cany: no such annotator; there are: canny, lineart,"),
     "option": (["canny,lo=3", "PHOTO", "-o", "x.png"], "there is no option 'lo'; there are: low, high, vary"),
-    "value": (["canny,low=many", "PHOTO", "-o", "x.png"], "low is 'many'; needed is a number"),
+    "value": (["canny,low=many", "PHOTO", "-o", "x.png"], "low=many: allowed is a number"),
     "file": (["canny", "none.png", "-o", "x.png"], "PHOTO: none.png: no such file"),
-    "name": (["canny", "PHOTO", "-o", "x.doc"], "--out x.doc: is no picture file"),
-    "folder": (["canny", "PHOTO", "-o", "no/x.png"], "--out no/x.png: there is no folder no"),
+    "name": (["canny", "PHOTO", "-o", "x.doc"], "--out x.doc: the name of a picture file must end in"),
+    "folder": (["canny", "PHOTO", "-o", "no/x.png"], "--out no/x.png: the folder no does not exist"),
     "data": (["canny", "--data", "nowhere", "--out", "x"], "nowhere"),
-    "workers": (["canny", "--data", "d", "--out", "x", "--workers", "-1"], "--workers -1: 0 or more"),
-    "sheet": (["conditions", "--photo", "PHOTO"], "--photo: is for --sheet FILE"),
+    "workers": (["canny", "--data", "d", "--out", "x", "--workers", "-1"], "--workers -1: allowed is 0 or more"),
+    "sheet": (["conditions", "--photo", "PHOTO"], "--photo needs --sheet FILE"),
 }
 
 

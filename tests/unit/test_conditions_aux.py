@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 def test_without_the_package_one_line_says_what_to_install(kind: str, folder: Path):
     with pytest.raises(UserError, match=r"pip install 'sdxl-t2i-adapter\[controlnet-aux\]'") as caught:
         annotate(open_annotator(f"{kind},model={folder}"), Image.new("RGB", (8, 8)))
-    assert str(caught.value).startswith(f"{kind}: needs the package of controlnet_aux")
+    assert str(caught.value).startswith(f"condition {kind}: needs the package of controlnet_aux")
 
 
 @pytest.mark.parametrize("kind", list(FILES))
@@ -63,9 +63,9 @@ def test_weights_of_the_hub_are_pinned(kind: str):
 
 @pytest.mark.parametrize("kind", list(FILES))
 def test_faults_are_one_line(kind: str, tmp_path: Path):
-    with pytest.raises(UserError, match="resolution=32; needed is 64 or more"):
+    with pytest.raises(UserError, match="resolution=32; allowed is 64 or more"):
         open_annotator(f"{kind},resolution=32")
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="the folder has no weights"):
         open_annotator(f"{kind},model={tmp_path}")
 
 

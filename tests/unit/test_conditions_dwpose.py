@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from t2i_adapter.annotators import dwpose
-from t2i_adapter.annotators.mediapipe.skeleton import draw_people
 from t2i_adapter.annotators.pretrained import PINNED
 from t2i_adapter.annotators.registry import annotate, open_annotator
+from t2i_adapter.annotators.skeleton import draw_people
 from t2i_adapter.errors import UserError
 
 pytestmark = pytest.mark.skipif(find_spec("onnx") is None, reason="needs onnx, to write small networks")
@@ -144,12 +144,12 @@ def to_picture(points: np.ndarray) -> np.ndarray:
 @installed
 def test_a_person_is_found_where_the_detector_says_and_only_once(tmp_path: Path):
     write_detector(tmp_path, {PERSON: 0.9, FAINT: 0.2})
-    session = dwpose.open_onnx(tmp_path / dwpose.DETECTOR, "dwpose", "dwpose")
+    session = dwpose.open_onnx(tmp_path / dwpose.DETECTOR, "dwpose")
     (box,) = dwpose._find_boxes(session, np.asarray(picture()))
     np.testing.assert_allclose(box, PERSON, atol=0.01)
     assert not len(dwpose._find_boxes(session, np.asarray(picture())[..., ::-1])), "red is not blue"
     write_detector(tmp_path / "two", {FAINT: 0.5, PERSON: 0.9})
-    session = dwpose.open_onnx(tmp_path / "two" / dwpose.DETECTOR, "dwpose", "dwpose")
+    session = dwpose.open_onnx(tmp_path / "two" / dwpose.DETECTOR, "dwpose")
     np.testing.assert_allclose(dwpose._find_boxes(session, np.asarray(picture())), [PERSON, FAINT], atol=0.01)
 
 
@@ -157,7 +157,7 @@ def test_a_person_is_found_where_the_detector_says_and_only_once(tmp_path: Path)
 def test_points_come_back_to_where_they_are_in_the_picture(tmp_path: Path):
     """What the second network is given is the box, upright and to scale, its colours as it was trained on."""
     write_finder(tmp_path)
-    session = dwpose.open_onnx(tmp_path / dwpose.POINTS, "dwpose", "dwpose")
+    session = dwpose.open_onnx(tmp_path / dwpose.POINTS, "dwpose")
     for dot in ((160, 160), (130, 80), (199, 241)):
         points, _ = dwpose._find_points(session, np.asarray(picture(dot=dot)), np.array(PERSON))
         assert points.shape == (133, 2)
@@ -208,11 +208,11 @@ def test_with_random_weights_it_draws_a_map_of_any_picture_the_same_each_time(si
 
 
 def test_faults_are_one_line(tmp_path: Path):
-    with pytest.raises(UserError, match=r"dwpose: people=0; needed is 1 or more"):
+    with pytest.raises(UserError, match=r"dwpose: people=0; allowed is 1 or more"):
         open_annotator("dwpose,people=0")
     with pytest.raises(UserError, match=r"dwpose: visible=2; allowed is 0 to 1"):
         open_annotator("dwpose,visible=2")
-    with pytest.raises(UserError, match=r"holds no weights \(\*\.onnx\)"):
+    with pytest.raises(UserError, match=r"has no weights \(\*\.onnx\)"):
         open_annotator(f"dwpose,model={tmp_path}")
 
 

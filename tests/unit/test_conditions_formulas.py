@@ -201,4 +201,4 @@ def test_normals_may_name_what_makes_the_depth():
     picture = scene()
     through = made("normal,depth=grey", picture)
     assert np.array_equal(through, made("normal", picture.convert("L").convert("RGB")))
-    assert open_annotator("normal,depth=grey").version != open_annotator("normal").version
+    assert open_annotator("normal,depth=grey").facts.version != open_annotator("normal").facts.version

