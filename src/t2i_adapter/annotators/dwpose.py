@@ -101,8 +101,8 @@ def _find_boxes(detector: Any, picture: np.ndarray) -> np.ndarray:
     scores = rows[:, 4] * rows[:, PERSON_COLUMN]
     boxes = np.concatenate([middles - sizes / 2, middles + sizes / 2], axis=1) / scale
     corners_and_sizes = np.concatenate([boxes[:, :2], sizes / scale], axis=1)
-    kept = cv2.dnn.NMSBoxes(corners_and_sizes.tolist(), scores.tolist(), MIN_SCORE, MAX_OVERLAP)
-    return boxes[np.asarray(kept, int).reshape(-1)]
+    chosen = cv2.dnn.NMSBoxes(corners_and_sizes.tolist(), scores.tolist(), MIN_SCORE, MAX_OVERLAP)
+    return boxes[np.asarray(chosen, int).reshape(-1)]
 
 
 def _cells() -> tuple[np.ndarray, np.ndarray]:
@@ -127,9 +127,9 @@ def _find_points(network: Any, picture: np.ndarray, box: np.ndarray) -> tuple[np
 
 
 def _person(points: np.ndarray, scores: np.ndarray, options: DwPose) -> Skeleton:
-    seen = np.where(scores[:, None] >= options.visible, points, np.nan)
-    neck = seen[list(SHOULDERS)].mean(axis=0)
-    body = np.stack([neck if joint is None else seen[joint] for joint in BODY_18])
-    hands = (seen[HAND_L], seen[HAND_R]) if options.hands else (None, None)
-    face = np.concatenate([seen[FACE], np.full((PUPILS, 2), np.nan)]) if options.face else None
+    visible = np.where(scores[:, None] >= options.visible, points, np.nan)
+    neck = visible[list(SHOULDERS)].mean(axis=0)
+    body = np.stack([neck if joint is None else visible[joint] for joint in BODY_18])
+    hands = (visible[HAND_L], visible[HAND_R]) if options.hands else (None, None)
+    face = np.concatenate([visible[FACE], np.full((PUPILS, 2), np.nan)]) if options.face else None
     return Skeleton(body, hands, face)

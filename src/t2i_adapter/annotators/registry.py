@@ -147,8 +147,8 @@ class Annotator:
 
     def record(self) -> dict[str, Any]:
         """What the adapter's folder records about its conditions; `open_recorded` opens it again."""
-        facts = {name: getattr(self.facts, name) for name in ("version", "channels", "kind", "polarity")}
-        return {"name": self.name, "options": self.options, **facts}
+        names = ("version", "channels", "kind", "polarity")
+        return {"name": self.name, "options": self.options, **{name: getattr(self.facts, name) for name in names}}
 
 
 def open_annotator(spec: str) -> Annotator:
@@ -273,7 +273,8 @@ def _run_file(path: str) -> Any:
 
 
 def _identity(name: str, place: str) -> str:
-    """The name; for a file its class and content: an edited file is another annotator, a moved file the same."""
+    """Returns the name, or for a file its class and the hash of its content: an edited file is another annotator, a
+    moved file is not."""
     module_name, _, class_name = place.rpartition(":")
     if not module_name.endswith(".py"):
         return name

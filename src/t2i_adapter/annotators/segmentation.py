@@ -215,11 +215,11 @@ def distinct(logits: Tensor, scores: Tensor) -> list[int]:
     No mask may be empty."""
     order = scores.argsort(descending=True, stable=True).tolist()
     boxes = {number: _box(logits[number] > 0) for number in order}
-    kept: list[int] = []
+    found: list[int] = []
     for number in order:
-        if all(_overlap(boxes[number], boxes[other]) <= SAM_SAME for other in kept):
-            kept.append(number)
-    return kept
+        if all(_overlap(boxes[number], boxes[other]) <= SAM_SAME for other in found):
+            found.append(number)
+    return found
 
 
 def paint(masks: list[np.ndarray], height: int, width: int) -> np.ndarray:

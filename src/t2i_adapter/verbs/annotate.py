@@ -245,7 +245,7 @@ def read_list(listing: Path) -> dict[int, tuple[str | None, dict[str, Any]]]:
 
 
 Made = tuple[int, dict[str, Any] | None, str]
-"""A row's index, its metadata, or None and the reason why it failed."""
+"""A row's index; then its metadata and "", or None and the reason why it failed."""
 
 
 def make_rows(numbers: Iterable[int], work: Work, options: AnnotateOptions) -> Iterator[Made]:
@@ -291,7 +291,7 @@ def _make(work: Work, number: int) -> Made:
 
 
 _work: Work | None = None
-"""What this process works with, if it is a worker."""
+"""The work of this process, if it is a worker."""
 
 
 def _start(options: AnnotateOptions) -> None:

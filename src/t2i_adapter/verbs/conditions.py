@@ -47,7 +47,7 @@ def run(options: ConditionsOptions) -> None:
         print("\n".join(describe_kind(name) for name in kinds()))
         return
     check_picture_file(options.sheet, "sheet")
-    photo = read_condition(str(options.photo), "--photo") if options.photo else scene()
+    photo = read_condition(str(options.photo), flag("photo")) if options.photo else scene()
     make_kinds_sheet(photo, options.kinds or local_kinds()).save(options.sheet)
     print(options.sheet)
 
