@@ -39,7 +39,7 @@ def test_any_size_and_the_same_each_time(width: int, height: int):
 
 
 @with_weights
-def test_threshold_zero_gives_the_probability():
+def test_threshold_zero_returns_the_probability():
     image = Image.open(ASTRONAUT).convert("RGB")
     likely = np.asarray(annotate(open_annotator("person,threshold=0"), image))
     assert np.unique(likely).size > 50

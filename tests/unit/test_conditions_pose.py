@@ -39,12 +39,12 @@ def astronaut(size: tuple[int, int] | None = None) -> Image.Image:
 
 
 def distance(points: np.ndarray, truth: dict[int, tuple[float, float]], side: int) -> float:
-    """The largest one, of the picture's side."""
+    """Returns the largest distance, relative to the picture's side."""
     return max(float(np.hypot(*(points[n] / side - place))) for n, place in truth.items())
 
 
 def mirrored(points: np.ndarray, width: float, twins: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Points of the mirror image, in which right and left have changed their names."""
+    """Returns the points of the mirror image, with left and right exchanged."""
     order = list(range(len(points)))
     for right, left in twins:
         order[right], order[left] = left, right
@@ -70,7 +70,7 @@ def test_a_figure_in_a_corner_of_a_wide_picture():
     wide = Image.new("RGB", (700, 320), (90, 120, 150))
     wide.paste(astronaut((320, 320)), (380, 0))
     (person,) = find_people(np.asarray(wide), 4, False, True, 0.5)
-    head = {joint: JOINTS[joint] for joint in (0, 14, 15)}  # the chest looks as if it ended where the photo does
+    head = {joint: JOINTS[joint] for joint in (0, 14, 15)}  # the chest seems to end at the photo's edge
     assert distance(person.body - (380, 0), head, 320) < 0.02
     assert person.face is not None
     assert distance(person.face - (380, 0), FACE, 320) < 0.02
@@ -102,7 +102,9 @@ def drawn_hand() -> Image.Image:
 
 ROOTS = ((150, 270), (155, 210), (187, 195), (220, 200), (248, 220))
 TIPS = ((95, 205), (140, 85), (190, 55), (240, 75), (285, 125))
-PARTS = np.array([(200, 370), (250, 215), (155, 210)], float)  # wrist, little finger and index, as the body tells them
+PARTS = np.array(
+    [(200, 370), (250, 215), (155, 210)], float
+)  # wrist, little finger and index, as the body's network returns them
 
 
 @with_weights
@@ -137,7 +139,7 @@ def test_two_people():
 
 
 @with_weights
-def test_nobody_gives_a_black_map():
+def test_without_people_the_map_is_black():
     gradient = np.broadcast_to(np.linspace(0, 255, 90, dtype=np.uint8)[:, None, None], (90, 120, 3))
     assert not np.asarray(annotate(open_annotator("pose"), Image.fromarray(gradient.copy()))).any()
 
@@ -194,7 +196,7 @@ def test_a_mirrored_figure_is_the_mirrored_map_with_sides_exchanged(figure: np.n
     assert (np.abs(plain.astype(int) - redrawn) > 8).any(axis=2).sum() / redrawn.any(axis=2).sum() > 0.5
 
 
-def test_joints_that_are_not_seen_are_not_drawn(figure: np.ndarray):
+def test_invisible_joints_are_not_drawn(figure: np.ndarray):
     figure[4] = np.nan
     drawn = draw_people([Skeleton(figure, (None, None), None)], 512, 512)
     assert not drawn[300, 150].any()
@@ -220,8 +222,8 @@ def test_a_skeleton_grows_with_the_picture(figure: np.ndarray):
 
 @pytest.mark.parametrize("turn", [0.0, 0.7, -2.5])
 @pytest.mark.parametrize("side", [60.0, 900.0])
-def test_a_region_is_cut_where_it_says(turn: float, side: float):
-    """A spot in the picture is found in what is cut out, and is carried back to where it was."""
+def test_a_region_is_cropped_at_its_place(turn: float, side: float):
+    """A spot of the picture is found in the crop, and its position is mapped back to the picture."""
     picture = np.zeros((200, 300, 3), np.uint8)
     spot = np.array([140.0, 88.0])
     cv2.circle(picture, (140, 88), 6, (255, 255, 255), -1)

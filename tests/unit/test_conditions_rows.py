@@ -1,4 +1,4 @@
-"""What every kind without weights keeps to: size, mode, levels, polarity, determinism, options; any picture file."""
+"""Rules for every kind without weights: size, mode, levels, polarity, determinism, options; any picture file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_there_are_the_kinds_that_need_no_weights():
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_declares_all_that_is_shown(name: str):
+def test_declares_all_facts_that_are_printed(name: str):
     plugin = find_plugin(name)
     assert (
         plugin.facts.licence and plugin.__doc__ and all(f"`{field.name}`" in plugin.__doc__ for field in fields(plugin))
@@ -45,7 +45,7 @@ def test_declares_all_that_is_shown(name: str):
 
 @pytest.mark.parametrize("name", LOCAL)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_gives_its_mode_and_the_pictures_size_whatever_that_is(name: str, size: tuple[int, int]):
+def test_the_map_has_the_declared_mode_and_the_pictures_size(name: str, size: tuple[int, int]):
     annotator = open_annotator(name)
     for picture in (noise(size), Image.new("RGB", size, "teal"), Image.new("RGB", size)):
         condition = annotate(annotator, picture, "a")
@@ -54,14 +54,14 @@ def test_gives_its_mode_and_the_pictures_size_whatever_that_is(name: str, size: 
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_is_the_same_each_time_and_leaves_the_picture_alone(name: str):
+def test_the_map_is_deterministic_and_the_picture_unchanged(name: str):
     picture = scene()
     before = picture.tobytes()
     first = annotate(open_annotator(name), picture, "row 7")
     annotate(open_annotator(name), noise((64, 64)), "row 8")
     again = annotate(pickle.loads(pickle.dumps(open_annotator(name))), picture, "row 7")
     assert first.tobytes() == again.tobytes() and picture.tobytes() == before
-    assert np.unique(np.asarray(first)).size > 1, "something is drawn"
+    assert np.unique(np.asarray(first)).size > 1, "the map is not empty"
 
 
 @pytest.mark.parametrize("name", LOCAL)
@@ -70,9 +70,9 @@ def test_levels_and_polarity_are_as_declared(name: str):
     values = np.asarray(annotate(annotator, scene(256), "a"))
     assert (np.unique(values).size == 2) == (annotator.facts.levels == 2)
     if annotator.facts.polarity == "white on black":
-        assert values.mean() < 128, "most of it is ground"
+        assert values.mean() < 128, "most of the map is background"
         assert not np.asarray(annotate(annotator, Image.new("RGB", (64, 64), "white"), "a")).any(), (
-            "nothing, nothing drawn"
+            "a white picture has an empty map"
         )
 
 
@@ -110,13 +110,13 @@ WRONG = (
 
 
 @pytest.mark.parametrize("spec", WRONG)
-def test_a_value_that_is_not_allowed_is_told_with_what_is(spec: str):
+def test_an_error_names_the_value_and_what_is_allowed(spec: str):
     name, _, setting = spec.partition(",")
     with pytest.raises(UserError, match=f"{name}: .*{setting.split('=')[0]}=.*(allowed|needed) is"):
         open_annotator(spec)
 
 
-def test_what_a_plug_in_says_of_itself_is_checked(tmp_path: Path):
+def test_the_facts_of_a_plug_in_are_checked(tmp_path: Path):
     body = """
 from dataclasses import dataclass
 from t2i_adapter.annotators.registry import Facts
@@ -126,13 +126,13 @@ class Wrong:
     def __call__(self, image, rng): return image.convert("L")
 """
     file = tmp_path / "wrong.py"
-    for declared, told in {
+    for declared, message in {
         "channels=2, levels=256": r"channels = 2; allowed is one of 1, 3",
         'polarity="white"': r"polarity = 'white'; allowed is one of white on black",
         "version=None": r"version = None; allowed is a whole number",
     }.items():
         file.write_text(body.format(declared=declared))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             open_annotator(f"{file}:Wrong")
     file.write_text(body.format(declared="levels=2"))
     with pytest.raises(UserError, match="returned greys, but its facts declare 2 levels"):
