@@ -50,12 +50,12 @@ VERBS = {
     ),
     "conditions": Verb(
         "List the condition kinds, or write a sheet of them.",
-        "t2i_adapter.verbs.annotate_options:ConditionsOptions",
+        "t2i_adapter.verbs.conditions:ConditionsOptions",
         "t2i_adapter.verbs.conditions:run",
     ),
     "annotate": Verb(
         "Make the condition map of a picture, or of a whole dataset.",
-        "t2i_adapter.verbs.annotate_options:AnnotateOptions",
+        "t2i_adapter.verbs.annotate:AnnotateOptions",
         "t2i_adapter.verbs.annotate:run",
     ),
     "plan": Verb(

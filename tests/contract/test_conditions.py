@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_adapter.annotators.canny import Canny
+from t2i_adapter.annotators.edges import Canny
 from t2i_adapter.annotators.registry import TABLE, annotate, find_plugin, open_annotator
 from t2i_adapter.data.geometry import Framing
 from t2i_adapter.data.pair import cut, redraw
 from t2i_adapter.errors import UserError
 from t2i_adapter.types import Sample
 
-LOCAL = [name for name in TABLE if not find_plugin(name).weights and not find_plugin(name).needs]
+LOCAL = [name for name in TABLE if not find_plugin(name).facts.weights and not find_plugin(name).facts.needs]
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:
@@ -91,32 +92,29 @@ def test_a_fingerprint_is_the_same_each_time_and_another_for_each_change(monkeyp
     plain = open_annotator("canny").fingerprint
     assert open_annotator(" canny , low = 100 ").fingerprint == plain
     changed = {open_annotator(spec).fingerprint for spec in ("canny,low=50", "canny,high=300", "grey")}
-    monkeypatch.setattr(Canny, "version", Canny.version + 1)
+    monkeypatch.setattr(Canny, "facts", replace(Canny.facts, version=Canny.facts.version + 1))
     changed.add(open_annotator("canny").fingerprint)
     assert len(changed | {plain}) == 5
 
 
 OWN = '''
+from __future__ import annotations
 from dataclasses import dataclass
 from PIL import ImageOps
+from t2i_adapter.annotators.registry import Facts
 
+@dataclass(frozen=True)
 class Inverse:
-    """The image's negative."""
+    """The image's negative.
 
-    @dataclass(frozen=True)
-    class Options:
-        """shrink: gives too small a picture."""
+    `shrink`: returns too small a picture.
+    """
 
-        shrink: bool = False
-
-    version, channels, kind, polarity, levels = 1, 3, "map", "none", 256
-    licence, weights, needs = "", "", ""
-
-    def __init__(self, options):
-        self.options = options
+    facts = Facts(channels=3)
+    shrink: bool = False
 
     def __call__(self, image, rng):
-        return ImageOps.invert(image.resize((8, 8)) if self.options.shrink else image)
+        return ImageOps.invert(image.resize((8, 8)) if self.shrink else image)
 '''
 
 
@@ -153,7 +151,7 @@ def test_an_annotator_from_a_module_or_an_entry_point(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[t2i_adapter.annotators]\ninverse = {own.stem}:Inverse\n")
     assert is_inverse("inverse")
-    with pytest.raises(UserError, match="no such annotator; there are: canny, .*, inverse. One of your own"):
+    with pytest.raises(UserError, match="no such annotator; there are: canny, .*, inverse. Name your own"):
         open_annotator("nothing")
 
 
@@ -163,11 +161,12 @@ def test_an_annotator_from_a_module_or_an_entry_point(
         ("cany", "condition cany: no such annotator; there are: canny, "),
         ("canny,hihg=3", "there is no option 'hihg'; there are: low, high"),
         ("grey,low=3", "there is no option 'low'; there are: none"),
-        ("canny,low=much", "low is 'much'; needed is a number"),
+        ("canny,low=much", "canny: low=much: allowed is a number"),
         ("canny,low=300", "canny: low=300, high=200; needed is 0 <= low <= high"),
         ("not_a_module:Class", "not_a_module cannot be imported: No module named"),
-        ("t2i_adapter.annotators.canny:Cany", "t2i_adapter.annotators.canny has no class Cany"),
+        ("t2i_adapter.annotators.edges:Cany", "t2i_adapter.annotators.edges has no class Cany"),
         ("nowhere.py:Class", "nowhere.py: no such file"),
+        ("pathlib:Path", "Path must be a dataclass with a line `facts = Facts(...)`"),
     ],
 )
 def test_what_is_wrong_with_a_name_is_said(spec: str, message: str) -> None:
@@ -178,7 +177,7 @@ def test_what_is_wrong_with_a_name_is_said(spec: str, message: str) -> None:
 
 
 def test_a_condition_of_another_size_is_refused(own: Path) -> None:
-    with pytest.raises(UserError, match="gave RGB, 8x8, for an image of 40x40; needed is RGB of the image's size"):
+    with pytest.raises(UserError, match="returned RGB, 8x8, for an image of 40x40; needed is RGB of the image's size"):
         annotate(open_annotator(f"{own}:Inverse,shrink=true"), picture((40, 40)))
 
 

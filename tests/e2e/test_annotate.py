@@ -1,4 +1,4 @@
-"""Condition maps from the command line: of a picture, of a data set that survives a kill, of an adapter's photo."""
+"""Condition maps from the command line: of a picture, of a dataset with a kill in between, of an adapter's photo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from support.tiny import write_circles
 
 from t2i_adapter.cli import main
-from t2i_adapter.verbs.annotate_folder import BAD_ROWS, LIST
+from t2i_adapter.verbs.annotate import BAD_ROWS, LIST
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def annotate(*words: str | Path) -> int:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file that is seen, the list of what is made apart: its lines come as they are finished."""
+    """Every file but the list of finished rows, whose lines are in the order of completion."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LIST}
 
 
@@ -48,7 +48,7 @@ def test_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "map.png")), cv2.Canny(values, 10, 20))
 
 
-def test_a_data_set_becomes_an_image_folder(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_dataset_becomes_an_image_folder(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
     assert annotate("canny", "--data", pictures, "--out", out, "--workers", 0) == 0
     assert "12 pairs in" in capsys.readouterr().out
@@ -63,7 +63,7 @@ def test_a_data_set_becomes_an_image_folder(pictures: Path, tmp_path: Path, caps
         assert np.array_equal(condition, cv2.Canny(image, 100, 200)) and condition.any()
 
 
-def test_processes_make_the_same_and_a_second_start_makes_nothing(
+def test_several_processes_make_equal_files_and_a_second_start_makes_none(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     kind = "sketch,random_threshold=true"
@@ -78,7 +78,7 @@ def test_processes_make_the_same_and_a_second_start_makes_nothing(
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "two/train").glob("*.png")} == times
 
 
-def test_a_killed_start_is_gone_on_with(tmp_path: Path):
+def test_a_killed_start_is_continued(tmp_path: Path):
     data = write_circles(tmp_path / "data", num=150, size=64)
     words = ["annotate", "mask", "--data", str(data), "--workers", "0", "--out"]
     out = tmp_path / "killed"
@@ -94,8 +94,8 @@ def test_a_killed_start_is_gone_on_with(tmp_path: Path):
     made = listing.read_bytes().count(b"\n") - 1
     assert 3 <= made < 150 and not (out / "train/metadata.jsonl").exists(), "killed in the middle"
     with listing.open("ab") as file:
-        file.write(b'[77, {"file_name": "000')  # as a line is that was being written
-    (out / "train/00077.png.0123abcd.tmp").write_bytes(b"\x89PNG")  # and a picture
+        file.write(b'[77, {"file_name": "000')  # an incomplete line
+    (out / "train/00077.png.0123abcd.tmp").write_bytes(b"\x89PNG")  # and an incomplete picture
     times = {n: (out / "train" / f"{n:05d}.png").stat().st_mtime_ns for n in range(3)}
     assert main([*words, str(out)]) == 0 and main([*words, str(tmp_path / "whole")]) == 0
     assert content(out / "train") == content(tmp_path / "whole/train")
@@ -109,9 +109,9 @@ def test_bad_rows_are_named_and_the_others_made(pictures: Path, tmp_path: Path, 
     (pictures / "train/00007.png").rename(tmp_path / "away.png")
     words = ("canny", "--data", pictures, "--out", tmp_path / "out", "--workers", 0)
     assert annotate(*words) == 2
-    said = capsys.readouterr()
-    assert "00005.png" in said.out and "00007.png" in said.out and said.err.count("\n") >= 1
-    last = said.err.strip().splitlines()[-1]
+    printed = capsys.readouterr()
+    assert "00005.png" in printed.out and "00007.png" in printed.out and printed.err.count("\n") >= 1
+    last = printed.err.strip().splitlines()[-1]
     assert last.startswith("error: ") and "2 of 12 rows could not be made" in last and BAD_ROWS in last
     assert len((tmp_path / "out/train" / BAD_ROWS).read_text().splitlines()) == 2
     assert len((tmp_path / "out/train/metadata.jsonl").read_text().splitlines()) == 10
@@ -122,9 +122,7 @@ def test_bad_rows_are_named_and_the_others_made(pictures: Path, tmp_path: Path, 
     assert content(tmp_path / "out/train") == content(tmp_path / "straight/train")
 
 
-def test_a_picture_that_was_painted_over_is_made_again(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_changed_picture_is_made_again(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = ("canny", "--data", pictures, "--out", tmp_path / "out", "--workers", 0)
     assert annotate(*words) == 0
     Image.linear_gradient("L").resize((48, 48)).rotate(90).convert("RGB").save(pictures / "train/00002.png")
@@ -139,25 +137,25 @@ def test_another_kind_is_not_mixed_in(pictures: Path, tmp_path: Path, capsys: py
     out = tmp_path / "out"
     assert annotate("canny", "--data", pictures, "--out", out, "--workers", 0) == 0
     assert annotate("canny,low=5", "--data", pictures, "--out", out, "--workers", 0) == 2
-    assert "holds maps made otherwise" in capsys.readouterr().err
+    assert "its maps were made with other options" in capsys.readouterr().err
     assert annotate("canny", "--data", pictures, "--out", pictures, "--workers", 0) == 2
     assert "is not empty" in capsys.readouterr().err
 
 
 FAULTS = {
     "no kind": ([], "KIND: required"),
-    "no photo": (["canny", "-o", "x.png"], "neither PHOTO nor --data is given"),
-    "both": (["canny", "a.png", "--data", "b", "-o", "x.png"], "PHOTO and --data are both given"),
-    "no out": (["canny", "a.png"], "--out: required"),
+    "no photo": (["canny", "-o", "x.png"], "neither PHOTO nor --data is set"),
+    "both": (["canny", "a.png", "--data", "b", "-o", "x.png"], "PHOTO and --data are both set"),
+    "no out": (["canny", "a.png"], "--out is required"),
     "kind": (["cany", "PHOTO", "-o", "x.png"], "condition cany: no such annotator; there are: canny, lineart,"),
     "option": (["canny,lo=3", "PHOTO", "-o", "x.png"], "there is no option 'lo'; there are: low, high, vary"),
-    "value": (["canny,low=many", "PHOTO", "-o", "x.png"], "low is 'many'; needed is a number"),
+    "value": (["canny,low=many", "PHOTO", "-o", "x.png"], "low=many: allowed is a number"),
     "file": (["canny", "none.png", "-o", "x.png"], "PHOTO: none.png: no such file"),
-    "name": (["canny", "PHOTO", "-o", "x.doc"], "--out x.doc: is no picture file"),
-    "folder": (["canny", "PHOTO", "-o", "no/x.png"], "--out no/x.png: there is no folder no"),
+    "name": (["canny", "PHOTO", "-o", "x.doc"], "--out x.doc: the name of a picture file must end in"),
+    "folder": (["canny", "PHOTO", "-o", "no/x.png"], "--out no/x.png: the folder no does not exist"),
     "data": (["canny", "--data", "nowhere", "--out", "x"], "nowhere"),
-    "workers": (["canny", "--data", "d", "--out", "x", "--workers", "-1"], "--workers -1: 0 or more"),
-    "sheet": (["conditions", "--photo", "PHOTO"], "--photo: is for --sheet FILE"),
+    "workers": (["canny", "--data", "d", "--out", "x", "--workers", "-1"], "--workers -1: allowed is 0 or more"),
+    "sheet": (["conditions", "--photo", "PHOTO"], "--photo needs --sheet FILE"),
 }
 
 
@@ -167,18 +165,18 @@ def test_a_mistake_is_one_line(
 ):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8)).save("PHOTO", "PNG")
-    words, told = FAULTS[fault]
+    words, message = FAULTS[fault]
     assert main(words if "conditions" in words else ["annotate", *words]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and told in error and "\n" not in error
+    assert error.startswith("error: ") and message in error and "\n" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["PHOTO"], "nothing is left behind"
 
 
 def test_the_list_of_kinds_and_the_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["conditions"]) == 0
     listed = capsys.readouterr().out
-    for told in ("canny\n", "low=100 high=200 vary=0", "white on black", "licence: Apache-2.0 (OpenCV)", "palette\n"):
-        assert told in listed
+    for text in ("canny\n", "low=100 high=200 vary=0", "white on black", "licence: Apache-2.0 (OpenCV)", "palette\n"):
+        assert text in listed
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)).save(tmp_path / "photo.png")
     shown = ["--kinds", "canny,low=1", "palette", "grey"]
     assert main(["conditions", "--sheet", str(tmp_path / "a.png"), "--photo", str(tmp_path / "photo.png"), *shown]) == 0
@@ -190,7 +188,7 @@ def test_the_list_of_kinds_and_the_sheet(tmp_path: Path, capsys: pytest.CaptureF
     assert Image.open(tmp_path / "b.png").size[0] > 256
 
 
-def test_an_adapter_knows_how_its_conditions_are_made(
+def test_an_adapter_records_how_its_conditions_are_made(
     pictures: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """train --data.condition, then generate --photo and evaluate with nothing but the adapter's folder."""
@@ -200,8 +198,8 @@ def test_an_adapter_knows_how_its_conditions_are_made(
                "--data.num_workers", 0, "--train.seed", 0, "--tracking.report_to", "none",
                "--output_dir", adapter]  # fmt: skip
     assert main(list(map(str, trained))) == 0
-    told = json.loads((adapter / "t2i_adapter.json").read_text())["condition"]
-    assert told == {
+    record = json.loads((adapter / "t2i_adapter.json").read_text())["condition"]
+    assert record == {
         "name": "canny",
         "options": {"low": 20.0, "high": 40.0, "vary": 0.0},
         "version": 1,

@@ -47,7 +47,7 @@ def test_runs_two_updates(file: Path, pictures: Path, tmp_path: Path, capsys: py
     config = load(file, Config())
     changes = {**SMALLER, "data.train_data_dir": str(pictures), "output_dir": str(tmp_path / "run")}
     condition = config.data.condition
-    if condition and find_plugin(condition.partition(",")[0]).weights:
+    if condition and find_plugin(condition.partition(",")[0]).facts.weights:
         changes["data.condition"] = NO_WEIGHTS_HERE
     if config.validation.images:
         Image.new("RGB", (64, 64)).save(tmp_path / "condition.png")

@@ -1,4 +1,4 @@
-"""Detectors of controlnet_aux: what is asked of them, and what is said where package or weights are missing."""
+"""Detectors of controlnet_aux: their calls, and the errors if the package or the weights are missing."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def folder(tmp_path: Path) -> Path:
 
 @missing
 @pytest.mark.parametrize("kind", list(FILES))
-def test_without_the_package_one_line_says_what_to_install(kind: str, folder: Path):
+def test_without_the_package_the_error_names_what_to_install(kind: str, folder: Path):
     with pytest.raises(UserError, match=r"pip install 'sdxl-t2i-adapter\[controlnet-aux\]'") as caught:
         annotate(open_annotator(f"{kind},model={folder}"), Image.new("RGB", (8, 8)))
-    assert str(caught.value).startswith(f"{kind}: needs the package of controlnet_aux")
+    assert str(caught.value).startswith(f"condition {kind}: needs the package of controlnet_aux")
 
 
 @pytest.mark.parametrize("kind", list(FILES))
-def test_a_folder_is_known_by_the_weights_it_is_asked_for(kind: str, folder: Path):
+def test_a_folder_is_identified_by_the_weights_of_the_kind(kind: str, folder: Path):
     revision = open_annotator(f"{kind},model={folder}").options["revision"]
     (folder / "another.pth").write_bytes(b"of another kind")
     assert revision.startswith("sha256:")
@@ -63,14 +63,14 @@ def test_weights_of_the_hub_are_pinned(kind: str):
 
 @pytest.mark.parametrize("kind", list(FILES))
 def test_faults_are_one_line(kind: str, tmp_path: Path):
-    with pytest.raises(UserError, match="resolution=32; needed is 64 or more"):
+    with pytest.raises(UserError, match="resolution=32; allowed is 64 or more"):
         open_annotator(f"{kind},resolution=32")
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="the folder has no weights"):
         open_annotator(f"{kind},model={tmp_path}")
 
 
 def test_only_tensors_are_read(tmp_path: Path):
-    """Also where a detector's own code would unpickle whatever the file says."""
+    """Also if a detector's own code would unpickle any object."""
 
     class Bomb:
         def __reduce__(self):

@@ -1,4 +1,4 @@
-"""DWPose by networks of the published files' interface whose answers are known."""
+"""DWPose with small networks that have the interface of the published files and known outputs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from t2i_adapter.annotators import dwpose
-from t2i_adapter.annotators.mediapipe.skeleton import draw_people
 from t2i_adapter.annotators.pretrained import PINNED
 from t2i_adapter.annotators.registry import annotate, open_annotator
+from t2i_adapter.annotators.skeleton import draw_people
 from t2i_adapter.errors import UserError
 
 pytestmark = pytest.mark.skipif(find_spec("onnx") is None, reason="needs onnx, to write small networks")
@@ -27,7 +27,7 @@ CELLS = 8400
 
 
 def write(folder: Path, name: str, nodes: list[Any], values: dict[str, np.ndarray], shape: tuple[int, ...]) -> None:
-    """A network of one input "images" whose nodes end in what they name so."""
+    """Writes a network with one input, "images"; `nodes` end in its named outputs."""
     from onnx import TensorProto, helper, numpy_helper, save
 
     produced = {name for node in nodes for name in node.output}
@@ -47,8 +47,8 @@ def write(folder: Path, name: str, nodes: list[Any], values: dict[str, np.ndarra
 
 
 def write_detector(folder: Path, boxes: dict[tuple[float, ...], float]) -> None:
-    """Finds these boxes, with these scores, in any picture of PICTURE's size that is blue somewhere: they are written
-    as YOLOX writes them, relative to a cell of its grids, and blue is the first channel."""
+    """Writes a detector that finds these boxes, with these scores, in any picture of PICTURE's size with a blue pixel.
+    Boxes have YOLOX's format, relative to a cell of its grids; blue is the first channel."""
     from onnx import helper
 
     rows = np.zeros((1, CELLS, 85), np.float32)
@@ -60,7 +60,7 @@ def write_detector(folder: Path, boxes: dict[tuple[float, ...], float]) -> None:
         rows[0, at, :2] = (left + right) / 2 / stride - column, (top + bottom) / 2 / stride - row
         rows[0, at, 2:4] = np.log([(right - left) / stride, (bottom - top) / stride])
         rows[0, at, 4:6] = 1.0, score
-        rows[0, at + 200, :6] = rows[0, at, :6]  # the same from another cell, less sure
+        rows[0, at + 200, :6] = rows[0, at, :6]  # an equal box of another cell, with a lower score
         rows[0, at + 200, :2] -= 200 % 40, 200 // 40
         rows[0, at + 200, 5] *= 0.9
     nodes = [
@@ -80,7 +80,7 @@ def write_detector(folder: Path, boxes: dict[tuple[float, ...], float]) -> None:
 
 
 def write_points(folder: Path, points: np.ndarray, trust: np.ndarray) -> None:
-    """Sees these points (133,2), in pixels of what it is given, with this trust, whatever that is."""
+    """Writes a network that returns these points (133,2), in pixels of its input, with these scores, for any input."""
     from onnx import helper
 
     rows = {"along_x": np.zeros((1, 133, 576), np.float32), "along_y": np.zeros((1, 133, 768), np.float32)}
@@ -96,7 +96,7 @@ def write_points(folder: Path, points: np.ndarray, trust: np.ndarray) -> None:
 
 
 def write_finder(folder: Path) -> None:
-    """Sees every point where the picture is reddest."""
+    """Writes a network that returns the reddest pixel as every point."""
     from onnx import helper
 
     def column(axis: int, name: str) -> list[Any]:
@@ -131,44 +131,44 @@ def people_of(folder: Path, image: Image.Image, spec: str = "") -> np.ndarray:
 
 
 def spread() -> np.ndarray:
-    """(133,2) whole pixels of 288 x 384, no two alike."""
+    """Returns 133 different points (133,2) in whole pixels of 288 x 384."""
     numbers = np.arange(133)
     return np.stack([10 + (numbers % 12) * 22, 12 + (numbers // 12) * 31], axis=1).astype(float)
 
 
 def to_picture(points: np.ndarray) -> np.ndarray:
-    """Where points of the cut-out PERSON lie: its box is 120 x 200, so with the margin 187.5 x 250."""
+    """Maps points of the crop of PERSON to the picture: its box is 120 x 200, so 187.5 x 250 with the margin."""
     return np.array([160 - 187.5 / 2, 160 - 250 / 2]) + points * 187.5 / 288
 
 
 @installed
 def test_a_person_is_found_where_the_detector_says_and_only_once(tmp_path: Path):
     write_detector(tmp_path, {PERSON: 0.9, FAINT: 0.2})
-    session = dwpose.open_onnx(tmp_path / dwpose.DETECTOR, "dwpose", "dwpose")
+    session = dwpose.open_onnx(tmp_path / dwpose.DETECTOR, "dwpose")
     (box,) = dwpose._find_boxes(session, np.asarray(picture()))
     np.testing.assert_allclose(box, PERSON, atol=0.01)
     assert not len(dwpose._find_boxes(session, np.asarray(picture())[..., ::-1])), "red is not blue"
     write_detector(tmp_path / "two", {FAINT: 0.5, PERSON: 0.9})
-    session = dwpose.open_onnx(tmp_path / "two" / dwpose.DETECTOR, "dwpose", "dwpose")
+    session = dwpose.open_onnx(tmp_path / "two" / dwpose.DETECTOR, "dwpose")
     np.testing.assert_allclose(dwpose._find_boxes(session, np.asarray(picture())), [PERSON, FAINT], atol=0.01)
 
 
 @installed
-def test_points_come_back_to_where_they_are_in_the_picture(tmp_path: Path):
-    """What the second network is given is the box, upright and to scale, its colours as it was trained on."""
+def test_points_are_mapped_back_to_the_picture(tmp_path: Path):
+    """The second network's input is the box, upright and to scale, with the colours of its training."""
     write_finder(tmp_path)
-    session = dwpose.open_onnx(tmp_path / dwpose.POINTS, "dwpose", "dwpose")
+    session = dwpose.open_onnx(tmp_path / dwpose.POINTS, "dwpose")
     for dot in ((160, 160), (130, 80), (199, 241)):
         points, _ = dwpose._find_points(session, np.asarray(picture(dot=dot)), np.array(PERSON))
         assert points.shape == (133, 2)
-        # the dot is 5 pixels wide, and its first pixel in the cut-out is the one that is found
+        # the dot is 5 pixels wide, and its first pixel of the crop is the one that is found
         assert np.abs(points - dot).max() <= 3.5
 
 
 @installed
 def test_the_skeleton_is_the_known_points_drawn_as_openpose_does(tmp_path: Path):
     points, trust = spread(), np.ones(133)
-    trust[[9, 95]] = 0.2  # the left wrist and a knuckle are not seen
+    trust[[9, 95]] = 0.2  # the left wrist and a knuckle are not visible
     write_detector(tmp_path, {PERSON: 0.9})
     write_points(tmp_path, points, trust)
     seen = np.where(trust[:, None] >= 0.3, to_picture(points), np.nan)
@@ -188,7 +188,7 @@ def test_the_skeleton_is_the_known_points_drawn_as_openpose_does(tmp_path: Path)
 
 
 @installed
-def test_nobody_gives_a_black_picture_of_its_size(tmp_path: Path):
+def test_without_people_the_map_is_black(tmp_path: Path):
     write_detector(tmp_path, {FAINT: 0.1})
     write_points(tmp_path, spread(), np.ones(133))
     for size in ((1, 1), (7, 300), (301, 40)):
@@ -198,7 +198,7 @@ def test_nobody_gives_a_black_picture_of_its_size(tmp_path: Path):
 
 @installed
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (400, 300)])
-def test_with_random_weights_it_draws_a_map_of_any_picture_the_same_each_time(size: tuple[int, int], tmp_path: Path):
+def test_random_weights_make_equal_maps_of_any_picture_twice(size: tuple[int, int], tmp_path: Path):
     rng = np.random.default_rng(0)
     write_detector(tmp_path, {tuple(np.sort(rng.uniform(0, 300, (2, 2)), axis=0).reshape(-1)): 0.8 for _ in range(4)})
     write_finder(tmp_path)
@@ -208,11 +208,11 @@ def test_with_random_weights_it_draws_a_map_of_any_picture_the_same_each_time(si
 
 
 def test_faults_are_one_line(tmp_path: Path):
-    with pytest.raises(UserError, match=r"dwpose: people=0; needed is 1 or more"):
+    with pytest.raises(UserError, match=r"dwpose: people=0; allowed is 1 or more"):
         open_annotator("dwpose,people=0")
     with pytest.raises(UserError, match=r"dwpose: visible=2; allowed is 0 to 1"):
         open_annotator("dwpose,visible=2")
-    with pytest.raises(UserError, match=r"holds no weights \(\*\.onnx\)"):
+    with pytest.raises(UserError, match=r"has no weights \(\*\.onnx\)"):
         open_annotator(f"dwpose,model={tmp_path}")
 
 
@@ -225,7 +225,7 @@ def test_a_broken_file_is_named(tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
-def test_weights_of_the_hub_are_pinned_and_folders_known_by_content(tmp_path: Path):
+def test_weights_of_the_hub_are_pinned_and_folders_identified_by_content(tmp_path: Path):
     assert open_annotator("dwpose").options["revision"] == PINNED["yzd-v/DWPose"]
     write_detector(tmp_path, {PERSON: 0.9})
     first = open_annotator(f"dwpose,model={tmp_path}").fingerprint

@@ -1,4 +1,4 @@
-"""The kinds without weights against independent statements of what they draw."""
+"""The kinds without weights, compared with independent implementations."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_lineart_is_its_formula(picture: Image.Image):
     values = np.asarray(picture, np.float64)
     darker = np.clip((gaussian(values, 6.0) - values).min(axis=2), 0, 255)
     wanted = np.clip(darker / max(16.0, np.median(darker[darker > 8])) * 127, 0, 255)
-    assert np.abs(made("lineart", picture) - np.floor(wanted)).max() <= 1, "but for the last bit"
-    assert wanted.max() > 100, "there is something to compare"
+    assert np.abs(made("lineart", picture) - np.floor(wanted)).max() <= 1, "equal up to the last bit"
+    assert wanted.max() > 100, "the map is not empty"
 
 
 @pytest.mark.parametrize(("size", "cells"), [((128, 128), (8, 8)), ((512, 768), (8, 12)), ((640, 640), (10, 10))])
@@ -101,12 +101,12 @@ def test_random_thresholds_are_a_function_of_the_sample_and_within_their_range()
         assert all(np.array_equal(again, first) for again, first in
                    zip((made(spec, picture, f"row {i}") for i in range(20)), maps, strict=True))  # fmt: skip
         assert len({m.tobytes() for m in maps}) > 1
-        assert np.array_equal(made(spec, picture), made(plain, picture)), "without a draw it is the middle"
+        assert np.array_equal(made(spec, picture), made(plain, picture)), "without a draw the default is used"
     fewest, most = (made(f"sketch,threshold={threshold}", picture).sum() for threshold in (0.8, 0.3))
     assert all(fewest <= m.sum() <= most for m in maps) and fewest < most
 
 
-def test_sketch_draws_where_it_is_darker_than_beside_and_leaves_dark_places_empty():
+def test_sketch_draws_the_dark_side_of_edges_and_no_flat_dark_areas():
     picture = Image.new("RGB", (128, 128), "white")
     ImageDraw.Draw(picture).rectangle((32, 32, 96, 96), fill="black")
     strokes = made("sketch", picture) > 0
@@ -114,7 +114,7 @@ def test_sketch_draws_where_it_is_darker_than_beside_and_leaves_dark_places_empt
     inside[32:97, 32:97] = True
     assert strokes.any() and not strokes[~inside].any(), "on the dark side of the edge"
     assert not strokes[36:93, 36:93].any(), "the flat dark middle is empty"
-    assert strokes[32:36, 40:88].any(axis=0).all(), "and the edge is drawn all along"
+    assert strokes[32:36, 40:88].any(axis=0).all(), "the whole edge is drawn"
 
 
 def test_strokes_grow_with_the_picture():
@@ -132,7 +132,7 @@ def test_scribble_stays_near_the_outlines(number: int):
         edges |= cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
     away = cv2.distanceTransform((~edges).astype(np.uint8), cv2.DIST_L2, 5)
     assert drawn.mean() > 0.01
-    assert np.mean(away[drawn] <= 6) > 0.97, "within a pen's width and what a careless hand misses"
+    assert np.mean(away[drawn] <= 6) > 0.97, "within the pen's width and `careless`"
 
 
 def test_lines_finds_a_turned_rectangles_sides_and_no_circle():
@@ -196,9 +196,9 @@ def test_mirrored_normals_are_the_normals_of_the_mirrored_depth():
     assert np.abs(np.asarray(turned).astype(int) - made("normal", ImageOps.mirror(depth))).max() <= 1
 
 
-def test_normals_may_name_what_makes_the_depth():
-    """Any kind that gives a grey map will do; its own version is part of what the normals are."""
+def test_normals_of_another_kinds_depth_map():
+    """Any kind with a grey map can make the depth; its version is part of the version of the normals."""
     picture = scene()
     through = made("normal,depth=grey", picture)
     assert np.array_equal(through, made("normal", picture.convert("L").convert("RGB")))
-    assert open_annotator("normal,depth=grey").version != open_annotator("normal").version
+    assert open_annotator("normal,depth=grey").facts.version != open_annotator("normal").facts.version

@@ -31,12 +31,12 @@ def own(tmp_path: Path) -> Path:
     return file
 
 
-def test_it_is_as_short_as_the_page_says():
+def test_it_has_30_lines_at_most():
     lines = [line for line in PROGRAM.splitlines() if line.strip()]
     assert 20 < len(lines) <= 30 and isinstance(ast.parse(PROGRAM), ast.Module)
 
 
-def test_it_does_what_the_page_says(own: Path, picture: Image.Image, tmp_path: Path):
+def test_it_works_as_the_page_describes(own: Path, picture: Image.Image, tmp_path: Path):
     picture.save(tmp_path / "photo.png")
     assert main(["annotate", f"{own}:Tones,tones=3", str(tmp_path / "photo.png"), "-o", str(tmp_path / "map.png")]) == 0
     values = np.asarray(Image.open(tmp_path / "map.png"))
@@ -52,7 +52,7 @@ def test_it_does_what_the_page_says(own: Path, picture: Image.Image, tmp_path: P
 def test_an_installed_package_gives_it_a_name(
     own: Path, picture: Image.Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """What pip leaves behind: the module, and beside it the distribution's entry points."""
+    """As pip installs it: the module, and beside it the distribution's entry points."""
     about = own.parent / "my_tones-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-tones\nVersion: 1.0\n")

@@ -39,7 +39,7 @@ def test_any_size_and_the_same_each_time(width: int, height: int):
 
 
 @with_weights
-def test_threshold_zero_gives_the_probability():
+def test_threshold_zero_returns_the_probability():
     image = Image.open(ASTRONAUT).convert("RGB")
     likely = np.asarray(annotate(open_annotator("person,threshold=0"), image))
     assert np.unique(likely).size > 50
@@ -47,11 +47,11 @@ def test_threshold_zero_gives_the_probability():
 
 
 def test_faults_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(UserError, match="threshold=1; needed is 0 up to, not including, 1"):
+    with pytest.raises(UserError, match="threshold=1; allowed is 0 up to, but not including, 1"):
         open_annotator("person,threshold=1")
     monkeypatch.setenv(weights.FOLDER, str(tmp_path / "nowhere"))
     from t2i_adapter.annotators.runtime import open_tflite
 
     open_tflite.cache_clear()
-    with pytest.raises(UserError, match="no such file; fetch it with"):
+    with pytest.raises(UserError, match="no such file; download it with"):
         annotate(open_annotator("person"), Image.new("RGB", (8, 8)))

@@ -10,19 +10,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from t2i_adapter.annotators import weights
-from t2i_adapter.annotators.mediapipe.landmarks import (
-    MESH_68,
-    Person,
-    Region,
-    _anchors,
-    _around,
-    _groups,
-    _hand,
-    find_people,
-)
-from t2i_adapter.annotators.mediapipe.skeleton import FINGERS, KNUCKLE, LIMBS, draw_people
 from t2i_adapter.annotators.mirror import HUES, JOINT_TWINS, LIMB_BRIGHTNESS, exchange_sides
+from t2i_adapter.annotators.pose import MESH_68, Region, _anchors, _around, _groups, _hand, find_people
 from t2i_adapter.annotators.registry import annotate, open_annotator
+from t2i_adapter.annotators.skeleton import FINGERS, KNUCKLE, LIMBS, Skeleton, draw_people
 from t2i_adapter.errors import UserError
 
 pytest.importorskip("ai_edge_litert", reason="needs sdxl-t2i-adapter[pose]")
@@ -48,12 +39,12 @@ def astronaut(size: tuple[int, int] | None = None) -> Image.Image:
 
 
 def distance(points: np.ndarray, truth: dict[int, tuple[float, float]], side: int) -> float:
-    """The largest one, of the picture's side."""
+    """Returns the largest distance, relative to the picture's side."""
     return max(float(np.hypot(*(points[n] / side - place))) for n, place in truth.items())
 
 
 def mirrored(points: np.ndarray, width: float, twins: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Points of the mirror image, in which right and left have changed their names."""
+    """Returns the points of the mirror image, with left and right exchanged."""
     order = list(range(len(points)))
     for right, left in twins:
         order[right], order[left] = left, right
@@ -79,7 +70,7 @@ def test_a_figure_in_a_corner_of_a_wide_picture():
     wide = Image.new("RGB", (700, 320), (90, 120, 150))
     wide.paste(astronaut((320, 320)), (380, 0))
     (person,) = find_people(np.asarray(wide), 4, False, True, 0.5)
-    head = {joint: JOINTS[joint] for joint in (0, 14, 15)}  # the chest looks as if it ended where the photo does
+    head = {joint: JOINTS[joint] for joint in (0, 14, 15)}  # the chest seems to end at the photo's edge
     assert distance(person.body - (380, 0), head, 320) < 0.02
     assert person.face is not None
     assert distance(person.face - (380, 0), FACE, 320) < 0.02
@@ -111,7 +102,9 @@ def drawn_hand() -> Image.Image:
 
 ROOTS = ((150, 270), (155, 210), (187, 195), (220, 200), (248, 220))
 TIPS = ((95, 205), (140, 85), (190, 55), (240, 75), (285, 125))
-PARTS = np.array([(200, 370), (250, 215), (155, 210)], float)  # wrist, little finger and index, as the body tells them
+PARTS = np.array(
+    [(200, 370), (250, 215), (155, 210)], float
+)  # wrist, little finger and index, as the body's network returns them
 
 
 @with_weights
@@ -146,7 +139,7 @@ def test_two_people():
 
 
 @with_weights
-def test_nobody_gives_a_black_map():
+def test_without_people_the_map_is_black():
     gradient = np.broadcast_to(np.linspace(0, 255, 90, dtype=np.uint8)[:, None, None], (90, 120, 3))
     assert not np.asarray(annotate(open_annotator("pose"), Image.fromarray(gradient.copy()))).any()
 
@@ -178,7 +171,7 @@ def figure() -> np.ndarray:
 
 
 def test_joints_and_limbs_have_openposes_colours(figure: np.ndarray):
-    drawn = draw_people([Person(figure, (None, None), None)], 512, 512)
+    drawn = draw_people([Skeleton(figure, (None, None), None)], 512, 512)
     for joint, (x, y) in enumerate(figure.astype(int)):
         assert hue_and_value(drawn[y, x]) == (joint, 1.0)
     for number, limb in enumerate(LIMBS[:13]):  # those of the head are shorter than the joints' dots are wide
@@ -193,9 +186,9 @@ def hue_and_value(pixel: np.ndarray) -> tuple[int, float]:
 
 
 def test_a_mirrored_figure_is_the_mirrored_map_with_sides_exchanged(figure: np.ndarray):
-    drawn = draw_people([Person(figure, (None, None), None)], 512, 512)
+    drawn = draw_people([Skeleton(figure, (None, None), None)], 512, 512)
     exchanged = np.asarray(ImageOps.mirror(exchange_sides(Image.fromarray(drawn), "pose")))
-    other = Person(mirrored(figure, 511, JOINT_TWINS), (None, None), None)
+    other = Skeleton(mirrored(figure, 511, JOINT_TWINS), (None, None), None)
     redrawn = draw_people([other], 512, 512)
     differ = (np.abs(exchanged.astype(int) - redrawn) > 8).any(axis=2).sum() / redrawn.any(axis=2).sum()
     assert differ < 0.1  # at edges, where dots and limbs of the other side were drawn in another order
@@ -203,9 +196,9 @@ def test_a_mirrored_figure_is_the_mirrored_map_with_sides_exchanged(figure: np.n
     assert (np.abs(plain.astype(int) - redrawn) > 8).any(axis=2).sum() / redrawn.any(axis=2).sum() > 0.5
 
 
-def test_joints_that_are_not_seen_are_not_drawn(figure: np.ndarray):
+def test_invisible_joints_are_not_drawn(figure: np.ndarray):
     figure[4] = np.nan
-    drawn = draw_people([Person(figure, (None, None), None)], 512, 512)
+    drawn = draw_people([Skeleton(figure, (None, None), None)], 512, 512)
     assert not drawn[300, 150].any()
     assert not drawn[265, 160].any()
     assert drawn[230, 170].any()
@@ -216,26 +209,26 @@ def test_hands_have_twenty_bones_and_blue_knuckles():
     assert {end for _, end in FINGERS} == set(range(1, 21))
     points = np.array([(100 + 15 * (n % 5), 400 - 12 * n) for n in range(21)], float)
     body = np.full((18, 2), np.nan)
-    drawn = draw_people([Person(body, (points, None), None)], 512, 512)
+    drawn = draw_people([Skeleton(body, (points, None), None)], 512, 512)
     for x, y in points.astype(int):
         assert tuple(drawn[y, x]) == KNUCKLE
 
 
 def test_a_skeleton_grows_with_the_picture(figure: np.ndarray):
-    small = draw_people([Person(figure, (None, None), None)], 512, 512)
-    large = draw_people([Person(figure * 2, (None, None), None)], 1024, 1024)
+    small = draw_people([Skeleton(figure, (None, None), None)], 512, 512)
+    large = draw_people([Skeleton(figure * 2, (None, None), None)], 1024, 1024)
     assert large.any(axis=2).mean() == pytest.approx(small.any(axis=2).mean(), rel=0.1)
 
 
 @pytest.mark.parametrize("turn", [0.0, 0.7, -2.5])
 @pytest.mark.parametrize("side", [60.0, 900.0])
-def test_a_region_is_cut_where_it_says(turn: float, side: float):
-    """A spot in the picture is found in what is cut out, and is carried back to where it was."""
+def test_a_region_is_cropped_at_its_place(turn: float, side: float):
+    """A spot of the picture is found in the crop, and its position is mapped back to the picture."""
     picture = np.zeros((200, 300, 3), np.uint8)
     spot = np.array([140.0, 88.0])
     cv2.circle(picture, (140, 88), 6, (255, 255, 255), -1)
     region = Region(np.array([150.0, 100.0]), side, turn)
-    seen = region.cut(picture, 128)[..., 0]
+    seen = region.crop(picture, 128)[..., 0]
     rows, columns = np.indices(seen.shape) + 0.5
     centre = np.array([(seen * columns).sum(), (seen * rows).sum()]) / seen.sum() / 128
     assert np.hypot(*(region.to_picture(centre[None])[0] - spot - 0.5)) < 0.005 * side
@@ -271,13 +264,13 @@ def test_the_faces_points_are_different_ones():
 
 
 def test_faults_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(UserError, match="people=0; needed is 1 or more"):
+    with pytest.raises(UserError, match="people=0; allowed is 1 or more"):
         open_annotator("pose,people=0")
-    with pytest.raises(UserError, match="visible=2; needed is a probability"):
+    with pytest.raises(UserError, match="visible=2; allowed is a probability"):
         open_annotator("pose,visible=2")
     monkeypatch.setenv(weights.FOLDER, str(tmp_path))
     from t2i_adapter.annotators.runtime import open_tflite
 
     open_tflite.cache_clear()
-    with pytest.raises(UserError, match=r"pose: .*no such file; fetch it with `python -m .* pose`"):
+    with pytest.raises(UserError, match=r"pose: .*no such file; download it with `python -m .* pose`"):
         annotate(open_annotator("pose"), Image.new("RGB", (8, 8)))

@@ -1,9 +1,9 @@
-"""What every kind without weights keeps to: size, mode, levels, polarity, determinism, options; any picture file."""
+"""Rules for every kind without weights: size, mode, levels, polarity, determinism, options; any picture file."""
 
 from __future__ import annotations
 
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,9 @@ from PIL import Image
 from t2i_adapter.annotators.registry import TABLE, annotate, find_plugin, open_annotator, open_recorded
 from t2i_adapter.data.shapes import render, sample_scene
 from t2i_adapter.errors import UserError
-from t2i_adapter.verbs.annotate import run
-from t2i_adapter.verbs.annotate_options import AnnotateOptions
+from t2i_adapter.verbs.annotate import AnnotateOptions, run
 
-LOCAL = [name for name in TABLE if not find_plugin(name).weights and not find_plugin(name).needs]
+LOCAL = [name for name in TABLE if not find_plugin(name).facts.weights and not find_plugin(name).facts.needs]
 SIZES = [(1, 1), (1, 9), (9, 1), (2, 3), (33, 65), (640, 16)]
 
 
@@ -36,49 +35,51 @@ def test_there_are_the_kinds_that_need_no_weights():
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_declares_all_that_is_shown(name: str):
+def test_declares_all_facts_that_are_printed(name: str):
     plugin = find_plugin(name)
-    assert plugin.licence and plugin.__doc__ and plugin.Options.__doc__
-    assert isinstance(plugin.version, int) and plugin.version >= 1
+    assert (
+        plugin.facts.licence and plugin.__doc__ and all(f"`{field.name}`" in plugin.__doc__ for field in fields(plugin))
+    )
+    assert isinstance(plugin.facts.version, int) and plugin.facts.version >= 1
 
 
 @pytest.mark.parametrize("name", LOCAL)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_gives_its_mode_and_the_pictures_size_whatever_that_is(name: str, size: tuple[int, int]):
+def test_the_map_has_the_declared_mode_and_the_pictures_size(name: str, size: tuple[int, int]):
     annotator = open_annotator(name)
     for picture in (noise(size), Image.new("RGB", size, "teal"), Image.new("RGB", size)):
         condition = annotate(annotator, picture, "a")
-        assert (condition.size, condition.mode) == (size, "L" if annotator.channels == 1 else "RGB")
+        assert (condition.size, condition.mode) == (size, "L" if annotator.facts.channels == 1 else "RGB")
         assert np.asarray(condition).dtype == np.uint8
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_is_the_same_each_time_and_leaves_the_picture_alone(name: str):
+def test_the_map_is_deterministic_and_the_picture_unchanged(name: str):
     picture = scene()
     before = picture.tobytes()
     first = annotate(open_annotator(name), picture, "row 7")
     annotate(open_annotator(name), noise((64, 64)), "row 8")
     again = annotate(pickle.loads(pickle.dumps(open_annotator(name))), picture, "row 7")
     assert first.tobytes() == again.tobytes() and picture.tobytes() == before
-    assert np.unique(np.asarray(first)).size > 1, "something is drawn"
+    assert np.unique(np.asarray(first)).size > 1, "the map is not empty"
 
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_levels_and_polarity_are_as_declared(name: str):
     annotator = open_annotator(name)
     values = np.asarray(annotate(annotator, scene(256), "a"))
-    assert (np.unique(values).size == 2) == (annotator.levels == 2)
-    if annotator.polarity == "white on black":
-        assert values.mean() < 128, "most of it is ground"
+    assert (np.unique(values).size == 2) == (annotator.facts.levels == 2)
+    if annotator.facts.polarity == "white on black":
+        assert values.mean() < 128, "most of the map is background"
         assert not np.asarray(annotate(annotator, Image.new("RGB", (64, 64), "white"), "a")).any(), (
-            "nothing, nothing drawn"
+            "a white picture has an empty map"
         )
 
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_every_option_goes_into_the_specification_and_the_record_and_back(name: str):
     plugin = find_plugin(name)
-    defaults = asdict(plugin.Options())
+    defaults = asdict(plugin())
     settings = ",".join(f"{key}={value}" for key, value in defaults.items())
     full = open_annotator(f"{name},{settings}" if settings else name)
     plain = open_annotator(name)
@@ -97,7 +98,7 @@ def test_other_options_are_other_conditions(changed: str):
 
 
 def test_a_record_of_another_version_is_refused():
-    with pytest.raises(UserError, match="canny: the adapter's conditions were made by its version 99, and here is"):
+    with pytest.raises(UserError, match="canny: version 99 made the adapter's conditions, and version 1 is installed"):
         open_recorded({**open_annotator("canny").record(), "version": 99})
 
 
@@ -109,37 +110,35 @@ WRONG = (
 
 
 @pytest.mark.parametrize("spec", WRONG)
-def test_a_value_that_is_not_allowed_is_told_with_what_is(spec: str):
+def test_an_error_names_the_value_and_what_is_allowed(spec: str):
     name, _, setting = spec.partition(",")
     with pytest.raises(UserError, match=f"{name}: .*{setting.split('=')[0]}=.*(allowed|needed) is"):
         open_annotator(spec)
 
 
-def test_what_a_plug_in_says_of_itself_is_checked(tmp_path: Path):
+def test_the_facts_of_a_plug_in_are_checked(tmp_path: Path):
     body = """
 from dataclasses import dataclass
+from t2i_adapter.annotators.registry import Facts
+@dataclass(frozen=True)
 class Wrong:
-    @dataclass(frozen=True)
-    class Options:
-        "None."
-    version, channels, kind, polarity, levels = {declared}
-    def __init__(self, options): pass
+    facts = Facts({declared})
     def __call__(self, image, rng): return image.convert("L")
 """
     file = tmp_path / "wrong.py"
-    for declared, told in {
-        '1, 2, "map", "none", 256': r"channels = 2; needed is one of 1, 3",
-        '1, 1, "map", "white", 256': r"polarity = 'white'; needed is one of 'white on black'",
-        'None, 1, "map", "none", 256': r"version = None; needed is a whole number",
+    for declared, message in {
+        "channels=2, levels=256": r"channels = 2; allowed is one of 1, 3",
+        'polarity="white"': r"polarity = 'white'; allowed is one of white on black",
+        "version=None": r"version = None; allowed is a whole number",
     }.items():
         file.write_text(body.format(declared=declared))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             open_annotator(f"{file}:Wrong")
-    file.write_text(body.format(declared='1, 1, "map", "none", 2'))
-    with pytest.raises(UserError, match="gave greys, and it declares 2 levels"):
+    file.write_text(body.format(declared="levels=2"))
+    with pytest.raises(UserError, match="returned greys, but its facts declare 2 levels"):
         annotate(open_annotator(f"{file}:Wrong"), noise((8, 8)))
-    file.write_text(body.format(declared='1, 3, "map", "none", 256'))
-    with pytest.raises(UserError, match="gave L, 8x8, for an image of 8x8; needed is RGB"):
+    file.write_text(body.format(declared="channels=3"))
+    with pytest.raises(UserError, match="returned L, 8x8, for an image of 8x8; needed is RGB"):
         annotate(open_annotator(f"{file}:Wrong"), noise((8, 8)))
 
 

@@ -120,7 +120,7 @@ def test_the_palette_is_ade20ks():
     for number, colour in known.items():  # wall, sky, floor, person
         assert tuple(PALETTE[number]) == colour
     twins = np.unique(PALETTE, axis=0, return_counts=True)[1]
-    assert (twins > 1).sum() == 1  # road and computer share a grey in the data set itself
+    assert (twins > 1).sum() == 1  # road and computer share a grey in the dataset itself
 
 
 def test_a_model_of_more_classes_is_refused(tmp_path: Path):
@@ -139,7 +139,7 @@ def test_sam_draws_parts_of_the_image(sam: Path, width: int, height: int):
         assert np.asarray(first).any()
 
 
-def test_sam_that_is_sure_of_nothing_draws_black(sam: Path):
+def test_sam_without_good_masks_is_black(sam: Path):
     drawn = annotate(open_annotator(f"sam,points=2,sure=1000,model={sam}"), noise(24, 24))
     assert not np.asarray(drawn).any()
 
@@ -154,11 +154,11 @@ def test_sure_stable_and_different_masks_are_chosen():
     masks = torch.stack(
         [
             disc(64, 20, 20, 10),
-            disc(64, 20.5, 20, 10),  # the first again, surer
+            disc(64, 20.5, 20, 10),  # nearly the first, with a higher score
             disc(64, 45, 45, 8),
-            disc(64, 10, 50, 8, slope=0.2),  # its size hangs on the threshold
-            disc(64, 50, 10, 8),  # unsure
-            torch.full((64, 64), -9.0),  # nothing
+            disc(64, 10, 50, 8, slope=0.2),  # its size depends on the threshold
+            disc(64, 50, 10, 8),  # low score
+            torch.full((64, 64), -9.0),  # empty
         ]
     )
     scores = torch.tensor([0.90, 0.95, 0.97, 0.99, 0.50, 0.99])

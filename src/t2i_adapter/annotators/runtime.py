@@ -1,4 +1,4 @@
-"""How annotators with weights run: one thread, no gradients, packages that may be missing."""
+"""How annotators run networks: on one CPU thread, without gradients, by packages that may be missing."""
 
 from __future__ import annotations
 
@@ -16,23 +16,21 @@ import numpy as np
 from PIL import Image
 
 from t2i_adapter.annotators.weights import find
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, first_line
 
 
-def optional(module: str, kind: str, extra: str) -> ModuleType:
-    """A module of an optional package. Raises UserError that says what to install."""
+def optional(module: str, extra: str) -> ModuleType:
+    """Imports a module of an optional package. Raises UserError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as fault:
-        raise UserError(
-            f"{kind}: needs the package of {module} ({fault}): pip install 'sdxl-t2i-adapter[{extra}]'."
-        ) from None
+        raise UserError(f"needs the package of {module} ({fault}): pip install 'sdxl-t2i-adapter[{extra}]'.") from None
 
 
 @contextmanager
-def exactly() -> Iterator[None]:
-    """torch without gradients and on one thread, on which sums have one order: a map is a function of its image, not of
-    how many cores there are. Preparing runs several processes, so the cores are not idle."""
+def deterministic() -> Iterator[None]:
+    """Runs torch without gradients and on one thread, where sums have one order: a map then does not depend on the
+    number of cores. Preparing runs several processes, so the other cores are not idle."""
     import torch
 
     threads = torch.get_num_threads()
@@ -45,39 +43,38 @@ def exactly() -> Iterator[None]:
 
 
 @cache
-def open_tflite(name: str, kind: str) -> Any:
-    """An interpreter of one of `weights.FILES`, loaded once a process. Raises UserError where package or file is
-    missing."""
-    litert, path = optional("ai_edge_litert.interpreter", kind, "pose"), find(name)
-    with _silently():
+def open_tflite(name: str) -> Any:
+    """Returns an interpreter of one of `weights.FILES`, loaded once a process. Raises UserError if the package or the
+    file is missing."""
+    litert, path = optional("ai_edge_litert.interpreter", "pose"), find(name)
+    with _silent_stderr():
         interpreter = litert.Interpreter(model_path=str(path), num_threads=1)
         interpreter.allocate_tensors()
     return interpreter
 
 
 @cache
-def open_onnx(path: Path, kind: str, extra: str) -> Any:
-    """A session of a network in an .onnx file, on one thread of the CPU, loaded once a process. Raises UserError where
+def open_onnx(path: Path, extra: str) -> Any:
+    """Returns a session of the network in an .onnx file, on one CPU thread, loaded once a process. Raises UserError if
     the package is missing or the file cannot be read."""
-    onnxruntime = optional("onnxruntime", kind, extra)
+    onnxruntime = optional("onnxruntime", extra)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1  # sums have one order then
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # sums then have one order
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as fault:  # what a broken file raises is as manifold as what can be in one
-        reason = str(fault).strip().partition("\n")[0]
-        raise UserError(f"{kind}: {path}: cannot be loaded ({reason}).") from fault
+    except Exception as fault:  # onnxruntime's exceptions have no common base class
+        raise UserError(f"{path}: cannot be loaded ({first_line(fault)}).") from fault
 
 
 def run_onnx(session: Any, values: np.ndarray) -> list[np.ndarray]:
-    """The outputs, in their order, for one input of (C,H,W) float32; all without the axis of the batch."""
+    """Returns the outputs, in their order, for one input (C,H,W) float32; all without a batch axis."""
     name = session.get_inputs()[0].name
     return [output[0] for output in session.run(None, {name: np.ascontiguousarray(values[None], np.float32)})]
 
 
 @contextmanager
-def _silently() -> Iterator[None]:
-    """Without what native code writes to stderr: LiteRT greets there, past any logger. Faults are raised as ever."""
+def _silent_stderr() -> Iterator[None]:
+    """Discards what native code writes to stderr: LiteRT prints a banner there. Exceptions are not affected."""
     sys.stderr.flush()
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -90,14 +87,14 @@ def _silently() -> Iterator[None]:
 
 
 def run_tflite(interpreter: Any, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Output name -> its values, for one input of (H,W,C) float32; both without the axis of the batch."""
+    """Returns output name -> values for one input (H,W,C) float32; both without a batch axis."""
     interpreter.set_tensor(interpreter.get_input_details()[0]["index"], values[None].astype(np.float32))
     interpreter.invoke()
     return {out["name"]: interpreter.get_tensor(out["index"])[0] for out in interpreter.get_output_details()}
 
 
-def shrunk(image: Image.Image, resolution: int) -> Image.Image:
-    """The image with its shorter side scaled down to `resolution` pixels; 0, and a smaller image, leave it as it is."""
+def shrink(image: Image.Image, resolution: int) -> Image.Image:
+    """Scales the image down to a shorter side of `resolution` pixels. 0 and smaller images return it unchanged."""
     shorter = min(image.size)
     if not 0 < resolution < shorter:
         return image

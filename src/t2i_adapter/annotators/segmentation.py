@@ -1,22 +1,33 @@
-"""What each part of the picture is, or where its parts end: one flat colour each."""
+"""Maps of regions: the main object (mask), people (person), classes (segmentation), parts (sam)."""
 
 from __future__ import annotations
 
 import colorsys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 from PIL import Image
 
-from t2i_adapter.annotators.mirror import Kind
 from t2i_adapter.annotators.pretrained import open_model, pin
-from t2i_adapter.annotators.registry import Polarity
-from t2i_adapter.annotators.runtime import exactly
+from t2i_adapter.annotators.registry import Facts
+from t2i_adapter.annotators.runtime import deterministic, open_tflite, run_tflite
 from t2i_adapter.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MASK_LONGEST = 256
+"""Longer side in pixels at which GrabCut runs; its time grows with the area."""
+MASK_LEAST_SIDE = 8
+"""Pixels; smaller images have an empty mask."""
+MASK_ROUNDS = 3
+MASK_SEED = 0
+"""Seed of OpenCV's generator, which initialises GrabCut's mixture models."""
+
+PERSON_SIDE = 256
+"""Sides in pixels of the square that the selfie segmentation network takes."""
 
 ADE20K = (
     "787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07 96053d 787846 08ff33 "
@@ -30,98 +41,143 @@ ADE20K = (
     "ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff ff007a fff500 0abed4 d6ff00 00ccff 1400ff ffff00 0099ff 0029ff "
     "00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff"
 )
-"""Colours of ADE20K's 150 classes, wall first, as segmentation adapters know them (Zhou et al., 2017)."""
+"""Colours of ADE20K's 150 classes in its order (wall is first), as segmentation adapters use (Zhou et al., 2017)."""
 PALETTE = np.frombuffer(bytes.fromhex(ADE20K), np.uint8).reshape(-1, 3)
 
 SAM_BATCH = 64
-"""Points that SAM's decoder is asked about together."""
+"""Points of one call of SAM's decoder."""
 SAM_SAME = 0.7
-"""Masks whose boxes overlap more are one; the surest is kept."""
+"""Intersection over union of two boxes above which their masks count as one; the one with the higher score is used."""
 GOLDEN = 0.618034
-"""Share of the colour circle between one mask and the next: neighbours in size differ, and no hue returns."""
+"""Step on the colour circle from one mask to the next: neighbours in size differ, and no hue repeats."""
 
 
+@dataclass(frozen=True)
+class Mask:
+    """Silhouette of the object in the middle, by GrabCut (Rother et al., 2004); black if there is none.
+
+    `margin`, relative to each side of the image, is the border that counts as background at the start.
+    """
+
+    facts = Facts(polarity="white on black", levels=2, licence="Apache-2.0 (OpenCV)")
+    margin: float = 0.03
+
+    def __post_init__(self) -> None:
+        if not 0 < self.margin < 0.5:
+            raise UserError(f"margin={self.margin:g}; allowed is between 0 and 0.5.")
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
+        small = image.copy()
+        small.thumbnail((MASK_LONGEST, MASK_LONGEST))
+        if min(small.size) < MASK_LEAST_SIDE:
+            return Image.new("L", image.size)
+        inside = Image.fromarray(_grab_cut(np.asarray(small), self.margin))
+        grown = inside.resize(image.size, Image.Resampling.BILINEAR)
+        return grown.point([0] * 128 + [255] * 128)
+
+
+def _grab_cut(values: np.ndarray, margin: float) -> np.ndarray:
+    """(H,W,3) u8 -> (H,W) u8, 255 on the object."""
+    height, width = values.shape[:2]
+    top, left = max(1, round(margin * height)), max(1, round(margin * width))
+    labels = np.zeros((height, width), np.uint8)
+    box = left, top, width - 2 * left, height - 2 * top
+    cv2.setRNGSeed(MASK_SEED)
+    cv2.grabCut(values, labels, box, np.zeros((1, 65)), np.zeros((1, 65)), MASK_ROUNDS, cv2.GC_INIT_WITH_RECT)
+    return np.where((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD), 255, 0).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Person:
+    """Mask of people, by MediaPipe's selfie segmentation network, which is made for people near the camera.
+
+    Pixels whose probability reaches `threshold` are white; 0 returns the probability itself as grey.
+    """
+
+    facts = Facts(
+        polarity="white on black",
+        licence="Apache-2.0 (MediaPipe)",
+        weights="mediapipe 0.10.21: python -m t2i_adapter.annotators.weights person",
+        needs="sdxl-t2i-adapter[pose]",
+    )
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < 1:
+            raise UserError(f"threshold={self.threshold:g}; allowed is 0 up to, but not including, 1.")
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
+        network = open_tflite("selfie_segmentation.tflite")
+        square = np.asarray(image.resize((PERSON_SIDE, PERSON_SIDE), Image.Resampling.BILINEAR), np.float32) / 255
+        (probability,) = run_tflite(network, square).values()
+        probability = cv2.resize(probability[..., 0], image.size, interpolation=cv2.INTER_LINEAR)
+        is_person = np.where(probability >= self.threshold, 255, 0)
+        return Image.fromarray((is_person if self.threshold else np.rint(probability * 255)).astype(np.uint8))
+
+
+@dataclass(frozen=True)
 class Segmentation:
-    """Classes of ADE20K (wall, sky, tree, person, ...) in its colours, by SegFormer."""
+    """Classes of ADE20K (wall, sky, tree, person, ...) in its colours, by SegFormer.
 
-    @dataclass(frozen=True)
-    class Options:
-        """`model`: hub id or folder of a semantic segmentation model with ADE20K's classes. `revision`: its commit;
-        empty takes the one that is known here."""
+    `model`: hub id or folder of a semantic segmentation model with ADE20K's classes. `revision`: its commit; if empty,
+    the commit that this package knows.
+    """
 
-        model: str = "nvidia/segformer-b0-finetuned-ade-512-512"
-        revision: str = ""
+    facts = Facts(
+        channels=3,
+        kind="labels",
+        licence="NVIDIA Source Code License, research only (SegFormer)",
+        weights="hub: nvidia/segformer-b0-finetuned-ade-512-512",
+    )
+    model: str = "nvidia/segformer-b0-finetuned-ade-512-512"
+    revision: str = ""
 
-        def __post_init__(self) -> None:
-            pin(self, "segmentation")
-
-    version = 1
-    channels: Literal[1, 3] = 3
-    kind: Kind = "labels"
-    polarity: Polarity = "none"
-    levels: Literal[2, 256] = 256
-    licence = "NVIDIA Source Code License, research only (SegFormer)"
-    weights = "hub: nvidia/segformer-b0-finetuned-ade-512-512"
-    needs = ""
-
-    def __init__(self, options: Options) -> None:
-        self._options = options
+    def __post_init__(self) -> None:
+        pin(self)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
         import torch.nn.functional as F
 
-        model, revision = self._options.model, self._options.revision
-        processor, network = open_model("AutoModelForSemanticSegmentation", model, revision, "segmentation")
+        processor, network = open_model("AutoModelForSemanticSegmentation", self.model, self.revision)
         if network.config.num_labels > len(PALETTE):
             raise UserError(
-                f"segmentation: model={model}: has {network.config.num_labels} classes, and ADE20K has {len(PALETTE)}."
+                f"model={self.model}: has {network.config.num_labels} classes; allowed is at most {len(PALETTE)}, "
+                "the classes of ADE20K."
             )
-        with exactly():
+        with deterministic():
             logits = network(processor(images=image, return_tensors="pt")["pixel_values"]).logits
             size = image.height, image.width
             classes = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(dim=1)[0]
         return Image.fromarray(PALETTE[classes.numpy()])
 
 
+@dataclass(frozen=True)
 class Sam:
-    """Parts of the picture, whatever they are, by Segment Anything; each has a colour by its rank in size."""
+    """Parts of the image, of whatever class, by Segment Anything; each part's colour depends on its rank in size.
 
-    @dataclass(frozen=True)
-    class Options:
-        """`points`: the picture is asked about at a grid of this many points a side. `sure`: masks are kept whose
-        overlap with the truth the network puts at this or more. `stable`: and of which this share stays when the
-        network's threshold is moved. `model`, `revision`: hub id or folder of a SAM, and its commit; empty takes the
-        one known here."""
+    `points`: SAM is prompted at a grid of this many points a side. Masks count if the network predicts an intersection
+    over union with the true mask of `sure` or more, and if a share `stable` of their area remains when the threshold
+    of the logits moves by 1. `model`, `revision`: hub id or folder of a SAM, and its commit; if empty, the commit that
+    this package knows.
+    """
 
-        points: int = 32
-        sure: float = 0.88
-        stable: float = 0.95
-        model: str = "facebook/sam-vit-base"
-        revision: str = ""
+    facts = Facts(channels=3, kind="labels", licence="Apache-2.0", weights="hub: facebook/sam-vit-base")
+    points: int = 32
+    sure: float = 0.88
+    stable: float = 0.95
+    model: str = "facebook/sam-vit-base"
+    revision: str = ""
 
-        def __post_init__(self) -> None:
-            if not 1 <= self.points <= 128:
-                raise UserError(f"sam: points={self.points}; allowed is 1 to 128 a side.")
-            pin(self, "sam")
-
-    version = 1
-    channels: Literal[1, 3] = 3
-    kind: Kind = "labels"
-    polarity: Polarity = "none"
-    levels: Literal[2, 256] = 256
-    licence = "Apache-2.0"
-    weights = "hub: facebook/sam-vit-base"
-    needs = ""
-
-    def __init__(self, options: Options) -> None:
-        self._options = options
+    def __post_init__(self) -> None:
+        if not 1 <= self.points <= 128:
+            raise UserError(f"points={self.points}; allowed is 1 to 128 a side.")
+        pin(self)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
-        options = self._options
-        processor, network = open_model("AutoModelForMaskGeneration", options.model, options.revision, "sam")
-        with exactly():
+        processor, network = open_model("AutoModelForMaskGeneration", self.model, self.revision)
+        with deterministic():
             inputs = processor(images=image, return_tensors="pt")
-            logits, scores = _ask(network, inputs, options)
+            logits, scores = _predict_masks(network, inputs, self)
             sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
             masks = [
                 processor.post_process_masks([logits[number][None, None]], *sizes)[0][0, 0].numpy()
@@ -130,43 +186,44 @@ class Sam:
         return Image.fromarray(paint(masks, image.height, image.width))
 
 
-def _ask(network: Any, inputs: Any, options: Sam.Options) -> tuple[Tensor, Tensor]:
-    """(N,h,w) logits of the good masks at the grid's points, three a point at most, and the trust in each (N,)."""
+def _predict_masks(network: Any, inputs: Any, options: Sam) -> tuple[Tensor, Tensor]:
+    """Returns the logits (N,h,w) of the good masks, at most three a point of the grid, and their scores (N,)."""
     import torch
 
     height, width = inputs["reshaped_input_sizes"][0].tolist()
     steps = (torch.arange(options.points) + 0.5) / options.points
     y, x = torch.meshgrid(steps * height, steps * width, indexing="ij")
     grid = torch.stack([x.flatten(), y.flatten()], dim=1)
-    seen = network.get_image_embeddings(inputs["pixel_values"])
-    kept = []
+    embeddings = network.get_image_embeddings(inputs["pixel_values"])
+    found = []
     for part in grid.split(SAM_BATCH):
-        answer = network(image_embeddings=seen, input_points=part[None, :, None], multimask_output=True)
-        logits, scores = answer.pred_masks[0].flatten(0, 1), answer.iou_scores[0].flatten()
+        output = network(image_embeddings=embeddings, input_points=part[None, :, None], multimask_output=True)
+        logits, scores = output.pred_masks[0].flatten(0, 1), output.iou_scores[0].flatten()
         good = is_good(logits, scores, options.sure, options.stable)
-        kept.append((logits[good], scores[good]))  # the others alone would fill a GB
-    return torch.cat([logits for logits, _ in kept]), torch.cat([scores for _, scores in kept])
+        found.append((logits[good], scores[good]))  # the others would take 1 GB
+    return torch.cat([logits for logits, _ in found]), torch.cat([scores for _, scores in found])
 
 
 def is_good(logits: Tensor, scores: Tensor, sure: float, stable: float) -> Tensor:
-    """(N,) bool: which masks (N,h,w) are sure, stable and not empty."""
+    """Returns (N,) bool: which masks (N,h,w) have a high score, are stable and not empty."""
     steady = (logits > 1).sum(dim=(1, 2)) / (logits > -1).sum(dim=(1, 2)).clamp(min=1)
     return (scores >= sure) & (steady >= stable) & (logits > 0).flatten(1).any(dim=1)
 
 
 def distinct(logits: Tensor, scores: Tensor) -> list[int]:
-    """Numbers of the masks (N,h,w), none empty, that are not the same as a surer one, the surest first."""
+    """Returns the indices of the masks (N,h,w) that differ from every mask with a higher score, highest score first.
+    No mask may be empty."""
     order = scores.argsort(descending=True, stable=True).tolist()
     boxes = {number: _box(logits[number] > 0) for number in order}
-    kept: list[int] = []
+    found: list[int] = []
     for number in order:
-        if all(_overlap(boxes[number], boxes[other]) <= SAM_SAME for other in kept):
-            kept.append(number)
-    return kept
+        if all(_overlap(boxes[number], boxes[other]) <= SAM_SAME for other in found):
+            found.append(number)
+    return found
 
 
 def paint(masks: list[np.ndarray], height: int, width: int) -> np.ndarray:
-    """Masks (H,W) bool -> (H,W,3) u8, the largest below all others, black where there is none."""
+    """Masks (H,W) bool -> (H,W,3) u8. Smaller masks cover larger ones; pixels without a mask are black."""
     canvas = np.zeros((height, width, 3), np.uint8)
     for rank, mask in enumerate(sorted(masks, key=np.count_nonzero, reverse=True)):
         colour = colorsys.hsv_to_rgb(rank * GOLDEN % 1, 0.75, 1.0)
@@ -175,7 +232,7 @@ def paint(masks: list[np.ndarray], height: int, width: int) -> np.ndarray:
 
 
 def _box(mask: Tensor) -> tuple[int, int, int, int]:
-    """Top, left, bottom, right of a mask that is not empty; the last two are the first pixels outside it."""
+    """Top, left, bottom, right of a mask with at least one pixel; bottom and right are exclusive."""
     rows, columns = mask.any(dim=1).nonzero().flatten(), mask.any(dim=0).nonzero().flatten()
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 

@@ -115,4 +115,4 @@ def _measure(image: Image.Image, pair: Pair, judge: Annotator | None) -> dict[st
     if judge is None:
         return values
     own = annotate(judge, image.convert("RGB")).convert(pair.condition.mode)
-    return values | condition_agreement(np.asarray(own), np.asarray(pair.condition), judge.levels)
+    return values | condition_agreement(np.asarray(own), np.asarray(pair.condition), judge.facts.levels)

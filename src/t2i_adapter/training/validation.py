@@ -120,7 +120,7 @@ class Validator:
         from t2i_adapter.evaluation.metrics import condition_agreement  # with cv2, 15 MB that other runs do without
 
         own = annotate(self.judge, drawn.convert("RGB")).convert(sample.condition.mode)
-        found = condition_agreement(np.asarray(own), np.asarray(sample.condition), self.judge.levels)
+        found = condition_agreement(np.asarray(own), np.asarray(sample.condition), self.judge.facts.levels)
         return found["condition_f1"] if "condition_f1" in found else 1 - found["condition_error"]
 
     def _pipeline_with(self, adapter: Any) -> Any:

@@ -1,87 +1,103 @@
-"""The verb `conditions`: what kinds there are, and a sheet of all of them drawn from one picture."""
+"""The verb `conditions`: it lists the condition kinds, or writes a sheet with their maps of one picture."""
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator
-from dataclasses import fields
-from functools import cache
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from t2i_adapter.annotators.registry import annotate, find_plugin, kinds, open_annotator
-from t2i_adapter.data.shapes import render, sample_scene
-from t2i_adapter.errors import UserError
-from t2i_adapter.generation.condition import read_condition
-from t2i_adapter.reports.sheet import SheetRow, make_sheet
+from t2i_adapter.errors import UserError, flag
 from t2i_adapter.verbs.annotate import check_picture_file
-from t2i_adapter.verbs.annotate_options import ConditionsOptions
 
-BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "conditions.json"
-"""Measured speeds, where the package is used in its repository."""
-WIDTH = 110  # of the printed lines
-SCENE = (0, 0, 512)  # seed, number and side of the sheet's own picture
+if TYPE_CHECKING:
+    from PIL import Image
+
+WIDTH = 110
+"""Characters of a printed line."""
+SCENE = (0, 0, 512)
+"""Seed, index and side in pixels of the default picture."""
 COLUMNS = 4
 
 
+@dataclass(frozen=True)
+class ConditionsOptions:
+    """List every kind of condition map: its content, its options, its weights and licence."""
+
+    sheet: Path | None = None
+    """Picture file to write: the maps of one photo."""
+    photo: Path | None = None
+    """The photo for --sheet; None takes a scene of `make-data shapes`."""
+    kinds: tuple[str, ...] = ()
+    """Kinds on the sheet, options after commas; by default all that download no weights from the hub."""
+
+    def __post_init__(self) -> None:
+        for name in ("photo", "kinds"):
+            if getattr(self, name) and self.sheet is None:
+                raise UserError(f"needs {flag('sheet')} FILE, which is not set", option=name)
+
+
 def run(options: ConditionsOptions) -> None:
-    """Prints the kinds; draws the sheet where one is wanted."""
+    """Prints the kinds, or writes the sheet."""
+    from t2i_adapter.annotators.registry import kinds
+    from t2i_adapter.generation.condition import read_condition
+
     if options.sheet is None:
-        print("\n".join(describe(name) for name in kinds()))
+        print("\n".join(describe_kind(name) for name in kinds()))
         return
-    check_picture_file(options.sheet, "--sheet")
-    photo = read_condition(str(options.photo), "--photo") if options.photo else scene()
+    check_picture_file(options.sheet, "sheet")
+    photo = read_condition(str(options.photo), flag("photo")) if options.photo else scene()
     make_kinds_sheet(photo, options.kinds or local_kinds()).save(options.sheet)
     print(options.sheet)
 
 
-def describe(name: str) -> str:
-    """A kind, what it draws, and what it takes, as a few lines for people."""
-    plugin = find_plugin(name)
-    what = " ".join((plugin.__doc__ or "").split("\n\n")[0].split())
-    return "\n".join(
-        [name, *(textwrap.indent(line, "  ") for part in (what, *_facts(name, plugin)) for line in _wrap(part))]
-    )
+def describe_kind(name: str) -> str:
+    """Returns a kind's map, options and facts as a few lines of text."""
+    from t2i_adapter.annotators.registry import find_plugin
+
+    lines = (line for part in _describe(find_plugin(name)) for line in _wrap(part))
+    return "\n".join([name, *(textwrap.indent(line, "  ") for line in lines)])
 
 
-def _facts(name: str, plugin: Any) -> Iterator[str]:
-    options = " ".join(f"{field.name}={_shown(field.default)}" for field in fields(plugin.Options))
-    yield f"options: {options}. {' '.join(plugin.Options.__doc__.split())}" if options else "options: none"
-    channels = "1 channel" if plugin.channels == 1 else "3 channels"
-    bright = "" if plugin.polarity == "none" else f", {plugin.polarity}"
-    values = "0 and 255" if plugin.levels == 2 else "0 to 255"
-    yield f"gives: {channels}{bright}, values {values}, mirrored as {plugin.kind}"
-    needs = getattr(plugin, "needs", "")
-    yield "; ".join(
-        [
-            f"weights: {getattr(plugin, 'weights', '') or 'none'}",
-            *([f"needs: pip install '{needs}'"] if needs else []),
-            f"licence: {getattr(plugin, 'licence', '') or 'not told'}",
-            *([f"takes: {_seconds(name):.2g} s a picture of 1024 x 1024, one core"] if name in _speeds() else []),
-        ]
-    )
+def _describe(plugin: Any) -> Iterator[str]:
+    facts = plugin.facts
+    what, *meaning = (" ".join(part.split()) for part in (plugin.__doc__ or "").split("\n\n"))
+    yield what
+    options = " ".join(f"{field.name}={_shown(field.default)}" for field in fields(plugin))
+    yield " ".join(["options:", f"{options}." if options else "none", *meaning])
+    channels = "1 channel" if facts.channels == 1 else "3 channels"
+    polarity = "" if facts.polarity == "none" else f", {facts.polarity}"
+    values = "0 and 255" if facts.levels == 2 else "0 to 255"
+    yield f"map: {channels}{polarity}, values {values}, condition_kind {facts.kind}"
+    needs = f"needs: pip install '{facts.needs}'; " if facts.needs else ""
+    yield f"weights: {facts.weights or 'none'}; {needs}licence: {facts.licence or 'unknown'}"
 
 
 def make_kinds_sheet(photo: Image.Image, names: tuple[str, ...]) -> Image.Image:
-    """The photo and its maps with their names. What cannot be drawn here is told and left out."""
+    """Returns the photo and its maps with their names. Prints and skips kinds that cannot be made here."""
+    from t2i_adapter.annotators.registry import annotate, open_annotator
+    from t2i_adapter.reports.sheet import SheetRow, make_sheet
+
     rows = [SheetRow([photo], "the picture")]
     for name in names:
         try:
             rows.append(SheetRow([annotate(open_annotator(name), photo)], name))
         except UserError as fault:
-            print(f"left out: {name}: {fault}")
+            print(f"skipped: {fault}")
     return make_sheet([""], rows, blocks=COLUMNS)
 
 
 def local_kinds() -> tuple[str, ...]:
-    """Kinds that fetch nothing from the hub."""
-    return tuple(name for name in kinds() if not getattr(find_plugin(name), "weights", "").startswith("hub"))
+    """Returns the kinds that download nothing from the hub."""
+    from t2i_adapter.annotators.registry import find_plugin, kinds
+
+    return tuple(name for name in kinds() if not find_plugin(name).facts.weights.startswith("hub"))
 
 
 def scene() -> Image.Image:
+    from t2i_adapter.data.shapes import render, sample_scene
+
     seed, number, side = SCENE
     return render(sample_scene(seed, number), side)
 
@@ -91,16 +107,7 @@ def _wrap(text: str) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """A default as it is written after a kind's name."""
+    """Returns a default as it is written after a kind's name."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value) or "''"
-
-
-@cache
-def _speeds() -> dict[str, Any]:
-    return json.loads(BENCHMARK.read_text())["kinds"] if BENCHMARK.is_file() else {}
-
-
-def _seconds(name: str) -> float:
-    return _speeds()[name]["seconds"]

@@ -1,9 +1,9 @@
-"""Body, hands and face of the people in a picture, by the BlazePose networks.
+"""The kind `pose`: body, hands and face of the people in an image, by MediaPipe's BlazePose networks.
 
-A detector looks at the whole picture and gives two points a person, which say where the body lies and how it leans.
-That region is cut out upright, and a second network finds 33 body landmarks in it, and a better region, which is looked
-at again. Hands and face are looked for where the body says they are, and again where they are found. Bazarevsky et al.,
-arXiv 2006.10204.
+A detector runs on the whole image and returns two points a person, which determine the body's position and rotation.
+That region is cropped upright; a second network returns 33 body landmarks in it and a more exact region, and runs again
+on that one. The networks of hands and face run on regions that the body's landmarks predict, then on regions from their
+own first result. Bazarevsky et al., arXiv 2006.10204.
 """
 
 from __future__ import annotations
@@ -13,36 +13,40 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
+from PIL import Image
 
+from t2i_adapter.annotators.registry import Facts
 from t2i_adapter.annotators.runtime import open_tflite, run_tflite
+from t2i_adapter.annotators.skeleton import Skeleton, draw_people
+from t2i_adapter.errors import UserError
 
 DETECTOR_SIDE, BODY_SIDE, HAND_SIDE, FACE_SIDE = 224, 256, 224, 192
 STRIDES = (8, 16, 32, 32, 32)
-"""Of the detector's grids; each cell has two anchors in each."""
-LOOKS = 2
-"""How often the body is looked at; the first region leans on the picture as a whole, and is off by a few percent."""
+"""Strides in pixels of the detector's grids. Each cell has two anchors a grid."""
+BODY_PASSES = 2
+"""Runs of the body's network. Its first region comes from the detector and is off by a few percent."""
 MIN_SCORE, MAX_OVERLAP = 0.5, 0.3
-"""Detections below this score are none, and of those that overlap more only the best counts."""
+"""Least score of a detection, and overlap above which detections are merged into one person."""
 BODY_MARGIN, HAND_MARGIN, FACE_MARGIN = 1.25, 2.0, 1.5
-"""Region to cut out, relative to what it is to hold."""
+"""Size of the cropped region, relative to its content."""
 HAND_FROM_BODY_MARGIN, FACE_FROM_BODY_MARGIN = 2.0, 2.6
 HAND_SHIFT = 0.1
-"""Hands are cut out this share of their size nearer the fingertips, of which the palm's points know nothing."""
+"""The hand's region is shifted towards the fingertips by this share of its size: the palm's points exclude them."""
 HEATMAP_REACH = 3
-"""A landmark is drawn to the heatmap's mean over this many cells around it."""
+"""Cells on each side of a landmark over which the heatmap's mean is taken."""
 
 NOSE, EYE_L, EYE_R, EAR_L, EAR_R = 0, 2, 5, 7, 8
 SHOULDER_L, SHOULDER_R, ELBOW_L, ELBOW_R, WRIST_L, WRIST_R = 11, 12, 13, 14, 15, 16
 PINKY_L, PINKY_R, INDEX_L, INDEX_R = 17, 18, 19, 20
 HIP_L, HIP_R, KNEE_L, KNEE_R, ANKLE_L, ANKLE_R = 23, 24, 25, 26, 27, 28
-"""Numbers of the body's landmarks; left and right are the person's."""
+"""Indices of the body's landmarks. Left and right are the person's."""
 BODY_18 = (
     (NOSE,), (SHOULDER_L, SHOULDER_R), (SHOULDER_R,), (ELBOW_R,), (WRIST_R,), (SHOULDER_L,), (ELBOW_L,), (WRIST_L,),
     (HIP_R,), (KNEE_R,), (ANKLE_R,), (HIP_L,), (KNEE_L,), (ANKLE_L,), (EYE_R,), (EYE_L,), (EAR_R,), (EAR_L,),
 )  # fmt: skip
-"""OpenPose's 18 joints, each the middle of these landmarks: the neck is between the shoulders."""
+"""OpenPose's 18 joints; each is the mean of these landmarks. The neck is the middle of the shoulders."""
 PALM = (0, 1, 2, 3, 5, 6, 9, 10, 13, 14, 17, 18)
-"""Hand landmarks that move little when fingers bend: the hand's region is theirs."""
+"""Hand landmarks that move little when fingers bend. They determine the hand's region."""
 MESH_EYE_R, MESH_EYE_L = 33, 263
 """Outer corners of the eyes in the mesh of 468 points."""
 MESH_68 = (
@@ -52,40 +56,57 @@ MESH_68 = (
     33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380,  # eyes
     61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181, 78, 82, 13, 312, 308, 317, 14, 87,  # lips
 )  # fmt: skip
-"""The mesh's points that are nearest to the 68 of the usual face annotation, in its order."""
+"""Points of the mesh nearest to the 68 points of the common face annotation, in its order."""
 EYES_68 = (range(36, 42), range(42, 48))
 
 
 @dataclass(frozen=True)
-class Person:
-    """Points (N,2) x, y in pixels of the picture, NaN where not seen.
+class Pose:
+    """18 body joints, both hands and the face of each person, on black.
 
-    Attributes:
-        body: (18,2), OpenPose's COCO joints.
-        hands: left and right, (21,2) each, wrist first, then four points a finger from the thumb on; None: not seen.
-        face: (70,2), 68 points and both pupils; None: not seen.
+    `people`: how many at most, highest score first. `hands`, `face`: draw them too. `visible`: joints that are visible
+    with at least this probability are drawn.
     """
 
-    body: np.ndarray
-    hands: tuple[np.ndarray | None, np.ndarray | None]
-    face: np.ndarray | None
+    facts = Facts(
+        channels=3,
+        kind="pose",
+        licence="Apache-2.0 (MediaPipe)",
+        weights="mediapipe 0.10.21: python -m t2i_adapter.annotators.weights pose",
+        needs="sdxl-t2i-adapter[pose]",
+    )
+    people: int = 4
+    hands: bool = True
+    face: bool = True
+    visible: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.people < 1:
+            raise UserError(f"people={self.people}; allowed is 1 or more.")
+        if not 0 <= self.visible <= 1:
+            raise UserError(f"visible={self.visible:g}; allowed is a probability, 0 to 1.")
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
+        picture = np.asarray(image)
+        people = find_people(picture, self.people, self.hands, self.face, self.visible)
+        return Image.fromarray(draw_people(people, *picture.shape[:2]))
 
 
 @dataclass(frozen=True)
 class Region:
-    """A square that is cut out upright: its middle (x, y) and side in pixels, and its turn, clockwise in radians."""
+    """A rotated square that is cropped upright: its middle (x, y) and side in pixels, its turn clockwise in radians."""
 
     middle: np.ndarray
     side: float
     turn: float
 
     def to_picture(self, points: np.ndarray) -> np.ndarray:
-        """(N,2) in [0,1] of the region -> pixels of the picture."""
+        """(N,2) in [0,1] of the region -> (N,2) in pixels of the image."""
         return self.middle + (points - 0.5) * self.side @ self._rotation().T
 
-    def cut(self, picture: np.ndarray, side: int) -> np.ndarray:
-        """(H,W,3) u8 -> (side,side,3) float32 in [0,1], black where the region leaves the picture."""
-        shrink = min(1.0, 2 * side / self.side)  # bilinear sampling alone would skip pixels
+    def crop(self, picture: np.ndarray, side: int) -> np.ndarray:
+        """(H,W,3) u8 -> (side,side,3) float32 in [0,1]. Pixels outside the image are black."""
+        shrink = min(1.0, 2 * side / self.side)  # bilinear sampling alone would skip pixels of large regions
         if shrink < 1:
             height, width = picture.shape[:2]
             small = max(1, round(width * shrink)), max(1, round(height * shrink))
@@ -102,11 +123,12 @@ class Region:
         return np.array([[cos, -sin], [sin, cos]])
 
 
-def find_people(picture: np.ndarray, most: int, hands: bool, face: bool, min_score: float) -> list[Person]:
-    """The people in (H,W,3) u8 RGB, the surest first, `most` at most; hands and faces only if asked for.
+def find_people(picture: np.ndarray, most: int, hands: bool, face: bool, min_score: float) -> list[Skeleton]:
+    """Returns the people in an image (H,W,3) u8 RGB, at most `most`, highest score first.
 
     Args:
-        min_score: landmarks that the network deems visible with less probability count as not seen.
+        hands, face: whether to detect them.
+        min_score: landmarks with a lower probability of being visible are NaN.
     """
     people = []
     for region in _detect(picture, most):
@@ -118,16 +140,16 @@ def find_people(picture: np.ndarray, most: int, hands: bool, face: bool, min_sco
         body = np.stack([seen[list(parts)].mean(axis=0) for parts in BODY_18])
         wrists = ((WRIST_L, PINKY_L, INDEX_L), (WRIST_R, PINKY_R, INDEX_R))
         both = [_hand(picture, seen[list(parts)]) if hands else None for parts in wrists]
-        people.append(Person(_inside(body, picture), (both[0], both[1]), _face(picture, seen) if face else None))
+        people.append(Skeleton(_inside(body, picture), (both[0], both[1]), _face(picture, seen) if face else None))
     return people
 
 
 def _detect(picture: np.ndarray, most: int) -> list[Region]:
-    """Regions of bodies, the surest first."""
+    """Returns the regions of bodies, highest score first."""
     height, width = picture.shape[:2]
     whole = Region(np.array([width, height]) / 2, float(max(height, width)), 0.0)
-    detector = open_tflite("pose_detection.tflite", "pose")
-    out = run_tflite(detector, whole.cut(picture, DETECTOR_SIDE) * 2 - 1)
+    detector = open_tflite("pose_detection.tflite")
+    out = run_tflite(detector, whole.crop(picture, DETECTOR_SIDE) * 2 - 1)
     scores = _sigmoid(out["Identity_1"][:, 0])
     chosen = np.flatnonzero(scores >= MIN_SCORE)
     values = out["Identity"][chosen].astype(np.float64) / DETECTOR_SIDE
@@ -144,7 +166,7 @@ def _detect(picture: np.ndarray, most: int) -> list[Region]:
 
 @lru_cache(maxsize=1)
 def _anchors() -> np.ndarray:
-    """(2254,2) x, y in [0,1]: the cells' middles, grid after grid, twice for each grid of a stride."""
+    """Returns the middles x, y of the cells, (2254,2) in [0,1], grid after grid, twice for each grid of a stride."""
     grids = []
     for stride in dict.fromkeys(STRIDES):
         cells = DETECTOR_SIDE // stride
@@ -155,7 +177,7 @@ def _anchors() -> np.ndarray:
 
 
 def _groups(boxes: np.ndarray, scores: np.ndarray) -> list[np.ndarray]:
-    """Numbers of the boxes (x0, y0, x1, y1) that mean one person together, the surest person first."""
+    """Returns the indices of the boxes (x0, y0, x1, y1) of each person, highest score first."""
     order = np.argsort(-scores, kind="stable")
     groups = []
     while len(order):
@@ -167,7 +189,7 @@ def _groups(boxes: np.ndarray, scores: np.ndarray) -> list[np.ndarray]:
 
 
 def _overlaps(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Intersection over union of one box with each of (N,4)."""
+    """Returns the intersection over union (N,) of one box with each of (N,4)."""
     sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
     shared = np.prod(np.maximum(sides, 0), axis=1)
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
@@ -175,22 +197,23 @@ def _overlaps(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def _upright(start: np.ndarray, end: np.ndarray, side: float) -> Region:
-    """The region around `start` in which `end` lies straight above it."""
+    """Returns the region around `start` in which `end` is straight above it."""
     dx, dy = end - start
     return Region(start, max(side, 1.0), float(np.arctan2(dx, -dy)))
 
 
 def _body_region(hips: np.ndarray, end: np.ndarray) -> Region:
-    """From the middle of the hips and the point above it at which the stretched body would end."""
+    """Returns the region of a body, from the middle of the hips and the end point of the stretched body above it."""
     return _upright(hips, end, 2 * float(np.linalg.norm(end - hips)) * BODY_MARGIN)
 
 
 def _body(picture: np.ndarray, region: Region) -> tuple[np.ndarray, np.ndarray] | None:
-    """(33,2) pixels, and (33,) how probably they are visible and in the region; None where there is no body."""
-    network = open_tflite("pose_landmark_full.tflite", "pose")
+    """Returns 33 landmarks (33,2) in pixels and the probabilities (33,) that they are visible and inside the region.
+    Returns None if there is no body."""
+    network = open_tflite("pose_landmark_full.tflite")
     found = None
-    for _ in range(LOOKS):
-        out = run_tflite(network, region.cut(picture, BODY_SIDE))
+    for _ in range(BODY_PASSES):
+        out = run_tflite(network, region.crop(picture, BODY_SIDE))
         if out["Identity_1"][0] < MIN_SCORE:  # a probability already
             return None
         values = out["Identity"].reshape(39, 5).astype(np.float64)
@@ -201,7 +224,8 @@ def _body(picture: np.ndarray, region: Region) -> tuple[np.ndarray, np.ndarray] 
 
 
 def _refined(points: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """(N,2) in [0,1], each moved to the mean of its heatmap (h,w,N) around it where that is sure of it."""
+    """Moves each of the points (N,2), in [0,1], to the mean of its heatmap (h,w,N) nearby, if the heatmap's maximum
+    there is at least `MIN_SCORE`."""
     height, width = heat.shape[:2]
     moved = points.copy()
     for n, (x, y) in enumerate(points):
@@ -220,7 +244,7 @@ def _refined(points: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def _hand(picture: np.ndarray, parts: np.ndarray) -> np.ndarray | None:
-    """(21,2) pixels, from the body's wrist, little finger and index; None where they or the hand are not seen."""
+    """Returns the hand (21,2) in pixels, from the body's wrist, little finger and index; None if one is not visible."""
     wrist, pinky, index = parts
     if np.isnan(parts).any():
         return None
@@ -233,15 +257,15 @@ def _hand(picture: np.ndarray, parts: np.ndarray) -> np.ndarray | None:
 
 
 def _hand_landmarks(picture: np.ndarray, region: Region) -> np.ndarray | None:
-    network = open_tflite("hand_landmark_full.tflite", "pose")
-    out = run_tflite(network, region.cut(picture, HAND_SIDE))
+    network = open_tflite("hand_landmark_full.tflite")
+    out = run_tflite(network, region.crop(picture, HAND_SIDE))
     if out["Identity_1"][0] < MIN_SCORE:
         return None
     return region.to_picture(out["Identity"].reshape(21, 3)[:, :2].astype(np.float64) / HAND_SIDE)
 
 
 def _hand_region(points: np.ndarray) -> Region:
-    """From the palm's points, upright along the line from the wrist to the roots of the fingers."""
+    """Returns the region of the palm's points, upright along the line from the wrist to the roots of the fingers."""
     wrist, roots = points[0], (points[5] + 2 * points[9] + points[13]) / 4
     lean = _upright(wrist, roots, 1.0)
     region = _around(points[list(PALM)], lean.turn, HAND_MARGIN)
@@ -250,7 +274,7 @@ def _hand_region(points: np.ndarray) -> Region:
 
 
 def _face(picture: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
-    """(70,2) pixels, from the body's landmarks (33,2); None where eyes, nose or the face are not seen."""
+    """Returns the face (70,2) in pixels, from the body's landmarks (33,2); None if eyes, nose or face are hidden."""
     right, left, nose = seen[EYE_R], seen[EYE_L], seen[NOSE]
     if np.isnan(np.stack([right, left, nose])).any():
         return None
@@ -268,33 +292,33 @@ def _face(picture: np.ndarray, seen: np.ndarray) -> np.ndarray | None:
 
 
 def _face_landmarks(picture: np.ndarray, region: Region) -> np.ndarray | None:
-    network = open_tflite("face_landmark.tflite", "pose")
-    out = run_tflite(network, region.cut(picture, FACE_SIDE))
+    network = open_tflite("face_landmark.tflite")
+    out = run_tflite(network, region.crop(picture, FACE_SIDE))
     if _sigmoid(out["conv2d_31"].ravel()[0]) < MIN_SCORE:
         return None
     return region.to_picture(out["conv2d_21"].reshape(468, 3)[:, :2].astype(np.float64) / FACE_SIDE)
 
 
 def _level(right: np.ndarray, left: np.ndarray) -> float:
-    """The turn at which the line from the right eye to the left one is level."""
+    """Returns the turn that makes the line from the right eye to the left eye horizontal."""
     dx, dy = left - right
     return float(np.arctan2(dy, dx))
 
 
 def _around(points: np.ndarray, turn: float, margin: float) -> Region:
-    """The region that holds (N,2) points when it is turned so, times a margin."""
+    """Returns the region with this turn that contains (N,2) points, enlarged by a margin."""
     rotation = Region(np.zeros(2), 1.0, turn)._rotation()
-    turned = points @ rotation  # into the region's own directions
+    turned = points @ rotation  # in the region's own axes
     low, high = turned.min(axis=0), turned.max(axis=0)
     return Region(rotation @ ((low + high) / 2), max(1.0, float((high - low).max()) * margin), turn)
 
 
 def _inside(points: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    """The points, NaN where they leave the picture: the networks guess on beyond its edge."""
+    """Sets points outside the image to NaN: the networks also predict points beyond its edge."""
     height, width = picture.shape[:2]
     with np.errstate(invalid="ignore"):
-        kept = np.all((points >= 0) & (points <= np.array([width, height])), axis=1)
-    return np.where(kept[:, None], points, np.nan)
+        inside = np.all((points >= 0) & (points <= np.array([width, height])), axis=1)
+    return np.where(inside[:, None], points, np.nan)
 
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:

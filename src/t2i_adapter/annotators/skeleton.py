@@ -1,33 +1,48 @@
-"""People drawn as OpenPose's skeletons are, in the colours that adapters and ControlNets know."""
+"""A person's body, hands and face as points, and how they are drawn: OpenPose's skeletons in OpenPose's colours."""
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-from t2i_adapter.annotators.mediapipe.landmarks import Person
 from t2i_adapter.annotators.mirror import HUES, LIMB_BRIGHTNESS
 
 LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13),
     (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),
 )  # fmt: skip
-"""Joints of each limb, in OpenPose's order: limb k has hue k, as joint k has."""
+"""Joints of each limb, in OpenPose's order. Limb k and joint k have hue k."""
 FINGERS = tuple((0 if n == 0 else 4 * finger + n, 4 * finger + n + 1) for finger in range(5) for n in range(4))
-"""Points of each of a hand's 20 bones, from the thumb on, from the wrist out."""
-NORMAL_SIDE = 512
-"""The picture's shorter side at which the widths below are in pixels."""
+"""Points of each of a hand's 20 bones, thumb first, from the wrist outwards."""
+REFERENCE_SIDE = 512
+"""Shorter side in pixels of an image for which the widths below are meant; they grow with the image."""
 LIMB_RADIUS, JOINT_RADIUS, BONE_WIDTH, KNUCKLE_RADIUS, FACE_RADIUS = 4, 4, 2, 4, 3
 KNUCKLE, WHITE = (0, 0, 255), (255, 255, 255)
 
 
-def draw_people(people: Iterable[Person], height: int, width: int) -> np.ndarray:
-    """(H,W,3) u8 RGB on black. No edge is smoothed, so that every pixel's colour tells its limb."""
+@dataclass(frozen=True)
+class Skeleton:
+    """A person's points (N,2): x, y in pixels of the image, NaN if not visible.
+
+    Attributes:
+        body: (18,2), OpenPose's COCO joints.
+        hands: left and right, (21,2) each: the wrist, then four points a finger, thumb first. None if not detected.
+        face: (70,2), 68 points and both pupils. None if not detected.
+    """
+
+    body: np.ndarray
+    hands: tuple[np.ndarray | None, np.ndarray | None]
+    face: np.ndarray | None
+
+
+def draw_people(people: Iterable[Skeleton], height: int, width: int) -> np.ndarray:
+    """Draws skeletons on black: (H,W,3) u8 RGB. Edges are not smoothed, so each pixel has its limb's exact colour."""
     canvas = np.zeros((height, width, 3), np.uint8)
-    scale = min(height, width) / NORMAL_SIDE
+    scale = min(height, width) / REFERENCE_SIDE
     for person in people:
         _draw_body(canvas, person.body, scale)
         for hand in person.hands:
@@ -48,7 +63,7 @@ def _draw_body(canvas: np.ndarray, joints: np.ndarray, scale: float) -> None:
 
 
 def _draw_limb(canvas: np.ndarray, ends: np.ndarray, colour: tuple[int, ...], radius: int) -> None:
-    """An ellipse from joint to joint."""
+    """Draws an ellipse from joint to joint."""
     middle = [int(value) for value in ends.mean(axis=0)]
     dx, dy = ends[1] - ends[0]
     axes = int(np.hypot(dx, dy) / 2), radius
@@ -71,7 +86,7 @@ def _draw_dots(canvas: np.ndarray, points: np.ndarray, colour: tuple[int, ...], 
 
 
 def _colour(hue: float, brightness: float = 1.0) -> tuple[int, ...]:
-    """RGB of a pure hue in [0,1)."""
+    """Returns the RGB values, 0 to 255, of a saturated hue in [0,1)."""
     return tuple(int(channel * 255 * brightness) for channel in colorsys.hsv_to_rgb(hue, 1.0, 1.0))
 
 
