@@ -14,6 +14,7 @@ import torch
 import yaml
 from diffusers import T2IAdapter
 from PIL import Image
+from safetensors.torch import save_file
 
 from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.errors import UserError
@@ -52,6 +53,10 @@ def test_weights_come_back_bit_for_bit_and_halved(adapter: T2IAdapter, tmp_path:
         assert torch.equal(full.state_dict()[name], tensor)
         assert torch.equal(half.state_dict()[name], tensor.half()), "fp16 is the nearest half of each value"
         assert tensor.dtype == torch.float32, "the adapter itself is not changed"
+    weights = {name: tensor.detach() for name, tensor in adapter.state_dict().items()}
+    save_file(weights, tmp_path / "library.safetensors", metadata={"format": "pt"})
+    written = (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert written == (tmp_path / "library.safetensors").read_bytes(), "the same file as the library's own writer makes"
 
 
 def test_a_continued_adapter_does_not_tell_where_it_was_loaded_from(adapter: T2IAdapter, tmp_path: Path) -> None:

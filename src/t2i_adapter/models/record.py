@@ -11,6 +11,13 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.files import parse_json, user_path
 
 FILE_NAME = "t2i_adapter.json"
+"""The record's file in an adapter's folder."""
+CONFIG = "config.json"
+"""The network's sizes, as diffusers reads them."""
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""The weights in fp32, as diffusers reads them."""
+WEIGHTS_FP16 = "diffusion_pytorch_model.fp16.safetensors"
+"""The weights in fp16, as diffusers reads them with variant="fp16"."""
 SCHEMA = 1
 MAX_RESOLUTION = 8192
 BASE_FIELDS = ("name", "config", "revision", "variant", "vae")
@@ -127,12 +134,3 @@ def _without_paths(value: Any) -> Any:
     if not isinstance(value, str) or not is_path(value):
         return value
     return Path(value.partition("?")[0] if "://" in value else value).name  # signatures stand behind a question mark
-
-
-CONFIG = "config.json"
-
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-WEIGHTS_FP16 = "diffusion_pytorch_model.fp16.safetensors"
