@@ -29,10 +29,10 @@ from t2i_adapter.export.card import usage_code
 from t2i_adapter.generation.options import ModelOptions
 from t2i_adapter.generation.pipeline import open_models
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import Base, FolderBase
+from t2i_adapter.models.base import Base
 from t2i_adapter.models.open import open_base
 from t2i_adapter.models.record import Metadata
-from t2i_adapter.models.single_file import CONFIG_FILES, FileBase
+from t2i_adapter.models.single_file import CONFIG_FILES, SingleFileBase
 
 # Weights lie in the mapped files at different alignments, by which the CPU's kernels choose the order of their sums.
 SUMMED_IN_OTHER_ORDER = 1e-5
@@ -48,14 +48,14 @@ def file(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def in_file(file: Path, tiny_base: Path) -> Base:
     base = open_base(BaseOptions(name=str(file), config=str(tiny_base)))
-    assert isinstance(base, FileBase)
+    assert isinstance(base, SingleFileBase)
     return base
 
 
 @pytest.fixture(scope="module")
 def in_folder(tiny_base: Path) -> Base:
     base = open_base(BaseOptions(name=str(tiny_base)))
-    assert type(base) is FolderBase
+    assert type(base) is Base
     return base
 
 
@@ -243,7 +243,7 @@ def test_the_schedule_that_a_file_names_is_held_to(tmp_path: Path, key: str, sch
     wrong = shutil.copytree(right, tmp_path / "wrong")
     changed(wrong / "scheduler" / "scheduler_config.json", prediction_type="epsilon", rescale_betas_zero_snr=False)
     path = write_single_file(right, tmp_path / "file.safetensors", **{key: torch.tensor([])})
-    with pytest.raises(UserError, match=rf"has the key {key}: .*says (epsilon|False).*--base.config"):
+    with pytest.raises(UserError, match=rf"has the key {key}, .* has (epsilon|False).*--base.config"):
         open_base(BaseOptions(name=str(path), config=str(wrong)))
     config = open_base(BaseOptions(name=str(path), config=str(right))).scheduler().config
     assert (config["prediction_type"], config["rescale_betas_zero_snr"]) == (
@@ -268,11 +268,11 @@ def test_files_that_are_no_sdxl_are_refused(file: Path, tiny_base: Path, tmp_pat
         save_file(content, tmp_path / f"{name}.safetensors")
     for name, said in [
         (pickled, r"a\.ckpt: .*\.safetensors.*pickled"),
-        (cut, r"cut\.safetensors is no whole safetensors file"),
-        (junk, r"junk\.safetensors is no whole safetensors file"),
+        (cut, r"cut\.safetensors: damaged safetensors file"),
+        (junk, r"junk\.safetensors: damaged safetensors file"),
         (tmp_path / "sd15.safetensors", r"not an SDXL base.*first_stage_model\.\*, conditioner\.embedders\.0"),
         (tmp_path / "unet.safetensors", r"not an SDXL base.*model\.diffusion_model\.\*"),
-        (tmp_path / "no_vae.safetensors", r"no weights first_stage_model\.\*\."),
+        (tmp_path / "no_vae.safetensors", r"missing weights first_stage_model\.\*\."),
     ]:
         with pytest.raises(UserError, match=said):
             open_base(BaseOptions(name=str(name), config=str(tiny_base)))
@@ -284,15 +284,15 @@ def test_files_that_are_no_sdxl_are_refused(file: Path, tiny_base: Path, tmp_pat
 def test_configs_that_are_not_there(file: Path, tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for config, said in [
-        (None, r"takes its configs from .*Give --base\.config"),
-        ("some/model", r"--base\.config some/model: no such folder.*Give --base\.config"),
+        (None, r"takes its configs from .*Set --base\.config"),
+        ("some/model", r"--base\.config some/model: no such folder.*Set --base\.config"),
         (str(tmp_path / "none"), r"--base\.config .*none: no such folder"),
-        (str(tmp_path / "empty"), r"empty is not an SDXL base in diffusers layout: it has no folder unet/"),
+        (str(tmp_path / "empty"), r"empty is not an SDXL base in diffusers layout: the folder unet/ is missing"),
     ]:
         with pytest.raises(UserError, match=said):
             open_base(BaseOptions(name=str(file), config=config))
     for other in ("nano", str(tiny_base)):
-        with pytest.raises(UserError, match=r"--base\.config .*single file.*leave it out"):
+        with pytest.raises(UserError, match=r"--base\.config .*single file.*omit it"):
             open_base(BaseOptions(name=other, config=str(tiny_base)))
 
 
@@ -321,6 +321,6 @@ def test_weights_that_do_not_fit_the_configs(
     path = tmp_path / "spoilt.safetensors"
     save_file(spoil(load_file(file), name), path)
     base = open_base(BaseOptions(name=str(path), config=str(tiny_base)))
-    with pytest.raises(UserError, match=rf"spoilt\.safetensors: its {part} is not what .*--base\.config"):
+    with pytest.raises(UserError, match=rf"spoilt\.safetensors: its {part} does not match .*--base\.config"):
         getattr(base, "text_encoder" if part.startswith("text") else part)("cpu", torch.float32)
     (base.unet if part == "vae" else base.vae)("cpu", torch.float32)  # reads nothing of the part that is spoilt

@@ -11,7 +11,7 @@ from t2i_adapter.batches.example import example_batch
 from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.gradient_checkpointing import recompute
+from t2i_adapter.models.base import enable_gradient_checkpointing
 from t2i_adapter.models.open import open_base
 from t2i_adapter.models.quantize import quantize
 from t2i_adapter.training.step import FrozenModel, batch_losses
@@ -24,7 +24,7 @@ def gradients(blocks: str | None, *, quantized: bool = False) -> tuple[list[torc
     if quantized:
         quantize(unet, "int8", "cpu")
     if blocks:
-        recompute(unet, blocks)  # pyright: ignore[reportArgumentType]
+        enable_gradient_checkpointing(unet, blocks)  # pyright: ignore[reportArgumentType]
     frozen = FrozenModel(unet, NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
     torch.manual_seed(0)
     adapter = build_adapter(AdapterOptions(), base.unet_config)
