@@ -19,11 +19,10 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.flags import parse_flags
 from t2i_adapter.generation.condition import fit_condition
-from t2i_adapter.generation.options import GenerateOptions
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.open import open_base
 from t2i_adapter.types import Sample
-from t2i_adapter.verbs.generate import run
+from t2i_adapter.verbs.generate import GenerateOptions, run
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,7 @@ def test_faults_are_named(adapter: Path, condition: Path, tiny_base: Path, tmp_p
         ({"image": ("missing.png",)}, r"--image.*missing\.png"),
         ({"image": (str(broken),)}, r"broken\.png"),
         ({"width": 70}, r"--width 70: .*64 or 80"),
-        ({"adapter": str(tmp_path / "none")}, "No adapter"),
+        ({"adapter": str(tmp_path / "none")}, "no adapter found"),
         ({"adapter": str(wide)}, "does not fit"),
         ({"base": str(tmp_path)}, "not an SDXL"),
         ({"device": "cuda:9"}, "--device"),

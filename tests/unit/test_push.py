@@ -24,11 +24,10 @@ PROGRAM = """
 import sys
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.hub import push_command
-from t2i_adapter.verbs.push_options import PushOptions
-from t2i_adapter.verbs.push import push
+from t2i_adapter.verbs.push import PushOptions, run
 folder, token, model_id, license = sys.argv[1:]
 try:
-    push(PushOptions(folder=folder, token=token or None, model_id=model_id or None, license=license or None))
+    run(PushOptions(folder=folder, token=token or None, model_id=model_id or None, license=license or None))
 except UserError as error:
     print(error, file=sys.stderr)
     print(push_command(folder, "someone/x"), file=sys.stderr)
@@ -110,18 +109,18 @@ def test_faults_are_one_line_without_the_token(hub: Hub, finished: Path) -> None
         return line
 
     assert "Invalid user token" in refused(token="hf_wrong")
-    assert "the hub does not take it" in refused(token=f"{TOKEN}\nX")  # the client quotes a header it cannot send
+    assert "the hub refused" in refused(token=f"{TOKEN}\nX")  # the client quotes a header it cannot send
     assert "403" in refused(model_id="others/x")
     assert "a b/c" in refused(model_id="a b/c")
     hub.fail_commits = True
     assert "the hub is on fire" in refused()
     hub.role = "read"
-    assert "may only read" in refused()
+    assert "the token is read-only" in refused()
     assert not hub.files, "nothing was uploaded"
 
 
 def test_no_hub_in_reach(finished: Path) -> None:
     done = publish(Hub(address="http://127.0.0.1:9"), finished)
     assert done.returncode == 2
-    assert "the hub does not take it" in done.stderr
+    assert "the hub refused" in done.stderr
     assert "Traceback" not in done.stderr
