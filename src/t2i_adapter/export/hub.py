@@ -105,6 +105,6 @@ def _hub_errors(place: str, token: str | None) -> Iterator[None]:
         raise
     except Exception as fault:
         line = " ".join(redact(str(fault)).split())
-        raise UserError(f"{place}: the hub refused ({type(fault).__name__}: {line[:300]}).") from None
+        raise UserError(f"{place}: the request to the hub failed ({type(fault).__name__}: {line[:300]}).") from None
     finally:
         client.timeout = before

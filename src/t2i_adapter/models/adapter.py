@@ -54,7 +54,7 @@ def _scale_features(adapter: T2IAdapter, gain: float) -> None:
 
 
 def load_adapter(name: str, *, cache_dir: str | None = None) -> T2IAdapter:
-    """Loads a diffusers adapter from a folder or hub id, float32. Raises UserError if there is none."""
+    """Loads a diffusers adapter from a folder or hub id, float32. Raises UserError if none is found."""
     place: Any = {"cache_dir": cache_dir, "local_files_only": Path(name).exists()}
     try:
         _check_sizes(T2IAdapter.load_config(name, **place), name)

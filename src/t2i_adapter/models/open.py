@@ -41,7 +41,7 @@ def _download(options: BaseOptions) -> Path:
         )
     except (OSError, ValueError) as fault:
         raise UserError(
-            f"{options.name}: no such folder or file, and the hub returned no such model ({first_line(fault)}). "
+            f"{options.name}: no such folder or file, and the hub has no such model ({first_line(fault)}). "
             f"Name a hub id, a diffusers folder, a single .safetensors file, or {NANO}.",
             option="base.name",
         ) from fault

@@ -100,6 +100,7 @@ def read_metadata(adapter: str | Path) -> Metadata | None:
 
 
 def _from_hub(name: str) -> Path | None:
+    """Downloads the record of an adapter on the hub; None if it has none."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -115,6 +116,7 @@ def is_path(name: str) -> bool:
 
 
 def _checked_base(value: Any, where: str) -> dict[str, Any]:
+    """Returns the record's `base` if its fields have the right types. Raises UserError."""
     base = _checked(value, where, "base", dict)
     _checked(base.get("name"), where, "base.name", str)
     for key in BASE_FIELDS[1:]:
@@ -123,6 +125,7 @@ def _checked_base(value: Any, where: str) -> dict[str, Any]:
 
 
 def _checked(value: Any, where: str, key: str, kind: type, *, optional: bool = False) -> Any:
+    """Returns the value if it is of type `kind` (or None, if `optional`). Raises UserError."""
     if (optional and value is None) or (isinstance(value, kind) and not isinstance(value, bool)):
         return value
     allowed = {dict: "an object", str: "a text", int: "a whole number"}[kind]
@@ -130,6 +133,7 @@ def _checked(value: Any, where: str, key: str, kind: type, *, optional: bool = F
 
 
 def _without_paths(value: Any) -> Any:
+    """Shortens every local path and address in nested JSON to its last part."""
     if isinstance(value, Mapping):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

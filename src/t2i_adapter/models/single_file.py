@@ -128,7 +128,7 @@ def _find_configs(options: BaseOptions, path: Path) -> Path:
     except (OSError, ValueError) as fault:
         place = f"{flag('base.config')} {named}" if options.config else f"{path} takes its configs from {named}"
         raise UserError(
-            f"{place}: no such folder, and the hub returned none ({first_line(fault)}). {_NAME_CONFIG}."
+            f"{place}: no such folder, and the hub has no such model ({first_line(fault)}). {_NAME_CONFIG}."
         ) from fault
 
 
