@@ -41,7 +41,7 @@ from t2i_adapter.data.shapes import write_dataset
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.open import open_base
-from t2i_adapter.models.quantize import KINDS, NarrowLinear
+from t2i_adapter.models.quantize import FORMATS, QuantizedLinear
 from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.memory import Shapes
 from t2i_adapter.training.setup import versions
@@ -78,7 +78,7 @@ def gradients(kind: str, name: str) -> list[torch.Tensor]:
 def cosines(name: str) -> dict[str, Any]:
     plain = gradients("none", name)
     found = {}
-    for kind in KINDS:
+    for kind in FORMATS:
         pairs = zip(plain, gradients(kind, name), strict=True)
         found[kind] = min(torch.cosine_similarity(a, b, dim=0).item() for a, b in pairs)
     return {"base": name, "batches": BATCHES, **found}
@@ -90,7 +90,7 @@ def curves(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_dataset(folder / "data", num=400, split="train", seed=0, size=128, condition="outline")
-        for kind in ("none", *KINDS, "float32"):
+        for kind in ("none", *FORMATS, "float32"):
             losses[kind] = _losses(kind, name, folder)
             print(kind, sum(losses[kind]) / UPDATES, flush=True)
     plain = losses.pop("none")
@@ -135,7 +135,7 @@ def foretold(nano: Base) -> dict[str, Any]:
     base: Any = Published(nano)
     adapter = build_adapter(AdapterOptions(), base.unet_config)
     found = {}
-    for kind in ("none", *KINDS):
+    for kind in ("none", *FORMATS):
         for blocks in ("none", "large", "all"):
             train = TrainOptions(gradient_checkpointing=blocks != "none", checkpoint_blocks=_of(blocks))
             options: Any = replace(BaseOptions(), quantize=kind)
@@ -155,7 +155,7 @@ def _of(blocks: str) -> Any:
 
 def kept_by_layers(with_torchao: bool) -> dict[str, Any]:
     """Bytes that one linear layer, 1280 x 640 in bf16, keeps for its backward pass."""
-    makers: dict[str, Any] = {kind: partial(NarrowLinear, kind=kind, device="cpu") for kind in KINDS}
+    makers: dict[str, Any] = {kind: partial(QuantizedLinear, format=kind, device="cpu") for kind in FORMATS}
     if with_torchao:
         torchao: Any = importlib.import_module("torchao.quantization")
         for name in ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig"):

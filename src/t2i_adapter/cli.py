@@ -78,7 +78,7 @@ VERBS = {
     ),
     "generate": Verb(
         "Generate pictures from prompts and condition pictures.",
-        "t2i_adapter.generation.options:GenerateOptions",
+        "t2i_adapter.verbs.generate:GenerateOptions",
         "t2i_adapter.verbs.generate:run",
     ),
     "evaluate": Verb(
@@ -103,8 +103,8 @@ VERBS = {
     ),
     "push": Verb(
         "Publish a trained adapter on the hub.",
-        "t2i_adapter.verbs.push_options:PushOptions",
-        "t2i_adapter.verbs.push:push",
+        "t2i_adapter.verbs.push:PushOptions",
+        "t2i_adapter.verbs.push:run",
     ),
 }
 

@@ -1,7 +1,8 @@
-"""A safetensors file, written so that the threads beside it go on.
+"""Writes safetensors files without blocking other threads; every such file of the package is written here.
 
-The library's own writer copies every tensor and holds the interpreter while it does; this one hands the tensors' own
-memory to the system in pieces, and takes the checksum of what it hands over.
+The safetensors library's own writer copies every tensor and holds the GIL meanwhile. `write_tensors` passes the
+tensors' own memory to the operating system in chunks, and computes the checksum of the same bytes. If all tensors have
+one dtype, the file equals the library's byte for byte.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 24  # bytes
-_CODES = {
+_CHUNK = 1 << 24  # bytes
+_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -31,29 +32,29 @@ _CODES = {
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Writes CPU tensors to `path` and flushes it to the disk; returns the sha256 (hex) of what it should hold.
+    """Writes CPU tensors to `path` and flushes them to the disk; returns the sha256 (hex) of the intended bytes.
 
     Raises OSError.
     """
-    # Wide types first, as the library lays them out: every tensor then begins at a multiple of its own width.
+    # Largest element size first, as in the library: every tensor then begins at a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
         start, end = end, end + tensors[name].nbytes
         header[name] = {
-            "dtype": _CODES[tensors[name].dtype],
+            "dtype": _DTYPES[tensors[name].dtype],
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header, ensure_ascii=False).encode()
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
         for content in (len(text).to_bytes(8, "little") + text, *(_bytes(tensors[name]) for name in names)):
             view = memoryview(content)
             while view:
-                written = file.write(view[:_PIECE])
+                written = file.write(view[:_CHUNK])
                 digest.update(view[:written])
                 view = view[written:]
         os.fsync(file.fileno())
@@ -61,5 +62,5 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """A CPU tensor's memory, without a copy where it is contiguous."""
+    """Returns a CPU tensor's memory; copies only if the tensor is not contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -24,7 +24,7 @@ from t2i_adapter.config.tree import (
 from t2i_adapter.errors import Stopped
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.open import open_base
-from t2i_adapter.models.quantize import KINDS
+from t2i_adapter.models.quantize import FORMATS
 from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.memory import Shapes
 from t2i_adapter.training.step import batch_losses
@@ -86,7 +86,7 @@ def gradient(config: Config, kind: str = "none", compile_kind: str = "off") -> t
     return torch.cat([parameter.grad.flatten() for parameter in adapter.parameters()])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FORMATS)
 def test_a_narrow_base_gives_the_wide_one_s_gradient(config: Config, kind: str):
     least = {"nf4": 0.95}.get(kind, 0.99)
     assert torch.cosine_similarity(gradient(config), gradient(config, kind), dim=0) > least

@@ -31,13 +31,13 @@ from t2i_adapter.cache.shards import Shards
 from t2i_adapter.config.tree import BaseOptions, DataOptions
 from t2i_adapter.data.source import open_source
 from t2i_adapter.errors import UserError
-from t2i_adapter.models.base import Base, FolderBase
+from t2i_adapter.models.base import Base
 from t2i_adapter.models.open import open_base
 
 HALF = 2**-10  # float16 keeps 11 bits; encoding in another batch size moves float32 sums far less
 
 
-class NothingToEncode(FolderBase):
+class NothingToEncode(Base):
     """The base, but loading an encoder is an error: for runs that should find everything."""
 
     def text_encoder(self, device: Any, dtype: Any) -> Any:

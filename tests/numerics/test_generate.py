@@ -1,4 +1,4 @@
-"""Drawing: an adapter of weight 0 is the plain pipeline, and a picture depends on its own seed alone."""
+"""Generating: an adapter of weight 0 equals the plain pipeline, and a picture depends on its own seed only."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def plain(tiny_base: Path, sampling: SamplingOptions, negative: str | None = Non
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_no_condition_draws_exactly_as_the_plain_pipeline(pipeline: Any, tiny_base: Path, guidance: float) -> None:
+def test_without_a_condition_it_equals_the_plain_pipeline(pipeline: Any, tiny_base: Path, guidance: float) -> None:
     sampling = SamplingOptions(steps=3, guidance=guidance)
     ours = pixels(generate(pipeline, PROMPTS, None, SEEDS, size=SIZE, sampling=sampling))
     assert abs(ours - plain(tiny_base, sampling)).max() <= ROUNDING  # we decode one by one, it decodes a batch
     assert (ours == plain(tiny_base, sampling)).mean() > 0.99
 
 
-def test_scale_0_is_no_adapter_and_scale_1_is_not(pipeline: Any, conditions: list[Image.Image]) -> None:
+def test_scale_0_equals_no_adapter_and_scale_1_does_not(pipeline: Any, conditions: list[Image.Image]) -> None:
     def draw(given: list[Image.Image] | None, **changes: float) -> np.ndarray:
         return pixels(
             generate(pipeline, PROMPTS, given, SEEDS, size=SIZE, sampling=SamplingOptions(steps=3, **changes))  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ def test_scale_0_is_no_adapter_and_scale_1_is_not(pipeline: Any, conditions: lis
     assert np.array_equal(draw(conditions, scale=0.0), without), "adding zeros changes no bit"
     assert np.array_equal(draw(conditions, condition_factor=0.0), without)
     assert (draw(conditions, scale=1.0) != without).mean() > 0.05
-    # int(3 * 0.5) = 1 of 3 steps: neither none nor all
+    # int(3 * 0.5) = 1 of 3 steps
     half = draw(conditions, condition_factor=0.5)
     assert (half != without).any()
     assert (half != draw(conditions)).any()
@@ -102,7 +102,7 @@ def test_a_picture_does_not_depend_on_its_batch(pipeline: Any, conditions: list[
     assert abs(other_seed[[0, 2]] - together[[0, 2]]).max() <= ROUNDING
 
 
-def test_the_global_generator_is_left_alone(pipeline: Any, conditions: list[Image.Image]) -> None:
+def test_the_global_generator_is_not_used(pipeline: Any, conditions: list[Image.Image]) -> None:
     before = torch.get_rng_state()
     generate(pipeline, PROMPTS[:1], conditions[:1], SEEDS[:1], size=SIZE, sampling=SAMPLING)
     assert torch.equal(torch.get_rng_state(), before)

@@ -28,7 +28,7 @@ from t2i_adapter.config.tree import (
 )
 from t2i_adapter.data.source import open_source
 from t2i_adapter.errors import UserError
-from t2i_adapter.models.base import Base, FolderBase
+from t2i_adapter.models.base import Base
 from t2i_adapter.models.open import open_base
 from t2i_adapter.types import Batch
 from t2i_adapter.verbs.train import run
@@ -109,7 +109,7 @@ def test_a_live_run_has_the_losses_of_a_cached_one(tiny_base: Path, tiny_data: P
 def test_nothing_is_kept_and_nothing_encoded_before_it_is_needed(
     tiny_base: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    class NothingToEncode(FolderBase):
+    class NothingToEncode(Base):
         def text_encoder(self, device: Any, dtype: Any) -> Any:
             raise AssertionError("the text encoders were loaded")
 

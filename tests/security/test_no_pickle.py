@@ -157,13 +157,13 @@ def test_a_pickle_that_calls_itself_safetensors_is_refused(
     file = tmp_path / "base.safetensors"
     torch.save(Poison(mark), file)
     assert main(train_words(file, tiny_data, tmp_path / "run")) == 2
-    assert "is no whole safetensors file" in capsys.readouterr().err
+    assert "damaged safetensors file" in capsys.readouterr().err
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     torch.save(Poison(mark), adapter / "diffusion_pytorch_model.safetensors")
     (adapter / "config.json").write_text(json.dumps({"_class_name": "T2IAdapter"}))
     assert main(train_words(tiny_base, tiny_data, tmp_path / "run", "--adapter.init_from", str(adapter))) == 2
-    assert "No adapter at" in capsys.readouterr().err
+    assert "no adapter found" in capsys.readouterr().err
     assert not mark.exists()
 
 

@@ -14,6 +14,7 @@ import torch
 import yaml
 from diffusers import T2IAdapter
 from PIL import Image
+from safetensors.torch import save_file
 
 from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.errors import UserError
@@ -52,9 +53,13 @@ def test_weights_come_back_bit_for_bit_and_halved(adapter: T2IAdapter, tmp_path:
         assert torch.equal(full.state_dict()[name], tensor)
         assert torch.equal(half.state_dict()[name], tensor.half()), "fp16 is the nearest half of each value"
         assert tensor.dtype == torch.float32, "the adapter itself is not changed"
+    weights = {name: tensor.detach() for name, tensor in adapter.state_dict().items()}
+    save_file(weights, tmp_path / "library.safetensors", metadata={"format": "pt"})
+    written = (tmp_path / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert written == (tmp_path / "library.safetensors").read_bytes(), "the same file as the library's own writer makes"
 
 
-def test_a_continued_adapter_does_not_tell_where_it_was_loaded_from(adapter: T2IAdapter, tmp_path: Path) -> None:
+def test_the_config_of_a_continued_adapter_has_no_local_path(adapter: T2IAdapter, tmp_path: Path) -> None:
     save_adapter(adapter, tmp_path / "first", metadata=record("nano"))
     save_adapter(load_adapter(str(tmp_path / "first")), tmp_path / "second", metadata=record("nano"), fp16=False)
     assert str(tmp_path) not in (tmp_path / "second" / "config.json").read_text()
@@ -85,7 +90,7 @@ def _is_root() -> bool:
     return os.geteuid() == 0
 
 
-def test_metadata_round_trip_absence_and_faults(tmp_path: Path) -> None:
+def test_a_record_is_read_back_or_refused(tmp_path: Path) -> None:
     metadata = Metadata.from_dict(record("a/b", condition={"name": "outline", "channels": 3}, versions={"torch": "2"}))
     assert Metadata.from_dict(json.loads(json.dumps(metadata.to_dict()))) == metadata
     assert read_metadata(tmp_path) is None
@@ -105,7 +110,7 @@ def test_metadata_round_trip_absence_and_faults(tmp_path: Path) -> None:
         assert str(path) in str(error.value)
 
 
-def test_what_is_published_names_no_place_of_this_machine(tmp_path: Path) -> None:
+def test_the_published_record_has_no_local_paths(tmp_path: Path) -> None:
     metadata = Metadata.from_dict(
         {
             "base": {"name": str(tmp_path / "my-base"), "vae": "madebyollin/sdxl-vae-fp16-fix"},
@@ -134,7 +139,7 @@ def test_the_card_escapes_and_shows(tmp_path: Path) -> None:
     front = yaml.safe_load(head)
     assert front["base_model"] == "owner/base"
     assert "t2i-adapter" in front["tags"]
-    assert "license" not in front, "none is invented"
+    assert "license" not in front, "there is no default"
     prose = body.split("```python")[0] + body.split("```\n", 2)[-1]
     assert "<script" not in prose and "<img" not in prose and "](javascript" not in prose
     assert "\n# \\" not in prose and prose.count("\n# ") == 1, "a caption makes no heading"
@@ -144,14 +149,14 @@ def test_the_card_escapes_and_shows(tmp_path: Path) -> None:
     assert "images/sample_00.png" in body
 
 
-def test_a_local_base_and_nano_are_no_base_model(tmp_path: Path) -> None:
+def test_the_card_names_only_a_hub_base_as_base_model(tmp_path: Path) -> None:
     for base in (str(tmp_path / "base"), "nano"):
         card = make_card(tmp_path / "card", base=base)
         assert "base_model" not in card
         assert str(tmp_path) not in card
 
 
-def test_licence_and_evaluation_are_put_in_and_replaced(tmp_path: Path) -> None:
+def test_licence_and_evaluation_are_added_and_replaced(tmp_path: Path) -> None:
     make_card(tmp_path)
     set_license(tmp_path, "apache-2.0")
     results = tmp_path / "results"
@@ -173,12 +178,12 @@ def test_licence_and_evaluation_are_put_in_and_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "images" / "sheet.png").is_file()
 
 
-def test_markdown_shows_text_as_it_is() -> None:
+def test_markdown_shows_text_literally() -> None:
     assert markdown("a <b>\n`c`") == "a &lt;b&gt; \\`c\\`"
 
 
 def test_the_cards_code_runs(adapter: T2IAdapter, tiny_base: Path, tmp_path: Path) -> None:
-    """In a folder of its own, where the base and the adapter lie under the names that the card says."""
+    """In a folder that holds the base and the adapter under the names in the card."""
     (tmp_path / "base").symlink_to(tiny_base)
     save_adapter(adapter, tmp_path / "me" / "my-adapter", metadata=record("base"))
     noise = np.random.default_rng(0).integers(0, 256, (80, 64, 3), np.uint8)

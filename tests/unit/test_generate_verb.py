@@ -1,4 +1,4 @@
-"""The verb `generate`: the condition as in training, the record that draws a picture again, faults by name."""
+"""The verb `generate`: conditions equal training's, a record generates its picture again, errors name the option."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.flags import parse_flags
 from t2i_adapter.generation.condition import fit_condition
-from t2i_adapter.generation.options import GenerateOptions
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.open import open_base
 from t2i_adapter.types import Sample
-from t2i_adapter.verbs.generate import run
+from t2i_adapter.verbs.generate import GenerateOptions, run
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def options(folder: Path, picture: Path, **changes: Any) -> GenerateOptions:
 
 
 @pytest.mark.parametrize("original", [(90, 120), (120, 90), (64, 64), (33, 500)])
-def test_a_square_is_cut_as_training_cuts_it(original: tuple[int, int]) -> None:
+def test_a_square_is_cropped_as_in_training(original: tuple[int, int]) -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*original, 3), np.uint8))
     for channels in (1, 3):
         trained = cut(Sample("x", picture, picture, ("",), "0"), Framing(64), 0, channels).condition
@@ -56,7 +55,7 @@ def test_a_square_is_cut_as_training_cuts_it(original: tuple[int, int]) -> None:
         assert np.array_equal(ours, trained)
 
 
-def test_a_record_draws_its_picture_again(adapter: Path, condition: Path, tmp_path: Path) -> None:
+def test_a_record_generates_its_picture_again(adapter: Path, condition: Path, tmp_path: Path) -> None:
     prompts = ('a "red" circle', "cyan circle")
     run(options(adapter, condition, prompt=prompts, num=2, seed=5, out=str(tmp_path / "a"), negative="blue, grün"))
     records = [json.loads((tmp_path / "a" / f"{i:05d}.json").read_text()) for i in range(4)]
@@ -77,7 +76,7 @@ def test_sizes(adapter: Path, condition: Path, tmp_path: Path) -> None:
         run(options(adapter, condition, out=str(tmp_path), **changes))
         return Image.open(sorted(tmp_path.glob("*.png"))[-1]).size
 
-    assert size() == (64, 64), "as it was trained"
+    assert size() == (64, 64), "the training resolution"
     assert size(width=96, height=48) == (96, 48)
     (adapter / "t2i_adapter.json").rename(tmp_path / "kept")
     try:
@@ -89,7 +88,7 @@ def test_sizes(adapter: Path, condition: Path, tmp_path: Path) -> None:
         (tmp_path / "kept").rename(adapter / "t2i_adapter.json")
 
 
-def test_faults_are_named(adapter: Path, condition: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_errors_name_the_option(adapter: Path, condition: Path, tiny_base: Path, tmp_path: Path) -> None:
     wide = tmp_path / "wide"
     network = build_adapter(AdapterOptions(), {"block_out_channels": (16, 32, 128)})
     save_adapter(network, wide, metadata={"base": {"name": str(tiny_base)}, "resolution": 64}, fp16=False)
@@ -99,7 +98,7 @@ def test_faults_are_named(adapter: Path, condition: Path, tiny_base: Path, tmp_p
         ({"image": ("missing.png",)}, r"--image.*missing\.png"),
         ({"image": (str(broken),)}, r"broken\.png"),
         ({"width": 70}, r"--width 70: .*64 or 80"),
-        ({"adapter": str(tmp_path / "none")}, "No adapter"),
+        ({"adapter": str(tmp_path / "none")}, "no adapter found"),
         ({"adapter": str(wide)}, "does not fit"),
         ({"base": str(tmp_path)}, "not an SDXL"),
         ({"device": "cuda:9"}, "--device"),

@@ -15,9 +15,9 @@ from t2i_adapter.config.tree import AdapterOptions, BaseOptions, Config, TrainOp
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.gradient_checkpointing import recompute
+from t2i_adapter.models.base import enable_gradient_checkpointing
 from t2i_adapter.models.open import open_base
-from t2i_adapter.models.quantize import KINDS, quantize
+from t2i_adapter.models.quantize import FORMATS, quantize
 from t2i_adapter.training.memory import Shapes
 from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.verbs.plan_options import PlanOptions
@@ -33,7 +33,7 @@ def shapes(kind: str = "none", blocks: str | None = None) -> Shapes:
     return Shapes(config, base, build_adapter(AdapterOptions(), base.unet_config), torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["none", *KINDS])
+@pytest.mark.parametrize("kind", ["none", *FORMATS])
 def test_the_base_has_the_bytes_that_its_tensors_have(kind: str):
     base = open_base(BaseOptions())
     unet = base.unet("cpu", torch.float32)
@@ -49,7 +49,7 @@ def test_a_step_keeps_what_it_was_said_to_keep(blocks: str | None):
     base = open_base(BaseOptions())
     unet = base.unet("cpu", torch.float32)
     if blocks:
-        recompute(unet, blocks)  # pyright: ignore[reportArgumentType]
+        enable_gradient_checkpointing(unet, blocks)  # pyright: ignore[reportArgumentType]
     adapter = build_adapter(AdapterOptions(), base.unet_config)
     frozen = FrozenModel(unet, NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
     own = {p.untyped_storage().data_ptr() for p in (*unet.parameters(), *unet.buffers(), *adapter.parameters())}

@@ -1,4 +1,4 @@
-"""Publishing, against a hub on loopback: what is uploaded, what is not, and what a failure says."""
+"""Publishing to a hub on loopback: which files are uploaded, and what an error prints."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ PROGRAM = """
 import sys
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.hub import push_command
-from t2i_adapter.verbs.push_options import PushOptions
-from t2i_adapter.verbs.push import push
+from t2i_adapter.verbs.push import PushOptions, run
 folder, token, model_id, license = sys.argv[1:]
 try:
-    push(PushOptions(folder=folder, token=token or None, model_id=model_id or None, license=license or None))
+    run(PushOptions(folder=folder, token=token or None, model_id=model_id or None, license=license or None))
 except UserError as error:
     print(error, file=sys.stderr)
     print(push_command(folder, "someone/x"), file=sys.stderr)
@@ -44,7 +43,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def finished(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output folder as training leaves it, with much that is nobody else's business."""
+    """An output folder as training writes it, with private files beside the adapter."""
     folder = tmp_path_factory.mktemp("run") / "my-adapter"
     torch.manual_seed(0)
     adapter = build_adapter(AdapterOptions(), open_base(BaseOptions(name=str(tiny_base))).unet_config)
@@ -90,16 +89,16 @@ def test_only_the_adapter_its_record_card_and_pictures_are_uploaded(hub: Hub, fi
         assert uploaded[name] == (finished / name).read_bytes()
     assert b"license: mit" in uploaded["README.md"]
     assert b"T2IAdapter.from_pretrained('someone/my-adapter', " in uploaded["README.md"]
-    assert str(finished.parent).encode() not in b"".join(uploaded.values()), "nothing names a place of this machine"
-    assert json.loads(uploaded["t2i_adapter.json"])["base"]["name"] == "tiny", "not where it lies on this machine"
+    assert str(finished.parent).encode() not in b"".join(uploaded.values()), "no local path is uploaded"
+    assert json.loads(uploaded["t2i_adapter.json"])["base"]["name"] == "tiny", "not its local path"
     for content in uploaded.values():
         assert TOKEN.encode() not in content
     assert TOKEN not in done.stdout + done.stderr + str(hub.requests)
-    # Again, into the repository that is there now, by its full name.
+    # Again, to the repository that exists now, by its full name.
     assert publish(hub, finished, model_id="someone/my-adapter").returncode == 0
 
 
-def test_faults_are_one_line_without_the_token(hub: Hub, finished: Path) -> None:
+def test_errors_are_one_line_without_the_token(hub: Hub, finished: Path) -> None:
     def refused(**how: str) -> str:
         done = publish(hub, finished, **how)
         assert done.returncode == 2, done.stderr
@@ -110,18 +109,18 @@ def test_faults_are_one_line_without_the_token(hub: Hub, finished: Path) -> None
         return line
 
     assert "Invalid user token" in refused(token="hf_wrong")
-    assert "the hub does not take it" in refused(token=f"{TOKEN}\nX")  # the client quotes a header it cannot send
+    assert "the request to the hub failed" in refused(token=f"{TOKEN}\nX")  # the client quotes a header it cannot send
     assert "403" in refused(model_id="others/x")
     assert "a b/c" in refused(model_id="a b/c")
     hub.fail_commits = True
     assert "the hub is on fire" in refused()
     hub.role = "read"
-    assert "may only read" in refused()
+    assert "the token is read-only" in refused()
     assert not hub.files, "nothing was uploaded"
 
 
-def test_no_hub_in_reach(finished: Path) -> None:
+def test_a_hub_that_cannot_be_reached(finished: Path) -> None:
     done = publish(Hub(address="http://127.0.0.1:9"), finished)
     assert done.returncode == 2
-    assert "the hub does not take it" in done.stderr
+    assert "the request to the hub failed" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""A base in one file is the same base: every part to the bit, no part longer in memory than it is used."""
+"""A base in one file equals the base in a folder to the bit, and frees each part when its user drops it."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from t2i_adapter.export.card import usage_code
 from t2i_adapter.generation.options import ModelOptions
 from t2i_adapter.generation.pipeline import open_models
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import Base, FolderBase
+from t2i_adapter.models.base import Base
 from t2i_adapter.models.open import open_base
 from t2i_adapter.models.record import Metadata
-from t2i_adapter.models.single_file import CONFIG_FILES, FileBase
+from t2i_adapter.models.single_file import CONFIG_FILES, SingleFileBase
 
-# Weights lie in the mapped files at different alignments, by which the CPU's kernels choose the order of their sums.
+# Weights have different alignments in the mapped files, and CPU kernels sum in an order that depends on alignment.
 SUMMED_IN_OTHER_ORDER = 1e-5
 
 CAPTIONS = ["red circle", "a blue square on the black background", ""]
@@ -48,14 +48,14 @@ def file(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def in_file(file: Path, tiny_base: Path) -> Base:
     base = open_base(BaseOptions(name=str(file), config=str(tiny_base)))
-    assert isinstance(base, FileBase)
+    assert isinstance(base, SingleFileBase)
     return base
 
 
 @pytest.fixture(scope="module")
 def in_folder(tiny_base: Path) -> Base:
     base = open_base(BaseOptions(name=str(tiny_base)))
-    assert type(base) is FolderBase
+    assert type(base) is Base
     return base
 
 
@@ -133,7 +133,7 @@ def test_a_file_in_half_precision_is_cast(file: Path, tiny_base: Path, tmp_path:
 
 
 def test_parts_are_freed_when_they_are_dropped(in_file: Base) -> None:
-    """The base holds none of them, nor any that came with them."""
+    """The base holds no reference to them, nor to other parts that were loaded with them."""
 
     def live() -> list[str]:
         gc.collect()
@@ -158,7 +158,7 @@ def test_parts_are_freed_when_they_are_dropped(in_file: Base) -> None:
 
 
 def test_configs_are_read_without_weights(file: Path, tiny_base: Path, tmp_path: Path) -> None:
-    """With the file gone after it was opened, all but the parts themselves can still be had."""
+    """If the file is deleted after it was opened, everything but the parts themselves can still be read."""
     path = tmp_path / "gone.safetensors"
     shutil.copyfile(file, path)
     base = open_base(BaseOptions(name=str(path), config=str(tiny_base)))
@@ -178,7 +178,7 @@ def test_fingerprints_follow_weights_and_configs(file: Path, tiny_base: Path, tm
 
     known = prints(file, tiny_base)
     bare = shutil.copytree(tiny_base, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    assert prints(file, bare) == known, "weights that lie beside the configs do not count"
+    assert prints(file, bare) == known, "weights beside the configs are ignored"
     changed(bare / "vae" / "config.json", scaling_factor=1.0)
     text, vae = prints(file, bare)
     assert text == known[0]
@@ -188,7 +188,7 @@ def test_fingerprints_follow_weights_and_configs(file: Path, tiny_base: Path, tm
 
 
 def test_configs_from_the_hubs_cache(file: Path, tiny_base: Path, in_folder: Base, tmp_path: Path) -> None:
-    """A hub id that was fetched once is enough without a network; of its files only configs are asked for."""
+    """A hub id whose configs were downloaded once works offline; only configs are downloaded."""
     names = [str(path.relative_to(tiny_base)) for path in tiny_base.rglob("*") if path.is_file()]
     wanted = list(filter_repo_objects(names, allow_patterns=CONFIG_FILES))
     assert wanted
@@ -218,7 +218,7 @@ def test_an_adapters_record_opens_its_base(file: Path, tiny_base: Path, in_folde
 
 
 def test_the_cards_code_runs(file: Path, tiny_base: Path, in_folder: Base, tmp_path: Path) -> None:
-    """In a folder where file, configs and adapter lie under the names that the card says."""
+    """In a folder that holds file, configs and adapter under the names in the card."""
     (tmp_path / "base.safetensors").symlink_to(file)
     (tmp_path / "configs").symlink_to(tiny_base)
     base = {"name": "base.safetensors", "config": "configs", "vae": "configs/vae", "variant": "fp16"}
@@ -238,12 +238,12 @@ def changed(path: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "schedule"), [("v_pred", {"prediction_type": "v_prediction"}), ("ztsnr", {"zero_snr": True})]
 )
-def test_the_schedule_that_a_file_names_is_held_to(tmp_path: Path, key: str, schedule: dict[str, Any]) -> None:
+def test_the_schedule_marked_in_a_file_is_required(tmp_path: Path, key: str, schedule: dict[str, Any]) -> None:
     right = write_tiny_sdxl(tmp_path / "right", **schedule)
     wrong = shutil.copytree(right, tmp_path / "wrong")
     changed(wrong / "scheduler" / "scheduler_config.json", prediction_type="epsilon", rescale_betas_zero_snr=False)
     path = write_single_file(right, tmp_path / "file.safetensors", **{key: torch.tensor([])})
-    with pytest.raises(UserError, match=rf"has the key {key}: .*says (epsilon|False).*--base.config"):
+    with pytest.raises(UserError, match=rf"has the key {key}, .* has (epsilon|False).*--base.config"):
         open_base(BaseOptions(name=str(path), config=str(wrong)))
     config = open_base(BaseOptions(name=str(path), config=str(right))).scheduler().config
     assert (config["prediction_type"], config["rescale_betas_zero_snr"]) == (
@@ -252,7 +252,7 @@ def test_the_schedule_that_a_file_names_is_held_to(tmp_path: Path, key: str, sch
     )
 
 
-def test_files_that_are_no_sdxl_are_refused(file: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_files_of_other_models_are_refused(file: Path, tiny_base: Path, tmp_path: Path) -> None:
     weights = load_file(file)
     whole = file.read_bytes()
     pickled, cut, junk = (tmp_path / name for name in ("a.ckpt", "cut.safetensors", "junk.safetensors"))
@@ -268,11 +268,11 @@ def test_files_that_are_no_sdxl_are_refused(file: Path, tiny_base: Path, tmp_pat
         save_file(content, tmp_path / f"{name}.safetensors")
     for name, said in [
         (pickled, r"a\.ckpt: .*\.safetensors.*pickled"),
-        (cut, r"cut\.safetensors is no whole safetensors file"),
-        (junk, r"junk\.safetensors is no whole safetensors file"),
+        (cut, r"cut\.safetensors: damaged safetensors file"),
+        (junk, r"junk\.safetensors: damaged safetensors file"),
         (tmp_path / "sd15.safetensors", r"not an SDXL base.*first_stage_model\.\*, conditioner\.embedders\.0"),
         (tmp_path / "unet.safetensors", r"not an SDXL base.*model\.diffusion_model\.\*"),
-        (tmp_path / "no_vae.safetensors", r"no weights first_stage_model\.\*\."),
+        (tmp_path / "no_vae.safetensors", r"missing weights first_stage_model\.\*\."),
     ]:
         with pytest.raises(UserError, match=said):
             open_base(BaseOptions(name=str(name), config=str(tiny_base)))
@@ -281,18 +281,18 @@ def test_files_that_are_no_sdxl_are_refused(file: Path, tiny_base: Path, tmp_pat
     assert base.vae("cpu", torch.float32) is not None
 
 
-def test_configs_that_are_not_there(file: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_missing_configs_are_refused(file: Path, tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for config, said in [
-        (None, r"takes its configs from .*Give --base\.config"),
-        ("some/model", r"--base\.config some/model: no such folder.*Give --base\.config"),
+        (None, r"takes its configs from .*Set --base\.config"),
+        ("some/model", r"--base\.config some/model: no such folder.*Set --base\.config"),
         (str(tmp_path / "none"), r"--base\.config .*none: no such folder"),
-        (str(tmp_path / "empty"), r"empty is not an SDXL base in diffusers layout: it has no folder unet/"),
+        (str(tmp_path / "empty"), r"empty is not an SDXL base in diffusers layout: the folder unet/ is missing"),
     ]:
         with pytest.raises(UserError, match=said):
             open_base(BaseOptions(name=str(file), config=config))
     for other in ("nano", str(tiny_base)):
-        with pytest.raises(UserError, match=r"--base\.config .*single file.*leave it out"):
+        with pytest.raises(UserError, match=r"--base\.config .*single file.*omit it"):
             open_base(BaseOptions(name=other, config=str(tiny_base)))
 
 
@@ -321,6 +321,6 @@ def test_weights_that_do_not_fit_the_configs(
     path = tmp_path / "spoilt.safetensors"
     save_file(spoil(load_file(file), name), path)
     base = open_base(BaseOptions(name=str(path), config=str(tiny_base)))
-    with pytest.raises(UserError, match=rf"spoilt\.safetensors: its {part} is not what .*--base\.config"):
+    with pytest.raises(UserError, match=rf"spoilt\.safetensors: its {part} does not match .*--base\.config"):
         getattr(base, "text_encoder" if part.startswith("text") else part)("cpu", torch.float32)
-    (base.unet if part == "vae" else base.vae)("cpu", torch.float32)  # reads nothing of the part that is spoilt
+    (base.unet if part == "vae" else base.vae)("cpu", torch.float32)  # does not read the damaged part

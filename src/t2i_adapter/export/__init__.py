@@ -1,1 +1,1 @@
-"""The finished adapter as files, with a card, and on the hub."""
+"""Writes a finished adapter as a folder with a model card, and uploads it to the hub."""

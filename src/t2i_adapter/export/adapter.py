@@ -1,7 +1,11 @@
-"""The adapter's folder: plain diffusers files in two precisions, and the record of what it was trained on."""
+"""Writes an adapter's folder: config.json and weights as diffusers reads them, and t2i_adapter.json.
+
+Checkpoints and finished runs both write an adapter through `write_adapter_files`.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -11,64 +15,79 @@ from typing import Any
 
 import torch
 from diffusers import T2IAdapter
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from torch import Tensor
 
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import move_atomic
 from t2i_adapter.models.record import CONFIG, FILE_NAME, SCHEMA, WEIGHTS, WEIGHTS_FP16, Metadata
+from t2i_adapter.tensors import write_tensors
 
-_ASIDE = ".saving-"
+_TEMPORARY = ".saving-"
+"""Prefix of the folder in which the files are written before they are moved to their names."""
+
+
+def adapter_config(adapter: T2IAdapter) -> str:
+    """Returns the text of the adapter's config.json, without the path that the adapter was loaded from."""
+    config = json.loads(adapter.to_json_string())
+    config.pop("_name_or_path", None)
+    return _json(config)
+
+
+def write_adapter_files(
+    folder: Path, config: str, weights: Mapping[str, Tensor], *, fp16: bool = False
+) -> dict[str, str]:
+    """Writes an adapter that `T2IAdapter.from_pretrained` loads into an existing folder, and flushes its weights.
+
+    Args:
+        config: text of config.json (`adapter_config`).
+        weights: the adapter's state dict on the CPU, float32.
+        fp16: write the fp16 variant too.
+
+    Returns the sha256 (hex) of each file's intended content, by file name. Raises OSError.
+    """
+    (folder / CONFIG).write_text(config, encoding="utf-8")
+    digests = {CONFIG: hashlib.sha256(config.encode()).hexdigest()}
+    digests[WEIGHTS] = write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
+    if fp16:
+        half = {name: tensor.half() for name, tensor in weights.items()}
+        digests[WEIGHTS_FP16] = write_tensors(folder / WEIGHTS_FP16, half, {"format": "pt"})
+    return digests
 
 
 def save_adapter(
     adapter: T2IAdapter, folder: str | Path, *, metadata: Mapping[str, Any] | Metadata, fp16: bool = True
 ) -> None:
-    """Writes the adapter so that `T2IAdapter.from_pretrained(folder)` and `(folder, variant="fp16")` load it.
+    """Saves the adapter so that `T2IAdapter.from_pretrained(folder)` and `(folder, variant="fp16")` load it.
 
-    Everything is written beside its place first and then moved there file by file, so a folder that held an adapter
-    holds a whole file of each name at any time. Parameters keep their values; the adapter is not changed.
+    The files are written to a temporary folder and then renamed one by one, the record last. A folder that already
+    holds an adapter therefore holds a complete file of each name at any time. The adapter is not changed.
 
     Args:
-        metadata: contents of t2i_adapter.json (`Metadata.to_dict`; "schema" may be left out).
-        fp16: write the half precision variant too.
+        metadata: contents of t2i_adapter.json (`Metadata.to_dict`; "schema" is optional).
+        fp16: write the fp16 variant too.
 
     Raises:
         UserError: if the folder cannot be written, or the metadata is malformed.
     """
     record = metadata if isinstance(metadata, Metadata) else Metadata.from_dict({"schema": SCHEMA, **metadata})
+    weights = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in adapter.state_dict().items()}
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for killed in target.glob(f"{_ASIDE}*"):  # a folder has one writer
-            shutil.rmtree(killed, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=target) as temporary:
-            names = _write(adapter, Path(temporary), record, fp16)
-            for name in names:
-                move_atomic(Path(temporary) / name, target / name)
-    except (OSError, SafetensorError) as fault:
+        for leftover in target.glob(f"{_TEMPORARY}*"):  # of a killed process: a folder has one writer
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=target) as name:
+            temporary = Path(name)
+            write_adapter_files(temporary, adapter_config(adapter), weights, fp16=fp16)
+            (temporary / FILE_NAME).write_text(_json(record.to_dict()), encoding="utf-8")
+            for file in (WEIGHTS, *([WEIGHTS_FP16] if fp16 else []), CONFIG, FILE_NAME):
+                move_atomic(temporary / file, target / file)
+    except OSError as fault:
         raise UserError(
-            f"{target}: the adapter cannot be written ({fault}); what was there before is whole. "
-            "Make room, or name another folder."
+            f"{target}: the adapter cannot be written ({fault}); the files that were there are unchanged. "
+            "Free some disk space, or name another folder."
         ) from fault
 
 
-def _write(adapter: T2IAdapter, folder: Path, metadata: Metadata, fp16: bool) -> list[str]:
-    """All files into `folder`; returns their names in the order in which they are moved, the record last."""
-    _save_weights(adapter, folder / WEIGHTS, torch.float32)
-    if fp16:
-        _save_weights(adapter, folder / WEIGHTS_FP16, torch.float16)
-    config = json.loads(adapter.to_json_string())
-    config.pop("_name_or_path", None)  # where it was loaded from concerns this machine only
-    _save_json(config, folder / CONFIG)
-    _save_json(metadata.to_dict(), folder / FILE_NAME)
-    return [WEIGHTS, *([WEIGHTS_FP16] if fp16 else []), CONFIG, FILE_NAME]
-
-
-def _save_weights(adapter: T2IAdapter, path: Path, dtype: torch.dtype) -> None:
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in adapter.state_dict().items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def _save_json(content: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

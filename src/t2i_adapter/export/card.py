@@ -1,4 +1,7 @@
-"""The model card: README.md with YAML front matter, sample pictures, numbers and code that runs. All text escaped."""
+"""Writes the model card: README.md with YAML front matter, sample pictures, results and code that runs.
+
+All text from users and data is escaped.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from PIL import Image
 
 from t2i_adapter.config.tree import NANO
 from t2i_adapter.data.picture import StoredPicture, decode, read_file
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import parse_json
 from t2i_adapter.models.record import Metadata, is_path
 
@@ -26,7 +29,7 @@ _TAGS = ["t2i-adapter", "stable-diffusion-xl", "stable-diffusion-xl-diffusers", 
 _EVALUATION = ("<!-- evaluation -->", "<!-- end of evaluation -->")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:])")
 _ADAPTER_LINE = re.compile(r"^(adapter = T2IAdapter\.from_pretrained\().*(, torch_dtype=dtype, variant=)", re.MULTILINE)
-_MAX_PICTURE = 512  # pixels a side; the card is for looking, and large pictures make it slow
+_MAX_PICTURE = 512  # pixels a side; larger pictures make the card slow to open
 
 _CODE = string.Template("""\
 import torch
@@ -38,7 +41,7 @@ dtype = torch.float16 if device == "cuda" else torch.float32
 $base
 adapter = T2IAdapter.from_pretrained($adapter, torch_dtype=dtype, variant="fp16" if device == "cuda" else None)
 pipeline = StableDiffusionXLAdapterPipeline.$load(base, adapter=adapter, ${vae_argument}\
-torch_dtype=dtype$known)
+torch_dtype=dtype$arguments)
 pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
 pipeline.to(device)
 
@@ -58,7 +61,7 @@ class CardSample:
 
 
 def strip(sample: CardSample, largest: int | None = None) -> Image.Image:
-    """The condition and the pictures side by side, none of them larger than `largest` pixels a side."""
+    """Returns the condition and the pictures side by side, each scaled down to `largest` pixels a side at most."""
     cells = [picture.convert("RGB") for picture in (sample.condition, *sample.pictures)]
     for cell in cells:
         cell.thumbnail((largest or cell.width, largest or cell.height), Image.Resampling.LANCZOS)
@@ -80,14 +83,14 @@ def write_card(
     hyperparameters: Mapping[str, Any] | None = None,
     license: str | None = None,
 ) -> Path:
-    """Writes README.md and the pictures it shows (images/sample_NN.png) into an adapter's folder; returns the card.
+    """Writes README.md and its pictures (images/sample_NN.png) into an adapter's folder; returns the card's path.
 
     Args:
-        metadata: the adapter's record; paths of this machine are cut to their last part.
-        repo_id: what the code in the card loads: a hub id, or a folder.
-        channels: of the condition picture.
+        metadata: the adapter's record; local paths are shortened to their last part.
+        repo_id: hub id or folder from which the code in the card loads the adapter.
+        channels: number of channels of the condition picture.
         hyperparameters: rows of a table, plain values; None takes the record's optim and training.
-        license: as the hub names it; without one the card states none.
+        license: by the hub's name of it; None omits it.
     """
     root, public = Path(folder), metadata.without_local_paths()
     (root / PICTURES).mkdir(parents=True, exist_ok=True)
@@ -113,7 +116,7 @@ def write_card(
 
 
 def usage_code(metadata: Metadata, adapter: str, *, prompt: str, channels: int = 3) -> str:
-    """A Python program that draws a picture with the adapter from condition.png, with diffusers alone."""
+    """Returns a Python program that generates a picture from condition.png with the adapter, with diffusers alone."""
     base, vae = metadata.base, metadata.base.get("vae")
     classes = ["EulerAncestralDiscreteScheduler", "StableDiffusionXLAdapterPipeline", "T2IAdapter"]
     lines = [_base_line(base["name"])]
@@ -121,7 +124,7 @@ def usage_code(metadata: Metadata, adapter: str, *, prompt: str, channels: int =
         classes.insert(0, "AutoencoderKL")
         lines.append(f"vae = AutoencoderKL.from_pretrained({vae!r}, torch_dtype=dtype)")
     single = base["name"].endswith(".safetensors")
-    known = {key: base[key] for key in ("config" if single else "variant", "revision") if base.get(key)}
+    arguments = {key: base[key] for key in ("config" if single else "variant", "revision") if base.get(key)}
     size = (metadata.resolution, metadata.resolution)
     return _CODE.substitute(
         imports=", ".join(classes),
@@ -129,7 +132,7 @@ def usage_code(metadata: Metadata, adapter: str, *, prompt: str, channels: int =
         adapter=repr(adapter),
         load="from_single_file" if single else "from_pretrained",
         vae_argument="vae=vae, " if vae else "",
-        known="".join(f", {key}={value!r}" for key, value in known.items()),
+        arguments="".join(f", {key}={value!r}" for key, value in arguments.items()),
         convert='.convert("L")' if channels == 1 else "",
         resize=f".resize({size})" if metadata.resolution else "",
         prompt=repr(prompt),
@@ -137,7 +140,7 @@ def usage_code(metadata: Metadata, adapter: str, *, prompt: str, channels: int =
 
 
 def name_repository(folder: str | Path, repo_id: str) -> None:
-    """Makes the card's code load the adapter from `repo_id`, wherever it was when the card was written."""
+    """Makes the card's code load the adapter from `repo_id`, whatever it was written for."""
     card = Path(folder) / CARD
     if card.is_file():
         text = card.read_text(encoding="utf-8")
@@ -146,7 +149,7 @@ def name_repository(folder: str | Path, repo_id: str) -> None:
 
 
 def set_license(folder: str | Path, license: str) -> None:
-    """States a licence in the card's front matter. Raises UserError if the folder has no card."""
+    """Sets the licence in the card's front matter. Raises UserError if the folder has no card."""
     card = Path(folder) / CARD
     head, body = _split(card)
     head["license"] = license
@@ -154,29 +157,31 @@ def set_license(folder: str | Path, license: str) -> None:
 
 
 def add_evaluation(folder: str | Path, evaluation: str | Path) -> None:
-    """Puts the numbers and the sheet that `evaluate` wrote into the card, in place of any earlier ones.
+    """Puts the numbers and the picture sheet of `evaluate` into the card, and replaces earlier ones.
 
-    Raises UserError if the card or the evaluation is not there.
+    Raises UserError if the card or the evaluation is missing.
     """
     root, source = Path(folder), Path(evaluation)
     head, body = _split(root / CARD)
     try:
         content = parse_json((source / "evaluation.json").read_text(encoding="utf-8"))
         section = _evaluation(content)
-        sheet = decode(StoredPicture(str(source / "sheet.png"), read_file(source / "sheet.png", "--evaluation")))
+        sheet = decode(StoredPicture(str(source / "sheet.png"), read_file(source / "sheet.png", flag("evaluation"))))
         (root / PICTURES).mkdir(exist_ok=True)
         sheet.save(root / PICTURES / "sheet.png")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StopIteration) as fault:
-        raise UserError(f"{source}: not a folder that `evaluate` wrote ({fault!r}).") from fault
+        raise UserError(f"{source}: not a folder of `evaluate` ({fault!r}).", option="evaluation") from fault
     begin, end = _EVALUATION
     if begin not in body or end not in body:
-        raise UserError(f"{root / CARD}: the line {begin} is gone, so there is no place for the evaluation.")
+        raise UserError(
+            f"{root / CARD}: the lines {begin} and {end} are missing; insert them where the evaluation should stand."
+        )
     before, after = body.split(begin, 1)[0], body.split(end, 1)[1]
     (root / CARD).write_text(_yaml_block(head) + before + f"{begin}\n{section}\n{end}" + after, encoding="utf-8")
 
 
 def markdown(text: str) -> str:
-    """Any text as one line that Markdown and HTML show as it is."""
+    """Returns the text as one line, escaped so that Markdown and HTML show it literally."""
     return _MARKDOWN.sub(r"\\\1", escape(" ".join(text.split())))
 
 
@@ -214,7 +219,7 @@ def _samples(samples: Sequence[CardSample]) -> str:
         f"{markdown(sample.prompt)}\n\n![condition, then pictures]({PICTURES}/sample_{number:02d}.png)"
         for number, sample in enumerate(samples)
     ]
-    return "## Samples\n\nThe condition, then pictures drawn with it.\n\n" + "\n\n".join(shown)
+    return "## Samples\n\nThe condition, then pictures generated from it.\n\n" + "\n\n".join(shown)
 
 
 def _hyperparameters(values: Mapping[str, Any]) -> str:
@@ -224,11 +229,11 @@ def _hyperparameters(values: Mapping[str, Any]) -> str:
 
 def _versions(metadata: Metadata) -> str:
     listed = ", ".join(f"{markdown(name)} {markdown(version)}" for name, version in metadata.versions.items())
-    return f"Made with {listed}." if listed else ""
+    return f"Trained with {listed}." if listed else ""
 
 
 def _evaluation(content: Mapping[str, Any]) -> str:
-    """The section from the contents of evaluation.json."""
+    """Returns the card's section from the contents of evaluation.json."""
     columns = list(next(iter(content["metrics"].values())))
     rows = [
         f"| {markdown(metric)} | " + " | ".join(_interval(values[column]) for column in columns) + " |"
@@ -249,18 +254,17 @@ def _interval(value: Mapping[str, Any]) -> str:
 
 
 def _yaml_block(head: Mapping[str, Any]) -> str:
-    """Raises TypeError or ValueError where `head` is no mapping."""
     return f"---\n{yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True)}---\n"
 
 
 def _split(card: Path) -> tuple[dict[str, Any], str]:
-    """Front matter and body of a card."""
+    """Returns the front matter and the body of a card. Raises UserError if there is none."""
     try:
         _, head, body = card.read_text(encoding="utf-8").split("---\n", 2)
         content = yaml.safe_load(head) or {}
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__}")
-        _yaml_block(content)
+        _yaml_block(content)  # raises if it cannot be written back
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as fault:
-        raise UserError(f"{card}: there is no model card with YAML front matter.") from fault
+        raise UserError(f"{card}: no model card with YAML front matter found.") from fault
     return content, body

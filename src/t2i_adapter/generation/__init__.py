@@ -1,1 +1,1 @@
-"""Prompt + condition picture + adapter -> pictures."""
+"""Generates pictures from prompts and condition pictures with an adapter."""

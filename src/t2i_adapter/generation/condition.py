@@ -1,4 +1,4 @@
-"""A person's condition picture, or photo to make one of, cut to size as training cuts its own."""
+"""Makes a user's condition picture, or photo, into a condition that the adapter takes, exactly as training does."""
 
 from __future__ import annotations
 
@@ -8,42 +8,44 @@ from t2i_adapter.annotators.registry import Annotator, annotate, open_annotator,
 from t2i_adapter.data import geometry
 from t2i_adapter.data.pair import CONDITION_FILTER, IMAGE_FILTER
 from t2i_adapter.data.picture import StoredPicture, decode, read_file
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import user_path
 from t2i_adapter.models.record import Metadata
 
 
-def read_condition(path: str, flag: str = "--image") -> Image.Image:
-    """The picture in a file: RGB, upright. Raises UserError naming the flag and the file."""
+def read_condition(path: str, place: str = flag("image")) -> Image.Image:
+    """Reads a picture file: RGB, upright. Raises UserError that begins with `place` and the file's name."""
     file = user_path(path)
-    return decode(StoredPicture(f"{flag} {path}", read_file(file, flag)))
+    return decode(StoredPicture(f"{place} {path}", read_file(file, place)))
 
 
 def fit_condition(picture: Image.Image, size: tuple[int, int], channels: int) -> Image.Image:
-    """A condition as the adapter takes it: 1 (grey) or 3 channels, scaled to cover `size` (height, width), its centre
-    cut out."""
+    """Returns a condition of 1 (grey) or 3 channels, fitted to `size` (height, width)."""
     return fit(picture.convert("L" if channels == 1 else "RGB"), size, CONDITION_FILTER)
 
 
 def make_condition(photo: Image.Image, size: tuple[int, int], channels: int, annotator: Annotator) -> Image.Image:
-    """The condition of a photo at `size` (height, width), made as in training: the photo is cut first, and nothing is
-    left to chance."""
-    cut = fit(photo, size, IMAGE_FILTER)
-    return annotate(annotator, cut).convert("L" if channels == 1 else "RGB")
+    """Returns the condition of a photo at `size` (height, width).
+
+    As in training the photo is cropped first; the annotator makes no random choices.
+    """
+    crop = fit(photo, size, IMAGE_FILTER)
+    return annotate(annotator, crop).convert("L" if channels == 1 else "RGB")
 
 
 def find_annotator(named: str | None, metadata: Metadata | None, adapter: str) -> Annotator:
-    """What makes an adapter's conditions: what is `named`, or else what its record tells. Raises UserError."""
+    """Opens the annotator that is `named`, or else the one in the adapter's record. Raises UserError."""
     if named:
         return open_annotator(named)
     if metadata is None or not metadata.condition.get("name"):
         raise UserError(
-            f"--condition is needed: {adapter} does not tell what made the conditions of its training. "
-            "Name a kind of `t2i-adapter conditions`, or give the condition itself with --image."
+            f"is needed: {adapter} does not record how the conditions of its training were made. Name a kind of "
+            f"`t2i-adapter conditions`, or set the condition picture itself with {flag('image')}.",
+            option="condition",
         )
     return open_recorded(metadata.condition)
 
 
 def fit(picture: Image.Image, size: tuple[int, int], resample: geometry.Resample) -> Image.Image:
-    """Scaled so that it covers `size` (height, width), and its centre cut out."""
+    """Scales the picture until it covers `size` (height, width), and crops its centre."""
     return geometry.apply(picture, geometry.cover((picture.height, picture.width), size), resample)

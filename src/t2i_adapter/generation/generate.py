@@ -1,4 +1,4 @@
-"""The one function that draws: the verb, evaluation and validation in training all call it.
+"""Generates pictures: the verb `generate`, evaluation and validation during training all call `generate`.
 
 Letters: N pictures, L = 77 tokens, D text width, P pooled width.
 """
@@ -17,13 +17,14 @@ from torch import Tensor
 from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.models.encoders import LatentScale
 
-_PIXELS_A_BATCH = 512 * 512  # 16 pictures of `nano`: on a CPU larger batches are no faster
+_BATCH_PIXELS = 512 * 512  # 16 pictures of `nano`: on a CPU larger batches are no faster
 
 
 @dataclass(frozen=True)
 class TextStates:
-    """Prompts and what guidance steers away from, as the UNet takes them. The negative ones may be None: without
-    guidance they are not needed, and SDXL's own stand-in for them is zeros.
+    """Prompts and negative prompts as the UNet takes them.
+
+    The negative ones may be None: they are not needed without guidance, and diffusers then uses zeros as SDXL does.
 
     states, negative_states: (N,L,D); pooled, negative_pooled: (N,P).
     """
@@ -37,7 +38,7 @@ class TextStates:
         return len(self.states)
 
     def arguments(self, part: slice) -> dict[str, Tensor | None]:
-        """The pipeline's arguments for some of the pictures."""
+        """Returns the pipeline's arguments for some of the pictures."""
         negative, negative_pooled = self.negative_states, self.negative_pooled
         return {
             "prompt_embeds": self.states[part],
@@ -51,8 +52,8 @@ class TextStates:
 def encode_prompts(
     pipeline: StableDiffusionXLAdapterPipeline, prompts: Sequence[str], *, guidance: float, negative: str | None = None
 ) -> TextStates:
-    """N prompts -> their states. Without a negative prompt it is what the base was made for: zeros, or ""."""
-    encoded: Any = pipeline.encode_prompt(  # the signature says str, the code takes a list too
+    """N prompts -> their states. `negative` None stands for what the base was trained with: zeros, or ""."""
+    encoded: Any = pipeline.encode_prompt(  # takes a list too, although its signature has str only
         list(prompts),  # pyright: ignore[reportArgumentType]
         do_classifier_free_guidance=guidance > 1,
         negative_prompt=negative,
@@ -71,33 +72,33 @@ def generate(
     sampling: SamplingOptions,
     negative: str | None = None,
 ) -> list[Image.Image]:
-    """Draws N pictures, one for each prompt, condition and seed.
+    """Generates N pictures, one for each prompt, condition and seed.
 
-    Each picture's noise comes from its own seed alone, on every device, so a picture is the same whichever others are
-    drawn with it (but for rounding: larger matrices are summed in another order).
+    Each picture's noise depends on its own seed only and is made on the CPU. A picture is therefore the same in any
+    batch, up to rounding: larger matrices are summed in another order.
 
     Args:
-        prompts: N prompts, or their states (for a pipeline that has no text encoders).
-        conditions: N pictures of `size`, converted to as many channels as the adapter has; None draws with the base
-            alone, exactly as StableDiffusionXLPipeline would.
+        prompts: N prompts, or their states (for a pipeline without text encoders).
+        conditions: N pictures of `size`, of any mode; None generates with the base alone, exactly as
+            StableDiffusionXLPipeline does.
         size: (height, width) in pixels, multiples of what the adapter takes.
-        negative: what not to draw; only with prompts, for states already hold it.
+        negative: the negative prompt, for prompts only; states include it.
     """
     assert len(prompts) == len(seeds) and (conditions is None or len(conditions) == len(seeds))
     if not isinstance(prompts, TextStates):
         prompts = encode_prompts(pipeline, prompts, guidance=sampling.guidance, negative=negative)
-    batch = sampling.batch_size or max(1, _PIXELS_A_BATCH // (size[0] * size[1]))
+    batch = sampling.batch_size or max(1, _BATCH_PIXELS // (size[0] * size[1]))
     pictures: list[Image.Image] = []
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
         chosen = None if conditions is None else conditions[part]
-        latents = _draw_latents(pipeline, prompts.arguments(part), chosen, seeds[part], size, sampling)
+        latents = _sample_latents(pipeline, prompts.arguments(part), chosen, seeds[part], size, sampling)
         pictures.extend(_decode(pipeline, latents))
     pipeline.maybe_free_model_hooks()
     return pictures
 
 
-def _draw_latents(
+def _sample_latents(
     pipeline: StableDiffusionXLAdapterPipeline,
     text: dict[str, Any],
     conditions: Sequence[Image.Image] | None,
@@ -105,11 +106,11 @@ def _draw_latents(
     size: tuple[int, int],
     sampling: SamplingOptions,
 ) -> Tensor:
-    """One batch of the UNet's latents, (B,4,h,w)."""
+    """Returns one batch of the UNet's latents, (B,4,h,w)."""
     mode = "L" if pipeline.adapter.config.in_channels == 1 else "RGB"
     height, width = size
     if conditions is None:
-        # The pipeline asks for a picture even where the adapter takes part in no step.
+        # The pipeline needs a picture even if the adapter acts in no step.
         conditions, factor = [Image.new(mode, (width, height))] * len(seeds), 0.0
     else:
         factor = sampling.condition_factor
@@ -131,8 +132,10 @@ def _draw_latents(
 
 @torch.no_grad()
 def _decode(pipeline: StableDiffusionXLAdapterPipeline, latents: Tensor) -> list[Image.Image]:
-    """Latents to pictures one by one, so that memory does not grow with the batch, in the VAE's own precision:
-    `Base.pipeline` keeps it in float32, while diffusers' own decoding would have it follow the UNet's."""
+    """Decodes the latents one by one, so memory does not grow with the batch.
+
+    It runs in the VAE's own precision, which `Base.pipeline` keeps at float32; diffusers' decoding would cast it.
+    """
     vae = pipeline.vae
     scale = LatentScale.of(dict(vae.config))
     factors, shift = (latents.new_tensor(v, dtype=vae.dtype).view(1, -1, 1, 1) for v in (scale.scale, scale.shift))

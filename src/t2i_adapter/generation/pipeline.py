@@ -1,4 +1,4 @@
-"""Options to the models that draw: found and checked first, loaded when all else is known to be right."""
+"""Finds and checks the adapter and the base that `generate` and `evaluate` use; loads the base's weights later."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionXLAdapterPipeline, T2IAdapter
 
 from t2i_adapter.config.tree import BaseOptions
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, flag
 from t2i_adapter.generation.options import ModelOptions
 from t2i_adapter.models.adapter import check_fits, load_adapter
 from t2i_adapter.models.base import Base
@@ -23,12 +23,12 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Models:
-    """An adapter and the base it fits, found and checked; the base's weights are not loaded yet.
+    """An adapter and a base that it fits; the base's weights are not loaded yet.
 
     Attributes:
         digest: sha256 of the adapter's weights.
-        metadata: the adapter's own record, if it has one.
-        device, precision: as resolved, never "auto".
+        metadata: the adapter's record, if it has one.
+        device, precision: resolved, never "auto".
     """
 
     adapter: T2IAdapter
@@ -46,34 +46,34 @@ class Models:
 
     @property
     def channels(self) -> int:
-        """Of the condition picture, 1 or 3."""
+        """Channels of the condition picture, 1 or 3."""
         return self.adapter_config["in_channels"]
 
     @property
     def resolution(self) -> int | None:
-        """Side in pixels that the adapter was trained at, if known."""
+        """Side in pixels of the adapter's training crops, if known."""
         return self.metadata.resolution if self.metadata else None
 
     def pipeline(self) -> StableDiffusionXLAdapterPipeline:
-        """Loads the base and puts everything in its place, ready to draw."""
+        """Loads the base and builds the pipeline on the device."""
         dtype = _DTYPES[self.precision]
         pipeline = self.base.pipeline(self.adapter, self.device, dtype, offload=self.offload)
         if self.xformers:
             try:
                 pipeline.enable_xformers_memory_efficient_attention()
             except (ValueError, NotImplementedError, ModuleNotFoundError) as fault:
-                raise UserError(f"--xformers does not run here ({fault}); leave the flag out.") from fault
+                raise UserError(f"does not work here ({fault}); omit it.", option="xformers") from fault
         return pipeline
 
 
 def open_models(options: ModelOptions) -> Models:
     """Finds the adapter and its base. Raises UserError if one is missing or they do not fit."""
-    device = _device(options.device, options.offload)
+    device = _find_device(options.device, options.offload)
     precision = options.precision
     if precision == "auto":
         precision = "fp16" if device.startswith("cuda") else "fp32"
     if options.xformers and importlib.util.find_spec("xformers") is None:
-        raise UserError("--xformers: the package is not installed: `pip install xformers`, or leave the flag out.")
+        raise UserError("the package is not installed; `pip install xformers`, or omit it.", option="xformers")
     metadata = read_metadata(options.adapter)
     adapter = load_adapter(options.adapter)
     base = open_base(_base_options(options, metadata))
@@ -83,7 +83,7 @@ def open_models(options: ModelOptions) -> Models:
 
 
 def weights_digest(adapter: T2IAdapter) -> str:
-    """sha256 over the names and float32 values of the adapter's weights."""
+    """Returns the sha256 (hex) of the names and float32 values of the adapter's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(adapter.state_dict().items()):
         digest.update(name.encode() + b"\0")
@@ -102,26 +102,30 @@ def _base_options(options: ModelOptions, metadata: Metadata | None) -> BaseOptio
         )
     if metadata is None:
         raise UserError(
-            f"--base is needed: {options.adapter} has no {FILE_NAME} that tells what it was trained on. "
-            "Name a hub id, a diffusers folder, a single .safetensors file, or nano."
+            f"is needed: {options.adapter} has no {FILE_NAME} with the base of its training. "
+            "Name a hub id, a diffusers folder, a single .safetensors file, or nano.",
+            option="base",
         )
-    known: dict[str, Any] = {key: metadata.base.get(key) for key in BASE_FIELDS}
+    recorded: dict[str, Any] = {key: metadata.base.get(key) for key in BASE_FIELDS}
     if options.base_config is not None:
-        known["config"] = options.base_config
+        recorded["config"] = options.base_config
     if options.base_vae is not None:
-        known["vae"] = options.base_vae
-    return BaseOptions(**known)
+        recorded["vae"] = options.base_vae
+    return BaseOptions(**recorded)
 
 
-def _device(name: str, offload: str) -> str:
+def _find_device(name: str, offload: str) -> str:
+    """Resolves "auto" and checks that the device exists and that `offload` works on it. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(name).type
     except RuntimeError as fault:
-        raise UserError(f"--device {name}: no such device; allowed are auto, cpu, cuda, cuda:1, mps, ...") from fault
+        raise UserError(
+            f"{name}: no such device; allowed are auto, cpu, cuda, cuda:1, mps, ...", option="device"
+        ) from fault
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: there is no CUDA GPU here; use --device cpu or auto.")
+        raise UserError(f"{name}: no CUDA GPU found; use {flag('device')} cpu or auto.", option="device")
     if kind == "cpu" and offload != "none":
-        raise UserError(f"--offload {offload}: moves models off a GPU, and there is none in use; use --offload none.")
+        raise UserError(f"{offload}: needs a GPU, and the device is {name}; use none.", option="offload")
     return name

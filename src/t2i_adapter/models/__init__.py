@@ -1,1 +1,1 @@
-"""The frozen base, its text encoders and VAE, and the adapter."""
+"""The base (SDXL, frozen), its text encoders and VAE as functions, and the adapter with its record."""

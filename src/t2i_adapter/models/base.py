@@ -1,13 +1,17 @@
-"""The frozen base: located or downloaded once, its parts loaded only when they are wanted."""
+"""The base: an SDXL model whose weights stay frozen. `Base` reads one from a diffusers folder, part by part.
+
+`open_base` (open.py) finds the folder by the base's name; `SingleFileBase` (single_file.py) reads the weights from one
+.safetensors file instead.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import (
@@ -29,82 +33,140 @@ from t2i_adapter.models.encoders import LatentEncoder, LatentScale, TextEncoder
 if TYPE_CHECKING:
     from diffusers import T2IAdapter
 
-transformers_logging.disable_progress_bar()  # a bar for reading one file from the disk is no news
+transformers_logging.disable_progress_bar()  # a bar for each local file would hide our own output
 
 TEXT_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 PARTS = ("unet", "vae", "scheduler", *TEXT_PARTS)
+_LARGE_BLOCKS = ("down_blocks.0.", "down_blocks.1.", "up_blocks.1.", "up_blocks.2.")
+"""Blocks of the two highest of SDXL's three resolutions."""
 
 
-class Base(ABC):
-    """An SDXL, frozen. Parts are loaded by each call and belong to the caller, who drops them when done."""
+class Base:
+    """An SDXL in diffusers layout.
 
-    def __init__(self, options: BaseOptions) -> None:
+    Each call of `unet`, `vae` or `text_encoder` loads that part anew, in eval mode and without gradients. The part
+    belongs to the caller; the base holds no reference to it, so its memory is free when the caller drops it.
+    """
+
+    def __init__(self, options: BaseOptions, folder: Path) -> None:
         self.options = options
         self.name = options.name
+        self.folder = folder
+        for part in PARTS:
+            if not (folder / part).is_dir():
+                raise UserError(
+                    f"{options.config or options.name} is not an SDXL base in diffusers layout: the folder {part}/ is "
+                    f"missing (found: {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'})."
+                )
+        blocks, embedding = len(self.unet_config["block_out_channels"]), self.unet_config.get("addition_embed_type")
+        if embedding != "text_time" or blocks != 3:
+            raise UserError(
+                f"{self.name} is not an SDXL base: its UNet has {blocks} resolutions and addition_embed_type "
+                f"{embedding!r}; SDXL has 3 and 'text_time'."
+            )
 
-    # What a kind of base must answer -------------------------------------------------------------------------------
+    # Configs: read without weights ---------------------------------------------------------------------------------
 
     @cached_property
-    @abstractmethod
     def unet_config(self) -> dict[str, Any]:
-        """The UNet's config; no weights are read."""
+        return _read_json(self.folder / "unet" / "config.json")
 
     @cached_property
-    @abstractmethod
     def vae_config(self) -> dict[str, Any]:
-        """The VAE's config; no weights are read."""
+        if self.options.vae:
+            config: Any = AutoencoderKL.load_config(self.options.vae, **_vae_source(self.options))
+            return config
+        return _read_json(self.folder / "vae" / "config.json")
 
     @cached_property
-    @abstractmethod
     def zeros_for_empty_prompt(self) -> bool:
-        """Whether pipelines of this base use zeros where no negative prompt is given (SDXL's own does)."""
-
-    @cached_property
-    @abstractmethod
-    def text_fingerprint(self) -> str:
-        """sha256 of all that decides a caption's states: configs, vocabularies, weights."""
-
-    @cached_property
-    @abstractmethod
-    def vae_fingerprint(self) -> str:
-        """sha256 of all that decides a picture's moments: config and weights."""
-
-    @abstractmethod
-    def scheduler(self) -> EulerDiscreteScheduler:
-        """The base's noise schedule."""
-
-    @abstractmethod
-    def tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-        """Both tokenizers; no weights are read."""
-
-    @abstractmethod
-    def text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-        """Both tokenizers and text encoders, on the device."""
-
-    @abstractmethod
-    def unet(self, device: torch.device | str, dtype: torch.dtype) -> UNet2DConditionModel:
-        """The UNet, frozen."""
-
-    @abstractmethod
-    def vae(self, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
-        """The VAE, frozen; the one of `options.vae` if that is given."""
-
-    # What follows from it ------------------------------------------------------------------------------------------
+        """Whether this base's pipelines use zeros for a negative prompt that is not given, as SDXL's own does."""
+        index = self.folder / "model_index.json"
+        return bool(_read_json(index).get("force_zeros_for_empty_prompt", True)) if index.is_file() else True
 
     @property
     def native_size(self) -> int:
-        """Side in pixels that the base draws by default."""
+        """Side in pixels of the pictures that the base makes by default."""
         return self.unet_config["sample_size"] * 8
 
     @property
     def latent_scale(self) -> LatentScale:
         return LatentScale.of(self.vae_config)
 
+    def scheduler(self) -> EulerDiscreteScheduler:
+        """Returns the base's noise schedule."""
+        scheduler: Any = EulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
+        return scheduler
+
+    def tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+        first, second = (CLIPTokenizer.from_pretrained(self.folder / part) for part in TEXT_PARTS[:2])
+        return first, second
+
+    # Fingerprints: the cache's keys --------------------------------------------------------------------------------
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """sha256 of everything that determines a caption's states: configs, vocabularies and weights."""
+        return self._fingerprint(TEXT_PARTS)
+
+    @cached_property
+    def vae_fingerprint(self) -> str:
+        """sha256 of everything that determines a picture's moments: config and weights."""
+        vae = _load_named_vae(self.options, "cpu", torch.float32)
+        if vae is None:
+            return self._fingerprint(["vae"])
+        # By the weights' values, which are the same in a folder and on the hub.
+        digest = hashlib.sha256(json.dumps(dict(vae.config), sort_keys=True, default=str).encode())
+        for name, tensor in sorted(vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _fingerprint(self, parts: Iterable[str]) -> str:
+        return self._hash_files(parts, weights=True)
+
+    def _hash_files(self, parts: Iterable[str], *, weights: bool) -> str:
+        """sha256 over the parts' configs and vocabularies and, if `weights`, their weights of the chosen variant."""
+        digest = hashlib.sha256()
+        for part in parts:
+            for path in sorted((self.folder / part).iterdir()):
+                chosen = weights and path.suffix == ".safetensors" and _variant_of(path) == self.options.variant
+                if chosen or path.suffix in (".json", ".txt"):
+                    digest.update(f"{part}/{path.name}\0{sha256(path)}\n".encode())
+        return digest.hexdigest()
+
+    # Parts: loaded at each call ------------------------------------------------------------------------------------
+
+    def unet(self, device: torch.device | str, dtype: torch.dtype) -> UNet2DConditionModel:
+        return self._load(UNet2DConditionModel, "unet", device, dtype)
+
+    def vae(self, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
+        """Loads the VAE of `options.vae`, or else the base's own."""
+        return _load_named_vae(self.options, device, dtype) or self._load(AutoencoderKL, "vae", device, dtype)
+
     def latent_encoder(self, device: torch.device | str) -> LatentEncoder:
-        """The VAE's encoder, on the device, float32, channels last: on a CPU that is faster
-        (benchmarks/speed_options.json)."""
+        """Loads the VAE's encoder, float32, channels last: on a CPU that is faster (benchmarks/speed_options.json)."""
         vae: Any = self.vae(device, torch.float32)
         return LatentEncoder(vae.to(memory_format=torch.channels_last), torch.device(device))
+
+    def text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
+        """Loads both tokenizers and both text encoders."""
+        first = self._load(CLIPTextModel, "text_encoder", device, dtype)
+        second = self._load(CLIPTextModelWithProjection, "text_encoder_2", device, dtype)
+        return TextEncoder(self.tokenizers(), (first, second), torch.device(device))
+
+    def _load(self, kind: Any, part: str, device: torch.device | str, dtype: torch.dtype) -> Any:
+        try:
+            model = kind.from_pretrained(
+                self.folder, subfolder=part, variant=self.options.variant, use_safetensors=True, torch_dtype=dtype
+            )
+        except (OSError, ValueError, SafetensorError) as fault:
+            variant = f" of variant {self.options.variant}" if self.options.variant else ""
+            raise UserError(
+                f"{self.name}: no safetensors weights{variant} for {part} ({first_line(fault)}). "
+                "Pickled weights (.bin, .ckpt) are not read."
+            ) from fault
+        return freeze(model, device)
 
     def pipeline(
         self,
@@ -117,12 +179,14 @@ class Base(ABC):
         with_text: bool = True,
         offload: str = "none",
     ) -> StableDiffusionXLAdapterPipeline:
-        """diffusers' own pipeline around this base and an adapter, with Euler ancestral steps as in the guide.
+        """Builds diffusers' own pipeline from this base and an adapter, with Euler ancestral steps as in its guide.
 
-        The VAE stays in float32, for SDXL's own overflows in fp16: latents are cast to its dtype to be decoded.
+        The VAE stays in float32, because SDXL's own overflows in fp16.
 
-        `unet` shares one that is loaded already. `with_text=False` leaves the text encoders out: prompts are then
-        given as states. offload: "none", "model" or "sequential" (the last two need a GPU).
+        Args:
+            unet, text: parts that are already loaded, to share their memory; None loads them.
+            with_text: False leaves the text encoders out; the pipeline then takes text states instead of prompts.
+            offload: "none", "model" or "sequential" (the last two need a GPU).
         """
         place = torch.device("cpu" if offload != "none" else device)
         if with_text and text is None:
@@ -149,142 +213,52 @@ class Base(ABC):
             pipeline.enable_sequential_cpu_offload(device=device)
         return pipeline
 
-    def _check_is_sdxl(self) -> None:
-        config = self.unet_config
-        blocks = len(config["block_out_channels"])
-        if config.get("addition_embed_type") != "text_time" or blocks != 3:
-            raise UserError(
-                f"{self.name} is not an SDXL base: its UNet has {blocks} resolutions and "
-                f"addition_embed_type {config.get('addition_embed_type')!r}; SDXL has 3 and 'text_time'."
-            )
+
+def enable_gradient_checkpointing(unet: Any, blocks: Literal["all", "large"]) -> None:
+    """Makes the UNet recompute activations in the backward pass: those of all blocks, or of the two largest
+    resolutions only.
+
+    The gradients stay the same to the bit, because the UNet draws no random numbers.
+    """
+    unet.enable_gradient_checkpointing()
+    if blocks == "all":
+        return
+    for name, module in unet.named_modules():
+        if hasattr(module, "gradient_checkpointing") and not f"{name}.".startswith(_LARGE_BLOCKS):
+            module.gradient_checkpointing = False
 
 
-class FolderBase(Base):
-    """A base in diffusers layout."""
-
-    def __init__(self, options: BaseOptions, folder: Path) -> None:
-        super().__init__(options)
-        self.folder = folder
-        for part in PARTS:
-            if not (folder / part).is_dir():
-                raise UserError(
-                    f"{options.config or options.name} is not an SDXL base in diffusers layout: it has no folder "
-                    f"{part}/ (there are: {', '.join(sorted(p.name for p in folder.iterdir())) or 'none'})."
-                )
-        self._check_is_sdxl()
-
-    @cached_property
-    def unet_config(self) -> dict[str, Any]:
-        return _read_json(self.folder / "unet" / "config.json")
-
-    @cached_property
-    def vae_config(self) -> dict[str, Any]:
-        if self.options.vae:
-            config: Any = AutoencoderKL.load_config(self.options.vae, **self._hub(self.options.vae))
-            return config
-        return _read_json(self.folder / "vae" / "config.json")
-
-    @cached_property
-    def zeros_for_empty_prompt(self) -> bool:
-        index = self.folder / "model_index.json"
-        return bool(_read_json(index).get("force_zeros_for_empty_prompt", True)) if index.is_file() else True
-
-    @cached_property
-    def text_fingerprint(self) -> str:
-        return digest_of_folders([self.folder / part for part in TEXT_PARTS], self.options.variant)
-
-    @cached_property
-    def vae_fingerprint(self) -> str:
-        return vae_digest(self.options) or digest_of_folders([self.folder / "vae"], self.options.variant)
-
-    def scheduler(self) -> EulerDiscreteScheduler:
-        scheduler: Any = EulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
-        return scheduler
-
-    def tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-        first, second = (CLIPTokenizer.from_pretrained(self.folder / part) for part in TEXT_PARTS[:2])
-        return first, second
-
-    def text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-        encoders = [
-            self._load(kind, part, device, dtype)
-            for kind, part in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
-        ]
-        return TextEncoder(self.tokenizers(), (encoders[0], encoders[1]), torch.device(device))
-
-    def unet(self, device: torch.device | str, dtype: torch.dtype) -> UNet2DConditionModel:
-        return self._load(UNet2DConditionModel, "unet", device, dtype)
-
-    def vae(self, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL:
-        return _named_vae(self.options, device, dtype) or self._load(AutoencoderKL, "vae", device, dtype)
-
-    def _load(self, kind: Any, part: str, device: torch.device | str, dtype: torch.dtype) -> Any:
-        try:
-            model = kind.from_pretrained(
-                self.folder, subfolder=part, variant=self.options.variant, use_safetensors=True, torch_dtype=dtype
-            )
-        except (OSError, ValueError, SafetensorError) as fault:
-            variant = f" of variant {self.options.variant}" if self.options.variant else ""
-            raise UserError(
-                f"{self.name}: no safetensors weights{variant} for {part} ({first_line(fault)}). "
-                "Pickled weights (.bin, .ckpt) are not read."
-            ) from fault
-        return freeze(model, device)
-
-    def _hub(self, name: str) -> dict[str, Any]:
-        return {"cache_dir": self.options.cache_dir, "local_files_only": Path(name).exists()}
+def freeze(model: Any, device: torch.device | str) -> Any:
+    """Puts a model on the device, in eval mode and without gradients; returns it."""
+    return model.to(device).eval().requires_grad_(False)
 
 
-def _named_vae(options: BaseOptions, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL | None:
+def _load_named_vae(options: BaseOptions, device: torch.device | str, dtype: torch.dtype) -> AutoencoderKL | None:
+    """Loads the VAE that `options.vae` names, if it names one."""
     if options.vae is None:
         return None
     try:
         vae = AutoencoderKL.from_pretrained(
-            options.vae,
-            cache_dir=options.cache_dir,
-            use_safetensors=True,
-            torch_dtype=dtype,
-            local_files_only=Path(options.vae).exists(),
+            options.vae, use_safetensors=True, torch_dtype=dtype, **_vae_source(options)
         )
     except (OSError, ValueError) as fault:
         raise UserError(
-            f"--pretrained_vae_model_name_or_path {options.vae}: no VAE there ({first_line(fault)}). "
-            "Name a folder with config.json and safetensors weights, or a hub id that has these."
+            f"{options.vae}: no VAE found ({first_line(fault)}). "
+            "Name a folder with config.json and safetensors weights, or a hub id of such files.",
+            option="base.vae",
         ) from fault
     return freeze(vae, device)
 
 
-def vae_digest(options: BaseOptions) -> str | None:
-    """Digest of the VAE named by the options: of its weights as loaded, wherever they come from."""
-    vae = _named_vae(options, "cpu", torch.float32)
-    if vae is None:
-        return None
-    digest = hashlib.sha256(json.dumps(dict(vae.config), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def digest_of_folders(folders: list[Path], variant: str | None, *, weights: bool = True) -> str:
-    """sha256 over the folders' configs and vocabularies and, unless told not to, their weights of one variant."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.iterdir()):
-            wanted = weights and path.suffix == ".safetensors" and _variant_of(path) == variant
-            if wanted or path.suffix in (".json", ".txt"):
-                digest.update(f"{folder.name}/{path.name}\0{sha256(path)}\n".encode())
-    return digest.hexdigest()
+def _vae_source(options: BaseOptions) -> dict[str, Any]:
+    """Where diffusers looks for `options.vae`: a local folder needs no hub."""
+    return {"cache_dir": options.cache_dir, "local_files_only": Path(options.vae or "").exists()}
 
 
 def _variant_of(path: Path) -> str | None:
     """`model.fp16.safetensors` and `model.fp16-00001-of-00002.safetensors` -> fp16; plain names -> None."""
     parts = path.name.split(".")
     return parts[1].split("-")[0] if len(parts) > 2 else None
-
-
-def freeze(model: Any, device: torch.device | str) -> Any:
-    return model.to(device).eval().requires_grad_(False)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Captions to the states SDXL attends to."""
+"""The base's encoders as functions: captions to text states, pixels to VAE moments, moments to the UNet's latents.
+
+Letters: N captions or images, L = 77 tokens, D text width, P pooled width; H, W in pixels, h, w = H/8, W/8.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_TOKENIZING = Lock()
-"""A tokenizer keeps the padding and truncation of a call in itself, so that threads take turns."""
+GPU_BATCH_PIXELS = 4 * 1024**2
+"""Pixels that are encoded at a time on a GPU."""
+CPU_BATCH_PIXELS = 8 * 128**2
+"""Pixels that are encoded at a time on a CPU: larger ones exceed its caches (benchmarks/speed_options.json)."""
+_TOKENIZER_LOCK = Lock()
+"""Tokenizers store the padding and truncation of a call in themselves, so only one thread at a time may call one."""
 
 
 @dataclass
 class TextEncoder:
-    """SDXL's two tokenizers and text encoders as one function. L = 77 tokens, D text width, P pooled width."""
+    """SDXL's two tokenizers and text encoders as one function."""
 
     tokenizers: tuple[Any, Any]
     encoders: tuple[Any, Any]
@@ -24,14 +31,14 @@ class TextEncoder:
     max_tokens: int = 77
 
     def count_tokens(self, caption: str) -> int:
-        """Tokens of a caption, start and end included; what lies beyond `max_tokens` is not seen by the model."""
+        """Returns the caption's tokens, start and end included; the model ignores those beyond `max_tokens`."""
         return count_tokens(self.tokenizers[0], caption)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """N captions -> states (N,L,D) and pooled (N,P), in the encoders' dtype.
 
-        The states are both encoders' last-but-one hidden layers side by side, the pooled vector is the second
+        The states are the last but one hidden layers of both encoders, concatenated; the pooled vector is the second
         encoder's projection of its end token (SDXL report, 2307.01952, section 2.1).
         """
         hidden, pooled = [], None
@@ -43,23 +50,22 @@ class TextEncoder:
         return torch.cat(hidden, dim=-1), pooled
 
     def _ids(self, tokenizer: Any, captions: Sequence[str]) -> Tensor:
-        length = self.max_tokens
-        with _TOKENIZING:
-            found = tokenizer(
-                list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        with _TOKENIZER_LOCK:
+            tokens = tokenizer(
+                list(captions), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
             )
-        return found.input_ids
+        return tokens.input_ids
 
 
 def count_tokens(tokenizer: Any, caption: str) -> int:
-    """Tokens of a caption, start and end included."""
-    with _TOKENIZING:
+    """Returns the caption's tokens, start and end included."""
+    with _TOKENIZER_LOCK:
         return len(tokenizer(caption, truncation=False, verbose=False).input_ids)
 
 
 @dataclass
 class LatentEncoder:
-    """The VAE's encoder. It runs in float32: SDXL's own VAE overflows in fp16."""
+    """The VAE's encoder. It runs in float32, because SDXL's own VAE overflows in fp16."""
 
     vae: Any
     device: torch.device
@@ -72,16 +78,28 @@ class LatentEncoder:
         return torch.cat([posterior.mean, posterior.std], dim=1)
 
 
+def encode_pixels(encoder: LatentEncoder, pixels: Tensor) -> Tensor:
+    """pixels (N,3,H,W) uint8 on the encoder's device -> moments (N,8,h,w) float16, `batch_size` images at a time."""
+    size = batch_size(pixels.shape[-2] * pixels.shape[-1], pixels.device)
+    return torch.cat([encoder.encode(batch.float() / 255).half() for batch in pixels.split(size)])
+
+
+def batch_size(pixels: int, device: torch.device | str) -> int:
+    """Returns how many images of `pixels` pixels each are encoded at a time, 1 to 32."""
+    most = CPU_BATCH_PIXELS if torch.device(device).type == "cpu" else GPU_BATCH_PIXELS
+    return max(1, min(32, most // pixels))
+
+
 @dataclass(frozen=True)
 class LatentScale:
-    """Between the VAE's latents and the UNet's: (z - shift) * scale, per channel."""
+    """From the VAE's latents z to the UNet's: (z - shift) * scale, per channel."""
 
     shift: tuple[float, ...]
     scale: tuple[float, ...]
 
     @classmethod
     def of(cls, vae_config: dict[str, Any]) -> LatentScale:
-        """Reads a diffusers VAE's config; `latents_mean` and `latents_std` are there in some SDXL descendants only."""
+        """Reads a diffusers VAE's config; only some SDXL descendants have `latents_mean` and `latents_std`."""
         channels = vae_config["latent_channels"]
         mean = vae_config.get("latents_mean") or [0.0] * channels
         std = vae_config.get("latents_std") or [1.0] * channels
@@ -89,28 +107,8 @@ class LatentScale:
         return cls(tuple(mean), tuple(factor / s for s in std))
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Draws UNet latents (B,4,h,w) from moments (B,8,h,w) with standard normal noise (B,4,h,w)."""
+        """Samples UNet latents (B,4,h,w) from moments (B,8,h,w) with standard normal noise (B,4,h,w)."""
         mean, std = moments.chunk(2, dim=1)
         shift = moments.new_tensor(self.shift).view(1, -1, 1, 1)
         scale = moments.new_tensor(self.scale).view(1, -1, 1, 1)
         return (mean + std * noise - shift) * scale
-
-
-IMAGE_BATCH_PIXELS = 4 * 1024**2
-"""Encoded at once, on a GPU."""
-
-
-CPU_BATCH_PIXELS = 8 * 128**2
-"""Encoded at once, on a CPU: more than its caches hold takes longer a pixel (benchmarks/speed_options.json)."""
-
-
-def encode_pixels(encoder: LatentEncoder, pixels: Tensor) -> Tensor:
-    """pixels (B,3,H,W) u8 on the encoder's device -> moments (B,8,h,w) float16, a bounded number of pixels at once."""
-    size = batch_size(pixels.shape[-2] * pixels.shape[-1], pixels.device)
-    return torch.cat([encoder.encode(some.float() / 255).half() for some in pixels.split(size)])
-
-
-def batch_size(pixels: int, device: torch.device | str) -> int:
-    """How many crops of that many pixels are encoded at once."""
-    most = CPU_BATCH_PIXELS if torch.device(device).type == "cpu" else IMAGE_BATCH_PIXELS
-    return max(1, min(32, most // pixels))

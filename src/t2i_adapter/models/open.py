@@ -1,4 +1,4 @@
-"""Finds a base by its name: the embedded one, a diffusers folder, one .safetensors file, or a hub id."""
+"""Finds a base by its name: `nano` (in this package), a diffusers folder, one .safetensors file, or a hub id."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from diffusers import StableDiffusionXLPipeline
 from t2i_adapter.config.tree import NANO, BaseOptions
 from t2i_adapter.errors import UserError, first_line
 from t2i_adapter.files import user_path
-from t2i_adapter.models.base import Base, FolderBase
-from t2i_adapter.models.single_file import FileBase
+from t2i_adapter.models import nano
+from t2i_adapter.models.base import Base
+from t2i_adapter.models.single_file import SingleFileBase
 
 
 def open_base(options: BaseOptions) -> Base:
-    """Finds the base, downloading it if it is a hub id, and checks that it is an SDXL. Raises UserError."""
-    name = options.name
-    path = user_path(name)
+    """Finds the base, downloads it if it is a hub id, and checks that it is an SDXL. Raises UserError."""
+    name, path = options.name, user_path(options.name)
     if options.config and (name == NANO or not path.is_file()):
         raise UserError(
-            f"--base.config {options.config}: is for a base in a single file, and {name} is none; leave it out."
+            f"{options.config}: only a base in a single file needs it, and {name} is not a file; omit it.",
+            option="base.config",
         )
     if name == NANO:
-        from t2i_adapter.models import nano
-
-        return FolderBase(options, nano.path())
+        return Base(options, nano.path())
     if path.is_file():
-        return FileBase(options, path)
-    return FolderBase(options, path if path.is_dir() else _download(options))
+        return SingleFileBase(options, path)
+    return Base(options, path if path.is_dir() else _download(options))
 
 
 def _download(options: BaseOptions) -> Path:
-    """The hub's snapshot folder of the base, with safetensors weights only."""
+    """Downloads the base from the hub, with safetensors weights only; returns its folder in the hub's cache."""
     try:
         folder = StableDiffusionXLPipeline.download(
             options.name,
@@ -42,7 +41,8 @@ def _download(options: BaseOptions) -> Path:
         )
     except (OSError, ValueError) as fault:
         raise UserError(
-            f"--pretrained_model_name_or_path {options.name}: no such folder or file, and the hub gives no such model "
-            f"({first_line(fault)}). Name a hub id, a diffusers folder, a single .safetensors file, or {NANO}."
+            f"{options.name}: no such folder or file, and the hub has no such model ({first_line(fault)}). "
+            f"Name a hub id, a diffusers folder, a single .safetensors file, or {NANO}.",
+            option="base.name",
         ) from fault
     return Path(folder)

@@ -1,8 +1,9 @@
-"""A frozen UNet whose large matrices are kept in 8 or 4 bits, through which gradients still flow to its inputs.
+"""Quantises the base's UNet to 8 or 4 bits, so that it takes less memory while an adapter is trained through it.
 
-The linear layers of the transformer blocks (nine tenths of SDXL's UNet) are stored narrow and widened for each
-product, in the forward pass and again in the backward pass, so that no wide copy outlives its product. Convolutions,
-norms, embeddings of time and size, and the first and last layer stay as they are: they are few, and the most delicate.
+The linear layers of the transformer blocks, nine tenths of SDXL's UNet, are stored quantised. Each product dequantises
+its matrix, in the forward pass and again in the backward pass, so a full-precision copy exists only during a product.
+Gradients flow to the layer's input; the weights are frozen. Convolutions, norms, the embeddings of time and size, and
+the first and last layer stay as they are: they are small, and the most sensitive to rounding.
 """
 
 from __future__ import annotations
@@ -17,56 +18,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Kind = Literal["float8", "int8", "nf4"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Format = Literal["float8", "int8", "nf4"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 FLOAT8 = torch.float8_e4m3fn
-"""Three bits of mantissa; the largest is 448."""
+"""Three bits of mantissa; the largest value is 448."""
 NF4_BLOCK = 64
-"""Weights that share a scale in nf4."""
+"""Number of weights that share a scale in nf4."""
 
 
-class Format(NamedTuple):
-    """How a weight (out, in) is stored: as bytes and scales. bits: a weight's, its share of the scales left out."""
+class Codec(NamedTuple):
+    """How a format stores a weight matrix (out, in).
+
+    Attributes:
+        bits: bits of one weight, without its share of the scales.
+        quantize: matrix -> stored data and scales.
+        dequantize: stored data, scales and a dtype -> weights in that dtype.
+    """
 
     bits: int
-    pack: Callable[[Tensor], tuple[Tensor, Tensor]]
-    unpack: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
+    dequantize: Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 
-def quantize(unet: Any, kind: Kind, device: torch.device | str) -> Any:
-    """Replaces the linear layers of the UNet's transformer blocks by narrow ones on the device; returns the UNet.
+def quantize(unet: Any, format: Format, device: torch.device | str) -> Any:
+    """Replaces the linear layers of the UNet's transformer blocks by quantised ones on the device; returns the UNet.
 
-    Each matrix crosses over by itself, so the device never holds the wide UNet; the other layers stay where they are.
+    The matrices are moved one by one, so the device never holds the full-precision UNet; other layers are not moved.
     """
     for name, module in list(unet.named_modules()):
         for child, layer in list(module.named_children()):
             if is_quantized(f"{name}.{child}", layer):
-                setattr(module, child, NarrowLinear(layer, kind, device))
+                setattr(module, child, QuantizedLinear(layer, format, device))
     return unet
 
 
 def is_quantized(name: str, layer: nn.Module) -> bool:
-    """Whether the UNet's layer of this dotted name is among those that are stored narrow."""
+    """Whether `quantize` replaces the UNet's layer of this dotted name."""
     return isinstance(layer, nn.Linear) and ".attentions." in name
 
 
-def stored_bytes(out_features: int, in_features: int, kind: Kind) -> int:
-    """Bytes of a narrow matrix with its scales."""
+def stored_bytes(out_features: int, in_features: int, format: Format) -> int:
+    """Returns the bytes of a quantised matrix with its scales."""
     weights = out_features * in_features
-    if kind == "nf4":
+    if format == "nf4":
         blocks = math.ceil(weights / NF4_BLOCK)
         return blocks * (NF4_BLOCK // 2 + 4)
     return weights + 4 * out_features
 
 
-class NarrowLinear(nn.Module):
-    """A frozen linear layer in few bits."""
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer whose weight is stored quantised."""
 
-    def __init__(self, layer: nn.Linear, kind: Kind, device: torch.device | str) -> None:
+    def __init__(self, layer: nn.Linear, format: Format, device: torch.device | str) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.kind = layer.in_features, layer.out_features, kind
-        data, scale = FORMATS[kind].pack(layer.weight.detach().to(device))
+        self.in_features, self.out_features, self.format = layer.in_features, layer.out_features, format
+        data, scale = CODECS[format].quantize(layer.weight.detach().to(device))
         self.register_buffer("data", data)
         self.register_buffer("scale", scale)
         self.bias = layer.bias
@@ -74,40 +81,41 @@ class NarrowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the input's dtype."""
         shape = (self.out_features, self.in_features)
-        return _Product.apply(x, self.data, self.scale, self.bias, self.kind, shape)  # pyright: ignore[reportReturnType]
+        return _Product.apply(x, self.data, self.scale, self.bias, self.format, shape)  # pyright: ignore[reportReturnType]
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.kind}"
+        return f"{self.in_features}, {self.out_features}, {self.format}"
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b that keeps the narrow W for its backward pass, and gives a gradient to x alone."""
+    """x W^T + b. It saves the quantised W for the backward pass, and returns a gradient of x only."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, kind: Kind, shape: Any
+        ctx: Any, x: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, format: Format, shape: Any
     ) -> Tensor:
         ctx.save_for_backward(data, scale)
-        ctx.kind, ctx.shape = kind, shape
-        if kind == "float8" and multiplies_float8(x.device, x.dtype, shape):
+        ctx.format, ctx.shape = format, shape
+        if format == "float8" and multiplies_float8(x.device, x.dtype, shape):
             product = float8_product(x, data, scale)
             return product if bias is None else product + bias
-        return F.linear(x, _wide(kind, data, scale, x.dtype, shape), bias)
+        return F.linear(x, _dequantize(format, data, scale, x.dtype, shape), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
         data, scale = ctx.saved_tensors
-        if ctx.kind == "float8" and multiplies_float8(gradient.device, gradient.dtype, ctx.shape):
-            answer = float8_gradient(gradient, data, scale)
+        if ctx.format == "float8" and multiplies_float8(gradient.device, gradient.dtype, ctx.shape):
+            of_x = float8_gradient(gradient, data, scale)
         else:
-            answer = gradient @ _wide(ctx.kind, data, scale, gradient.dtype, ctx.shape)
-        return answer, None, None, None, None, None
+            of_x = gradient @ _dequantize(ctx.format, data, scale, gradient.dtype, ctx.shape)
+        return of_x, None, None, None, None, None
 
 
-def _wide(kind: Kind, data: Tensor, scale: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
-    flat = FORMATS[kind].unpack(data, scale, dtype)
-    return flat.flatten()[: shape[0] * shape[1]].view(shape)
+def _dequantize(format: Format, data: Tensor, scale: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+    """Returns the weight matrix (out, in)."""
+    flat = CODECS[format].dequantize(data, scale, dtype).flatten()
+    return flat[: shape[0] * shape[1]].view(shape)  # nf4 pads its last block
 
 
 # Products in float8 --------------------------------------------------------------------------------------------------
@@ -115,7 +123,7 @@ def _wide(kind: Kind, data: Tensor, scale: Tensor, dtype: torch.dtype, shape: tu
 
 @cache
 def _has_float8_units(index: int | None) -> bool:
-    return torch.cuda.get_device_capability(index) >= (8, 9)  # Ada and Hopper on
+    return torch.cuda.get_device_capability(index) >= (8, 9)  # Ada, Hopper and later
 
 
 def multiplies_float8(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> bool:
@@ -125,23 +133,26 @@ def multiplies_float8(device: torch.device, dtype: torch.dtype, shape: tuple[int
 
 
 def float8_product(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
-    """x (..., in) times W^T in float8, each row of x narrowed by its own scale -> (..., out)."""
-    narrow, rows = _narrow_rows(x.flatten(0, -2))
-    wide = torch._scaled_mm(narrow, data.view(FLOAT8).t(), scale_a=rows, scale_b=scale.t(), out_dtype=x.dtype)
-    return wide.unflatten(0, x.shape[:-1])
+    """x (..., in) times W^T in float8, each row of x quantised with its own scale -> (..., out)."""
+    quantized, rows = _quantize_rows(x.flatten(0, -2))
+    product = torch._scaled_mm(quantized, data.view(FLOAT8).t(), scale_a=rows, scale_b=scale.t(), out_dtype=x.dtype)
+    return product.unflatten(0, x.shape[:-1])
 
 
 def float8_gradient(gradient: Tensor, data: Tensor, scale: Tensor) -> Tensor:
-    """gradient (..., out) times W in float8 -> (..., in). W's scales belong to what is summed over: they go first."""
-    narrow, rows = _narrow_rows(gradient.flatten(0, -2) * scale.to(gradient.dtype).t())
-    columns = data.view(FLOAT8).t().contiguous().t()  # the layout that float8 units ask of the second matrix
+    """gradient (..., out) times W in float8 -> (..., in).
+
+    W's scales lie along the summed dimension, so the gradient is multiplied by them before the product.
+    """
+    quantized, rows = _quantize_rows(gradient.flatten(0, -2) * scale.to(gradient.dtype).t())
+    columns = data.view(FLOAT8).t().contiguous().t()  # float8 units need the second matrix in column-major layout
     ones = scale.new_ones(1, data.shape[1])
-    wide = torch._scaled_mm(narrow, columns, scale_a=rows, scale_b=ones, out_dtype=gradient.dtype)
-    return wide.unflatten(0, gradient.shape[:-1])
+    product = torch._scaled_mm(quantized, columns, scale_a=rows, scale_b=ones, out_dtype=gradient.dtype)
+    return product.unflatten(0, gradient.shape[:-1])
 
 
-def _narrow_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, n) -> the same in float8, and the scale (rows, 1) that each row was divided by."""
+def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, n) -> its float8 values, and the scale (rows, 1) by which each row was divided."""
     scale = x.abs().amax(dim=1, keepdim=True).float().clamp_min(1e-12) / torch.finfo(FLOAT8).max
     return (x / scale.to(x.dtype)).clamp(-448, 448).to(FLOAT8), scale
 
@@ -149,48 +160,48 @@ def _narrow_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 # Formats -------------------------------------------------------------------------------------------------------------
 
 
-def _pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers from -127 to 127 and a scale for each output."""
-    wide = weight.float()
-    scale = wide.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-    return (wide / scale).round().to(torch.int8), scale
+def _quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers from -127 to 127, and a scale for each output (row)."""
+    exact = weight.float()
+    scale = exact.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+    return (exact / scale).round().to(torch.int8), scale
 
 
-def _unpack_int8(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantize_int8(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return data.to(dtype) * scale.to(dtype)
 
 
-def _pack_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """E4M3 and a scale for each output."""
-    data, scale = _narrow_rows(weight.float())
-    return data.view(torch.uint8), scale  # as bytes, which no cast of the whole model's floating-point type touches
+def _quantize_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 values, and a scale for each output (row)."""
+    data, scale = _quantize_rows(weight.float())
+    return data.view(torch.uint8), scale  # as bytes, because `unet.to(dtype)` would cast float8
 
 
-def _unpack_float8(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantize_float8(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return data.view(FLOAT8).to(dtype) * scale.to(dtype)
 
 
 def _nf4_levels() -> list[float]:
-    """The 16 values of QLoRA's NormalFloat (2305.14314, appendix E): quantiles of a normal, 0 and both ends exact.
+    """Returns the 16 values of QLoRA's NormalFloat (2305.14314, appendix E): scaled quantiles of a normal distribution.
 
-    The quantiles are taken between `tail` and 1/2 at evenly spaced places, eight for the positive side, seven for the
-    negative, and scaled to 1.
+    The probabilities are evenly spaced between `tail` and 1/2: eight for the positive values, seven for the negative.
+    0, -1 and 1 are exact.
     """
     tail = 0.9677083
     quantile = statistics.NormalDist().inv_cdf
-    positive = [quantile(tail + (0.5 - tail) * place / 8) for place in range(8)]
-    negative = [-quantile(tail + (0.5 - tail) * place / 7) for place in range(7)]
+    positive = [quantile(tail + (0.5 - tail) * i / 8) for i in range(8)]
+    negative = [-quantile(tail + (0.5 - tail) * i / 7) for i in range(7)]
     return [value / positive[0] for value in sorted([*negative, 0.0, *positive])]
 
 
 @cache
 def _levels(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The levels where they are needed, copied there once: a copy in each step would wait for the device."""
+    """Returns the levels on the device; cached, because a copy in each step would synchronise with the device."""
     return torch.tensor(_nf4_levels(), dtype=dtype, device=device)
 
 
-def _pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Two weights a byte, each the nearest of 16 levels, and a scale for each block of 64."""
+def _quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Two weights a byte, each the index of the nearest of 16 levels, and a scale for each block of 64."""
     flat = weight.float().flatten()
     blocks = F.pad(flat, (0, -flat.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK)
     scale = blocks.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)
@@ -200,13 +211,13 @@ def _pack_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes[:, ::2] << 4 | codes[:, 1::2], scale
 
 
-def _unpack_nf4(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantize_nf4(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     codes = torch.stack([data >> 4, data & 15], dim=-1).flatten(1)
     return _levels(data.device, dtype)[codes.int()] * scale.to(dtype)
 
 
-FORMATS: dict[Kind, Format] = {
-    "int8": Format(8, _pack_int8, _unpack_int8),
-    "float8": Format(8, _pack_float8, _unpack_float8),
-    "nf4": Format(4, _pack_nf4, _unpack_nf4),
+CODECS: dict[Format, Codec] = {
+    "int8": Codec(8, _quantize_int8, _dequantize_int8),
+    "float8": Codec(8, _quantize_float8, _dequantize_float8),
+    "nf4": Codec(4, _quantize_nf4, _dequantize_nf4),
 }

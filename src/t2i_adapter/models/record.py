@@ -1,4 +1,7 @@
-"""`t2i_adapter.json`: what an adapter was trained on and what it eats, kept beside its weights. Loads no torch."""
+"""Reads and checks `t2i_adapter.json`, the record of an adapter's training that lies beside its weights.
+
+It also names the files of an adapter's folder. Importing this module loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,13 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.files import parse_json, user_path
 
 FILE_NAME = "t2i_adapter.json"
+"""The record's file in an adapter's folder."""
+CONFIG = "config.json"
+"""The network's sizes, as diffusers reads them."""
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""The weights in fp32, as diffusers reads them."""
+WEIGHTS_FP16 = "diffusion_pytorch_model.fp16.safetensors"
+"""The weights in fp16, as diffusers reads them with variant="fp16"."""
 SCHEMA = 1
 MAX_RESOLUTION = 8192
 BASE_FIELDS = ("name", "config", "revision", "variant", "vae")
@@ -21,15 +31,15 @@ class Metadata:
     """The contents of t2i_adapter.json.
 
     Attributes:
-        base: the frozen model it was trained on: {name, config, revision, variant, vae}; only `name` is always there.
-        condition: what its condition pictures are: {channels, name, options, polarity, ...} as far as known.
+        base: the frozen model of the training: {name, config, revision, variant, vae}; only `name` is required.
+        condition: the condition pictures: {channels, name, options, polarity, ...} as far as known.
         resolution: side in pixels of the training crops.
-        data: where the pairs came from.
+        data: the dataset.
         optim: summary of the optimiser's options.
         training: summary of the other options.
-        steps: updates taken.
+        steps: number of updates.
         seed: the run's seed.
-        versions: libraries of the run.
+        versions: versions of the libraries.
     """
 
     base: Mapping[str, Any]
@@ -44,8 +54,8 @@ class Metadata:
 
     @classmethod
     def from_dict(cls, data: Any, where: str = FILE_NAME) -> Metadata:
-        """Checks plain JSON types and builds the record; UserError names `where` and the key that is wrong."""
-        content = _checked(data, where, "it", dict)
+        """Builds the record from parsed JSON. Raises UserError, with `where` and the key, if a value is malformed."""
+        content = _checked(data, where, "the content", dict)
         if content.get("schema", SCHEMA) != SCHEMA:
             raise UserError(f"{where}: schema {content['schema']!r}; this version reads schema {SCHEMA}.")
         known = {"schema", *cls.__dataclass_fields__}
@@ -61,11 +71,11 @@ class Metadata:
         return record
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` reads them back to an equal record."""
+        """Returns plain JSON types, from which `from_dict` makes an equal record."""
         return {"schema": SCHEMA, **asdict(self)}
 
     def without_local_paths(self) -> Metadata:
-        """The same with paths of this machine cut to their last part, as it is uploaded."""
+        """Returns the record as it is uploaded: with local paths shortened to their last part."""
         return replace(self, **{key: _without_paths(getattr(self, key)) for key in ("base", *_MAPPINGS)})
 
 
@@ -74,9 +84,9 @@ _NUMBERS = ("resolution", "steps", "seed")
 
 
 def read_metadata(adapter: str | Path) -> Metadata | None:
-    """The record in an adapter's folder, or beside it on the hub; None for adapters that have none (made by others).
+    """Reads the record from an adapter's folder or hub repository; None if it has none, as adapters of other trainers.
 
-    Raises UserError if the file is there and malformed.
+    Raises UserError if the file is malformed.
     """
     folder = user_path(adapter)
     path = folder / FILE_NAME if folder.is_dir() else _from_hub(str(adapter))
@@ -90,21 +100,23 @@ def read_metadata(adapter: str | Path) -> Metadata | None:
 
 
 def _from_hub(name: str) -> Path | None:
+    """Downloads the record of an adapter on the hub; None if it has none."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(hf_hub_download(name, FILE_NAME))
     except (OSError, HfHubHTTPError, HFValidationError):
-        return None  # whether there is an adapter at all is told by whoever loads it
+        return None  # loading the adapter reports it if the repository does not exist
 
 
 def is_path(name: str) -> bool:
-    """Whether a base, VAE or data set is named by a place on this machine, not by a hub id."""
+    """Whether the name of a base, VAE or dataset is a local path or an address, not a hub id."""
     return name.startswith((".", "~", "/", "\\")) or ":" in name or Path(name).exists() or name.count("/") > 1
 
 
 def _checked_base(value: Any, where: str) -> dict[str, Any]:
+    """Returns the record's `base` if its fields have the right types. Raises UserError."""
     base = _checked(value, where, "base", dict)
     _checked(base.get("name"), where, "base.name", str)
     for key in BASE_FIELDS[1:]:
@@ -113,26 +125,19 @@ def _checked_base(value: Any, where: str) -> dict[str, Any]:
 
 
 def _checked(value: Any, where: str, key: str, kind: type, *, optional: bool = False) -> Any:
+    """Returns the value if it is of type `kind` (or None, if `optional`). Raises UserError."""
     if (optional and value is None) or (isinstance(value, kind) and not isinstance(value, bool)):
         return value
-    wanted = {dict: "an object", str: "a text", int: "a whole number"}[kind]
-    raise UserError(f"{where}: {key} is {value!r}; it must be {wanted}.")
+    allowed = {dict: "an object", str: "a text", int: "a whole number"}[kind]
+    raise UserError(f"{where}: {key} is {value!r}; it must be {allowed}.")
 
 
 def _without_paths(value: Any) -> Any:
+    """Shortens every local path and address in nested JSON to its last part."""
     if isinstance(value, Mapping):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_without_paths(item) for item in value]
     if not isinstance(value, str) or not is_path(value):
         return value
-    return Path(value.partition("?")[0] if "://" in value else value).name  # signatures stand behind a question mark
-
-
-CONFIG = "config.json"
-
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-WEIGHTS_FP16 = "diffusion_pytorch_model.fp16.safetensors"
+    return Path(value.partition("?")[0] if "://" in value else value).name  # what follows "?" may be a signature

@@ -9,8 +9,7 @@ from tqdm import tqdm
 
 from t2i_adapter.config.tree import Config
 from t2i_adapter.diffusion.schedule import NoiseSchedule
-from t2i_adapter.models.base import Base
-from t2i_adapter.models.gradient_checkpointing import recompute
+from t2i_adapter.models.base import Base, enable_gradient_checkpointing
 from t2i_adapter.models.quantize import quantize
 from t2i_adapter.training import compile as compiled
 from t2i_adapter.training.step import FrozenModel
@@ -38,5 +37,5 @@ def _unet(config: Config, base: Base, device: torch.device, dtype: torch.dtype) 
     if config.train.xformers:
         unet.enable_xformers_memory_efficient_attention()
     if config.train.gradient_checkpointing:
-        recompute(unet, config.train.checkpoint_blocks)
+        enable_gradient_checkpointing(unet, config.train.checkpoint_blocks)
     return unet

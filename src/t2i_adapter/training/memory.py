@@ -18,8 +18,7 @@ from t2i_adapter.batches.example import example_batch
 from t2i_adapter.config.tree import Config
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import Base
-from t2i_adapter.models.gradient_checkpointing import recompute
+from t2i_adapter.models.base import Base, enable_gradient_checkpointing
 from t2i_adapter.models.quantize import quantize
 from t2i_adapter.training.step import FrozenModel, batch_losses
 
@@ -76,7 +75,7 @@ class Shapes:
         if kind != "none":
             quantize(unet, kind, "meta")
         if config.train.gradient_checkpointing:
-            recompute(unet, config.train.checkpoint_blocks)
+            enable_gradient_checkpointing(unet, config.train.checkpoint_blocks)
         return unet
 
     def _step_bytes(self, batch_size: int, height: int, width: int) -> int:

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from t2i_adapter.errors import UserError
-from t2i_adapter.generation.options import GenerateOptions
 from t2i_adapter.training.lock import lock
 from t2i_adapter.verbs import evaluate as evaluation
 from t2i_adapter.verbs import generate as generation
 from t2i_adapter.verbs import train as trainer
 from t2i_adapter.verbs.demo_options import GUIDANCE, SIZE, DemoOptions, training
 from t2i_adapter.verbs.evaluate_options import EvaluateOptions
+from t2i_adapter.verbs.generate import GenerateOptions
 from t2i_adapter.verbs.make_data import ShapesOptions, make_shapes
 
 PICTURES = 4

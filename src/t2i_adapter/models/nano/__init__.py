@@ -1,4 +1,4 @@
-"""The embedded base: SDXL's topology in small, with weights. Its model card is README.md in this folder."""
+"""The embedded base `nano`: a small SDXL with weights, for runs without a download. README.md here is its card."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import pathlib
 
 
 def path() -> pathlib.Path:
-    """The folder that `StableDiffusionXLPipeline.from_pretrained` takes."""
+    """Returns the folder that `StableDiffusionXLPipeline.from_pretrained` loads."""
     return pathlib.Path(__file__).resolve().parent

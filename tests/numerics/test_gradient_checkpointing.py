@@ -1,4 +1,4 @@
-"""Recomputing activations: the same gradients, from less that is kept."""
+"""Gradient checkpointing: the same gradients to the bit, with fewer saved bytes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from t2i_adapter.batches.example import example_batch
 from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.gradient_checkpointing import recompute
+from t2i_adapter.models.base import enable_gradient_checkpointing
 from t2i_adapter.models.open import open_base
 from t2i_adapter.models.quantize import quantize
 from t2i_adapter.training.step import FrozenModel, batch_losses
 
 
 def gradients(blocks: str | None, *, quantized: bool = False) -> tuple[list[torch.Tensor], int]:
-    """The adapter's on one batch, and the bytes kept for the backward pass, weights left out."""
+    """Returns the adapter's gradients on one batch, and the bytes saved for the backward pass, without weights."""
     base = open_base(BaseOptions())
     unet: Any = base.unet("cpu", torch.float32)
     if quantized:
         quantize(unet, "int8", "cpu")
     if blocks:
-        recompute(unet, blocks)  # pyright: ignore[reportArgumentType]
+        enable_gradient_checkpointing(unet, blocks)  # pyright: ignore[reportArgumentType]
     frozen = FrozenModel(unet, NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float32)
     torch.manual_seed(0)
     adapter = build_adapter(AdapterOptions(), base.unet_config)
@@ -45,7 +45,7 @@ def gradients(blocks: str | None, *, quantized: bool = False) -> tuple[list[torc
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_the_gradients_are_the_same_to_the_bit_and_less_is_kept(quantized: bool):
+def test_the_gradients_are_the_same_to_the_bit_and_fewer_bytes_are_saved(quantized: bool):
     plain, kept = gradients(None, quantized=quantized)
     for blocks, most in (("large", 0.75), ("all", 0.4)):
         found, less = gradients(blocks, quantized=quantized)
