@@ -26,7 +26,7 @@ _MINUTES = {"vae": 35.0, "text": 15.0, "unet": 70.0, "decoder": 8.0}
 
 
 def main() -> None:
-    options = _parser().parse_args()
+    options = parser().parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     run.join_group()
     try:
@@ -38,11 +38,11 @@ def main() -> None:
             dist.destroy_process_group()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
         prog="python -m nano_maker", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    verbs = parser.add_subparsers(required=True, metavar="STAGE")
+    verbs = result.add_subparsers(required=True, metavar="STAGE")
     about = {
         "vae": (_vae, "train the autoencoder"),
         "text": (_text, "teach the text encoders what captions say"),
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     measured.set_defaults(verb=_measure)
     measured.add_argument("--out", **out)
     measured.add_argument("--num", type=int, default=256, help="unseen prompts")
-    return parser
+    return result
 
 
 def _stage(verbs, name: str, function, what: str) -> argparse.ArgumentParser:
