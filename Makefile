@@ -1,29 +1,33 @@
-# Everything runs inside .venv; a target that needs it makes it first, once.
+# Every target runs the programs of .venv. `make install` makes .venv; the other targets do so too if it is missing.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then echo $$p; break; fi; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo check test golden bench soak fuzz audit lint types clean
+.PHONY: help install demo check test golden bench dist soak fuzz audit lint types clean
 
 help:
-	@echo "make demo    train an adapter on the embedded base and look at what it does (minutes)"
-	@echo "make test    everything that proves the project, but GPU and soak"
-	@echo "make check   lint, types, unit, contract and numerics tests (two minutes)"
-	@echo "make golden  record the loss curve that changes are compared with anew; a commit that does says why"
-	@echo "make soak    long campaigns against losing a run, and long fuzzing (hours)"
-	@echo "make fuzz    fuzzing led by the code it reaches (atheris, from the network)"
-	@echo "make audit   known faults of the installed packages (needs the network)"
-	@echo "make bench NAME=time_to_control   run one file of benchmarks/"
+	@echo "make install   install the package and the tools of its developers in .venv (network)"
+	@echo "make demo      train an adapter on nano, the embedded base, and write a page with its pictures (minutes)"
+	@echo "make check     lint, types, unit tests, contract tests and numerics tests (minutes)"
+	@echo "make test      lint, types and all tests except those of a GPU and the soak tests"
+	@echo "make lint      ruff: layout and rules; make types: pyright"
+	@echo "make golden    record the reference loss curve again; the commit that does so states why"
+	@echo "make bench NAME=time_to_control    run one program of benchmarks/"
+	@echo "make dist      build the sdist and the wheel in dist/"
+	@echo "make soak      long tests: killed runs, full disks, damaged files, fuzzing (hours)"
+	@echo "make fuzz      coverage-guided fuzzing with atheris for a minute (network)"
+	@echo "make audit     known vulnerabilities of the installed packages (network)"
+	@echo "make clean     remove .venv, runs, build and dist"
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
-	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; none was found. Name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found. Name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	$(BIN)/python -m t2i_adapter.annotators.weights || echo "Tests of soft edges, poses and person masks will be skipped."
+	$(BIN)/python -m t2i_adapter.annotators.weights || echo "No weights of the annotators: the tests of soft edges, poses and person masks will be skipped."
 	@touch $@
 
 demo: install
@@ -46,8 +50,12 @@ golden: install
 	$(BIN)/python tests/support/golden.py
 
 bench: install
-	@test -f "benchmarks/$(NAME).py" || { echo "NAME=$(NAME): no such file benchmarks/$(NAME).py; there are: $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/\.py$$//' | tr '\n' ' ')"; exit 2; }
+	@test -f "benchmarks/$(NAME).py" || { echo "NAME=$(NAME): no such file benchmarks/$(NAME).py. NAME is one of: $$(ls benchmarks/*.py | xargs -n1 basename | sed 's/\.py$$//' | tr '\n' ' ')"; exit 2; }
 	$(BIN)/python benchmarks/$(NAME).py
+
+dist: install
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
 
 soak: install
 	HYPOTHESIS_PROFILE=soak $(BIN)/pytest tests/fuzz --timeout=7200
@@ -68,4 +76,4 @@ audit: install
 	$(BIN)/pip-audit --skip-editable
 
 clean:
-	rm -rf .venv runs build
+	rm -rf .venv runs build dist

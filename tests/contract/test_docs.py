@@ -1,4 +1,4 @@
-"""Every command that the documentation shows is one that this version takes, and every file it names is there."""
+"""This version accepts every command that the documentation shows, and every file that a page names exists."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from nano_maker.__main__ import parser as nano_maker_parser
 from support.doc_pages import PAGES, commands
 
-from t2i_adapter import script as compat
+from t2i_adapter import script
 from t2i_adapter.cli import PROG, VERBS
 from t2i_adapter.flags import parse_flags, parse_train
 from t2i_adapter.imports import resolve
@@ -29,11 +30,14 @@ def test_a_shown_command_parses(page: Path, command: str, monkeypatch: pytest.Mo
     if words[0] == "make":
         _check_make(words)
     elif "train_t2i_adapter_sdxl.py" in words:
-        compat.parse(words[words.index("train_t2i_adapter_sdxl.py") + 1 :])
+        script.parse(words[words.index("train_t2i_adapter_sdxl.py") + 1 :])
     elif "t2i_adapter" in words and words[words.index("t2i_adapter") - 1] == "-m":
         _check_verb(words[words.index("t2i_adapter") + 1 :])
     elif words[0] == PROG:
         _check_verb(words[1:])
+    elif words[:3] == ["python", "-m", "nano_maker"]:
+        assert "PYTHONPATH=tools" in page.read_text(encoding="utf-8")
+        nano_maker_parser().parse_args(words[3:])
     else:
         _check_file(words)
 
@@ -68,13 +72,13 @@ def _check_file(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path):
+def test_the_targets_of_links_exist(page: Path):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda page: page.name)
-def test_named_result_files_are_there(page: Path):
+def test_named_files_of_benchmarks_exist(page: Path):
     for name in re.findall(r"benchmarks/[\w./-]+\.(?:json|md|py)", page.read_text(encoding="utf-8")):
         assert (ROOT / name).is_file(), name

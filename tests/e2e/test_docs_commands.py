@@ -62,7 +62,7 @@ NOT_RUN = {
     f'{PROG} train --data.train_data_dir "': "shards elsewhere; tests/e2e/test_sources.py reads them from servers",
     "python -m t2i_adapter.annotators.weights": "downloads",
     "python benchmarks/campaigns.py": "minutes to hours; tests/campaigns runs the same code in short",
-    "python -m nano_maker": "hours; tests/unit/test_nano.py makes a base in small",
+    "python -m nano_maker": "takes hours; tests/unit/test_nano.py tests its parts",
 }
 
 PAGES_WITH_COMMANDS = [page for page in PAGES if page.suffix == ".md" and commands(page)]

@@ -1,4 +1,4 @@
-"""The embedded base: complete, small, loading unchanged; its card's numbers; the arithmetic of its maker."""
+"""The embedded base nano: its files, its pictures and the numbers of its card; the mathematics of nano_maker."""
 
 import json
 import subprocess
@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLAdapterPipeline, StableDiffusionXLPipeline, T2IAdapter
-from nano_maker import card, checkpoint, judge, pictures, unet, vae, words
+from nano_maker import card, checkpoint, pictures, unet, vae, words
+from nano_maker.judge import judge
 from nano_maker.measure import SHEET_PROMPTS
 from safetensors import safe_open
 
 from t2i_adapter.data import emoji, shapes
 from t2i_adapter.models import nano
+from t2i_adapter.types import TOKENS
 
 SIDE = 128
 
@@ -45,7 +47,7 @@ def test_no_pickles():
     assert not [p for p in nano.path().rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
 
 
-def test_card_says_what_was_measured():
+def test_card_equals_the_measurements():
     numbers = json.loads((nano.path() / "measurements.json").read_text())
     recipe = json.loads((nano.path() / "recipe.json").read_text())
     text = (nano.path() / "README.md").read_text()
@@ -76,10 +78,10 @@ def test_tokenizers(base):
         assert ids[0] == first.convert_tokens_to_ids(words.START) and ids[-1] == first.convert_tokens_to_ids(words.END)
     assert second("red", padding="max_length").input_ids[-1] == 0 == second.pad_token_id
     assert first("Red CIRCLE").input_ids == first("red circle").input_ids
-    assert len(first("red", padding="max_length").input_ids) == words.MAX_TOKENS
+    assert len(first("red", padding="max_length").input_ids) == TOKENS
 
 
-def test_draws_what_it_is_told(base):
+def test_pictures_follow_the_prompt(base):
     prompts = ["red circle with blue background"] * 4
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
     images = base(prompts, num_inference_steps=12, guidance_scale=3.0, generator=generators, output_type="np").images
@@ -88,7 +90,7 @@ def test_draws_what_it_is_told(base):
     assert (blue > red + 0.3).sum() >= 3
 
 
-def test_takes_an_adapter_s_features(base):
+def test_an_adapters_features_change_the_picture(base):
     channels = list(base.unet.config["block_out_channels"])
     adapter = T2IAdapter(3, channels=[*channels, channels[-1]], downscale_factor=16, adapter_type="full_adapter_xl")
     pipeline = StableDiffusionXLAdapterPipeline.from_pretrained(nano.path(), adapter=adapter)
@@ -150,16 +152,16 @@ def test_normalising_the_latents_keeps_the_picture():
     assert posterior.std.std() < 1e-6
 
 
-def test_view_says_how_a_picture_came_to_its_size():
-    drawn_at = []
+def test_a_view_scales_crops_and_has_time_ids():
+    sizes = []
 
-    def picture_at(n):
-        drawn_at.append(n)
+    def render(n):
+        sizes.append(n)
         return np.full((n, n, 3), n % 256, np.uint8)
 
-    assert pictures.look(picture_at, pictures.View(32, 160, 5, 7), SIDE).shape == (SIDE, SIDE, 3)
-    assert pictures.look(picture_at, pictures.View(700, 160, 5, 7), SIDE).shape == (SIDE, SIDE, 3)
-    assert drawn_at == [32, 160]
+    assert pictures.apply_view(render, pictures.View(32, 160, 5, 7), SIDE).shape == (SIDE, SIDE, 3)
+    assert pictures.apply_view(render, pictures.View(700, 160, 5, 7), SIDE).shape == (SIDE, SIDE, 3)
+    assert sizes == [32, 160]
     assert pictures.View(32, 160, 5, 7).time_ids(SIDE) == (32, 32, 5, 7, 128, 128)
     for i in range(200):
         view = pictures.sample_view(np.random.default_rng(i), SIDE)
@@ -171,13 +173,14 @@ def test_checkpoint_round_trip(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    checkpoint.save(tmp_path / "run", {"model": model}, optimizer, {"step": 1})
+    checkpoint.save(tmp_path / "run.safetensors", {"model": model}, optimizer, {"step": 1})
     other = torch.nn.Linear(3, 2)
     fresh = torch.optim.AdamW(other.parameters())
-    assert checkpoint.load(tmp_path / "run", {"model": other}, fresh) == {"step": 1}
+    assert checkpoint.load(tmp_path / "run.safetensors", {"model": other}, fresh) == {"step": 1}
     torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(fresh.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
-    assert sorted(p.suffix for p in (tmp_path / "run").iterdir()) == [".json", ".safetensors", ".safetensors"]
+    assert checkpoint.progress(tmp_path / "run.safetensors") == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
 
 
 def test_every_caption_is_whole_words():
@@ -188,23 +191,23 @@ def test_every_caption_is_whole_words():
         assert len(tokenizer(caption).input_ids) == 2 + len(caption.replace(",", " ,").split())
 
 
-def test_vocabulary_is_the_same_in_every_order():
+def test_vocabulary_does_not_depend_on_the_order_of_words():
     some = ["apple", "sea", "an", "banana", "seal", "green", "greenish", "aaa"]
     vocabulary, merges = words._byte_pairs(some)
     assert words._byte_pairs(some[::-1]) == (vocabulary, merges)
     assert all(word + "</w>" in vocabulary for word in some) and len(vocabulary) == 514 + len(merges)
 
 
-def test_judge_reads_the_generator_s_own_pictures():
+def test_judge_recognises_rendered_scenes():
     right, wrong_color = 0, 0
     for i in range(60):
         scene = shapes.sample_scene(3, i, max_shapes=1)
-        seen = judge.look_at(np.asarray(shapes.render(scene, SIDE)))
+        seen = judge(np.asarray(shapes.render(scene, SIDE)))
         right += seen.kind == scene.shapes[0].kind
         wrong_color += not np.allclose(seen.color, shapes.COLORS[scene.shapes[0].color], atol=3)
     assert right >= 57 and wrong_color <= 2
 
 
-def test_judge_sees_no_object_on_an_empty_picture():
-    seen = judge.look_at(np.full((SIDE, SIDE, 3), 200, np.uint8))
+def test_judge_finds_no_object_in_an_empty_picture():
+    seen = judge(np.full((SIDE, SIDE, 3), 200, np.uint8))
     assert seen.kind is None and not seen.mask.any()

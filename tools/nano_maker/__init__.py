@@ -1,1 +1,4 @@
-"""How the embedded base `nano` is made: VAE, text encoders, UNet, measures, export. See `python -m ... --help`."""
+"""The program that makes the embedded base `nano`: it trains VAE, text encoders and UNet, exports and measures them.
+
+`PYTHONPATH=tools python -m nano_maker --help` lists its stages; docs/nano.md explains them.
+"""

@@ -1,4 +1,4 @@
-"""The model card, written from the measurements: no number in it is typed by hand."""
+"""The text of nano's model card (README.md), filled with the numbers of measurements.json and recipe.json."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ tags: [stable-diffusion-xl, text-to-image, synthetic]
 # nano
 
 Stable Diffusion XL's topology in small, with weights trained from scratch by `python -m nano_maker`.
-It draws flat shapes of named colours at {side} px, so that an adapter can be trained, watched and tested in minutes,
-on two CPU cores, without a download. It is a teaching and test model, not a picture maker.
+It generates flat shapes of named colours at {side} px, so that an adapter can be trained and tested in minutes,
+on two CPU cores, without a download. It is a model for learning and for tests.
 
 ![samples](samples.png)
 
-Each prompt of the sheet has four samples, left to right and then down:
+Each prompt has four samples. The prompts, row by row and two in a row:
 
 {prompts}
 
@@ -51,14 +51,14 @@ channels `({channels}, last again)`, `downscale_factor=16`.
 {parameters}
 
 {weights:.1f} MB of fp16 safetensors. Latents: 4 channels, 1/8 of the side. Epsilon prediction, SDXL's Euler scheduler.
-The vocabulary is a byte-level BPE in CLIP's form in which every word of the domain is one token; other words fall
-apart into letters and mean nothing to it.
+The vocabulary is a byte-level BPE in CLIP's format in which every word of the training captions is one token. Other
+words are split into letters, which the model does not understand.
 
 ## Measured
 
-On {num} unseen prompts of one shape (test scenes of the generator, none of whose captions was trained on), {steps}
-steps, guidance {guidance}. A picture is judged without being told what should be in it: `tools/nano_maker/judge.py`.
-The column "true pictures" is what that judge says of the generator's own pictures, and so the best that can be reached.
+On {num} unseen prompts of one shape (test scenes of `make-data shapes` whose captions were not trained on), {steps}
+steps, guidance {guidance}. `tools/nano_maker/judge.py` finds colours and shape in a picture without its prompt. The
+column "true pictures" applies it to the rendered scenes themselves, which is the best possible result.
 
 | | all | plain background | patterned | true pictures |
 |---|---|---|---|---|
@@ -68,40 +68,40 @@ The column "true pictures" is what that judge says of the generator's own pictur
 |---|---|
 | VAE, PSNR on 256 unseen scenes | {psnr_mean:.1f} dB (plain {psnr_plain:.1f}, patterned {psnr_patterned:.1f}) |
 {guidance_rows}
-| sharpest edges by `original_size` | {size_effect} |
-| object's centre, cut at {near_px} and at {far_px} px from the left | {centres} |
+| sharpness by `original_size` | {size_effect} |
+| object's centre, crop at {near_px} and at {far_px} px from the left | {centres} |
 | denoising with another picture's crop | error {crop_cost} larger |
-| denoising small pictures as if of native size | error {size_cost} larger |
+| denoising small originals with the native size | error {size_cost} larger |
 
-Guidance, edges and centres: {few} prompts, the same noise in each column. Sharpness is the 99th percentile of the
-step between neighbouring pixels, of 255. The last two rows, with 95 % intervals: {paired} unseen pictures each,
-denoised twice from the same noise, with their own numbers and with wrong ones (`tools/nano_maker/micro.py`).
+Guidance, sharpness and centres: {few} prompts with equal noise. Sharpness is the 99th percentile of the
+difference between neighbouring pixels, of 255. The last two rows, with 95 % intervals: {paired} unseen pictures each,
+denoised twice from equal noise, with correct and with wrong time ids (`tools/nano_maker/micro.py`).
 
 ## Training
 
 {recipe}
 
-The times are wall-clock on 2 CPU cores that other programs used too. The text encoders were first taught to tell
-colours, kinds, sizes, places and patterns from captions, then frozen. The UNet starts as the identity
-(`tools/nano_maker/unet.py` says why), its loss is weighted towards high noise, 10 % of captions are dropped: half
-become zeros, which is what `force_zeros_for_empty_prompt` passes, half the encoded empty prompt. A fifth of the pictures is
-cut out of a larger one, another third was smaller or larger than {side} px, with time ids that say so.
+The times are wall-clock on 2 CPU cores that other programs used too. The text encoders first learned to predict
+colours, kinds, sizes, places and patterns from captions, and were then frozen. The UNet starts as the identity
+(`tools/nano_maker/unet.py` explains why). Its loss has a larger weight at high noise. 10 % of captions are dropped:
+half become zeros, as with `force_zeros_for_empty_prompt`, half the encoded empty prompt. A fifth of the pictures are
+crops of a larger one, and a third have an original smaller or larger than {side} px; the time ids hold both.
 
 ## What it was trained on
 
 - Scenes of `t2i_adapter.data.shapes`: one to three flat shapes of eight kinds in 148 CSS colours on plain,
   striped, dotted and floral backgrounds, with captions.
-- [Fluent Emoji](https://github.com/microsoft/fluentui-emoji), flat style, by their names, skin tones left out; a
-  tenth of the names is held out. MIT licence, Copyright (c) Microsoft Corporation.
+- [Fluent Emoji](https://github.com/microsoft/fluentui-emoji), flat style, with their names as captions, without skin
+  tones; a tenth of the names is held out. MIT licence, Copyright (c) Microsoft Corporation.
 
 ## What it cannot draw
 
 {limits}- Anything but flat shapes on flat or patterned backgrounds. Photographs, scenes, writing, people: no.
-- Emoji: a name gives the rough colours and a blob in the middle, not the drawing; a name that was held out is a
-  guess from its words. The bottom rows of the sheet show how far it came.
-- Numbers of things ("three stars"), kinds that it has not met, colours other than the CSS names.
-- Edges are as soft as the VAE's {psnr_mean:.0f} dB let them be; small details such as petals are blurred.
-- With several shapes, number and depth order are often wrong; pale shapes on pale grounds can be missing.
+- Emoji: a name produces rough colours and a blob in the middle, not the drawing; a held-out name is a
+  guess from its words. The last rows of the sheet show examples.
+- Numbers ("three stars"), other kinds of shapes, colours other than the CSS names.
+- Sharp edges: the VAE reaches {psnr_mean:.0f} dB; small details such as petals are blurred.
+- Several shapes: number and depth order are often wrong; pale shapes on pale backgrounds can be missing.
 
 ## Licence
 
@@ -110,7 +110,7 @@ Weights: Apache-2.0, as the project. The emoji that they were trained on: MIT, M
 
 
 def text(numbers: dict[str, Any], recipe: dict[str, Any], prompts: Sequence[str]) -> str:
-    """The card, from measurements.json and recipe.json."""
+    """Returns the card's text from the contents of measurements.json and recipe.json."""
     return _CARD.format(
         side=128,
         steps=numbers["steps"],
@@ -144,21 +144,21 @@ def _percent(cost: dict[str, float]) -> str:
 
 
 def _limits(numbers: dict[str, Any]) -> list[str]:
-    """What the measurements show to be missing."""
+    """Returns the limits that the measurements show."""
     limits, right, crop = [], numbers["follows"]["right_shape"], numbers["crop_effect"]
     moved, to_move = (crop[of]["near"] - crop[of]["far"] for of in ("base", "true"))
     if right < 0.9:
         limits.append(
-            f"Shapes by their names: {right:.0%} are of the right kind, where guessing one of eight gives 12%. The\n"
+            f"Shapes by their names: {right:.0%} are of the right kind; guessing one of eight would reach 12%. The\n"
             "  others are blobs of the right colour, size and place."
         )
     sharpness = list(numbers["size_effect"].values())
     if sharpness[-1] < 1.1 * sharpness[0]:
         limits.append(
-            "Blur by size: `original_size` is heeded in denoising (table), too faintly to be seen in a picture."
+            "Blur by size: `original_size` changes denoising (table), but too little to be visible in a picture."
         )
     if moved < to_move / 2:
-        limits.append("Cuts by crop: likewise; objects hardly move with `crops_coords_top_left`.")
+        limits.append("Crops: likewise, objects hardly move with `crops_coords_top_left`.")
     return limits
 
 

@@ -1,62 +1,62 @@
-"""Training state on disk: safetensors for tensors, JSON for the rest, replaced in one move."""
+"""Checkpoints of a training stage: one safetensors file with the weights, the optimiser's state and the progress."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from t2i_adapter.files import move_atomic
+from t2i_adapter.tensors import write_tensors
 
 
 def save(
-    folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None, facts: Mapping[str, Any]
+    file: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None, progress: Mapping[str, Any]
 ) -> None:
-    """Write everything beside `folder`, then put it in its place: a kill leaves the old or the new one."""
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    for name, module in modules.items():
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, fresh / f"{name}.safetensors")
+    """Replaces `file` by a rename: after a kill it holds the old or the new checkpoint.
+
+    A module's weight is stored as MODULE/NAME, the optimiser's state as optimizer/PARAMETER.NAME, `progress` as JSON.
+    """
+    tensors = {f"{name}/{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
     if optimizer is not None:
-        save_file(_flatten(optimizer), fresh / "optimizer.safetensors")
-    (fresh / "state.json").write_text(json.dumps(dict(facts), indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+        states = optimizer.state_dict()["state"]
+        tensors |= {f"optimizer/{i}.{key}": value for i, state in states.items() for key, value in state.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    write_tensors(
+        temporary, {key: value.cpu() for key, value in tensors.items()}, {"progress": json.dumps(dict(progress))}
+    )
+    move_atomic(temporary, file)
 
 
 def load(
-    folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None = None
+    file: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any]:
-    """Fill modules and optimiser from a folder that `save` wrote; returns the state."""
+    """Loads modules and optimiser from a file that `save` wrote; returns the progress."""
+    tensors = load_file(file)
     for name, module in modules.items():
-        module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        module.load_state_dict(_below(f"{name}/", tensors))
     if optimizer is not None:
-        _unflatten(optimizer, load_file(folder / "optimizer.safetensors"))
-    return state(folder)
+        states: dict[int, dict[str, Tensor]] = {}
+        for key, value in _below("optimizer/", tensors).items():
+            index, name = key.split(".")
+            states.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    return progress(file)
 
 
-def state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text())
+def progress(file: Path) -> dict[str, Any]:
+    """Returns the progress that `save` stored, without loading the weights."""
+    with safe_open(file, "pt") as content:
+        return json.loads(content.metadata()["progress"])
 
 
-def exists(folder: Path) -> bool:
-    return (folder / "state.json").exists()
-
-
-def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """{"<parameter>.<name>": tensor} of an Adam-like optimiser's moments and step counts."""
-    states = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": value.contiguous() for i, state in states.items() for name, value in state.items()}
-
-
-def _unflatten(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    states: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".")
-        states.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors whose name begins with the prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

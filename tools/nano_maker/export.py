@@ -1,4 +1,4 @@
-"""The finished parts as a folder in diffusers' layout: half precision, plain file names, any pipeline loads it."""
+"""Writes the trained parts as a folder in the layout of diffusers, in half precision; any SDXL pipeline loads it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 
 from nano_maker.text import TextModels
 from nano_maker.unet import scheduler
+from t2i_adapter.errors import UserError
+from t2i_adapter.files import show_bytes
 
 MAX_BYTES = 40 * 2**20
 
@@ -23,26 +25,28 @@ def pipeline(vae: AutoencoderKL, text: TextModels, unet: UNet2DConditionModel) -
         tokenizer_2=text.tokenizers[1],
         unet=unet,
         scheduler=scheduler(),  # pyright: ignore[reportArgumentType]
-        force_zeros_for_empty_prompt=True,  # as SDXL; dropped captions were trained both as zeros and as ""
+        force_zeros_for_empty_prompt=True,  # as SDXL; the UNet was trained with zeros and with the encoded ""
         add_watermarker=False,
     )
 
 
 def _load_as_float32(config: Path) -> None:
-    """transformers loads in the type that was saved, diffusers in float32: without a word they would not fit."""
+    """Makes transformers load an encoder as float32, as diffusers does; without it the type would be the stored one."""
     fields = json.loads(config.read_text())
     config.write_text(json.dumps({**fields, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
 def write(folder: Path, base: StableDiffusionXLPipeline) -> int:
-    """Save the base in half precision; returns the bytes of the weights."""
+    """Writes the base in half precision; returns the bytes of its weights. Raises UserError above MAX_BYTES."""
     base.to(torch.float16).save_pretrained(folder, safe_serialization=True)
     base.to(torch.float32)
     for encoder in ("text_encoder", "text_encoder_2"):
         _load_as_float32(folder / encoder / "config.json")
     for weights in folder.rglob("*.safetensors"):
-        weights.chmod(0o644)  # they are written readable by their owner alone
+        weights.chmod(0o644)  # safetensors makes them readable by their owner only
     size = sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
     if size > MAX_BYTES:
-        raise ValueError(f"{folder} holds {size / 2**20:.1f} MB of weights; at most {MAX_BYTES / 2**20:.0f} may travel")
+        raise UserError(
+            f"{folder} holds {show_bytes(size)} of weights; the package may contain {show_bytes(MAX_BYTES)}."
+        )
     return size

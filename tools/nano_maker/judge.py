@@ -1,4 +1,4 @@
-"""Reads a generated picture without being told what should be in it: background colour, object, its colour and kind."""
+"""Finds the background colour, the object, its colour and its kind in a generated picture, without its prompt."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 from t2i_adapter.data import shapes
 from t2i_adapter.evaluation.color import srgb_to_lab
 
-_FRAME = 16  # pixels at the rim of the picture, mostly background
-_APART = 12.0  # CIE76: colours that differ by less are one
-_OFF_LINE = 24.0  # RGB, 0 to 255: a colour this far from all mixtures of two others is a third one
-_MIN_AREA = 0.01  # of the picture: smaller spots are no object
+_FRAME = 16  # pixels: width of the picture's border, mostly background
+_MIN_DIFFERENCE = 12.0  # CIE76: colours with a smaller difference count as equal
+_MIN_DISTANCE = 24.0  # RGB, 0 to 255: a colour this far from all mixtures of two colours is a third colour
+_MIN_AREA = 0.01  # share of the picture: a smaller region is not an object
 _SIDE = 64  # pixels of the canvas on which outlines are compared
-_ANGLES = 5  # turns tried for each kind, over the range that the generator draws from
+_ANGLES = 5  # angles compared for each kind, over the generator's range
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a picture shows. Without an object, `color` is that of the picture's middle and `kind` is None."""
+class Content:
+    """The content of a picture. If it has no object, `color` is that of the picture's middle and `kind` is None."""
 
     background: np.ndarray  # (3,) RGB, 0 to 255
     color: np.ndarray  # (3,) RGB, 0 to 255
@@ -29,8 +29,8 @@ class Seen:
     mask: np.ndarray  # (H,W) bool
 
 
-def look_at(image: np.ndarray) -> Seen:
-    """(H,W,3) uint8 with one shape on a plain or patterned background."""
+def judge(image: np.ndarray) -> Content:
+    """Returns the content of a picture, (H,W,3) uint8, of one shape on a plain or patterned background."""
     lab = srgb_to_lab(image)
     frame = np.ones(image.shape[:2], bool)
     frame[_FRAME:-_FRAME, _FRAME:-_FRAME] = False
@@ -38,38 +38,38 @@ def look_at(image: np.ndarray) -> Seen:
     foreign = _differs(lab, ground_lab)
     background = np.median(image[frame & ~foreign], axis=0)
     sides = (foreign[:_FRAME], foreign[-_FRAME:], foreign[:, :_FRAME], foreign[:, -_FRAME:])
-    if all(side.mean() > 0.04 for side in sides):  # a pattern: its accent is no object either, nor are its rims
+    if all(side.mean() > 0.04 for side in sides):  # a pattern: its accent and its edges are not objects
         foreign &= _off_mixtures(image, background, np.median(image[foreign & frame], axis=0))
     mask = _largest_part(foreign)
     if mask.mean() < _MIN_AREA:
         H, W = mask.shape
         middle = image[H // 3 : -(H // 3), W // 3 : -(W // 3)].reshape(-1, 3)
-        return Seen(background, np.median(middle, axis=0), None, mask)
+        return Content(background, np.median(middle, axis=0), None, mask)
     core = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
-    return Seen(background, np.median(image[core if core.any() else mask], axis=0), kind_of(mask), mask)
+    return Content(background, np.median(image[core if core.any() else mask], axis=0), kind_of(mask), mask)
 
 
 def kind_of(mask: np.ndarray) -> str:
-    """The kind whose outline, moved and scaled onto the mask, covers it best."""
+    """Returns the kind whose outline, moved and scaled onto the mask, has the largest IoU with it."""
     canvas = _normalised(mask)
     scores = {kind: max(_iou(canvas, t) for t in templates) for kind, templates in _templates().items()}
     return max(scores, key=scores.__getitem__)
 
 
 def _differs(lab: np.ndarray, color: np.ndarray) -> np.ndarray:
-    """(H,W) bool."""
-    return np.linalg.norm(lab - color, axis=-1) > _APART
+    """Returns (H,W) bool: where the colour differs from `color`."""
+    return np.linalg.norm(lab - color, axis=-1) > _MIN_DIFFERENCE
 
 
 def _off_mixtures(image: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(H,W) bool: where the colour is no mixture of the two."""
+    """Returns (H,W) bool: where the colour is far from every mixture of the two."""
     line = second - first
     share = np.clip((image - first) @ line / max(float(line @ line), 1.0), 0, 1)
-    return np.linalg.norm(image - first - share[..., None] * line, axis=-1) > _OFF_LINE
+    return np.linalg.norm(image - first - share[..., None] * line, axis=-1) > _MIN_DISTANCE
 
 
 def _largest_part(mask: np.ndarray) -> np.ndarray:
-    """The largest connected part, once hairlines (antialiased rims of a pattern) are opened away."""
+    """Returns the largest connected part; a morphological opening first removes thin lines (edges of a pattern)."""
     opened = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     count, labels, stats, _ = cv2.connectedComponentsWithStats(opened)
     if count < 2:
@@ -78,7 +78,7 @@ def _largest_part(mask: np.ndarray) -> np.ndarray:
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
-    """(_SIDE,_SIDE) bool: the mask with its centroid in the middle and an area of a fifth of the canvas."""
+    """Returns the mask as (_SIDE,_SIDE) bool, its centroid in the middle, its area a fifth of the canvas."""
     y, x = np.nonzero(mask)
     scale = np.sqrt(0.2 * _SIDE**2 / len(x))
     move = np.asarray([[scale, 0, _SIDE / 2 - scale * x.mean()], [0, scale, _SIDE / 2 - scale * y.mean()]])
@@ -87,7 +87,7 @@ def _normalised(mask: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _templates() -> dict[str, list[np.ndarray]]:
-    """{kind: normalised masks over its range of angles}."""
+    """Returns {kind: normalised masks over its range of angles}."""
     ground = shapes.Background("plain", "black", "white")
 
     def mask_of(kind: str, angle: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the base can do, in numbers and in a sheet of samples: the contents of its model card."""
+"""Measures an exported base and writes its model card: measurements.json, samples.png and README.md."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from nano_maker import card, judge, micro, pictures, vae
+from nano_maker import card, micro, pictures, vae
 from nano_maker.corpus import Corpus
+from nano_maker.judge import judge
 from t2i_adapter.data import shapes
 from t2i_adapter.evaluation.color import ciede2000, srgb_to_lab
 
 STEPS = 20
 GUIDANCE = 3.0
 _BATCH = 32
-_SEED = 0  # of the test scenes: the first ones that make-data writes
-_SEEN = 20 * 1024  # training captions to keep the prompts apart from
-_PAIRED = 512  # pictures denoised twice, with right and with wrong size or crop numbers
-_FEW = 48  # prompts for the comparisons, where the mean over pairs is what counts
+_SEED = 0  # of the test scenes: make-data writes the first of them
+_SEEN = 20 * 1024  # training captions; prompts equal to one of them are not used
+_PAIRED = 512  # pictures denoised twice, with correct and with wrong time ids
+_FEW = 48  # prompts of the comparisons between settings
 
 
 def write_recipe(folder: Path, stages: dict[str, Any]) -> None:
@@ -31,11 +32,11 @@ def write_recipe(folder: Path, stages: dict[str, Any]) -> None:
 
 
 def run(folder: Path, num: int) -> None:
-    """Measure the base in `folder`; write measurements.json, samples.png and README.md there."""
+    """Measures the base in `folder` on `num` unseen prompts and writes the files of its model card there."""
     base = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     base.set_progress_bar_config(disable=True)
-    asked = unseen(num)
-    images = sample(base, [scene.caption for scene in asked])
+    scenes = unseen(num)
+    images = sample(base, [scene.caption for scene in scenes])
     numbers = {
         "num": num,
         "steps": STEPS,
@@ -45,13 +46,13 @@ def run(folder: Path, num: int) -> None:
         "parameters": {name: _count(getattr(base, name)) for name in ("unet", "vae", "text_encoder", "text_encoder_2")},
         "weights_mb": sum(p.stat().st_size for p in folder.rglob("*.safetensors")) / 2**20,
         "vae": _vae_numbers(base),
-        "judge": follow_numbers([np.asarray(shapes.render(s, pictures.NATIVE)) for s in asked], asked),
-        "follows": follow_numbers(images, asked),
-        "plain": _only(images, asked, patterned=False),
-        "patterned": _only(images, asked, patterned=True),
-        "guidance_effect": _guidance_effect(base, asked[:_FEW]),
-        "size_effect": _size_effect(base, asked[:_FEW]),
-        "crop_effect": micro.crop_effect(base, asked[:_FEW], sample),
+        "judge": follow_numbers([np.asarray(shapes.render(s, pictures.NATIVE)) for s in scenes], scenes),
+        "follows": follow_numbers(images, scenes),
+        "plain": _only(images, scenes, patterned=False),
+        "patterned": _only(images, scenes, patterned=True),
+        "guidance_effect": _guidance_effect(base, scenes[:_FEW]),
+        "size_effect": _size_effect(base, scenes[:_FEW]),
+        "crop_effect": micro.crop_effect(base, scenes[:_FEW], sample),
         "wrong_numbers_cost": micro.costs(base, _PAIRED),
     }
     (folder / "measurements.json").write_text(json.dumps(numbers, indent=1) + "\n")
@@ -61,7 +62,7 @@ def run(folder: Path, num: int) -> None:
 
 
 def unseen(num: int) -> list[shapes.Scene]:
-    """Test scenes of one shape whose caption is none of the training captions."""
+    """Returns test scenes of one shape whose captions are not among the training captions."""
     seen = {Corpus.caption_of_scene(i) for i in range(_SEEN)}
     found, index = [], shapes.TEST_START
     while len(found) < num:
@@ -74,7 +75,7 @@ def unseen(num: int) -> list[shapes.Scene]:
 
 @torch.inference_mode()
 def sample(base: StableDiffusionXLPipeline, prompts: Sequence[str], **options: Any) -> list[np.ndarray]:
-    """[(H,W,3) uint8]; the noise of prompt i is that of seed i, whatever the options."""
+    """Returns a picture for each prompt, (H,W,3) uint8. The noise of prompt i has seed i, whatever the options."""
     settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "np", **options}
     images: list[np.ndarray] = []
     for start in range(0, len(prompts), _BATCH):
@@ -85,17 +86,17 @@ def sample(base: StableDiffusionXLPipeline, prompts: Sequence[str], **options: A
     return images
 
 
-def follow_numbers(images: Sequence[np.ndarray], asked: Sequence[shapes.Scene]) -> dict[str, float]:
-    """Colour differences to the prompt's colours (median, upper quartile) and the share of right shapes."""
-    seen = [judge.look_at(image) for image in images]
-    object_error = _differences([s.color for s in seen], [a.shapes[0].color for a in asked])
-    ground_error = _differences([s.background for s in seen], [a.background.color for a in asked])
+def follow_numbers(images: Sequence[np.ndarray], scenes: Sequence[shapes.Scene]) -> dict[str, float]:
+    """Returns the colour differences to the prompts (median, upper quartile) and the share of correct shapes."""
+    contents = [judge(image) for image in images]
+    object_error = _differences([c.color for c in contents], [s.shapes[0].color for s in scenes])
+    ground_error = _differences([c.background for c in contents], [s.background.color for s in scenes])
     return {
         "object_ciede2000": float(np.median(object_error)),
         "object_ciede2000_q75": float(np.quantile(object_error, 0.75)),
         "background_ciede2000": float(np.median(ground_error)),
         "background_ciede2000_q75": float(np.quantile(ground_error, 0.75)),
-        "right_shape": float(np.mean([s.kind == a.shapes[0].kind for s, a in zip(seen, asked, strict=True)])),
+        "right_shape": float(np.mean([c.kind == s.shapes[0].kind for c, s in zip(contents, scenes, strict=True)])),
         "num": len(images),
     }
 
@@ -104,13 +105,13 @@ def _differences(found: Sequence[np.ndarray], names: Sequence[str]) -> np.ndarra
     return ciede2000(srgb_to_lab(np.stack(found)), srgb_to_lab([shapes.COLORS[name] for name in names]))
 
 
-def _only(images: Sequence[np.ndarray], asked: Sequence[shapes.Scene], patterned: bool) -> dict[str, float]:
-    chosen = [i for i, scene in enumerate(asked) if (scene.background.pattern != "plain") == patterned]
-    return follow_numbers([images[i] for i in chosen], [asked[i] for i in chosen])
+def _only(images: Sequence[np.ndarray], scenes: Sequence[shapes.Scene], patterned: bool) -> dict[str, float]:
+    chosen = [i for i, scene in enumerate(scenes) if (scene.background.pattern != "plain") == patterned]
+    return follow_numbers([images[i] for i in chosen], [scenes[i] for i in chosen])
 
 
 def _vae_numbers(base: StableDiffusionXLPipeline) -> dict[str, float]:
-    """PSNR over 256 unseen scenes of up to three shapes, patterned or not."""
+    """Returns the PSNR over 256 unseen scenes of one to three shapes, also by background."""
     scenes = [shapes.sample_scene(_SEED, shapes.TEST_START + i) for i in range(256)]
     images = np.stack([np.asarray(shapes.render(s, pictures.NATIVE)) for s in scenes])
     values = np.concatenate([vae.psnr(base.vae, images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)])
@@ -122,26 +123,27 @@ def _vae_numbers(base: StableDiffusionXLPipeline) -> dict[str, float]:
     }
 
 
-def _guidance_effect(base: StableDiffusionXLPipeline, asked: Sequence[shapes.Scene]) -> dict[str, dict[str, float]]:
-    """The same prompts and noise at several strengths of guidance; 1 is none."""
-    prompts = [scene.caption for scene in asked]
+def _guidance_effect(base: StableDiffusionXLPipeline, scenes: Sequence[shapes.Scene]) -> dict[str, dict[str, float]]:
+    """Returns the numbers at three guidance scales, with equal prompts and noise. Scale 1 is without guidance."""
+    prompts = [scene.caption for scene in scenes]
     return {
-        str(scale): follow_numbers(sample(base, prompts, guidance_scale=scale), asked) for scale in (1.0, GUIDANCE, 6.0)
+        str(scale): follow_numbers(sample(base, prompts, guidance_scale=scale), scenes)
+        for scale in (1.0, GUIDANCE, 6.0)
     }
 
 
-def _size_effect(base: StableDiffusionXLPipeline, asked: Sequence[shapes.Scene]) -> dict[str, float]:
-    """Mean sharpness by the original size that is claimed: what was small is to look blurred."""
+def _size_effect(base: StableDiffusionXLPipeline, scenes: Sequence[shapes.Scene]) -> dict[str, float]:
+    """Returns the mean sharpness by `original_size`: a small original should look blurred."""
 
     def sharpness(original: int) -> float:
-        images = sample(base, [scene.caption for scene in asked], original_size=(original, original))
+        images = sample(base, [scene.caption for scene in scenes], original_size=(original, original))
         return float(np.mean([_sharpness(image) for image in images]))
 
     return {str(original): sharpness(original) for original in (24, 64, pictures.NATIVE)}
 
 
 def _sharpness(image: np.ndarray) -> float:
-    """The 99th percentile of the differences between neighbours, 0 to 255."""
+    """Returns the 99th percentile of the differences between neighbouring pixels, 0 to 255."""
     values = image.astype(np.float32)
     return float(np.quantile(np.abs(np.diff(values, axis=1)).max(axis=-1), 0.99))
 
@@ -167,7 +169,7 @@ SHEET_PROMPTS = (
 
 
 def sheet(base: StableDiffusionXLPipeline) -> Image.Image:
-    """A row of 4 samples for each prompt, two prompts side by side."""
+    """Returns the sheet of samples: four for each prompt, two prompts side by side."""
     each, side = 4, pictures.NATIVE
     prompts = [prompt for prompt in SHEET_PROMPTS for _ in range(each)]
     images = sample(base, prompts)

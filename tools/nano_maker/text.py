@@ -1,7 +1,7 @@
-"""The two text encoders, taught to tell a picture's colours, shapes and places from its caption.
+"""The two text encoders of nano and their training: they learn to predict colours, shapes and places from a caption.
 
-The UNet then finds in the states and in the pooled vector, linearly, what it has to draw. Learned from
-the pictures alone, this comes last and takes most of the training.
+The UNet can then read the content of a picture linearly from the states and from the pooled vector. Trained with the
+pictures alone, text encoders learn this last, after most of the training.
 """
 
 from __future__ import annotations
@@ -17,33 +17,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from nano_maker.captions import SLOTS, THUMBNAIL, PairDataset
-from nano_maker.run import PairTransform, device, rank, world
-from nano_maker.words import END, MAX_TOKENS, START
+from nano_maker.captions import SLOTS, THUMBNAIL, Targets
+from nano_maker.run import TrainingStage, device, rank, world
+from nano_maker.words import END, START
 from t2i_adapter.data import shapes
+from t2i_adapter.types import TOKENS
 
-WIDTHS = (96, 160)  # of the two encoders; their sum is the UNet's cross attention width
+WIDTHS = (96, 160)  # of the two encoders; their sum is the width of the UNet's cross attention
 POOLED = 128
-_LAYERS = 3  # SDXL reads the last but one
-_HEAD = 32
+_LAYERS = 3  # SDXL uses the states of the second to last
+_HEAD = 32  # width of an attention head
 _BATCH = 64
 _RATE = 2e-3
-_COLOR_WEIGHT = 4.0  # against the cross entropies: colours are to be exact, kinds only to be told apart
+_COLOR_WEIGHT = 4.0  # relative to the cross entropies: colours have to be exact
 
 
 @dataclass
 class TextModels:
-    """SDXL's text side: (tokenizer, encoder) twice."""
+    """SDXL's two tokenizers and two text encoders."""
 
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     first: CLIPTextModel
     second: CLIPTextModelWithProjection
 
     def encode(self, captions: list[str], padding: str = "max_length") -> tuple[Tensor, Tensor]:
-        """(B,77,256) states, (B,128) pooled, as StableDiffusionXLPipeline.encode_prompt joins them.
+        """Returns states (B,77,256) and pooled (B,128), joined as in StableDiffusionXLPipeline.encode_prompt.
 
-        With padding "longest" the states end with the longest caption. The encoders are causal: what comes
-        before is the same.
+        With padding "longest" the states end with the longest caption. The encoders are causal, so the states before
+        that end are equal.
         """
         outputs = [
             encoder(self._ids(tokenizer, captions, padding), output_hidden_states=True)
@@ -52,8 +53,8 @@ class TextModels:
         return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1].text_embeds
 
     def _ids(self, tokenizer: CLIPTokenizer, captions: list[str], padding: str) -> Tensor:
-        """(B,L) int64."""
-        rows = tokenizer(captions, padding=padding, max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+        """Returns token ids, (B,L) int64."""
+        rows = tokenizer(captions, padding=padding, max_length=TOKENS, truncation=True, return_tensors="pt")
         return rows["input_ids"].to(self.first.device)
 
 
@@ -76,16 +77,16 @@ def _config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
         projection_dim=POOLED,
         num_hidden_layers=_LAYERS,
         num_attention_heads=width // _HEAD,
-        max_position_embeddings=MAX_TOKENS,
+        max_position_embeddings=TOKENS,
         hidden_act="gelu",
         **ids,
     )
 
 
 class Reader(nn.Module):
-    """Tells the facts from a text: once from the pooled vector, once by attention over the states. Thrown away after.
+    """Predicts the targets of a caption twice: from the pooled vector, and by attention over the states.
 
-    Everything is read off linearly, so that it lies open for the UNet.
+    Both maps are linear, so that the UNet can read the same content linearly. Used in training only.
     """
 
     def __init__(self, kinds: int, patterns: int) -> None:
@@ -105,47 +106,47 @@ class Reader(nn.Module):
         self.from_states = nn.Linear(width * (1 + SLOTS), sum(self.sizes.values()))
 
     def forward(self, states: Tensor, pooled: Tensor) -> list[dict[str, Tensor]]:
-        """Two readings, each {fact: (B, size)}."""
+        """Returns two predictions, each {target: (B, size)}."""
         queries = self.queries.expand(states.shape[0], -1, -1)
         found = self.attention(queries, states, states, need_weights=False)[0].flatten(1)
         rows = (self.from_pooled(pooled), self.from_states(found))
         return [dict(zip(self.sizes, row.split(list(self.sizes.values()), dim=1), strict=True)) for row in rows]
 
 
-def train(work: Path, minutes: float, seed: int, models: TextModels, draw: Callable[[int], PairDataset]) -> None:
-    """Train within `minutes`; resumes from work/text. `draw(index)` gives the facts of a training caption."""
+def train(work: Path, minutes: float, seed: int, models: TextModels, sample: Callable[[int], Targets]) -> None:
+    """Trains the encoders for `minutes`, resuming from the checkpoint. sample(i) returns training sample i."""
     torch.manual_seed(seed)
     modules = {
         "first": models.first.train(),
         "second": models.second.train(),
         "reader": Reader(len(shapes.KINDS), len(shapes.PATTERNS)).to(device()),
     }
-    stage = PairTransform(work / "text", minutes, _RATE, modules, trained=list(modules))
+    stage = TrainingStage(work, "text", minutes, _RATE, modules, trained=list(modules))
     for step in stage:
-        facts = [draw(step * _BATCH + i) for i in range(rank(), _BATCH, world())]
-        readings = modules["reader"](*models.encode([f.caption for f in facts], "longest"))
-        stage.update(sum((_loss(reading, facts) for reading in readings), torch.zeros(())))
+        targets = [sample(step * _BATCH + i) for i in range(rank(), _BATCH, world())]
+        predictions = modules["reader"](*models.encode([t.caption for t in targets], "longest"))
+        stage.update(sum((_loss(prediction, targets) for prediction in predictions), torch.zeros(())))
 
 
-def _loss(reading: dict[str, Tensor], facts: list[PairDataset]) -> Tensor:
-    """Square error of what is measured, cross entropy of what is counted; what a caption has not got is left out."""
+def _loss(prediction: dict[str, Tensor], targets: list[Targets]) -> Tensor:
+    """Square error of colours and places, cross entropy of classes and counts; undefined targets are skipped."""
 
     def target(name: str) -> Tensor:
-        return torch.from_numpy(np.stack([getattr(f, name) for f in facts])).to(reading[name].device)
+        return torch.from_numpy(np.stack([getattr(t, name) for t in targets])).to(prediction[name].device)
 
-    loss = _COLOR_WEIGHT * _square_error(reading["ground"], target("ground"))
-    loss = loss + _COLOR_WEIGHT * _square_error(reading["shapes"], target("shapes").flatten(1))
-    loss = loss + _COLOR_WEIGHT * _square_error(reading["thumbnail"], target("thumbnail"))
+    loss = _COLOR_WEIGHT * _square_error(prediction["ground"], target("ground"))
+    loss = loss + _COLOR_WEIGHT * _square_error(prediction["shapes"], target("shapes").flatten(1))
+    loss = loss + _COLOR_WEIGHT * _square_error(prediction["thumbnail"], target("thumbnail"))
     loss = (
         loss
-        + F.cross_entropy(reading["pattern"], target("pattern"))
-        + F.cross_entropy(reading["count"], target("count"))
+        + F.cross_entropy(prediction["pattern"], target("pattern"))
+        + F.cross_entropy(prediction["count"], target("count"))
     )
     kinds = target("kinds").flatten()
-    return loss + F.cross_entropy(reading["kinds"].reshape(kinds.shape[0], -1), kinds, ignore_index=-1)
+    return loss + F.cross_entropy(prediction["kinds"].reshape(kinds.shape[0], -1), kinds, ignore_index=-1)
 
 
 def _square_error(value: Tensor, target: Tensor) -> Tensor:
-    """Mean over the entries whose target is a number."""
+    """Mean over the entries whose target is not NaN."""
     known = ~target.isnan()
     return (value - target.nan_to_num()).square().mul(known).sum() / known.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""The UNet: SDXL's blocks in small, epsilon prediction, trained on cached latents and text states."""
+"""The UNet of nano and its training: SDXL's blocks in small, epsilon prediction, cached latents and text states."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from torch import Tensor, nn
 
 from nano_maker.cache import Samples
 from nano_maker.pictures import NATIVE
-from nano_maker.run import PairTransform, averaged, device, follow, rank, world
+from nano_maker.run import TrainingStage, device, rank, world
 from nano_maker.text import POOLED, WIDTHS, TextModels
 from nano_maker.vae import REDUCTION
+from t2i_adapter.training.ema import Ema
 from t2i_adapter.training.muon import Muon
 
 _CHANNELS = (48, 96, 128)
 _GROUPS = 4
-_TIME_WIDTH = 32  # per number of the six time ids
+_TIME_WIDTH = 32  # embedding width of each of the six time ids
 _BATCH = 64
 _RATE = 1e-3
-_DROPPED = 0.10  # captions: half become zeros, as SDXL's pipeline passes; half the encoded "", as training scripts do
+_DROPPED = (
+    0.10  # share of captions: half become zeros, as in SDXL's pipeline, half the encoded "", as in training scripts
+)
 _NOISE_WEIGHT = 0.6
-_TIME_POWER = 0.6  # t = 1000 u^0.6: two thirds of the draws above 500, where it is decided what is drawn, and where
-_HORIZON = 500  # steps of averaging
-_IDENTITY = 4  # latent channels that pass through
+_TIME_POWER = 0.6  # t = 1000 u^0.6: two thirds of the timesteps are above 500, where content and layout are decided
+_EMA_DECAY = 1 - 1 / 500
+_IDENTITY = 4  # latent channels that the initial weights pass through
 
 
 def build() -> UNet2DConditionModel:
-    """Few groups: with as many groups as channels, each norm would take the mean colour of a flat area away."""
+    """Returns a UNet that starts as the identity. Few groups: many would remove the mean colour of a flat area."""
     unet = UNet2DConditionModel(
         sample_size=NATIVE // REDUCTION,
         in_channels=4,
@@ -53,7 +56,7 @@ def build() -> UNet2DConditionModel:
 
 
 def scheduler() -> EulerDiscreteScheduler:
-    """SDXL's own settings."""
+    """Returns SDXL's scheduler."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -67,14 +70,14 @@ def scheduler() -> EulerDiscreteScheduler:
 
 @torch.no_grad()
 def _pass_input_through(unet: UNet2DConditionModel) -> None:
-    """Start as the identity: at high noise the input is nearly the noise that is asked for.
+    """Makes the initial UNet the identity: at high noise the input is nearly the noise to predict.
 
-    There, an error of 1 % in the predicted noise is one of 15 % in the picture, and a small network
-    needs long to find the identity to that precision by itself. Each latent channel travels twice,
+    There, an error of 1 % in the predicted noise is an error of 15 % in the picture, and a small network
+    needs long to learn the identity that precisely. Each latent channel passes twice,
     as x and as -x, from conv_in over the last skip to conv_out: silu(x) - silu(-x) = x.
     """
     last: Any = unet.up_blocks[-1].resnets[-1]  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
-    skip = unet.config["block_out_channels"][0]  # where the skip begins in that block's input
+    skip = unet.config["block_out_channels"][0]  # first channel of the skip in that block's input
     for k in range(_IDENTITY):
         for row, sign in ((k, 1.0), (k + _IDENTITY, -1.0)):
             unet.conv_in.weight[row].zero_()
@@ -91,12 +94,13 @@ def _pass_input_through(unet: UNet2DConditionModel) -> None:
 
 
 def train(work: Path, minutes: float, seed: int, samples: Samples, text: TextModels) -> None:
-    """Train within `minutes` on samples whose text is frozen; resumes from work/unet."""
+    """Trains the UNet for `minutes` on cached samples, resuming from its checkpoint. The text encoders are frozen."""
     torch.manual_seed(seed)
     unet = build()
     unet.to(device())  # pyright: ignore[reportArgumentType]
-    modules = {"unet": unet, "average": averaged(unet)}
-    stage = PairTransform(work / "unet", minutes, _RATE, modules, trained=["unet"], optimizer=Muon)
+    ema = Ema(unet, _EMA_DECAY)
+    modules = {"unet": unet, "ema": ema.network}
+    stage = TrainingStage(work, "unet", minutes, _RATE, modules, trained=["unet"], optimizer=Muon)
     with torch.no_grad():
         empty = text.encode([""])
     sigmas = noise_levels().to(device())
@@ -105,17 +109,17 @@ def train(work: Path, minutes: float, seed: int, samples: Samples, text: TextMod
         batch = samples.take(rng.integers(len(samples), size=_BATCH // world()), device())
         _drop_captions(batch, empty, rng)
         stage.update(_loss(unet, batch, sigmas, rng))
-        follow(modules["average"], unet, step, horizon=_HORIZON)
+        ema.update(unet, step)
 
 
 def noise_levels() -> Tensor:
-    """(1000,): sigma by timestep, x = x0 + sigma * noise, of the scheduler above."""
+    """Returns sigma by timestep, (1000,), of x = x0 + sigma * noise and the scheduler above."""
     alphas = scheduler().alphas_cumprod
     return ((1 - alphas) / alphas).sqrt()
 
 
 def _drop_captions(batch: dict[str, Tensor], empty: tuple[Tensor, Tensor], rng: np.random.Generator) -> None:
-    """Replace some captions, in place: classifier-free guidance needs to know what no caption looks like."""
+    """Replaces some captions by the empty one in place: classifier-free guidance predicts without a caption too."""
     draw = rng.random(len(batch["states"]))
     for i in np.flatnonzero(draw < _DROPPED):
         states, pooled = (value[0] for value in empty)
@@ -125,10 +129,10 @@ def _drop_captions(batch: dict[str, Tensor], empty: tuple[Tensor, Tensor], rng: 
 
 
 def _loss(unet: nn.Module, batch: dict[str, Tensor], sigmas: Tensor, rng: np.random.Generator) -> Tensor:
-    """Weighted square error of the noise. The draws of u, and so of t, are spread evenly over the batch.
+    """Weighted square error of the noise, with timesteps t = T u^_TIME_POWER; u is stratified over the batch.
 
-    The weight grows with the noise: colour is decided where an error of the noise counts most in the
-    picture. (1 + sigma^2) would be the loss of v-prediction; the exponent _NOISE_WEIGHT tempers it.
+    The weight (1 + sigma^2)^_NOISE_WEIGHT grows with the noise, because colours are decided at high noise. The
+    exponent 1 would be the loss of v-prediction.
     """
     x0 = batch["latents"]
     B = len(x0)

@@ -1,4 +1,4 @@
-"""The small VAE: 8x reduction, 4 channels, a nearly deterministic autoencoder."""
+"""The VAE of nano and its training: 8x reduction, 4 latent channels, nearly no noise in the posterior."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from nano_maker import checkpoint, pictures
-from nano_maker.run import PairTransform, averaged, device, follow, rank, world
+from nano_maker.run import TrainingStage, checkpoint_file, device, rank, world
 from t2i_adapter.data import shapes
+from t2i_adapter.training.ema import Ema
 
 REDUCTION = 8
 _BATCH = 16
 _RATE = 1.5e-3
 _DECODER_RATE = 5e-4
-_NOISE = 0.05  # on latents of about unit size: the decoder must not need more digits than sampling gives
-_PULL = 1e-3  # weight of the mean square of the latents: keeps their scale from drifting
-_SMALL_UNTIL = 0.85  # of the time at half the native size, a quarter of the cost: whole scenes small, or cut out
-_CUT_SHARE = 0.7  # of these, cut out of the native size across the edge of a shape: flat colour teaches nothing
-_SCENES_SEED = 101  # apart from the seeds of the other stages and of make-data's default
+_NOISE = 0.05  # standard deviation, on latents of about 1: sampled latents are not more precise than that
+_PULL = 1e-3  # weight of the mean square of the latents, which keeps their scale constant
+_SMALL_UNTIL = 0.85  # share of the time at half the native side, a quarter of the cost
+_CROP_SHARE = 0.7  # of these pictures: crops of the native picture at the edge of a shape; the others are scaled scenes
+_SCENES_SEED = 101  # differs from the seeds of the other stages and from the default of make-data
 
 
 def build() -> AutoencoderKL:
-    """One normalisation group: with many, each norms the mean colour of a flat picture away."""
+    """Returns an untrained VAE. One normalisation group: many would remove the mean colour of a flat picture."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -44,9 +45,9 @@ def build() -> AutoencoderKL:
 
 
 class ColorProbe(nn.Module):
-    """Reads the mean colour of each 8 x 8 patch off the latents linearly; trained along, thrown away.
+    """Predicts the mean colour of each 8 x 8 patch from the latents by a linear map; used in training only.
 
-    It keeps colour a linear matter in the latents, which is what the UNet has to steer by words.
+    Its loss keeps colour linear in the latents, so that the UNet learns more easily to set colours by words.
     """
 
     def __init__(self) -> None:
@@ -59,57 +60,59 @@ class ColorProbe(nn.Module):
 
 
 def train(work: Path, minutes: float, seed: int, emoji: np.ndarray | None = None) -> None:
-    """Train within `minutes`; resumes from work/vae. `emoji`: (N,n,n,4) uint8, drawn in among the scenes."""
+    """Trains the VAE for `minutes`, resuming from its checkpoint. `emoji`: (N,n,n,4) uint8, mixed with the scenes."""
     torch.manual_seed(seed)
     vae = _to_device(build()).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    modules = {"vae": vae, "average": averaged(vae), "probe": ColorProbe().to(device())}
-    stage = PairTransform(work / "vae", minutes, _RATE, modules, trained=["vae", "probe"])
+    ema = Ema(vae, 1 - 1 / 500)
+    modules = {"vae": vae, "ema": ema.network, "probe": ColorProbe().to(device())}
+    stage = TrainingStage(work, "vae", minutes, _RATE, modules, trained=["vae", "probe"])
     torch.manual_seed(seed + 1000 * (rank() + 1))
     for step in stage:
         size = pictures.NATIVE // 2 if stage.progress < _SMALL_UNTIL else pictures.NATIVE
         count = _BATCH if size < pictures.NATIVE else _BATCH // 2
         x = to_tensor(_batch(seed, step, size, count, emoji)).to(device(), memory_format=torch.channels_last)
         stage.update(_loss(vae, modules["probe"], x))
-        follow(modules["average"], vae, step, horizon=500)
+        ema.update(vae, step)
 
 
 def train_decoder(work: Path, minutes: float, seed: int, emoji: np.ndarray | None = None) -> None:
-    """Train the decoder alone, on whole native pictures, resuming from work/decoder: the UNet's latents stay valid."""
+    """Trains the decoder alone on whole native pictures, resuming from its checkpoint; the UNet stays valid."""
     torch.manual_seed(seed)
     vae = finish(work).to(memory_format=torch.channels_last).requires_grad_(False)  # pyright: ignore[reportCallIssue]
     vae.decoder.requires_grad_(True)
-    modules = {"vae": vae, "average": averaged(vae)}
-    stage = PairTransform(work / "decoder", minutes, _DECODER_RATE, modules, trained=["vae"])
+    ema = Ema(vae, 1 - 1 / 300)
+    modules = {"vae": vae, "ema": ema.network}
+    stage = TrainingStage(work, "decoder", minutes, _DECODER_RATE, modules, trained=["vae"])
     torch.manual_seed(seed + 1000 * (rank() + 1))
     for step in stage:
         batch = _batch(seed + 1, step, pictures.NATIVE, _BATCH // 2, emoji)
         stage.update(_loss(vae, None, to_tensor(batch).to(device(), memory_format=torch.channels_last)))
-        follow(modules["average"], vae, step, horizon=300)
+        ema.update(vae, step)
 
 
 def sharpest(work: Path) -> AutoencoderKL:
-    """The finished VAE, with the decoder of `train_decoder` where that has run."""
+    """Returns the finished VAE, with the decoder of `train_decoder` if that has run."""
     vae = finish(work)
-    if checkpoint.exists(work / "decoder"):
-        checkpoint.load(work / "decoder", {"average": vae})
+    if (file := checkpoint_file(work, "decoder")).exists():
+        checkpoint.load(file, {"ema": vae})
     return vae
 
 
 def finish(work: Path) -> AutoencoderKL:
-    """The averaged weights of work/vae, each latent channel brought to mean 0 and deviation 1; kept in work/base_vae.
+    """Returns the EMA weights of the stage `vae` with latent channels of mean 0 and deviation 1; saves them once.
 
-    The shift and scale go into the two 1x1 convolutions beside the latents, so the decoded picture stays the same;
-    the posterior's deviation becomes the constant that the decoder was trained with.
+    The shift and scale go into the two 1x1 convolutions beside the latents, so that decoded pictures do not change.
+    The posterior's deviation becomes the constant that the decoder was trained with.
     """
-    vae, folder = build(), work / "base_vae"
-    if checkpoint.exists(folder):
-        checkpoint.load(folder, {"vae": vae})
+    vae, file = build(), checkpoint_file(work, "base_vae")
+    if file.exists():
+        checkpoint.load(file, {"vae": vae})
         return _to_device(vae)
-    checkpoint.load(work / "vae", {"average": vae})
+    progress = checkpoint.load(checkpoint_file(work, "vae"), {"ema": vae})
     scenes = (shapes.sample_scene(_SCENES_SEED, i) for i in range(512))
     images = np.stack([pictures.scene_picture(s, pictures.whole(pictures.NATIVE), pictures.NATIVE) for s in scenes])
     _normalise(vae, images)
-    checkpoint.save(folder, {"vae": vae}, None, {"of_step": checkpoint.state(work / "vae")["step"]})
+    checkpoint.save(file, {"vae": vae}, None, {"of_step": progress["step"]})
     return _to_device(vae)
 
 
@@ -120,7 +123,7 @@ def _to_device(vae: AutoencoderKL) -> AutoencoderKL:
 
 @torch.no_grad()
 def _normalise(vae: AutoencoderKL, images: np.ndarray) -> None:
-    """In place, by the statistics of (N,H,W,3) uint8."""
+    """Changes the VAE in place, by the statistics of the latents of (N,H,W,3) uint8."""
     z = torch.cat([vae.encode(x).latent_dist.mean for x in to_tensor(images).split(64)])  # pyright: ignore[reportAttributeAccessIssue]
     mean, deviation = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3))
     into, out = vae.quant_conv, vae.post_quant_conv
@@ -134,8 +137,8 @@ def _normalise(vae: AutoencoderKL, images: np.ndarray) -> None:
 
 
 def _loss(vae: AutoencoderKL, probe: nn.Module | None, x: Tensor) -> Tensor:
-    """x (B,3,H,W) in [-1,1]. L1 and square error of the pixels, L1 of 8x-pooled colour, and, where the
-    encoder learns too, the probe and the pull to 0."""
+    """x (B,3,H,W) in [-1,1]. Sums L1 and square error of the pixels and L1 of the 8x-pooled colours. With a probe, the
+    encoder learns too: adds the probe's L1 and the mean square of the latents."""
     with torch.autocast(x.device.type, torch.bfloat16):
         z = vae.encode(x).latent_dist.mean.float()  # pyright: ignore[reportAttributeAccessIssue]
         y = vae.decode(z + _NOISE * torch.randn_like(z)).sample.float()  # pyright: ignore[reportAttributeAccessIssue]
@@ -148,7 +151,7 @@ def _loss(vae: AutoencoderKL, probe: nn.Module | None, x: Tensor) -> Tensor:
 
 
 def _batch(seed: int, step: int, size: int, count: int, emoji: np.ndarray | None) -> np.ndarray:
-    """(count,size,size,3) uint8, this process's share of the batch of (seed, step)."""
+    """Returns this process's share of the batch of (seed, step): (n,size,size,3) uint8."""
     rng = np.random.default_rng([seed, step, rank()])
     return np.stack([_picture(rng, step * _BATCH + i, size, emoji) for i in range(rank(), count, world())])
 
@@ -159,13 +162,13 @@ def _picture(rng: np.random.Generator, index: int, size: int, emoji: np.ndarray 
         color = list(shapes.COLORS)[rng.integers(len(shapes.COLORS))]
         return pictures.emoji_picture(emoji[rng.integers(len(emoji))], color, view, size)
     scene = shapes.sample_scene(_SCENES_SEED, index)
-    if size < pictures.NATIVE and rng.random() < _CUT_SHARE:
+    if size < pictures.NATIVE and rng.random() < _CROP_SHARE:
         view = _edge_view(rng, scene, size)
     return pictures.scene_picture(scene, view, size)
 
 
 def _edge_view(rng: np.random.Generator, scene: shapes.Scene, size: int) -> pictures.View:
-    """A cut of `size` px out of the native picture, around a point at the rim of one of the shapes."""
+    """Returns a crop of `size` px of the native picture, around a point near the edge of one of the shapes."""
     shape = scene.shapes[rng.integers(len(scene.shapes))]
     angle = rng.uniform(0, 2 * np.pi)
     x, y = np.asarray(shape.center) + 0.8 * shape.radius * np.asarray([np.cos(angle), np.sin(angle)])
@@ -180,7 +183,7 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
-    """(B,) decibels of decode(encode) against (B,H,W,3) uint8, over the range 0 to 255."""
+    """Returns the PSNR of decode(encode(images)), (B,) decibels, for images (B,H,W,3) uint8."""
     x = to_tensor(images).to(vae.device, vae.dtype)
     y = vae.decode(vae.encode(x).latent_dist.mean).sample  # pyright: ignore[reportAttributeAccessIssue]
     error = ((y.clamp(-1, 1) - x).float() * 127.5).square().mean(dim=(1, 2, 3))
