@@ -245,7 +245,7 @@ def test_a_hub_out_of_reach_and_a_tracker_that_cannot_write_stop_no_run_that_goe
         tracking=TrackingOptions(report_to="tensorboard", log_every=1),
         checkpoint=replace(config.checkpoint, resume="auto"),
     )
-    with pytest.raises(UserError, match="push_to_hub"):
+    with pytest.raises(UserError, match="hub.push"):
         run(replace(again, output_dir=f"{config.output_dir}-new"))
     run(again)  # the tests' surroundings are offline
     assert "Training does not wait for it" in capsys.readouterr().out
@@ -271,7 +271,7 @@ def test_a_hub_in_trouble_at_the_end_costs_a_line(
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr("t2i_adapter.export.hub.PATIENCE", 1.0)
+        monkeypatch.setattr("t2i_adapter.export.hub.READ_TIMEOUT", 1.0)
         hub.trouble = trouble
         short = replace(config, train=replace(config.train, max_steps=1), hub=HubOptions(push=True, token=TOKEN))
         run(short)
