@@ -240,4 +240,4 @@ def test_an_adapter_records_how_its_conditions_are_made(
     assert "--condition is needed" in capsys.readouterr().err
     assert main([*drawn, "--photo", str(photo), "--condition", "canny", "--out", str(tmp_path / "c")]) == 0
     assert main([*drawn, "--out", str(tmp_path / "d")]) == 2
-    assert "neither --image nor --photo is given" in capsys.readouterr().err
+    assert "neither --image nor --photo is set" in capsys.readouterr().err
