@@ -245,7 +245,7 @@ def test_a_file_that_changed_under_the_same_size_and_date_is_named(data: Path, t
     Image.new("RGB", (80, 80), "navy").save(path, compress_level=0)
     assert path.stat().st_size == state.st_size
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    with pytest.raises(UserError, match="00002.png: its files have changed .* new date"):
+    with pytest.raises(UserError, match=r"00002\.png \(line 3\): its files have changed .* new date"):
         make(data, tiny_base, tmp_path / "root", resolution=32)
     os.utime(path)
     assert len(make(data, tiny_base, tmp_path / "root", resolution=32)) == 6
@@ -491,18 +491,18 @@ from t2i_adapter.cache import shards
 from t2i_adapter.cache.prepare import prepare
 from t2i_adapter.cache.progress import PrepareContext
 from t2i_adapter.config.tree import BaseOptions, DataOptions
-from t2i_adapter.models.base import open_base
-from t2i_adapter.data import table
+from t2i_adapter.data import source
+from t2i_adapter.models.open import open_base
 shards.SHARD_BYTES = 1  # a shard a record
-class Slow(table.TableSource):
+class Slow(source.Source):
     def __getitem__(self, index):
         time.sleep(0.02)
         return super().__getitem__(index)
-table.TableSource = Slow
+source.Source = Slow
 data, base, root = sys.argv[1:]
 options = DataOptions(train_data_dir=data, resolution=64)
 machine = PrepareContext(open_base(BaseOptions(name=base)), "cpu", torch.float32, Path(root), progress=False)
-prepare(table.open_source(options, 0), options, machine, in_channels=3)
+prepare(source.open_source(options, 0), options, machine, in_channels=3)
 """
 
 

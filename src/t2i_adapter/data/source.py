@@ -32,7 +32,6 @@ MAX_ASPECT_GAP = 1.0  # pixels: what rounding a size makes
 class Identity:
     """A row's fields that need no decoded picture; as in `Sample`."""
 
-    key: str
     captions: tuple[str, ...]
     digest: str
 
@@ -76,15 +75,15 @@ class Source:
         return self._rows.key(int(self._numbers[index]))
 
     def identify(self, index: int, digest: str | None = None) -> Identity:
-        """The pair's key, captions and content hash; decodes no picture. Raises UserError.
+        """The pair's captions and content hash; decodes no picture. Raises UserError.
 
         Reads the stored bytes to hash them. If `digest` is known, pass it, and no picture is read.
         """
         number = int(self._numbers[index])
         if digest is not None:
-            return Identity(self._rows.key(number), self._texts(number, self._rows.captions(number)), digest)
+            return Identity(self._texts(number, self._rows.captions(number)), digest)
         row = self._rows.row(number)
-        return Identity(self._rows.key(number), self._texts(number, row.captions), hash_row(row))
+        return Identity(self._texts(number, row.captions), hash_row(row))
 
     def stamp(self, index: int) -> str | None:
         """A text that changes when the pair's stored bytes change, found without reading them; None if unknown."""
