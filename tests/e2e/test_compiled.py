@@ -14,7 +14,7 @@ from t2i_adapter.training.compile import SHORT, compile_unet
 SCRIPT = """
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from t2i_adapter.threads import sharing_cores
+from t2i_adapter.devices import sharing_cores
 from t2i_adapter.training.compile import SHORT, compile_unet
 
 class Net(torch.nn.Module):
