@@ -86,7 +86,7 @@ def test_verify_names_damaged_files_and_exits_with_1(
     flags: list[str], cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cache", "verify", "--prepared_dir", str(cache)]) == 0
-    assert "2 files are whole" in capsys.readouterr().out
+    assert "2 files are undamaged" in capsys.readouterr().out
     [path] = cache.glob("images/*/*.shard")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -106,10 +106,10 @@ def test_rm_takes_what_is_named(cache: Path, capsys: pytest.CaptureFixture[str])
     where = ("--prepared_dir", str(cache))
     [images], [texts] = (cache / "images").iterdir(), (cache / "texts").iterdir()
     for wrong, said in (
-        ((), "nothing is named"),
-        (("--all", "--unused_days", "1"), "more than one is named"),
+        ((), "nothing to remove is named"),
+        (("--all", "--unused_days", "1"), "more than one choice is named"),
         (("--all",), "2 folders .* add --yes"),
-        (("nonsense",), "no folders have it; there are: .*" + images.name[:12]),
+        (("nonsense",), "no folders begin with it. Known: .*" + images.name[:12]),
     ):
         assert main(["cache", "rm", *wrong, *where]) == 2
         assert re.search(said, capsys.readouterr().err)
@@ -140,5 +140,5 @@ def test_bad_rows_are_listed_in_the_run_s_folder(
     (data / "train" / "00002.png").write_bytes(b"")
     skip = ("--data.on_bad_sample", "skip", "--data.max_bad_share", "0.2", "--data.train_data_dir", str(data))
     assert main(["prepare", *flags, *skip]) == 0
-    assert f"1 of 8 rows cannot be used and are left out; listed in {tmp_path / 'run'}" in capsys.readouterr().out
+    assert f"1 of 8 rows cannot be used and are skipped; listed in {tmp_path / 'run'}" in capsys.readouterr().out
     assert "00002.png" in (tmp_path / "run" / "bad_samples.jsonl").read_text()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_adapter.batches.item import MAX_BAD_ROWS, choose, choose_view
+from t2i_adapter.batches.choices import MAX_BAD_ROWS, choose, choose_view
 from t2i_adapter.batches.loader import MicroBatches, make_partial_batches
 from t2i_adapter.batches.packing import Packed, unpack
 from t2i_adapter.config.read import with_values
@@ -52,6 +52,9 @@ class Memory:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def key(self, number: int) -> str:
+        return f"row {number}"
+
     def fetch(self, number: int, view: int, draw: str = "") -> ImageRecord:
         if number in self.bad:
             raise UserError(f"row {number}: damaged picture")
@@ -59,10 +62,9 @@ class Memory:
         height, width = self.sizes[number]
         condition = generator.integers(0, 256, (1 if self.grey else 3, height, width), dtype=np.uint8)
         return ImageRecord(
-            key=f"row {number}, view {view}",
             moments=generator.random((8, height // 8, width // 8)).astype(np.float16) if self.encoded else None,
             condition=np.broadcast_to(condition, (3, height, width)),
-            geometry=Geometry((height * 2, width * 3), (height, width + 10), (0, 4), (height, width)),
+            geometry=Geometry((height * 2, width * 3), (height, width + 10), (view, 4), (height, width)),
             pixels=None if self.encoded else generator.integers(0, 256, (3, height, width), dtype=np.uint8),
         )
 
@@ -129,7 +131,7 @@ def test_shapes_and_types_are_those_that_are_stored() -> None:
 def test_every_sample_carries_its_own_facts(workers: int, grey: bool) -> None:
     facts = Memory(sizes=[(64, 64), (32, 128), (64, 64), (32, 128), (64, 64)], views=2, grey=grey)
     for row in rows(drafts(facts, config(workers=workers), stop=8)):
-        number, view = (int(part.split()[-1]) for part in row["keys"].split(","))
+        number, view = int(row["keys"].split()[-1]), int(row["time_ids"][2])
         record, text = facts.fetch(number, view), facts.text(row["captions"])
         assert record.moments is not None and text is not None
         assert np.array_equal(row["moments"].numpy(), record.moments)
@@ -174,7 +176,7 @@ def test_what_builds_batches_goes_to_processes_that_start_afresh() -> None:
     sent = pickle.loads(pickle.dumps(builder))
     one, other = (part[range(8, 12)] for part in (builder, sent))
     assert isinstance(one, Packed) and isinstance(other, Packed)
-    assert same([unpack(one, {}, pin=False)], [unpack(other, {}, pin=False)])
+    assert same([unpack(one, {}, Memory().key, pin=False)], [unpack(other, {}, Memory().key, pin=False)])
 
 
 def test_another_seed_is_another_run_and_lr_is_not() -> None:
@@ -235,7 +237,7 @@ def test_a_run_without_the_newer_options_draws_what_it_drew_before_there_were_an
         generator.standard_normal((4, 1, 1), dtype=np.float32)
         noise, latent_noise = generator.standard_normal((2, 4, 8, 8), dtype=np.float32)
         number = np.random.default_rng([0, 5, draw // 7]).permutation(7)[draw % 7]
-        assert row["keys"] == f"row {number}, view 0"
+        assert row["keys"] == f"row {number}"
         assert row["captions"] == facts.captions(number)[int(caption * 2)]
         assert row["timesteps"] == int((1 - timestep**3) * 1000)
         assert np.array_equal(row["noise"].numpy(), noise)
@@ -247,13 +249,13 @@ def test_the_newer_options_leave_all_other_choices_as_they_are() -> None:
     changed = rows(drafts(Memory(views=4), config(shuffle_tags=True, caption_prefix="sks, ")))
     for name in ("noise", "latent_noise", "timesteps"):
         assert all(torch.equal(a[name], b[name]) for a, b in zip(plain, changed, strict=True))
-    rows_drawn = [[row["keys"].split(",")[0] for row in part] for part in (plain, changed)]
+    rows_drawn = [[row["keys"] for row in part] for part in (plain, changed)]
     assert rows_drawn[0] == rows_drawn[1]
 
 
 def test_every_view_is_drawn_as_often() -> None:
-    views = Counter(row["keys"][-1] for row in rows(drafts(Memory(views=4), config(batch_size=50), stop=40)))
-    assert set(views) == {"0", "1", "2", "3"}
+    views = Counter(int(row["time_ids"][2]) for row in rows(drafts(Memory(views=4), config(batch_size=50), stop=40)))
+    assert set(views) == {0, 1, 2, 3}
     assert max(abs(count - 500) for count in views.values()) < 5 * np.sqrt(2000 * 0.25 * 0.75)
 
 
@@ -296,7 +298,7 @@ def drawing(draws: int, *, stratify: bool = False, timesteps: str = "uniform", *
 def test_several_draws_of_noise_follow_the_first_and_share_its_sample(workers: int) -> None:
     single, several = drafts(Memory(), drawing(1)), drafts(Memory(), drawing(3, workers=workers))
     for one, many in zip(single, several, strict=True):
-        assert many.keys == one.keys and many.captions == one.captions
+        assert list(many.keys) == list(one.keys) and many.captions == one.captions
         assert many.moments is not None and many.moments.shape == (4, 8, 8, 8)
         assert many.timesteps.shape == (12,) and many.noise.shape == many.latent_noise.shape == (12, 4, 8, 8)
         for name in ("timesteps", "noise", "latent_noise"):
@@ -385,7 +387,7 @@ def test_a_bad_row_s_place_is_taken_by_the_next_of_its_group_and_it_is_reported(
     expected, got = drafts(good, options, stop=10), drafts(bad, options, stop=10)
     reported = []
     for a, b in zip(rows(expected), rows(got), strict=True):
-        row, taken = (int(part["keys"].split()[1].strip(",")) for part in (a, b))
+        row, taken = (int(part["keys"].split()[1]) for part in (a, b))
         assert taken == {2: 4, 3: 1}.get(row, row)
         assert torch.equal(a["noise"], b["noise"])
         if row in (2, 3):
@@ -406,5 +408,5 @@ def test_a_row_that_cannot_be_read_ends_the_run_where_it_may_not_be_skipped(
 
 def test_a_source_that_is_gone_is_not_searched_to_its_end() -> None:
     facts = Memory(sizes=(SQUARE,) * 1000, bad=frozenset(range(1000)))
-    with pytest.raises(UserError, match=f"{MAX_BAD_ROWS} rows one after another cannot be read, the last of them: row"):
+    with pytest.raises(UserError, match=f"{MAX_BAD_ROWS} rows one after another cannot be read. The last of them: row"):
         drafts(facts, config(**SKIP))

@@ -38,7 +38,7 @@ def test_a_folder_that_is_not_there_knows_nothing_and_is_not_made_for_nothing(tm
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-9], lambda data: b"\1" + data[1:], lambda data: b""])
-def test_a_damaged_file_is_passed_over(tmp_path: Path, spoil: object) -> None:
+def test_a_damaged_file_is_skipped(tmp_path: Path, spoil: object) -> None:
     remember(tmp_path, ["a"], 1)
     [file] = tmp_path.iterdir()
     assert callable(spoil)
