@@ -3,8 +3,8 @@
 Both sides build the same batches of SDXL's size (1024 px, batch 4) from records in memory, with their noise. `slots` is
 the package's way (`batches/packing.py`): the worker writes into one of three slots, and the training process copies the
 batch out. `new` is the usual way, as in torch's `default_collate`: each batch gets new shared memory, which the
-training process uses in place. Without workers both sides run the same code, so their ratio shows the noise of the measurement.
-The consumer copies each tensor once, as a transfer to a device does.
+training process uses in place. Without workers both sides run the same code, so their ratio shows the noise of the
+measurement. The consumer copies each tensor once, as a transfer to a device does.
 
     python benchmarks/loading.py [--rounds 7] [--batches 40] [--out FILE.json]
 

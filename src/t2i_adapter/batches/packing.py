@@ -1,9 +1,10 @@
 """Packs the samples of a batch into one block of memory, and hands it from a loader process to the training process.
 
-A loader process reuses a few slots of shared memory for its batches, and the training process copies each batch out. New
-shared memory for every batch costs page faults in both processes: at SDXL's record size one loader process then builds
-0.44 to 0.74 times as many samples a second (`benchmarks/loading.py`, benchmarks/results/loading_2cpu_2026-11-29.json).
-Without loader processes nothing is shared: a batch is packed into memory of its own.
+A loader process reuses a few slots of shared memory for its batches, and the training process copies each batch out.
+New shared memory for every batch costs page faults in both processes: at SDXL's record size one loader process then
+builds 0.44 to 0.74 times as many samples a second (`benchmarks/loading.py`,
+benchmarks/results/loading_2cpu_2026-11-29.json). Without loader processes nothing is shared: a batch is packed into
+memory of its own.
 """
 
 from __future__ import annotations
