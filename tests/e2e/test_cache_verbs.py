@@ -1,4 +1,4 @@
-"""`prepare` makes what `train` finds, and `cache` lists, checks and removes it."""
+"""`prepare` fills the cache that `train` uses; `cache` lists, verifies and removes its records."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_training_finds_what_was_prepared_whatever_else_changes(
         assert stored(cache) == kept, change
 
 
-def test_prepare_says_what_it_would_do_and_what_it_cannot(
+def test_a_dry_run_of_prepare_prints_the_plan_and_errors_name_their_option(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["prepare", *flags, "--dry-run"]) == 0
@@ -102,7 +102,7 @@ def test_verify_names_damaged_files_and_exits_with_1(
     assert "8 pairs (8 new)" in capsys.readouterr().out
 
 
-def test_rm_takes_what_is_named(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rm_removes_the_named_folders(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ("--prepared_dir", str(cache))
     [images], [texts] = (cache / "images").iterdir(), (cache / "texts").iterdir()
     for wrong, said in (

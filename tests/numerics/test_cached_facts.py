@@ -1,4 +1,4 @@
-"""What the cache gives is what would be computed now, for as long as its inputs are the same."""
+"""Cached records equal what the encoders compute, and a changed input makes new records."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HALF = 2**-10  # float16 keeps 11 bits; encoding in another batch size moves flo
 
 
 class NothingToEncode(Base):
-    """The base, but loading an encoder is an error: for runs that should find everything."""
+    """A base whose encoders may not be loaded: for runs that should find everything in the cache."""
 
     def text_encoder(self, device: Any, dtype: Any) -> Any:
         raise AssertionError("the text encoders were loaded")
@@ -96,7 +96,7 @@ def stored_bytes(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in root.rglob("*.shard")}
 
 
-def test_cached_facts_are_what_the_encoders_give(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_cached_records_are_what_the_encoders_compute(data: Path, tiny_base: Path, tmp_path: Path) -> None:
     prepared = make(data, tiny_base, tmp_path / "root")
     base = open_base(BaseOptions(name=str(tiny_base)))
     encoder, text = base.latent_encoder("cpu"), base.text_encoder("cpu", torch.float32)
@@ -303,7 +303,7 @@ def spoil(data: Path, *numbers: int) -> None:
         path.write_bytes(path.read_bytes()[:100])
 
 
-def test_bad_rows_are_told_together(tiny_base: Path, tmp_path: Path) -> None:
+def test_one_error_reports_several_bad_rows(tiny_base: Path, tmp_path: Path) -> None:
     data = write_circles(tmp_path / "many", num=30, size=64)
     spoil(data, 7, 12)
     with pytest.raises(UserError, match="2 rows that cannot be used: .*00007.png.*00012.png.*sample skip"):
@@ -315,7 +315,7 @@ def test_bad_rows_are_told_together(tiny_base: Path, tmp_path: Path) -> None:
     assert str(fault.value).count("no such file") == 10
 
 
-def test_bad_rows_are_left_out_and_listed(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_rows_are_skipped_and_listed(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, listed = write_circles(tmp_path / "many", num=20, size=64), tmp_path / "run" / "bad_samples.jsonl"
     spoil(data, 7)
     (data / "train" / "00012.png").unlink()
@@ -345,7 +345,7 @@ def test_rows_that_hold_the_pictures_of_a_bad_row_are_bad_too(tiny_base: Path, t
     assert prepared.numbers.tolist() == [0, 2, 3, 5]
 
 
-def test_processes_tell_each_other_of_bad_rows(tiny_base: Path, tmp_path: Path) -> None:
+def test_processes_exchange_bad_rows(tiny_base: Path, tmp_path: Path) -> None:
     data, root = write_circles(tmp_path / "many", num=8, size=64), tmp_path / "root"
     spoil(data, 3)
     together = {"world": 2, "run_id": "m", "timeout": 60, "on_bad_sample": "skip", "max_bad_share": 0.2}
@@ -360,7 +360,7 @@ def test_processes_tell_each_other_of_bad_rows(tiny_base: Path, tmp_path: Path) 
     assert [run.exitcode for run in runs] == [0, 0], "nobody waited for the record that cannot be"
 
 
-def test_what_the_first_batch_lets_expect_is_said_and_refused(
+def test_size_is_estimated_from_the_first_batch_and_checked(
     data: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(data, tiny_base, tmp_path / "root")
@@ -376,7 +376,7 @@ def test_what_the_first_batch_lets_expect_is_said_and_refused(
     assert stored_bytes(tmp_path / "full" / "images"), "what was made is kept"
 
 
-def test_captions_are_kept_where_that_is_little_and_encoded_as_they_come_where_it_is_much(
+def test_captions_are_cached_up_to_a_size_and_encoded_when_drawn_beyond_it(
     data: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     each = 2 * (77 * 48 + 32)
@@ -406,7 +406,7 @@ def test_each_sample_keeps_its_own_captions(data: Path, tiny_base: Path, tmp_pat
     assert [prepared.captions(number) for number in range(6)] == told
 
 
-def test_captions_are_kept_as_they_are_told_with_their_prefix(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_captions_are_cached_with_their_prefix(data: Path, tiny_base: Path, tmp_path: Path) -> None:
     prepared = make(data, tiny_base, tmp_path / "root", caption_prefix="floral ")
     [caption] = prepared.captions(0)
     assert prepared.text(caption) is None
@@ -440,7 +440,7 @@ def test_a_million_rows_take_arrays(data: Path, tiny_base: Path, tmp_path: Path)
     assert again.captions(3) == prepared.captions(3)
 
 
-def test_a_crop_is_told_truly(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_crop_is_where_its_geometry_says(tiny_base: Path, tmp_path: Path) -> None:
     data = write_circles(tmp_path / "wide", num=1, size=80)
     for name in ("00000.png", "00000_outline.png"):
         path = data / "train" / name
@@ -506,7 +506,7 @@ prepare(source.open_source(options, 0), options, context, in_channels=3)
 """
 
 
-def test_a_killed_build_is_taken_up_where_it_was(
+def test_a_killed_build_continues_from_its_finished_records(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, root = write_circles(tmp_path / "data", num=200, size=64), tmp_path / "root"

@@ -1,4 +1,4 @@
-"""Encoding within the step gives what the cache gives."""
+"""Encoding within the step equals the cache."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from t2i_adapter.types import Batch
 from t2i_adapter.verbs.train import run
 
 HALF = 2**-10
-"""One step of float16, relative: where the encoders' batches differ in size, float32 sums differ by 1e-6, which
-rounding to 11 bits hides but for values that lie on an edge; those move by one step."""
+"""One step of float16, relative. Encoders' batches of another size change float32 sums by 1e-6. Rounding to 11 bits
+hides that, except for values near a rounding edge, which move by one step."""
 FIELDS = ("moments", "condition", "text", "pooled", "time_ids", "timesteps", "noise", "latent_noise")
 
 
@@ -87,7 +87,9 @@ def test_live_batches_are_the_cached_ones(
             a, b = getattr(one, name), getattr(other, name)
             assert a.dtype == b.dtype, name
             if name in ("moments", "text", "pooled"):
-                torch.testing.assert_close(a, b, rtol=HALF, atol=1e-4, msg=lambda told, name=name: f"{name}: {told}")
+                torch.testing.assert_close(
+                    a, b, rtol=HALF, atol=1e-4, msg=lambda message, name=name: f"{name}: {message}"
+                )
                 assert torch.equal(a, a.half().float()), f"{name} is rounded as it is stored"
                 assert torch.equal(b, b.half().float()), f"{name} is rounded as if it were stored"
             else:
@@ -106,7 +108,7 @@ def test_a_live_run_has_the_losses_of_a_cached_one(tiny_base: Path, tiny_data: P
     assert live == pytest.approx(cached, rel=1e-4)
 
 
-def test_nothing_is_kept_and_nothing_encoded_before_it_is_needed(
+def test_without_a_cache_nothing_is_stored_and_nothing_encoded_early(
     tiny_base: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     class NothingToEncode(Base):
@@ -129,9 +131,7 @@ def test_nothing_is_kept_and_nothing_encoded_before_it_is_needed(
         batches(options, base)
 
 
-def test_what_one_process_leaves_is_the_other_s_share_however_late_it_looks(
-    tiny_base: Path, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_shares_of_processes_do_not_depend_on_when_they_look(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
     options = config(tiny_base, tiny_data, tmp_path, cache="none", text_cache="disk").data
     source, base = open_source(options, 0), open_base(BaseOptions(name=str(tiny_base)))
     cpu: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "root": tmp_path / "cache", "progress": False}
@@ -178,7 +178,7 @@ def test_states_that_were_used_last_are_kept_and_no_more(tiny_base: Path, monkey
     assert len(encoders._texts) == 3
 
 
-def test_a_caption_that_is_too_long_is_told_once(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_caption_is_reported_once(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoders = Encoders(open_base(BaseOptions(name=str(tiny_base))), "cpu", torch.float32)
     for words in (10, 80, 90):
         encoders.states(["circle " * words])

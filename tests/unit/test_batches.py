@@ -1,4 +1,4 @@
-"""A run's choices belong to its draws: not to processes, loader workers, or the cutting of a global batch."""
+"""The random choices of a run do not depend on processes, loader workers, or how a global batch is divided."""
 
 from __future__ import annotations
 
@@ -86,14 +86,14 @@ def config(*, workers: int = 0, batch_size: int = 4, accumulate: int = 1, seed: 
 
 
 def drafts(
-    facts: Memory, options: Config, *, rank: int = 0, world: int = 1, start: int = 0, stop: int = 3
+    dataset: Memory, options: Config, *, rank: int = 0, world: int = 1, start: int = 0, stop: int = 3
 ) -> list[PartialBatch]:
     steps = {"start_step": start, "stop_step": stop}
-    return list(make_partial_batches(facts, options, rank=rank, world=world, num_timesteps=1000, **steps))
+    return list(make_partial_batches(dataset, options, rank=rank, world=world, num_timesteps=1000, **steps))
 
 
 def rows(parts: list[PartialBatch]) -> list[dict[str, Any]]:
-    """The samples one by one, wherever one batch ends and the next begins."""
+    """The samples of all batches, one by one."""
     return [
         {name: value[index] for name, value in vars(part).items() if value is not None and name != "bad"}
         for part in parts
@@ -128,7 +128,7 @@ def test_shapes_and_types_are_those_that_are_stored() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("grey", [False, True])
-def test_every_sample_carries_its_own_facts(workers: int, grey: bool) -> None:
+def test_every_sample_carries_its_own_records(workers: int, grey: bool) -> None:
     facts = Memory(sizes=[(64, 64), (32, 128), (64, 64), (32, 128), (64, 64)], views=2, grey=grey)
     for row in rows(drafts(facts, config(workers=workers), stop=8)):
         number, view = int(row["keys"].split()[-1]), int(row["time_ids"][2])
@@ -149,7 +149,7 @@ def test_a_grey_condition_travels_as_one_channel() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_any_number_of_workers_gives_the_same_batches_also_where_all_are_kept(workers: int) -> None:
+def test_batches_do_not_depend_on_the_number_of_workers(workers: int) -> None:
     facts = Memory(sizes=[(64, 64), (64, 64), (96, 32), (32, 128)] * 3, views=3, shards=(5, 7))
     options = config(proportion_empty_prompts=0.3, shuffle_tags=True)
     many = replace(options, data=replace(options.data, num_workers=workers))
@@ -171,7 +171,7 @@ def test_a_run_that_starts_later_gets_what_the_straight_run_got() -> None:
     assert same(drafts(facts, options, stop=6)[8:], drafts(facts, options, start=4, stop=6))
 
 
-def test_what_builds_batches_goes_to_processes_that_start_afresh() -> None:
+def test_the_batch_builder_can_be_pickled() -> None:
     builder = MicroBatches(Memory(views=2, shards=(3, 4)), config(), 4, 1000, pin=False)
     sent = pickle.loads(pickle.dumps(builder))
     one, other = (part[range(8, 12)] for part in (builder, sent))
@@ -228,8 +228,8 @@ def test_choices_are_a_function_of_seed_and_draw_alone() -> None:
     assert choose_view(1, 7) == choose_view(1, 7) != choose_view(1, 8)
 
 
-def test_a_run_without_the_newer_options_draws_what_it_drew_before_there_were_any() -> None:
-    """The numbers themselves, by the rule that earlier releases had."""
+def test_a_run_without_newer_options_draws_the_numbers_of_earlier_releases() -> None:
+    """Compares the numbers with the rule of earlier releases."""
     facts = Memory()
     for draw, row in enumerate(rows(drafts(facts, config(), stop=4))):
         generator = np.random.Generator(np.random.PCG64([1, 5, draw]))
@@ -354,7 +354,7 @@ def test_captions_are_drawn_and_dropped_draw_by_draw() -> None:
     assert all(a in ("", b) for a, b in zip(told, kept, strict=True)), "dropping changes no other choice"
 
 
-def test_what_one_sample_lacks_is_left_to_be_encoded_for_all() -> None:
+def test_a_field_that_one_sample_does_not_have_is_encoded_for_all() -> None:
     options = config(batch_size=14)
     [draft] = drafts(Memory(live=frozenset(["row 3"])), options, stop=1)
     assert "row 3" in draft.captions
@@ -399,9 +399,7 @@ def test_a_bad_row_s_place_is_taken_by_the_next_of_its_group_and_it_is_reported(
 
 @pytest.mark.parametrize("options", [{}, {"on_bad_sample": "skip"}, {"cache": "none"}])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_row_that_cannot_be_read_ends_the_run_where_it_may_not_be_skipped(
-    options: dict[str, Any], workers: int
-) -> None:
+def test_a_row_that_cannot_be_read_ends_the_run_if_it_may_not_be_skipped(options: dict[str, Any], workers: int) -> None:
     with pytest.raises(UserError, match="^row 2: damaged picture$"):
         drafts(Memory(bad=frozenset([2])), config(workers=workers, **options))
 

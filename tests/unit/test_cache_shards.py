@@ -1,4 +1,4 @@
-"""Shards are whole or not there, damage is found and named, and a million records are found in arrays."""
+"""Shards are written atomically, damage is found and named, and the index of a million records lies in arrays."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_what_was_added_before_an_error_is_kept(tmp_path: Path) -> None:
     assert key(1) in Shards(tmp_path)
 
 
-def test_a_shard_that_was_cut_off_is_skipped_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_shard_is_skipped_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, 1)
     write(tmp_path, 2)
     first = files(tmp_path)[0]
