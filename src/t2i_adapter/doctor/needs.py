@@ -11,15 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from t2i_adapter.cache.records import pack_text
-from t2i_adapter.cache.shards import INDEX, pack
-from t2i_adapter.cache.texts import caption_bytes, choose_captions
+from t2i_adapter.cache.records import caption_bytes, pack_text, stored_bytes
+from t2i_adapter.cache.texts import choose_captions
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.devices import release
 from t2i_adapter.doctor.scan import Scan
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.encoders import LatentEncoder, TextEncoder, encode_pixels
-from t2i_adapter.types import TOKENS
+from t2i_adapter.types import TOKENS, text_widths
 
 MOST_SECONDS = 30.0
 """What timing one encoder may take; no further picture is begun after it."""
@@ -89,11 +88,9 @@ def find_needs(scan: Scan, base: Base, options: DataOptions, views: int, measure
 
 def caption_record_bytes(base: Base) -> int:
     """What the cache keeps of one caption, its entry in the index included."""
-    width = base.unet_config["cross_attention_dim"]
-    pooled = caption_bytes(base) // 2 - TOKENS * width
-    states = np.zeros((TOKENS, width), np.float16)
-    record = pack_text(states, np.zeros(pooled, np.float16), tokens=TOKENS, name="caption")
-    return sum(map(len, pack(record))) + INDEX.itemsize
+    text, pooled = text_widths(base.unet_config)
+    states = np.zeros((TOKENS, text), np.float16)
+    return stored_bytes(pack_text(states, np.zeros(pooled, np.float16), tokens=TOKENS, name="caption"))
 
 
 def measure(base: Base, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> Measured:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from t2i_adapter.cache.records import pack_image
-from t2i_adapter.cache.shards import INDEX, pack
+from t2i_adapter.cache.records import pack_image, stored_bytes
 from t2i_adapter.data.bad_rows import BadRow
 from t2i_adapter.data.pair import CroppedPair, PairTransform
 from t2i_adapter.data.source import Source
@@ -94,7 +93,7 @@ class Examiner:
 
     def _measure(self, sample: Sample, row: np.void) -> None:
         """Fills in a row of ROW. Raises UserError where the pair cannot be cut."""
-        cuts = [self.stage.cut(sample, view) for view in range(self.stage.framing.count)]
+        cuts = [self.stage.crop(sample, view) for view in range(self.stage.framing.count)]
         row["size"] = sample.image.height, sample.image.width
         row["digest"] = int(sample.digest[:16], 16)
         row["pixels"], row["look"] = pixels_hash(sample.image), look(sample.image)
@@ -118,8 +117,7 @@ def record_bytes(cut: CroppedPair) -> int:
     """What the cache keeps of one view, its entry in the index included."""
     height, width = cut.geometry.target
     moments = np.zeros((8, height // 8, width // 8), np.float16)
-    record = pack_image(moments, cut.condition, cut.geometry, name=cut.key)
-    return sum(map(len, pack(record))) + INDEX.itemsize
+    return stored_bytes(pack_image(moments, cut.condition, cut.geometry, name=cut.key))
 
 
 _WORDS = (

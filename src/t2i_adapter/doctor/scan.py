@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from t2i_adapter.cache.dataset import prefixed
-from t2i_adapter.cache.records import text_key
+from t2i_adapter.cache.context import run_ahead
+from t2i_adapter.cache.records import add_prefix, text_key
 from t2i_adapter.doctor.row import ROW, Chunk, Examiner, Fault
 
 CHUNK = 8
@@ -68,11 +68,11 @@ def scan(examiner: Examiner, count_tokens: Callable[[str], int], prefix: str, wo
 def _take_captions(found: Scan, chunk: Chunk, count_tokens: Callable[[str], int], prefix: str) -> np.ndarray:
     """Counts the captions of a chunk into `found`; gives the hashes of its distinct ones."""
     for number, captions in enumerate(chunk.captions, start=chunk.start):
-        told = [prefixed(caption, prefix) for caption in captions]
+        told = [add_prefix(caption, prefix) for caption in captions]
         long = [caption for caption in told if len(caption.encode()) > SHORTEST_LONG]
         found.rows["tokens"][number] = max(map(count_tokens, long), default=0)
         found.rows["is_mute"][number] = any(not caption.strip() for caption in captions)
-    return _hashes({prefixed(caption, prefix) for captions in chunk.captions for caption in captions})
+    return _hashes({add_prefix(caption, prefix) for captions in chunk.captions for caption in captions})
 
 
 def _hashes(captions: Iterable[str]) -> np.ndarray:
@@ -86,7 +86,6 @@ def _chunks(examiner: Examiner, total: int, workers: int | None) -> Iterator[Chu
     if processes == 0:
         yield from map(examiner.examine, ranges)
         return
-    from t2i_adapter.cache.progress import run_ahead  # loads torch, which the processes that read do without
 
     # Started afresh, not forked: by now this process has threads, whose locks a fork would copy as they happen to be.
     fresh = multiprocessing.get_context("spawn")

@@ -78,7 +78,7 @@ def _measure(found: Scan, source: Source, stage: PairTransform, base: Base, coun
     if not numbers:
         return None
     samples = [source[number] for number in numbers]
-    crops = [stage.cut(sample, 0).image for sample in samples]
+    crops = [stage.crop(sample, 0).image for sample in samples]
     return measure(base, crops, [sample.captions[0] for sample in samples])
 
 
