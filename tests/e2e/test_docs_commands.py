@@ -61,7 +61,7 @@ NOT_RUN = {
     f"{PROG} annotate segmentation": "needs weights; tests/unit/test_conditions_segmentation.py has small ones",
     f'{PROG} train --data.train_data_dir "': "shards elsewhere; tests/e2e/test_sources.py reads them from servers",
     "python -m t2i_adapter.annotators.weights": "downloads",
-    "python benchmarks/campaigns.py": "minutes to hours; tests/campaigns runs the same code in short",
+    "python tests/campaigns/run.py": "minutes to hours; tests/campaigns runs the same code in short",
     "python -m nano_maker": "takes hours; tests/unit/test_nano.py tests its parts",
 }
 
