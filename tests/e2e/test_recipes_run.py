@@ -1,4 +1,4 @@
-"""Every recipe makes its plan and runs two updates: on the embedded base, small, with pictures that are at hand."""
+"""Every recipe prints its plan and runs two updates on the embedded base, with small local pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from t2i_adapter.data.shapes import write_dataset
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 NO_WEIGHTS_HERE = "palette"
-"""Stands in for kinds whose weights are not in the package: three channels, as theirs."""
+"""Stand-in for kinds whose weights are not in the package; it has three channels, as they have."""
 
 SMALLER = {
     "base.name": "nano",
@@ -59,6 +59,6 @@ def test_runs_two_updates(file: Path, pictures: Path, tmp_path: Path, capsys: py
     assert f"learning rate  {config.optim.lr:g}" in printed and "updates        2" in printed
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
-    told = json.loads((tmp_path / "run/t2i_adapter.json").read_text())["condition"]
+    recorded = json.loads((tmp_path / "run/t2i_adapter.json").read_text())["condition"]
     used = changes.get("data.condition", condition)
-    assert (told["name"] == used.partition(",")[0]) if used else (told["column"] == "conditioning_image")
+    assert (recorded["name"] == used.partition(",")[0]) if used else (recorded["column"] == "conditioning_image")

@@ -1,4 +1,4 @@
-"""Any flipped byte and any cut of a checkpoint is found, and any state.json is taken or refused with a line."""
+"""Every changed byte and every cut of a checkpoint is detected; every state.json is read or refused with one line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def names(folder: Path) -> list[str]:
 
 @given(choice=st.integers(0, 10), spoils=SPOILS)
 @settings(max_examples=times(1.5))
-def test_any_spoilt_byte_is_found_and_the_one_before_used(run: Path, choice: int, spoils: tuple[int, int]):
+def test_any_spoilt_byte_is_detected_and_the_checkpoint_before_is_used(run: Path, choice: int, spoils: tuple[int, int]):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         shutil.copytree(run, out)
@@ -42,15 +42,15 @@ def test_any_spoilt_byte_is_found_and_the_one_before_used(run: Path, choice: int
         name = names(last)[choice % len(names(last))]
         content = (last / name).read_bytes()
         (last / name).write_bytes(spoil(content, *spoils))
-        if name == "state.json" and same_json((last / name).read_bytes(), content):
-            return  # white space
-        assert checkpoint.damage(last), f"{name} is spoilt and passes as whole"
+        if name == "state.json" and is_same_json((last / name).read_bytes(), content):
+            return  # only white space changed
+        assert checkpoint.damage(last), f"{name} is damaged but passes the check"
         found, skipped = checkpoint.find(out, "latest")
         assert found == out / "checkpoint-1"
         assert len(skipped) == 1 and "checkpoint-2" in skipped[0]
 
 
-def same_json(one: bytes, other: bytes) -> bool:
+def is_same_json(one: bytes, other: bytes) -> bool:
     try:
         return json.loads(one) == json.loads(other)
     except (ValueError, RecursionError):
