@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from support.runs import train_words
 
 from t2i_adapter import script as compat
 from t2i_adapter.cli import main
@@ -41,19 +42,11 @@ def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytes
     return run
 
 
-def train_words(base: object, data: object, out: object, *more: object) -> list[object]:
-    return [
-        *("train", "--base.name", base, "--data.train_data_dir", data, "--data.resolution=64", "--data.num_workers=0"),
-        *("--train.batch_size=2", "--train.max_steps=1", "--train.seed=0", "--tracking.report_to=none"),
-        *("--output_dir", out, *more),
-    ]
-
-
 @pytest.fixture(scope="module")
 def trained(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run. Read only."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    assert main([str(word) for word in train_words(tiny_base, tiny_data, out)]) == 0
+    assert main(train_words(tiny_base, tiny_data, out)) == 0
     return out
 
 
@@ -295,7 +288,7 @@ def test_fp16_without_a_gpu_warns_and_continues(
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     words = train_words(tiny_base, tiny_data, tmp_path / "out", "--train.mixed_precision=fp16", "--dry_run")
-    assert main([str(word) for word in words]) == 0
+    assert main(words) == 0
     assert capsys.readouterr().out.count("fp16 needs a GPU") == 1
     assert not (tmp_path / "out").exists()
 

@@ -17,6 +17,7 @@ import torch
 from diffusers import StableDiffusionXLAdapterPipeline, T2IAdapter
 from PIL import Image
 from safetensors.torch import load_file
+from support.runs import losses
 
 from t2i_adapter.models import nano
 
@@ -49,10 +50,6 @@ def train_words(out: str, *more: str) -> list[str]:
         *("--train.max_steps", str(STEPS), "--train.batch_size", "4", "--train.seed", "3", "--optim.lr", "1e-3"),
         *("--checkpoint.every", "8", "--tracking.log_every", "1", "--tracking.report_to", "none", *more),
     ]
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

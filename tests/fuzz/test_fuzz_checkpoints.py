@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.runs import train_words
 from test_fuzz_files import HOSTILE, JSON, SPOILS, spoil, times
 
 from t2i_adapter.cli import main
@@ -22,9 +23,8 @@ from t2i_adapter.training import checkpoint
 def run(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with checkpoint-1 and checkpoint-2. Read only."""
     out = tmp_path_factory.mktemp("run") / "run"
-    words = ["train", "--base.name", str(tiny_base), "--data.train_data_dir", str(tiny_data), "--data.resolution", "64"]
-    more = ["--train.max_steps", "2", "--train.batch_size", "1", "--train.seed", "0", "--tracking.report_to", "none"]
-    assert main([*words, *more, "--data.num_workers", "0", "--checkpoint.every", "1", "--output_dir", str(out)]) == 0
+    words = ["--train.max_steps", "2", "--train.batch_size", "1", "--checkpoint.every", "1"]
+    assert main(train_words(tiny_base, tiny_data, out, *words)) == 0
     return out
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.runs import train_words
 
 from t2i_adapter.cli import main
 from t2i_adapter.errors import UserError
@@ -77,6 +78,7 @@ class Poison:
         return os.mkdir, (str(self.mark), 0o700)
 
 
+TWO_STEPS = ("--train.max_steps", "2", "--checkpoint.every", "1")
 WEIGHT_NAMES = (
     *("pytorch_model.bin", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin", "model.ckpt"),
     *("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "training.pt", "model.pth", "facts.npy", "model.pkl"),
@@ -96,14 +98,6 @@ def test_the_poison_works(tmp_path: Path):
     assert (tmp_path / "mark").is_dir()
 
 
-def train_words(base: Path, data: Path, out: Path, *more: str) -> list[str]:
-    return [
-        *("train", "--base.name", str(base), "--data.train_data_dir", str(data), "--data.resolution", "64"),
-        *("--train.batch_size", "2", "--train.max_steps", "2", "--train.seed", "0", "--tracking.report_to", "none"),
-        *("--data.num_workers", "0", "--checkpoint.every", "1", "--output_dir", str(out), *more),
-    ]
-
-
 def test_poison_beside_every_file_that_is_read_is_never_run(tiny_base: Path, tiny_data: Path, tmp_path: Path):
     """Poison lies beside base, data, cache, initial adapter and checkpoint of a run, a resumed run and a generation."""
     mark, out, base, data = tmp_path / "mark", tmp_path / "run", tmp_path / "base", tmp_path / "data"
@@ -111,7 +105,7 @@ def test_poison_beside_every_file_that_is_read_is_never_run(tiny_base: Path, tin
     shutil.copytree(tiny_data, data)
     poison(base, mark)
     poison(data, mark)
-    cache = ["--data.prepared_dir", str(tmp_path / "cache")]
+    cache = ["--data.prepared_dir", str(tmp_path / "cache"), *TWO_STEPS]
     assert main(train_words(base, data, out, *cache)) == 0
     poison(tmp_path / "cache", mark)
     poison(out, mark)
@@ -190,7 +184,7 @@ def test_code_beside_a_model_is_never_imported(tiny_base: Path, tiny_data: Path,
 
 def test_a_run_writes_only_safetensors_text_and_pictures(tiny_base: Path, tiny_data: Path, tmp_path: Path):
     out = tmp_path / "run"
-    assert main(train_words(tiny_base, tiny_data, out)) == 0
+    assert main(train_words(tiny_base, tiny_data, out, *TWO_STEPS)) == 0
     for path in out.rglob("*"):
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:

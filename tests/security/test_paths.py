@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from support.runs import train_words
 
 from t2i_adapter.cli import main
 from t2i_adapter.config.tree import DataOptions
@@ -237,13 +238,7 @@ def test_a_package_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypat
 # The output folder ----------------------------------------------------------------------------------------------------
 
 
-def train_words(base: Path, data: Path, out: Path, *more: str) -> list[str]:
-    return [
-        *("train", "--base.name", str(base), "--data.train_data_dir", str(data), "--data.resolution", "64"),
-        *("--train.batch_size", "2", "--train.max_steps", "3", "--train.seed", "0", "--tracking.report_to", "none"),
-        *("--data.num_workers", "0", "--checkpoint.every", "1", "--checkpoint.keep", "1", "--output_dir", str(out)),
-        *more,
-    ]
+THREE_STEPS = ("--train.max_steps", "3", "--checkpoint.every", "1", "--checkpoint.keep", "1")
 
 
 def test_links_in_the_output_folder_are_not_followed_for_writing_or_removal(
@@ -259,7 +254,7 @@ def test_links_in_the_output_folder_are_not_followed_for_writing_or_removal(
     files = ("options.yaml", ".lock", "metrics.jsonl", "README.md", "t2i_adapter.json", "config.json")
     for name in files:
         (out / name).symlink_to(precious / "notes.txt")
-    code = main(train_words(tiny_base, tiny_data, out, "--checkpoint.resume", "latest"))
+    code = main(train_words(tiny_base, tiny_data, out, *THREE_STEPS, "--checkpoint.resume", "latest"))
     assert (precious / "notes.txt").read_text() == "mine"
     assert outside.is_file()
     assert code in (0, 2)
@@ -270,7 +265,7 @@ def test_a_symlinked_output_folder_is_the_folder_itself(tiny_base: Path, tiny_da
     real.mkdir(parents=True)
     (real / "keep.txt").write_text("mine")
     (tmp_path / "run").symlink_to(real)
-    assert main(train_words(tiny_base, tiny_data, tmp_path / "run")) == 0
+    assert main(train_words(tiny_base, tiny_data, tmp_path / "run", *THREE_STEPS)) == 0
     assert (real / "keep.txt").read_text() == "mine" and (tmp_path / "run").is_symlink()
     assert (real / "checkpoint-3").is_dir() and not (real / "checkpoint-1").exists()
 
@@ -284,7 +279,7 @@ def test_a_checkpoint_that_lists_files_elsewhere_is_damaged(
 
     out = tmp_path / "run"
     if not (made := tmp_path.parent / "made").exists():
-        assert main(train_words(tiny_base, tiny_data, made)) == 0
+        assert main(train_words(tiny_base, tiny_data, made, *THREE_STEPS)) == 0
     shutil.copytree(made, out)
     folder = out / "checkpoint-3"
     state = json.loads((folder / "state.json").read_text())

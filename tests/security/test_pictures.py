@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.runs import train_words
 
 from t2i_adapter.cli import main
 from t2i_adapter.config.tree import DataOptions
@@ -171,9 +173,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
 @pytest.fixture(scope="module")
 def adapter(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("adapter") / "run"
-    words = ["train", "--base.name", str(tiny_base), "--data.train_data_dir", str(tiny_data), "--data.resolution", "64"]
-    more = ["--train.max_steps", "1", "--train.batch_size", "2", "--train.seed", "0", "--tracking.report_to", "none"]
-    assert main([*words, *more, "--data.num_workers", "0", "--output_dir", str(out)]) == 0
+    assert main(train_words(tiny_base, tiny_data, out)) == 0
     return out
 
 
@@ -210,8 +210,6 @@ WAYS: dict[str, Callable[[Path, Path, Path, Path], list[str]]] = {
 
 
 def spoilt(data: Path, file: Path) -> Path:
-    import shutil
-
     folder = file.parent / "data"
     shutil.copytree(data, folder, dirs_exist_ok=True)
     shutil.copy(file, folder / "train" / "00003.png")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.push_hub import TOKEN, running_hub
+from support.runs import train_words
 
 from t2i_adapter.cli import main
 from t2i_adapter.config.tree import DataOptions
@@ -151,10 +152,8 @@ def test_an_address_with_a_password_in_a_row_is_refused_and_not_logged(
     table.write_text("".join(json.dumps({**row}) + "\n" for row in rows))
     out = tmp_path / "run"
     try:
-        words = ["train", "--base.name", str(tiny_base), "--data.train_data_dir", str(table), "--output_dir", str(out)]
-        more = ["--data.resolution", "64", "--train.max_steps", "1", "--train.batch_size", "1", "--train.seed", "0"]
-        skip = ["--data.on_bad_sample", "skip", "--data.max_bad_share", "0.5", "--data.num_workers", "0"]
-        assert main([*words, *more, *skip, "--tracking.report_to", "none"]) == 0
+        skip = ["--data.on_bad_sample", "skip", "--data.max_bad_share", "0.5"]
+        assert main(train_words(tiny_base, table, out, "--train.batch_size", 1, *skip)) == 0
     finally:
         table.unlink()
     captured = capsys.readouterr()

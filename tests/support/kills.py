@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from support.forks import End, Forks, session_members
+from support.runs import read_metrics
 
 from t2i_adapter.training import checkpoint
 
@@ -168,8 +168,7 @@ def differences(alone: Path, out: Path, *, missing_lines: bool = False) -> list[
 
 def curve(out: Path) -> list[dict[str, float]]:
     """The rows of metrics.jsonl without the speed, which depends on the machine."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in ("step", "loss", "grad_norm", "lr")} for row in rows]
+    return [{key: row[key] for key in ("step", "loss", "grad_norm", "lr")} for row in read_metrics(out)]
 
 
 def left_behind(out: Path) -> list[str]:
