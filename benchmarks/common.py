@@ -1,4 +1,4 @@
-"""What all benchmarks share: where results are written and found, and what each says about its measurement.
+"""What all benchmarks share: the names and places of result files, and what each records about its measurement.
 
 A result file is `benchmarks/results/NAME_HARDWARE_DATE.json`, for example `step_time_2cpu_2026-11-26.json`. Its key
 `measured` holds date, hardware, machine and versions of libraries; the other keys belong to the benchmark. A new

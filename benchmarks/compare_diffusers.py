@@ -56,9 +56,9 @@ LABELS = {
     "samples_per_s": "samples/s in steady state",
     "rss_mib": "peak memory of the largest process, MiB",
     "tree_rss_mib": "peak memory of all processes, MiB",
-    "tree_pss_mib": "the same, shared pages counted once, MiB",
+    "tree_pss_mib": "peak memory of all processes, shared pages counted once, MiB",
     "first_step_s": "seconds to the first finished step, nothing prepared",
-    "later_first_step_s": "the same of a second run, with what the first prepared",
+    "later_first_step_s": "seconds to the first finished step of a second run, with the caches of the first",
     "wall_s": "seconds of the whole run",
     "mean_loss": "mean loss",
 }

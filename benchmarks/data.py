@@ -81,11 +81,11 @@ def write_pairs(folder: Path) -> Path:
     return folder
 
 
-def cached_facts(data: DataOptions, root: Path) -> CachedDataset:
+def cached_dataset(data: DataOptions, root: Path) -> CachedDataset:
     """A cache with records of SDXL's sizes: true conditions, random moments and text states, which cost the same."""
     source, rng, framing = open_source(data, 0), np.random.default_rng(1), Framing.of(data)
     images, texts, keys = root / "images", Texts(Shards(root / "texts"), "benchmark"), []
-    with ShardWriter(images) as some, ShardWriter(root / "texts") as others:
+    with ShardWriter(images) as image_writer, ShardWriter(root / "texts") as text_writer:
         for i in range(len(source)):
             sample = source[i]
             condition = np.asarray(sample.condition.resize((SIDE, SIDE)), np.uint8).transpose(2, 0, 1)
@@ -93,9 +93,9 @@ def cached_facts(data: DataOptions, root: Path) -> CachedDataset:
             moments = rng.normal(size=(8, SIDE // 8, SIDE // 8)).astype(np.float32)
             key = view_keys(np.frombuffer(bytes.fromhex(sample.digest), np.uint8)[None], 0)
             keys.append(key)
-            some.add(key.tobytes(), pack_image(moments, condition, geometry, name=sample.key))
+            image_writer.add(key.tobytes(), pack_image(moments, condition, geometry, name=sample.key))
             states, pooled = rng.normal(size=STATES), rng.normal(size=POOLED)
-            others.add(texts.keys(sample.captions).tobytes(), pack_text(states, pooled, tokens=9, name="caption"))
+            text_writer.add(texts.keys(sample.captions).tobytes(), pack_text(states, pooled, tokens=9, name="caption"))
     texts.shards.refresh()
     found = Shards(images)
     rows = found.find(np.concatenate(keys)).astype(np.int32)[None]
@@ -105,22 +105,24 @@ def cached_facts(data: DataOptions, root: Path) -> CachedDataset:
     )
 
 
-def live_facts(data: DataOptions, root: Path, *, channels: int = 3) -> LiveDataset:
+def live_dataset(data: DataOptions, root: Path, *, channels: int = 3) -> LiveDataset:
     base = open_base(BaseOptions())
-    facts = prepare(
+    dataset = prepare(
         open_source(data, 0),
         replace(data, cache="none"),
         PrepareContext(base, "cpu", torch.float32, root, progress=False),
         in_channels=channels,
     )
-    assert isinstance(facts, LiveDataset)
-    return facts
+    assert isinstance(dataset, LiveDataset)
+    return dataset
 
 
-def drafts(facts: Any, data: DataOptions, *, start: int = 0, steps: int = 10**6, batch: int = BATCH) -> Iterator[Any]:
+def partial_batches(
+    dataset: Any, data: DataOptions, *, start: int = 0, steps: int = 10**6, batch: int = BATCH
+) -> Iterator[Any]:
     config = Config(data=replace(data, num_workers=0), train=TrainOptions(batch_size=batch, seed=0))
     return make_partial_batches(
-        facts, config, rank=0, world=1, start_step=start, stop_step=start + steps, num_timesteps=1000
+        dataset, config, rank=0, world=1, start_step=start, stop_step=start + steps, num_timesteps=1000
     )
 
 
@@ -232,7 +234,7 @@ def first_batch(folder: Path, start: int) -> None:
     began = time.perf_counter()
     data = rows_options(folder)
     with tempfile.TemporaryDirectory() as root:
-        next(drafts(live_facts(data, Path(root)), data, start=start // BATCH))
+        next(partial_batches(live_dataset(data, Path(root)), data, start=start // BATCH))
     # Not getrusage: a child process inherits its parent's peak there.
     status = Path("/proc/self/status").read_text().splitlines()
     kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
@@ -258,15 +260,15 @@ def cost_of_a_sample(folder: Path) -> float:
     """Microseconds a sample, at rows far apart in the order."""
     data = rows_options(folder)
     with tempfile.TemporaryDirectory() as root:
-        facts = live_facts(data, Path(root))
-        batches = drafts(facts, data)
+        dataset = live_dataset(data, Path(root))
+        batches = partial_batches(dataset, data)
         for _ in islice(batches, 20):
             pass
         began = time.perf_counter()
         for _ in islice(batches, TIMED // BATCH):
             pass
         taken = time.perf_counter() - began
-        assert isinstance(Order(facts.groups, facts.shards, 0, BATCH).number(0), int)
+        assert isinstance(Order(dataset.groups, dataset.shards, 0, BATCH).number(0), int)
     return round(taken / TIMED * 1e6, 1)
 
 
@@ -326,14 +328,14 @@ def measure(options: argparse.Namespace) -> None:
         folder, root = write_pairs(Path(temporary) / "pairs"), Path(temporary)
         data = DataOptions(train_data_dir=str(folder), resolution=SIDE, num_workers=0)
         edges = replace(data, condition="canny", cache="none")
-        facts, live = cached_facts(data, root / "cached"), live_facts(edges, root / "live")
+        dataset, live = cached_dataset(data, root / "cached"), live_dataset(edges, root / "live")
         result: dict[str, Any] = {
             "settings": {"side": SIDE, "pairs": PAIRS, "batch": BATCH, "rounds": options.rounds, "rows": options.rows},
             "cached": side_by_side(
-                lambda: drafts(facts, data), lambda: script_batches(script, folder, canny=False), options
+                lambda: partial_batches(dataset, data), lambda: script_batches(script, folder, canny=False), options
             ),
             "uncached": side_by_side(
-                lambda: drafts(live, edges), lambda: script_batches(script, folder, canny=True), options
+                lambda: partial_batches(live, edges), lambda: script_batches(script, folder, canny=True), options
             ),
         }
         print(json.dumps({name: result[name]["median"] for name in ("cached", "uncached")}), flush=True)

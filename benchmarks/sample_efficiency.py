@@ -136,7 +136,7 @@ class Bench:
         self.accelerator = make_accelerator(replace(config, tracking=TrackingOptions(report_to="none")))
         self.base = open_base(config.base)
         self.frozen = load_frozen_model(config, self.base, torch.device("cpu"), torch.float32)
-        self.facts = self._facts(config)
+        self.dataset = self._dataset(config)
         test = with_values(config, {"data.split": "test"})
         self.held_out = self._held_out(test)
         self.pairs: list[Pair] = []
@@ -146,31 +146,31 @@ class Bench:
             self.pipeline = self.base.pipeline(
                 make_adapter(config, self.base, 0), "cpu", torch.float32, unet=self.frozen.unet
             )
-        silent = build_adapter(AdapterOptions(init="zero"), self.base.unet_config)
-        self.alone = self.error(silent)
+        zero = build_adapter(AdapterOptions(init="zero"), self.base.unet_config)
+        self.error_of_base = self.error(zero)
 
-    def _facts(self, config: Config) -> Any:
+    def _dataset(self, config: Config) -> Any:
         return prepare_data(config, self.accelerator, self.base, open_source(config.data, 0), torch.float32, [])
 
-    def batches(self, facts: Any, config: Config, start: int = 0, stop: int = NEVER) -> Iterator[Batch]:
+    def batches(self, dataset: Any, config: Config, start: int = 0, stop: int = NEVER) -> Iterator[Batch]:
         encoders = Encoders(self.base, torch.device("cpu"), torch.float32)
         count = self.frozen.schedule.num_timesteps
         return make_batches(
-            facts, config, encoders, self.accelerator, start_step=start, stop_step=stop, num_timesteps=count
+            dataset, config, encoders, self.accelerator, start_step=start, stop_step=stop, num_timesteps=count
         )
 
     def course(self, config: Config, first: tuple[int, int]) -> Iterator[Batch]:
         """The batches of a run. first: (samples, pixels) of smaller batches at the beginning."""
         samples, side = first
         small, turn = with_values(config, {"data.resolution": side}), samples // config.train.batch_size
-        begun = self.batches(self._facts(small), small, 0, turn) if turn else ()
-        return chain(begun, self.batches(self.facts, config, turn))
+        begun = self.batches(self._dataset(small), small, 0, turn) if turn else ()
+        return chain(begun, self.batches(self.dataset, config, turn))
 
     def _held_out(self, config: Config) -> Batch:
         """Pairs of the test split, each with its own noise and timestep, equal for every arm and seed."""
         even = ObjectiveOptions(timesteps="uniform", stratify=True)
         fixed = with_values(config, {"train": TrainOptions(batch_size=HELD_OUT, seed=0), "objective": even})
-        batch = next(self.batches(self._facts(fixed), fixed))
+        batch = next(self.batches(self._dataset(fixed), fixed))
         half = self.frozen.schedule.num_timesteps // 2
         return replace(batch, timesteps=half + batch.timesteps // 2)
 
@@ -184,7 +184,7 @@ class Bench:
 
     def measure(self, adapter: Any, samples: int) -> dict[str, Any]:
         """The held-out error relative to the base alone, and with --iou the IoU of each generated pair."""
-        found: dict[str, Any] = {"error": round(self.error(adapter) / self.alone, 4)}
+        found: dict[str, Any] = {"error": round(self.error(adapter) / self.error_of_base, 4)}
         if self.pairs and samples >= self.options.iou_from:
             self.pipeline.adapter.load_state_dict(adapter.state_dict())
             sampling = SamplingOptions(steps=self.options.sampling_steps, guidance=GUIDANCE)

@@ -110,10 +110,12 @@ def a_batch(config: Config) -> Batch:
     """The run's first batch."""
     base = open_base(config.base)
     machine = PrepareContext(base, CPU, torch.float32, cache_root(config.data.prepared_dir), progress=False)
-    facts = prepare(open_source(config.data, 0), config.data, machine, in_channels=config.adapter.in_channels)
+    dataset = prepare(open_source(config.data, 0), config.data, machine, in_channels=config.adapter.in_channels)
     plain = replace(config, data=replace(config.data, num_workers=0))
-    drafts = make_partial_batches(facts, plain, rank=0, world=1, start_step=0, stop_step=1, num_timesteps=1000)
-    return Encoders(base, CPU, torch.float32).complete(next(drafts))
+    partial_batches = make_partial_batches(
+        dataset, plain, rank=0, world=1, start_step=0, stop_step=1, num_timesteps=1000
+    )
+    return Encoders(base, CPU, torch.float32).complete(next(partial_batches))
 
 
 def parse() -> argparse.Namespace:

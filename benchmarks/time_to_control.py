@@ -50,26 +50,26 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--samples", type=int, default=5120, help="most samples of the diffusers recipe")
     parser.add_argument("--pairs", type=int, default=32, help="unseen conditions to measure")
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    others = [str(given.samples * (i + 1) // POINTS) for i in range(POINTS)]
-    options = parse(["--iou", "--pairs", str(given.pairs), "--sampling_steps", "12", "--at", "0"])
+    others = [str(options.samples * (i + 1) // POINTS) for i in range(POINTS)]
+    bench_options = parse(["--iou", "--pairs", str(options.pairs), "--sampling_steps", "12", "--at", "0"])
     recipes = {"demo": ARMS["chosen"]}
     recipes |= {f"diffusers recipe, lr {lr:g}": {**DIFFUSERS, "optim.lr": lr} for lr in RATES}
     arms: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        bench = Bench(write_data(work, options), work / "run", options)
+        bench = Bench(write_data(work, bench_options), work / "run", bench_options)
         for name, changes in recipes.items():
             print(f"  {name}", flush=True)
-            options.at = [int(n) for n in (others if arms else ("64", "128", "192", "256", "384", "512", "768"))]
-            arms.append(row(name, changes, bench.run(arm_config(changes, work / options.which, work / "run", 0))))
+            bench_options.at = [int(n) for n in (others if arms else ("64", "128", "192", "256", "384", "512", "768"))]
+            arms.append(row(name, changes, bench.run(arm_config(changes, work / bench_options.which, work / "run", 0))))
     result = {
-        "settings": {"samples": given.samples, "pairs": given.pairs, "sampling_steps": 12},
+        "settings": {"samples": options.samples, "pairs": options.pairs, "sampling_steps": 12},
         "threshold": THRESHOLD,
         "arms": arms,
     }
-    write_result("time_to_control", result, given.out, threads=1)
+    write_result("time_to_control", result, options.out, threads=1)
     print(summary(arms))
 
 
