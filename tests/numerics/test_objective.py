@@ -48,7 +48,7 @@ def test_noise_is_added_as_diffusers_does_for_ddpm_and_for_euler():
 
 
 def test_loss_is_the_diffusers_scripts_loss():
-    """The diffusers script computes x_0 from the prediction and weights its error by sigma^-2, sigma = sigma_t / alpha_t."""
+    """The script computes x_0 from the prediction and weights its error by sigma^-2, with sigma = sigma_t / alpha_t."""
     latents, noise, steps = (t.double() if t.is_floating_point() else t for t in draw())
     table = schedule()
     alpha, sigma = (x.double() for x in table.at(steps))

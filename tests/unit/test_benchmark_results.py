@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import common
 import pytest
+from support.doc_pages import PAGES
 
 FILES = sorted(common.RESULTS.glob("*.json"))
 
@@ -15,6 +17,14 @@ FILES = sorted(common.RESULTS.glob("*.json"))
 def test_a_result_file_is_named_by_its_hardware_and_date(file: Path) -> None:
     measured = json.loads(file.read_text(encoding="utf-8"))["measured"]
     assert file.stem.endswith(f"_{measured['hardware']}_{measured['date']}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_names_the_newest_results(page: Path) -> None:
+    named = re.findall(r"benchmarks/results/((\w+)_([^_\s]+)_[\d-]{10})\.\w+", page.read_text(encoding="utf-8"))
+    for stem, name, hardware in named:
+        newest = common.newest(name, hardware)
+        assert newest is not None and newest.stem == stem
 
 
 def test_a_result_is_written_with_its_machine_and_found_again(
