@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from t2i_adapter.config.tree import Config
 
 
-def tiny_config(base: object, data: object, out: object, **changes: Any) -> Config:
+def tiny_config(base: object, data: object, out: object, changes: Mapping[str, Any] = MappingProxyType({})) -> Config:
     """Options of a run at 64 px: batch 2, seed 5, no loader process, no tracker, every update logged.
 
-    changes: further options by path, with "__" for the dot: `tiny_config(..., train__max_steps=6, optim__lr=1e-3)`.
+    changes: option by path, such as {"train.max_steps": 6}, beside these or instead of them.
     """
     from t2i_adapter.config.read import with_values
     from t2i_adapter.config.tree import Config
@@ -29,7 +31,7 @@ def tiny_config(base: object, data: object, out: object, **changes: Any) -> Conf
         "tracking.log_every": 1,
         "output_dir": str(out),
     }
-    return with_values(Config(), values | {name.replace("__", "."): value for name, value in changes.items()})
+    return with_values(Config(), {**values, **changes})
 
 
 def train_words(base: object, data: object, out: object, *more: object) -> list[str]:
@@ -51,11 +53,11 @@ def train_words(base: object, data: object, out: object, *more: object) -> list[
     return ["train", *(f"{name}={value}" for name, value in words.items()), *map(str, more)]
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def read_metrics(run: Path | str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl in a run's folder."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
-def losses(run: Path) -> list[float]:
+def losses(run: Path | str) -> list[float]:
     """The logged losses of a run."""
     return [row["loss"] for row in read_metrics(run)]
