@@ -1,4 +1,4 @@
-"""Mistakes of users: each gives one line that names the file, row, flag or column, and exit code 2, and harms no file.
+"""Mistakes of users: each prints one line that names the file, row, flag or column, exits with 2 and harms no file.
 
 All commands run in this process, because a process of its own would spend seconds on imports.
 """

@@ -112,11 +112,11 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read_all(place: Path | str, kept: Path, **options: Any) -> int:
+def read_all(place: Path | str, cache: Path, **options: Any) -> int:
     """Number of rows that can be read. Every other row must raise a UserError, and no other exception may escape."""
     num_good = 0
     try:
-        source = open_source(DataOptions(train_data_dir=str(place), prepared_dir=str(kept), **options), seed=0)
+        source = open_source(DataOptions(train_data_dir=str(place), prepared_dir=str(cache), **options), seed=0)
     except UserError:
         return 0
     for number in range(len(source)):
@@ -148,7 +148,7 @@ def test_any_rows_are_read_or_refused(pairs: Path, rows: list[Any], tail: bytes)
     good = {"image": "x.png", "conditioning_image": "x.png", "text": "a"}
     lines = [json.dumps(row).encode() for row in (good, *rows)]
     table.write_bytes(b"\n".join([*lines, tail]))
-    assert read_all(table, pairs / "kept") >= 1
+    assert read_all(table, pairs / "cache") >= 1
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
@@ -156,7 +156,7 @@ def test_a_hostile_line_is_one_bad_row(pairs: Path, hostile: bytes):
     table = pairs / "rows.jsonl"
     good = json.dumps({"image": "x.png", "conditioning_image": "x.png", "text": "a"}).encode()
     table.write_bytes(good + b"\n" + hostile + b"\n" + good + b"\n")
-    assert read_all(table, pairs / "kept") == 2
+    assert read_all(table, pairs / "cache") == 2
 
 
 @given(cells=st.lists(st.lists(st.text(max_size=8), min_size=3, max_size=3), max_size=3), tail=st.binary(max_size=12))
@@ -166,7 +166,7 @@ def test_any_csv_is_read_or_refused(pairs: Path, cells: list[list[str]], tail: b
     text = io.StringIO()
     csv.writer(text).writerows([["image", "conditioning_image", "text"], ["x.png", "x.png", "a"], *cells])
     (pairs / "rows.csv").write_bytes(text.getvalue().encode("utf-8", "surrogatepass") + tail)
-    read_all(pairs / "rows.csv", pairs / "kept")
+    read_all(pairs / "rows.csv", pairs / "cache")
 
 
 def tar_of_pairs() -> bytes:
@@ -192,22 +192,22 @@ def test_a_damaged_tar_is_read_or_refused(spoils: list[tuple[int, int]]):
         content = spoil(content, place, change)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "0.tar").write_bytes(content)
-        read_all(Path(folder) / "0.tar", Path(folder) / "kept")
+        read_all(Path(folder) / "0.tar", Path(folder) / "cache")
 
 
 @given(st.lists(SPOILS, min_size=1, max_size=3))
 def test_a_damaged_index_of_a_tar_is_rebuilt(pairs: Path, spoils: list[tuple[int, int]]):
     """The index lies in the cache; a damaged one would point the reader to wrong bytes."""
-    shard, kept = pairs / "0.tar", pairs / "indexed"
+    shard, cache = pairs / "0.tar", pairs / "indexed"
     shard.write_bytes(TAR)
-    shutil.rmtree(kept, ignore_errors=True)  # the index of the example before
-    assert read_all(shard, kept) == 1
-    (index,) = (kept / "indices").iterdir()
-    whole = index.read_bytes()
+    shutil.rmtree(cache, ignore_errors=True)  # the index of the example before
+    assert read_all(shard, cache) == 1
+    (index,) = (cache / "indices").iterdir()
+    undamaged = index.read_bytes()
     for place, change in spoils:
         index.write_bytes(spoil(index.read_bytes(), place, change))
-    assert read_all(shard, kept) == 1
-    assert index.read_bytes() == whole
+    assert read_all(shard, cache) == 1
+    assert index.read_bytes() == undamaged
 
 
 # The cache ------------------------------------------------------------------------------------------------------------

@@ -225,7 +225,7 @@ def _run_on(
 def damaged_checkpoints(
     forks: Forks, words: Sequence[str], *, rounds: int, seed: int = 0, log: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Runs `words` undisturbed with all checkpoints kept, then `rounds` times damages copies of it and resumes them.
+    """Runs `words` undisturbed with all checkpoints, then `rounds` times damages copies of the run and resumes them.
 
     Each copy is the run at a random checkpoint, with its newest one or two checkpoints damaged. The same command must
     name what is damaged, resume from the newest undamaged checkpoint, and reach the same end.

@@ -131,8 +131,8 @@ def start(forks: Forks, words: Sequence[str], out: Path, kill_after: float | Non
 
 def newest_checkpoint(out: Path, before: int, found: Result) -> int:
     """Returns the step of the newest undamaged checkpoint; adds a fault if it is lower than `before`."""
-    whole = [step for step, folder in checkpoint.list_checkpoints(out) if checkpoint.damage(folder) is None]
-    newest = max(whole, default=0)
+    undamaged = [step for step, folder in checkpoint.list_checkpoints(out) if checkpoint.damage(folder) is None]
+    newest = max(undamaged, default=0)
     if newest < before:
         found.checkpoints_lost.append(f"{out.name}: checkpoint-{before} is gone, {newest} is the newest")
     return newest

@@ -99,7 +99,7 @@ def prepare(folder: Path, minutes: float) -> list[str]:
     shutil.copy(folder / "data" / "train" / "00000_outline.png", folder / "condition.png")
     return [
         *("train", "--base.name", "base", "--data.train_data_dir", "data", "--data.resolution", "64"),
-        *("--output_dir", "run", "--data.prepared_dir", "kept", "--train.batch_size", "1", "--train.seed", "0"),
+        *("--output_dir", "run", "--data.prepared_dir", "cache", "--train.batch_size", "1", "--train.seed", "0"),
         *("--train.max_steps", str(EIGHT_HOURS["updates"]), "--train.max_time", f"{int(60 * minutes)}"),
         *("--tracking.log_every", "1"),
         *("--checkpoint.every", str(SAVE_EVERY), "--checkpoint.keep", "2"),
@@ -123,8 +123,8 @@ def last_step(metrics: Path) -> int:
     with suppress(OSError, ValueError, IndexError):
         with metrics.open("rb") as file:
             file.seek(max(0, metrics.stat().st_size - 4096))
-            whole = file.read().decode().rpartition("\n")[0]
-        return json.loads(whole.splitlines()[-1])["step"]
+            lines = file.read().decode().rpartition("\n")[0]
+        return json.loads(lines.splitlines()[-1])["step"]
     return 0
 
 
@@ -156,10 +156,10 @@ def trend(readings: list[Reading], name: str) -> Trend:
 
     Neighbouring readings are correlated, so the line is fitted to the means of BLOCKS equal blocks.
     """
-    kept = readings[int(WARM_UP * len(readings)) :]
-    blocks = [block for block in np.array_split(np.arange(len(kept)), BLOCKS) if len(block)]
-    x = np.array([np.mean([kept[i].updates for i in block]) for block in blocks])
-    y = np.array([np.mean([getattr(kept[i], name) for i in block]) for block in blocks])
+    steady = readings[int(WARM_UP * len(readings)) :]
+    blocks = [block for block in np.array_split(np.arange(len(steady)), BLOCKS) if len(block)]
+    x = np.array([np.mean([steady[i].updates for i in block]) for block in blocks])
+    y = np.array([np.mean([getattr(steady[i], name) for i in block]) for block in blocks])
     spread = ((x - x.mean()) ** 2).sum()
     slope = ((x - x.mean()) * (y - y.mean())).sum() / spread
     rest = y - y.mean() - slope * (x - x.mean())
