@@ -60,12 +60,12 @@ dist: install
 soak: install
 	HYPOTHESIS_PROFILE=soak $(BIN)/pytest tests/fuzz --timeout=7200
 	$(BIN)/pytest tests -m soak --ignore tests/campaigns --timeout=7200
-	$(BIN)/python benchmarks/campaigns.py kills --count 100 --minutes 90
-	$(BIN)/python benchmarks/campaigns.py ranks --count 10
-	$(BIN)/python benchmarks/campaigns.py full_disk --count 60 --minutes 60
-	$(BIN)/python benchmarks/campaigns.py read_only --count 60 --minutes 60
-	$(BIN)/python benchmarks/campaigns.py damage --count 100
-	$(BIN)/python benchmarks/campaigns.py soak --minutes 60
+	$(BIN)/python tests/campaigns/run.py kills --count 100 --minutes 90
+	$(BIN)/python tests/campaigns/run.py ranks --count 10
+	$(BIN)/python tests/campaigns/run.py full_disk --count 60 --minutes 60
+	$(BIN)/python tests/campaigns/run.py read_only --count 60 --minutes 60
+	$(BIN)/python tests/campaigns/run.py damage --count 100
+	$(BIN)/python tests/campaigns/run.py soak --minutes 60
 
 fuzz: install
 	$(BIN)/python -m pip install --quiet atheris

@@ -1,25 +1,24 @@
-"""The diffusers script, unmodified, against the drop-in script of this repository: same flags, data and start.
+"""Compares the diffusers script, unmodified, with the drop-in script of this repository on equal flags, data and start.
 
-Both train the same adapter on the same base and pairs, in turn, each run a process of its own on the CPU with the same
-number of threads and empty caches. The script's file is not part of this repository: it is
+Both train the same initial adapter on the same base and pairs, in turn. Each run is its own process on the CPU, with
+equally many threads and empty caches. The script's file is not part of this repository: it is
 examples/t2i_adapter/train_t2i_adapter_sdxl.py of diffusers.
 
     python benchmarks/compare_diffusers.py --script PATH/train_t2i_adapter_sdxl.py
         [--base nano|FOLDER] [--steps 40] [--rounds 3] [--batch 4] [--resolution 128] [--pairs 200] [--threads CORES]
-        [--out benchmarks/compare_diffusers.json]
 
-Measured, for each run:
-  samples_per_s   batch / median time between two logged steps, the first of them left out
-  rss_mib         peak resident memory of the largest process
-  tree_rss_mib    peak of the sum over the process and its loader; pages they share count twice
-  tree_pss_mib    the same, with shared pages counted once (Linux)
-  first_step_s    from the process' start to its first finished step: imports, loading, preparing
-  later_first_step_s  the same, started once more with the same flags: what is prepared already is found by both
-  wall_s          from the process' start to its end
-  mean_loss       over all steps. The noise differs and the start does not: means far apart would be a fault
+Measured for each run:
+  samples_per_s       batch / median time between two logged steps, without the warm-up
+  rss_mib             peak resident memory of the largest process
+  tree_rss_mib        peak of the sum over the process and its loader; shared pages count twice
+  tree_pss_mib        peak of the sum with shared pages counted once (Linux)
+  first_step_s        from the start of the process to its first finished step: imports, loading, preparing
+  later_first_step_s  first_step_s of a second start with the same flags, which finds the caches of the first
+  wall_s              from the start of the process to its end
+  mean_loss           over all steps. The noise differs and the initial weights do not: means far apart would be a fault
 
-Result file: settings, versions, machine, the figures of every run, and of each figure the median, the range and the
-ratio ours / script (of the medians; least and greatest of the rounds).
+The result file holds the settings, the figures of every run, and for each figure the median, the range and the ratio
+ours / script (of the medians; least and greatest of the rounds).
 """
 
 from __future__ import annotations
@@ -27,9 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import json
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -39,30 +36,29 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
+from common import ROOT, make_parser, write_result
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = ROOT / "benchmarks" / "torchvision_stand_in.py"
 OURS, SCRIPT = "ours", "script"
-WARM_UP = 5  # intervals left out: the loader is ahead at first, and buffers are allocated
-SAMPLING_S = 0.2  # seconds between looks at the memory; a look takes milliseconds of one core
-LIMIT_S = 3600  # a run that takes longer has hung
+WARM_UP = 5  # intervals skipped: the loader is ahead at first, and buffers are allocated
+SAMPLING_S = 0.2  # seconds between readings of the memory; a reading takes milliseconds of one core
+LIMIT_S = 3600  # seconds; a run that takes longer hangs
 MIB = 2**20
 
 LABELS = {
     "samples_per_s": "samples/s in steady state",
     "rss_mib": "peak memory of the largest process, MiB",
     "tree_rss_mib": "peak memory of all processes, MiB",
-    "tree_pss_mib": "the same, shared pages counted once, MiB",
+    "tree_pss_mib": "peak memory of all processes, shared pages counted once, MiB",
     "first_step_s": "seconds to the first finished step, nothing prepared",
-    "later_first_step_s": "the same of a second run, with what the first prepared",
+    "later_first_step_s": "seconds to the first finished step of a second run, with the caches of the first",
     "wall_s": "seconds of the whole run",
     "mean_loss": "mean loss",
 }
@@ -71,7 +67,7 @@ Figures = dict[str, float]
 
 
 class BenchmarkError(Exception):
-    """A run that cannot be measured, told in one line or with the end of its output."""
+    """A run that cannot be measured. The text is one line, or ends with the last lines of the run's output."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both sides are given. base, data, adapter: folders."""
+    """The folders that both sides train from: the base, the data and the initial adapter."""
 
     base: Path
     data: Path
@@ -96,7 +92,7 @@ def read_entries(folder: Path) -> list[Entry]:
     """Every logged loss in the TensorBoard files under `folder`, in the order of steps."""
     found = []
     for file in sorted(folder.rglob("events.out.tfevents.*")):
-        events = EventAccumulator(str(file), size_guidance={SCALARS: 0})  # 0 keeps all
+        events = EventAccumulator(str(file), size_guidance={SCALARS: 0})  # 0: all
         events.Reload()
         if "loss" in events.Tags()[SCALARS]:
             found += [Entry(event.step, event.wall_time, event.value) for event in events.Scalars("loss")]
@@ -107,13 +103,13 @@ def intervals(entries: Sequence[Entry]) -> list[float]:
     """Seconds between consecutive steps, without the warm-up (or without the first quarter of a short run)."""
     steps = [entry.step for entry in entries]
     if len(entries) < 3 or steps != list(range(1, len(entries) + 1)):
-        raise BenchmarkError(f"Steps 1, 2, 3, ... were to be logged, at least three; found {steps}.")
+        raise BenchmarkError(f"The log has steps {steps}; expected are 1, 2, 3, ..., at least three.")
     found = [after.wall - before.wall for before, after in pairwise(entries)]
     return found[min(WARM_UP, len(found) // 4) :]
 
 
 def figures(entries: Sequence[Entry], *, started: float, finished: float, batch: int, peaks: Figures) -> Figures:
-    """The figures of one run; started, finished: seconds since the epoch."""
+    """Computes the figures of one run. started, finished: seconds since the epoch."""
     found = {
         "samples_per_s": batch / statistics.median(intervals(entries)),
         **peaks,
@@ -125,9 +121,9 @@ def figures(entries: Sequence[Entry], *, started: float, finished: float, batch:
 
 
 def summarise(rounds: Sequence[dict[str, Figures]]) -> dict[str, dict[str, Any]]:
-    """Of each figure: median, least and greatest for either side, and the ratio ours / script.
+    """Figure -> median, least and greatest of both sides, and the ratio ours / script.
 
-    rounds: for each, side -> figures.
+    rounds: side -> figures, for each round.
     """
     summary: dict[str, dict[str, Any]] = {}
     for name in rounds[0][OURS]:
@@ -143,7 +139,7 @@ def summarise(rounds: Sequence[dict[str, Figures]]) -> dict[str, dict[str, Any]]
 
 
 def table(summary: dict[str, dict[str, Any]]) -> str:
-    """The summary as a Markdown table: what the documentation shows."""
+    """The Markdown table of the documentation."""
     lines = ["| median (range) | diffusers script | ours | ours / script |", "|---|---|---|---|"]
     for name, row in summary.items():
         script, ours = (_spread(row[side]["median"], row[side]) for side in (SCRIPT, OURS))
@@ -160,7 +156,7 @@ def _digits(value: float) -> str:
 
 
 def prepare(folder: Path, options: argparse.Namespace) -> Inputs:
-    """Draws the pairs and the adapter that both sides start from."""
+    """Renders the pairs and initialises the adapter that both sides start from."""
     import torch
 
     from t2i_adapter.config.tree import AdapterOptions, BaseOptions
@@ -180,7 +176,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> Inputs:
 
 
 def flags(inputs: Inputs, output: Path, options: argparse.Namespace) -> list[str]:
-    """What both sides are started with; what is not named is the script's default on both."""
+    """Flags of both sides; all other options have the script's defaults on both."""
     named = {
         "pretrained_model_name_or_path": inputs.base,
         "adapter_model_name_or_path": inputs.adapter,
@@ -198,14 +194,14 @@ def flags(inputs: Inputs, output: Path, options: argparse.Namespace) -> list[str
 
 
 def command(side: str, script: Path) -> list[str]:
-    """How a side is started, before its flags. Ours is told to log every step, as the script does."""
+    """Command line of a side before its flags. Ours logs every step, as the script does."""
     if side == SCRIPT:
         return [sys.executable, str(LAUNCHER), str(script.resolve())]
     return [sys.executable, str(ROOT / "train_t2i_adapter_sdxl.py"), "--tracking.log_every=1"]
 
 
 def environment(caches: Path, threads: int) -> dict[str, str]:
-    """The same for both sides: caches of this run alone, no network, the CPU with a given number of threads."""
+    """Environment of both sides: caches of this run alone, no network, no GPU, `threads` CPU threads."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_CACHE_HOME"))}
     return inherited | {
         "HF_HOME": str(caches / "huggingface"),
@@ -217,18 +213,18 @@ def environment(caches: Path, threads: int) -> dict[str, str]:
 
 
 def run(side: str, inputs: Inputs, options: argparse.Namespace) -> Figures:
-    """Measures one side: trained from start to end in empty caches and an empty folder; then once more with the caches
-    as they are, of which only the start is told."""
+    """Measures one side: a whole run with empty caches and an empty folder, then the start of a second run with the
+    caches of the first."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         found = once(side, inputs, folder, options)
-        shutil.rmtree(folder / "out")  # not the caches; the script would look for others in another folder
+        shutil.rmtree(folder / "out")  # not the caches, whose keys contain the folder in the script
         again = once(side, inputs, folder, options)
         return found | {"later_first_step_s": again["first_step_s"]}
 
 
 def once(side: str, inputs: Inputs, folder: Path, options: argparse.Namespace) -> Figures:
-    """One run with its output and caches in `folder`."""
+    """Measures one run, with its output and caches in `folder`."""
     log, output = folder / "log.txt", folder / "out"
     line = [*command(side, options.script), *flags(inputs, output, options)]
     with log.open("wb") as file:
@@ -263,13 +259,13 @@ def watch(process: subprocess.Popen[bytes]) -> Figures:
             if time.monotonic() > deadline:
                 raise BenchmarkError(f"A run took more than {LIMIT_S} s and was ended.")
     finally:
-        if process.poll() is None:  # it hangs, or we were interrupted
+        if process.poll() is None:  # it hangs, or this program was interrupted
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 def memory(pid: int) -> Figures:
-    """Resident memory of a process tree at this moment, in MiB; a process that ends meanwhile is not counted."""
+    """Resident memory of a process tree now, in MiB. A process that ends meanwhile is not counted."""
     rss, pss = [], []
     with contextlib.suppress(psutil.Error):
         root = psutil.Process(pid)
@@ -282,49 +278,48 @@ def memory(pid: int) -> Figures:
     return {**sums, "tree_pss_mib": sum(pss)} if sum(pss) else sums
 
 
-def versions() -> dict[str, str]:
-    """Library -> version of what the numbers depend on."""
-    names = ("torch", "diffusers", "transformers", "accelerate", "datasets", "sdxl-t2i-adapter")
-    found = {name: version(name) for name in names}
+def torchvision_version() -> str:
+    """The version of torchvision, or the name of its stand-in."""
     try:
-        found["torchvision"] = version("torchvision")
+        return version("torchvision")
     except PackageNotFoundError:
-        found["torchvision"] = "none: benchmarks/torchvision_stand_in.py"
-    return {"python": platform.python_version(), **found}
+        return "none: benchmarks/torchvision_stand_in.py"
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of the result file. The script is named by its bytes; no folder of this machine is."""
+    """The key `settings` of the result file, without paths of this machine: a digest identifies the script."""
     return {
         "script": {"name": options.script.name, "sha256": hashlib.sha256(options.script.read_bytes()).hexdigest()},
         "base": Path(options.base).name,
         **{name: getattr(options, name) for name in ("steps", "rounds", "batch", "resolution", "pairs", "threads")},
         "precision": "fp32",
+        "torchvision": torchvision_version(),
         "warm_up_steps": WARM_UP,
     }
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--script", type=Path, required=True, help="the diffusers script")
     parser.add_argument("--base", default="nano", help="nano, or a diffusers folder of an SDXL")
-    parser.add_argument("--steps", type=int, default=40, help="updates of a run, 3 or more")
+    parser.add_argument("--steps", type=int, default=40, help="updates of a run; 3 or more")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
     parser.add_argument("--batch", type=int, default=4, help="samples a step")
     parser.add_argument("--resolution", type=int, default=128, help="side of the pictures in pixels")
-    parser.add_argument("--pairs", type=int, default=200, help="pictures in the data")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of either side")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/compare_diffusers.json"))
+    parser.add_argument("--pairs", type=int, default=200, help="pairs in the data")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each side")
     options = parser.parse_args()
     if not options.script.is_file():
-        parser.error(f"--script {options.script}: no such file; get it from diffusers, examples/t2i_adapter")
+        parser.error(
+            f"--script {options.script}: no such file. It is in the diffusers repository, examples/t2i_adapter."
+        )
     if options.steps < 3 or options.rounds < 1:
         parser.error("--steps takes 3 or more, --rounds 1 or more")
     return options
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Figures]]:
-    """Side -> figures of every round, the sides in turn."""
+    """Runs the sides in turn; returns side -> figures for each round."""
     rounds: list[dict[str, Figures]] = []
     with tempfile.TemporaryDirectory() as temporary:
         inputs = prepare(Path(temporary), options)
@@ -332,8 +327,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Figures]]:
             rounds.append({})
             for side in (SCRIPT, OURS):
                 found = rounds[-1][side] = run(side, inputs, options)
-                told = "  ".join(f"{name} {_digits(value)}" for name, value in found.items())
-                print(f"round {number}  {side:6}  {told}", flush=True)
+                line = "  ".join(f"{name} {_digits(value)}" for name, value in found.items())
+                print(f"round {number}  {side:6}  {line}", flush=True)
     return rounds
 
 
@@ -344,15 +339,8 @@ def main() -> None:
     except BenchmarkError as fault:
         sys.exit(f"{fault}")
     summary = summarise(rounds)
-    result = {
-        "date": date.today().isoformat(),
-        "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
-        "versions": versions(),
-        "settings": settings(options),
-        "rounds": rounds,
-        "summary": summary,
-    }
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = {"settings": settings(options), "rounds": rounds, "summary": summary}
+    write_result("compare_diffusers", result, options.out, threads=options.threads)
     print(table(summary))
 
 

@@ -1,14 +1,13 @@
-"""What `--train.compile` costs at the start and gives at each step: the command line, from start to end.
+"""Measures what `--train.compile` costs at the start of a run and saves at each step.
 
     python benchmarks/compiling.py [--rounds 2] [--steps 60] [--batch 4] [--resolution 128] [--threads CORES]
-        [--out benchmarks/compiling.json]
 
-Three ways in turn, on the embedded base and data that is prepared already: not compiled; compiled from an empty cache;
-compiled again from the cache that this left.
+It runs `t2i-adapter train` on the embedded base and cached data in three ways, in turn: not compiled; compiled with an
+empty compiler cache; compiled again with the cache that the run before filled.
 
-Result file: settings, versions, machine, each run's seconds to the first finished step and samples a second after it
-(medians, the first steps left out), the medians of the rounds, and after how many updates the compiled run has made up
-for its later start.
+The result file holds for each run the seconds to the first finished step and the samples a second after it (median
+without the warm-up), the medians over the rounds, and the number of updates after which the compiled run has caught up
+with its later start.
 """
 
 from __future__ import annotations
@@ -16,28 +15,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+from common import make_parser, write_result
 from compare_diffusers import environment, intervals, read_entries
 
 from t2i_adapter.data.shapes import write_dataset
-from t2i_adapter.training.setup import versions
 
 PLAIN, COLD, WARM = "not compiled", "compiled, empty cache", "compiled, from the cache"
 Figures = dict[str, float]
 
 
 def train(way: str, folder: Path, options: argparse.Namespace) -> Figures:
-    """One run; `folder` holds the data, and keeps what is prepared and compiled."""
+    """Measures one run. `folder` holds the data, the cache and the compiler's cache."""
     output, code = folder / "run", folder / "compiled"
     shutil.rmtree(output, ignore_errors=True)
     if way == COLD:
@@ -68,7 +65,11 @@ def train(way: str, folder: Path, options: argparse.Namespace) -> Figures:
 
 
 def summarise(rounds: list[dict[str, Figures]], batch: int) -> dict[str, Any]:
-    """way -> medians; of a compiled one its speed against the plain one, and when it has caught up (None: never)."""
+    """Returns way -> medians over the rounds.
+
+    A compiled way also has its speed relative to the plain one and the number of updates until it has caught up, or
+    None if it never does.
+    """
     found: dict[str, Any] = {
         way: {name: statistics.median(each[way][name] for each in rounds) for name in rounds[0][way]}
         for way in rounds[0]
@@ -83,19 +84,18 @@ def summarise(rounds: list[dict[str, Figures]], batch: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="runs of each way")
-    parser.add_argument("--steps", type=int, default=60, help="updates of a run, 3 or more")
+    parser.add_argument("--steps", type=int, default=60, help="updates of a run; 3 or more")
     parser.add_argument("--batch", type=int, default=4, help="samples a step")
     parser.add_argument("--resolution", type=int, default=128, help="side of the pictures in pixels")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of a run")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/compiling.json"))
     options = parser.parse_args()
     rounds: list[dict[str, Figures]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_dataset(folder / "data", num=200, split="train", seed=0, size=options.resolution, condition="outline")
-        train(PLAIN, folder, options)  # prepares the data
+        train(PLAIN, folder, options)  # fills the cache
         for number in range(1, options.rounds + 1):
             rounds.append({})
             for way in (PLAIN, COLD, WARM):
@@ -103,14 +103,11 @@ def main() -> None:
                 print(f"round {number}  {way:26}  {rounds[-1][way]}", flush=True)
     summary = summarise(rounds, options.batch)
     result = {
-        "date": date.today().isoformat(),
-        "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
-        "versions": versions(),
         "settings": {name: getattr(options, name) for name in ("rounds", "steps", "batch", "resolution", "threads")},
         "rounds": rounds,
         "summary": summary,
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result("compiling", result, options.out)
     print(json.dumps(summary, indent=1))
 
 

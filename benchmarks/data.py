@@ -1,18 +1,18 @@
-"""Loading training data: samples a second on one core, and what a million rows cost.
+"""Measures the loading of training data: samples a second on one core, and what a million rows cost.
 
-The other side is the diffusers script's own data path, imported from its file and not changed: `datasets`, its
-transforms, its cached caption states and its collate function. Both sides read the same files, in this process, in
-turn, several rounds each. The script's file is not part of this repository.
+It compares with the data path of the diffusers script, imported from its unmodified file: `datasets`, its transforms,
+its cached caption states and its collate function. Both sides read the same files, in this process, in turn, several
+rounds each. The script's file is not part of this repository.
 
-    python benchmarks/data.py --script PATH/train_t2i_adapter_sdxl.py [--rounds 5] [--out benchmarks/data.json]
+    python benchmarks/data.py --script PATH/train_t2i_adapter_sdxl.py [--rounds 5]
 
 Measured:
-  cached     SDXL's sizes, everything precomputed: ours moments, condition and caption states; theirs caption states,
-             the rest decoded and transformed at each draw
-  uncached   decode, resize, crop to 1024 px and Canny edges, nothing kept
-  million    a million rows in parquet shards: seconds from a fresh process's first line of ours to the first batch,
-             at row 0 and at row 900,000, and the process's peak memory
-  flat       microseconds a sample from 1,000 to 1,000,000 rows, drawn in data.svg beside the result file
+  cached     SDXL's sizes. Ours has moments, conditions and caption states in the cache; the script has caption states,
+             and decodes and transforms the pictures for each sample
+  uncached   decode, resize, crop to 1024 px and Canny edges, without a cache
+  million    a million rows in parquet shards: seconds to the first batch in a new process, from the first line of our
+             code, at row 0 and at row 900,000, and the peak memory of the process
+  flat       microseconds a sample for 1,000 to 1,000,000 rows, plotted in an .svg beside the result file
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ import argparse
 import importlib.util
 import io
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,8 +28,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import date
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +38,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
+import torchvision_stand_in
+from common import make_parser, write_result
 from PIL import Image
 
 from t2i_adapter.batches.loader import make_partial_batches
@@ -61,16 +59,14 @@ from t2i_adapter.models.open import open_base
 
 SIDE, PAIRS, BATCH = 1024, 48, 4
 STATES, POOLED = (77, 2048), (1280,)  # of SDXL's text encoders
-LIBRARIES = ("torch", "numpy", "datasets", "pyarrow", "Pillow", "sdxl-t2i-adapter")
 ROWS, SHARDS = 1_000_000, 10
 RESUME_AT = 900_000
 COUNTS = (1_000, 10_000, 100_000, 1_000_000)
-TIMED = 400  # draws that a point of the curve is the mean of
+TIMED = 400  # samples a point of the curve
 
 
 def write_pairs(folder: Path) -> Path:
-    """PAIRS pictures of 1280 x 1152 px,
-    as large in bytes as photographs: scenes with grain, JPEG; outlines as PNG."""
+    """Writes PAIRS pairs of 1280 x 1152 px: JPEG scenes with grain, as many bytes as photographs, and PNG outlines."""
     split, rng, rows = folder / "train", np.random.default_rng(0), []
     split.mkdir(parents=True)
     for i in range(PAIRS):
@@ -85,11 +81,11 @@ def write_pairs(folder: Path) -> Path:
     return folder
 
 
-def cached_facts(data: DataOptions, root: Path) -> CachedDataset:
-    """Records of SDXL's sizes for the pairs: true conditions, random moments and states, which cost the same."""
+def cached_dataset(data: DataOptions, root: Path) -> CachedDataset:
+    """A cache with records of SDXL's sizes: true conditions, random moments and text states, which cost the same."""
     source, rng, framing = open_source(data, 0), np.random.default_rng(1), Framing.of(data)
     images, texts, keys = root / "images", Texts(Shards(root / "texts"), "benchmark"), []
-    with ShardWriter(images) as some, ShardWriter(root / "texts") as others:
+    with ShardWriter(images) as image_writer, ShardWriter(root / "texts") as text_writer:
         for i in range(len(source)):
             sample = source[i]
             condition = np.asarray(sample.condition.resize((SIDE, SIDE)), np.uint8).transpose(2, 0, 1)
@@ -97,9 +93,9 @@ def cached_facts(data: DataOptions, root: Path) -> CachedDataset:
             moments = rng.normal(size=(8, SIDE // 8, SIDE // 8)).astype(np.float32)
             key = view_keys(np.frombuffer(bytes.fromhex(sample.digest), np.uint8)[None], 0)
             keys.append(key)
-            some.add(key.tobytes(), pack_image(moments, condition, geometry, name=sample.key))
+            image_writer.add(key.tobytes(), pack_image(moments, condition, geometry, name=sample.key))
             states, pooled = rng.normal(size=STATES), rng.normal(size=POOLED)
-            others.add(texts.keys(sample.captions).tobytes(), pack_text(states, pooled, tokens=9, name="caption"))
+            text_writer.add(texts.keys(sample.captions).tobytes(), pack_text(states, pooled, tokens=9, name="caption"))
     texts.shards.refresh()
     found = Shards(images)
     rows = found.find(np.concatenate(keys)).astype(np.int32)[None]
@@ -109,33 +105,31 @@ def cached_facts(data: DataOptions, root: Path) -> CachedDataset:
     )
 
 
-def live_facts(data: DataOptions, root: Path, *, channels: int = 3) -> LiveDataset:
+def live_dataset(data: DataOptions, root: Path, *, channels: int = 3) -> LiveDataset:
     base = open_base(BaseOptions())
-    facts = prepare(
+    dataset = prepare(
         open_source(data, 0),
         replace(data, cache="none"),
         PrepareContext(base, "cpu", torch.float32, root, progress=False),
         in_channels=channels,
     )
-    assert isinstance(facts, LiveDataset)
-    return facts
+    assert isinstance(dataset, LiveDataset)
+    return dataset
 
 
-def drafts(facts: Any, data: DataOptions, *, start: int = 0, steps: int = 10**6, batch: int = BATCH) -> Iterator[Any]:
+def partial_batches(
+    dataset: Any, data: DataOptions, *, start: int = 0, steps: int = 10**6, batch: int = BATCH
+) -> Iterator[Any]:
     config = Config(data=replace(data, num_workers=0), train=TrainOptions(batch_size=batch, seed=0))
     return make_partial_batches(
-        facts, config, rank=0, world=1, start_step=start, stop_step=start + steps, num_timesteps=1000
+        dataset, config, rank=0, world=1, start_step=start, stop_step=start + steps, num_timesteps=1000
     )
 
 
 def script_module(path: Path) -> ModuleType:
-    """The diffusers script as a module; torchvision's transforms are stood in for where it is not installed."""
-    here = importlib.util.spec_from_file_location("stand_in", Path(__file__).with_name("torchvision_stand_in.py"))
-    assert here is not None and here.loader is not None
-    stand_in = importlib.util.module_from_spec(here)
-    here.loader.exec_module(stand_in)
+    """The diffusers script as a module. A stand-in replaces torchvision's transforms if it is not installed."""
     if importlib.util.find_spec("torchvision") is None:
-        stand_in.install()
+        torchvision_stand_in.install()
     found = importlib.util.spec_from_file_location("diffusers_script", path)
     assert found is not None and found.loader is not None
     module = importlib.util.module_from_spec(found)
@@ -144,7 +138,7 @@ def script_module(path: Path) -> ModuleType:
 
 
 def script_batches(script: ModuleType, folder: Path, *, canny: bool) -> Iterator[Any]:
-    """The script's loader over the same folder, its caption states (random ones of SDXL's size) cached by `map`."""
+    """The script's loader over the same folder. `map` caches its caption states, random ones of SDXL's size."""
     import datasets
     from accelerate import Accelerator
 
@@ -207,16 +201,16 @@ def side_by_side(
 
 
 def write_rows(folder: Path, count: int) -> Path:
-    """`count` rows in parquet shards: a thousand different pictures of 64 px, over and over, captions of their own."""
+    """Writes `count` rows in parquet shards. A thousand pictures of 64 px repeat; every row has its own caption."""
     folder.mkdir(parents=True)
     pictures, conditions = [], []
     for i in range(min(count, 1000)):
         scene = shapes.sample_scene(0, i)
-        drawn = shapes.render(scene, 64), shapes.condition(scene, 64, "outline")
-        for kept, picture in zip((pictures, conditions), drawn, strict=True):
+        pair = shapes.render(scene, 64), shapes.condition(scene, 64, "outline")
+        for files, picture in zip((pictures, conditions), pair, strict=True):
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")
-            kept.append(buffer.getvalue())
+            files.append(buffer.getvalue())
     shards = min(SHARDS, max(1, count // 1000))
     for shard in range(shards):
         rows = range(shard * count // shards, (shard + 1) * count // shards)
@@ -236,21 +230,15 @@ def rows_options(folder: Path) -> DataOptions:
 
 
 def first_batch(folder: Path, start: int) -> None:
-    """Run in a process of its own: prints seconds to the first batch at row `start`, and the peak memory."""
+    """Prints the seconds to the first batch at row `start` and the peak memory. Runs in its own process."""
     began = time.perf_counter()
     data = rows_options(folder)
     with tempfile.TemporaryDirectory() as root:
-        next(drafts(live_facts(data, Path(root)), data, start=start // BATCH))
-    # Not getrusage, which hands a parent's peak on to what it starts
-    peak = (
-        int(
-            next(
-                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
-            ).split()[1]
-        )
-        / 1024
-    )
-    print(json.dumps({"seconds": round(time.perf_counter() - began, 2), "peak_mib": round(peak)}))
+        next(partial_batches(live_dataset(data, Path(root)), data, start=start // BATCH))
+    # Not getrusage: a child process inherits its parent's peak there.
+    status = Path("/proc/self/status").read_text().splitlines()
+    kib = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    print(json.dumps({"seconds": round(time.perf_counter() - began, 2), "peak_mib": round(kib / 1024)}))
 
 
 def measure_first_batch(folder: Path, start: int, rounds: int) -> dict[str, Any]:
@@ -269,18 +257,18 @@ def million(folder: Path, rows: int) -> dict[str, Any]:
 
 
 def cost_of_a_sample(folder: Path) -> float:
-    """Microseconds a sample, at draws far apart in the order."""
+    """Microseconds a sample, at rows far apart in the order."""
     data = rows_options(folder)
     with tempfile.TemporaryDirectory() as root:
-        facts = live_facts(data, Path(root))
-        batches = drafts(facts, data)
+        dataset = live_dataset(data, Path(root))
+        batches = partial_batches(dataset, data)
         for _ in islice(batches, 20):
             pass
         began = time.perf_counter()
         for _ in islice(batches, TIMED // BATCH):
             pass
         taken = time.perf_counter() - began
-        assert isinstance(Order(facts.groups, facts.shards, 0, BATCH).number(0), int)
+        assert isinstance(Order(dataset.groups, dataset.shards, 0, BATCH).number(0), int)
     return round(taken / TIMED * 1e6, 1)
 
 
@@ -294,11 +282,11 @@ def plot(costs: dict[str, float]) -> str:
 
     points = [place(x, y) for x, y in zip(xs, ys, strict=True)]
     marks = "".join(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3"/>' for x, y in points)
-    told = [(x, y - 8, f"{cost:.0f}") for (x, y), cost in zip(points, costs.values(), strict=True)]
-    told += [(x, 238, f"{int(count):,}") for (x, _), count in zip(points, costs, strict=True)]
-    told += [(30, place(xs[0], y)[1] + 4, f"{10**y:,}") for y in range(low, high + 1)]
-    told += [(250, 255, "rows"), (110, 14, "microseconds a sample")]
-    words = "".join(f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="middle">{word}</text>' for x, y, word in told)
+    labels = [(x, y - 8, f"{cost:.0f}") for (x, y), cost in zip(points, costs.values(), strict=True)]
+    labels += [(x, 238, f"{int(count):,}") for (x, _), count in zip(points, costs, strict=True)]
+    labels += [(30, place(xs[0], y)[1] + 4, f"{10**y:,}") for y in range(low, high + 1)]
+    labels += [(250, 255, "rows"), (110, 14, "microseconds a sample")]
+    words = "".join(f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="middle">{word}</text>' for x, y, word in labels)
     line = " ".join(f"{x:.0f},{y:.0f}" for x, y in points)
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 500 260" font-family="sans-serif" font-size="11">'
@@ -308,13 +296,14 @@ def plot(costs: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--script", type=Path, help="train_t2i_adapter_sdxl.py of diffusers")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="that a rate is measured for")
-    parser.add_argument("--rows", type=int, default=ROWS, help="rows of the large set")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/data.json"))
-    parser.add_argument("--only_million", action="store_true", help="that part alone, anew, in an earlier result file")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time that a rate is measured for")
+    parser.add_argument("--rows", type=int, default=ROWS, help="rows of the large dataset")
+    parser.add_argument(
+        "--only_million", action="store_true", help="measure `million` alone; result file data_million_*.json"
+    )
     parser.add_argument("--first_batch", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--start", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -324,13 +313,12 @@ def main() -> None:
         first_batch(options.first_batch, options.start)
         return
     if options.only_million:
-        result = json.loads(options.out.read_text(encoding="utf-8"))
         with tempfile.TemporaryDirectory() as temporary:
-            result["million"] = million(write_rows(Path(temporary) / "large", options.rows), options.rows)
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            found = million(write_rows(Path(temporary) / "large", options.rows), options.rows)
+        write_result("data_million", {"settings": {"rows": options.rows}, "million": found}, options.out, threads=1)
         return
     if options.script is None:
-        parser.error("--script is needed: the file to compare with")
+        parser.error("--script is missing: name the file of the diffusers script")
     measure(options)
 
 
@@ -340,17 +328,14 @@ def measure(options: argparse.Namespace) -> None:
         folder, root = write_pairs(Path(temporary) / "pairs"), Path(temporary)
         data = DataOptions(train_data_dir=str(folder), resolution=SIDE, num_workers=0)
         edges = replace(data, condition="canny", cache="none")
-        facts, live = cached_facts(data, root / "cached"), live_facts(edges, root / "live")
+        dataset, live = cached_dataset(data, root / "cached"), live_dataset(edges, root / "live")
         result: dict[str, Any] = {
-            "date": date.today().isoformat(),
-            "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine(), "threads": 1},
-            "versions": {name: version(name) for name in LIBRARIES},
             "settings": {"side": SIDE, "pairs": PAIRS, "batch": BATCH, "rounds": options.rounds, "rows": options.rows},
             "cached": side_by_side(
-                lambda: drafts(facts, data), lambda: script_batches(script, folder, canny=False), options
+                lambda: partial_batches(dataset, data), lambda: script_batches(script, folder, canny=False), options
             ),
             "uncached": side_by_side(
-                lambda: drafts(live, edges), lambda: script_batches(script, folder, canny=True), options
+                lambda: partial_batches(live, edges), lambda: script_batches(script, folder, canny=True), options
             ),
         }
         print(json.dumps({name: result[name]["median"] for name in ("cached", "uncached")}), flush=True)
@@ -359,8 +344,8 @@ def measure(options: argparse.Namespace) -> None:
         counts = [count for count in COUNTS if count < options.rows]
         folders = {count: write_rows(root / f"rows-{count}", count) for count in counts} | {options.rows: large}
         result["flat"] = {str(count): cost_of_a_sample(where) for count, where in folders.items()}
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    options.out.with_suffix(".svg").write_text(plot(result["flat"]), encoding="utf-8")
+    out = write_result("data", result, options.out, threads=1)
+    out.with_suffix(".svg").write_text(plot(result["flat"]), encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 

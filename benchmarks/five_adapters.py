@@ -1,15 +1,16 @@
-"""Five kinds of conditions on the embedded base: an adapter each, trained by recipe and measured on unseen conditions.
+"""Trains an adapter for each of five condition kinds on the embedded base and measures it on unseen conditions.
 
     python benchmarks/five_adapters.py
     python benchmarks/five_adapters.py --arms palette depth
 
-An arm makes its scenes, trains by its recipe, and is evaluated as `t2i-adapter evaluate` does: every held-out condition
-drawn by the adapter, with another scene's condition, and without the adapter, from the same noise. What is finished in
---work is not done again, as long as base, recipe and settings are the same, and a run that was stopped goes on (its
-seconds then count from its last start). The last three arms are palettes without one of the things of their recipe.
+Each arm makes its scenes, trains with its recipe, and is evaluated as `t2i-adapter evaluate` does: for every held-out
+condition, one picture by the adapter, one with another scene's condition and one without the adapter, all from the same
+noise. An arm that is finished in --work is not run again while base, recipe and settings are unchanged. A stopped run
+resumes; its seconds then count from its last start. Each of the last three arms is the palette with one option of its
+recipe changed.
 
-After each arm writes the numbers of all that are finished to benchmarks/five_adapters.json, with the base they belong
-to, and their pictures to docs/images/five_adapters.png: condition, no adapter, adapter, target.
+After each arm it writes the numbers of all finished arms to the result file, with the digest of the base, and their
+pictures to docs/images/five_adapters.png: condition, no adapter, adapter, target.
 """
 
 from __future__ import annotations
@@ -17,16 +18,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from common import make_parser, write_result
 from PIL import Image
 
 from t2i_adapter.cli import main as command
@@ -44,15 +43,16 @@ KINDS_SHOWN = ("canny", "lineart", "depth", "segmentation", "palette")
 
 @dataclass(frozen=True)
 class Arm:
-    """What an adapter is trained on.
+    """What an adapter is trained on and measured by.
 
     Attributes:
-        condition: which map of the scenes the data holds.
-        metric: what the arm is about, besides the objects' own IoU.
-        judge: makes the drawn pictures' own maps, which are compared with the true ones.
-        annotator: makes the condition from the pictures instead, where the generator draws no such map.
-        recipe: of recipes/, and `flags` besides it.
-        prompts: column of the captions that pictures are drawn from.
+        condition: the map that the scene generator draws for the data.
+        metric: the measure to report beside the IoU of the objects.
+        judge: annotator whose maps of the generated pictures are compared with the true ones.
+        annotator: computes the condition from the pictures, if the generator draws no such map.
+        recipe: name of a file in recipes/.
+        flags: flags beside the recipe.
+        prompts: column of the captions that pictures are generated from.
     """
 
     condition: Literal["outline", "canny", "depth", "segmentation", "palette"]
@@ -65,7 +65,7 @@ class Arm:
 
 
 def palette(*flags: str) -> Arm:
-    """Judged by prompts that name no colours: those must come from the map."""
+    """An arm whose prompts name no colours, so that the colours must come from the map."""
     return Arm("palette", "condition_error", "palette", recipe="nano-palette", flags=flags, prompts="shapes")
 
 
@@ -82,11 +82,11 @@ ARMS = {
 
 
 def folder_of(name: str, options: argparse.Namespace) -> Path:
-    """An arm's own folder: another base, recipe or setting, another folder."""
+    """The arm's folder, with a digest of base, recipe and settings in its name."""
     arm, settings = ARMS[name], (options.steps, options.scenes, options.pairs, options.sampling_steps)
     recipe = recipe_of(arm).read_bytes()
-    asked = hashlib.sha256(repr((arm, settings, base_digest())).encode() + recipe).hexdigest()
-    return options.work / f"{name.replace(', ', '-').replace(' ', '-')}-{asked[:8]}"
+    digest = hashlib.sha256(repr((arm, settings, base_digest())).encode() + recipe).hexdigest()
+    return options.work / f"{name.replace(', ', '-').replace(' ', '-')}-{digest[:8]}"
 
 
 def recipe_of(arm: Arm) -> Path:
@@ -94,7 +94,7 @@ def recipe_of(arm: Arm) -> Path:
 
 
 def measure(name: str, options: argparse.Namespace) -> None:
-    """Makes, trains and evaluates what is not there yet, and leaves the arm's result and pictures in its folder."""
+    """Makes the data, trains and evaluates, if the arm's folder has no result yet; writes result and pictures there."""
     arm, folder = ARMS[name], folder_of(name, options)
     if (folder / RESULT).is_file():
         return
@@ -124,7 +124,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
 
 
 def make_scenes(arm: Arm, options: argparse.Namespace) -> Path:
-    """One or two plain shapes on a plain ground, the same for every arm, with the arm's maps."""
+    """Writes one or two plain shapes on a plain ground with the arm's maps. The scenes are equal in all arms."""
     out = options.work / f"scenes-{arm.condition}-{options.scenes}-{options.pairs}"
     scenes = ShapesOptions(
         out=out,
@@ -145,7 +145,7 @@ def succeed(words: list[str]) -> None:
 
 
 def clocked(work: Callable[[], None]) -> dict[str, float]:
-    """Seconds by the clock, and of this process on a core; the second does not depend on what else the machine does."""
+    """Seconds of wall time and of CPU time. CPU time hardly depends on other work on the machine."""
     wall, core = time.perf_counter(), time.process_time()
     work()
     return {"seconds": round(time.perf_counter() - wall, 1), "core_seconds": round(time.process_time() - core, 1)}
@@ -162,7 +162,7 @@ def shown(columns: dict[str, Any], column: str, digits: int) -> str:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """As the documentation shows it."""
+    """The Markdown table of the documentation."""
     lines = [
         "| adapter | measure | adapter | other condition | no adapter | target | core seconds of training |",
         "|---|---|---|---|---|---|---|",
@@ -180,7 +180,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def stack(strips: list[Image.Image]) -> Image.Image:
-    """One below the other."""
+    """One picture with the strips below each other."""
     whole = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
     top = 0
     for strip in strips:
@@ -191,28 +191,24 @@ def stack(strips: list[Image.Image]) -> Image.Image:
 
 def write(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
     content = {
-        "date": date.today().isoformat(),
         "base": base_digest(),
         "settings": {
             name: getattr(options, name) for name in ("steps", "scenes", "pairs", "sampling_steps", "threads")
         },
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "adapters": rows,
     }
-    options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_result("five_adapters", content, options.out)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
-    parser.add_argument("--steps", type=int, default=150, help="updates an adapter")
+    parser.add_argument("--steps", type=int, default=150, help="updates of each adapter")
     parser.add_argument("--scenes", type=int, default=400, help="scenes to train on")
-    parser.add_argument("--pairs", type=int, default=48, help="unseen scenes that are measured")
+    parser.add_argument("--pairs", type=int, default=48, help="unseen scenes to measure")
     parser.add_argument("--sampling_steps", type=int, default=10, help="denoising steps of a measured picture")
-    parser.add_argument("--threads", type=int, default=1, help="cores that are used")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--work", type=Path, default=Path("runs/five_adapters"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/five_adapters.json"))
     parser.add_argument("--sheet", type=Path, default=Path("docs/images/five_adapters.png"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,14 +1,17 @@
-"""What each means of saving memory saves, and what it does to the adapter's gradient.
+"""Measures what each way to save memory saves, and how it changes the adapter's gradient.
 
     python benchmarks/memory.py [--base nano|FOLDER] [--parts gradients curves layers counted] [--torchao]
 
-gradients: cosine of the adapter's gradient on the quantised base to that on the plain one, the least of four random
-batches. curves: the losses of 200 updates of `t2i-adapter train` in bf16 on circles, the same batches on the plain and
-the quantised bases; how far their means over 20 updates lie apart, as a share of the plain base's. counted: on SDXL's
-true configs at 1024 px in bf16, batch 1, the bytes that `plan` counts (training/estimate.py, tensors that have shapes
-and no content), none of it measured on a device. layers: what one linear layer keeps for its backward pass, with
---torchao also that package's, where it is installed. Result file: benchmarks/memory.json, in which the parts that are
-not asked for stay.
+Parts:
+  gradients  cosine between the adapter's gradient on the quantised base and on the plain base; least of four random
+             batches
+  curves     losses of 200 updates of `t2i-adapter train` in bf16 on circles, with equal batches on the plain and on the
+             quantised bases; distance between their means over 20 updates, relative to the plain base's
+  counted    bytes that `plan` counts for SDXL's true configs at 1024 px in bf16, batch 1 (training/memory.py, with meta
+             tensors); not measured on a device
+  layers     bytes that one linear layer saves for its backward pass; --torchao adds that package's layers
+
+The result file keeps the parts that are not measured this time.
 """
 
 from __future__ import annotations
@@ -19,12 +22,12 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import make_parser, measured, read_earlier, write_result
 from real_size import UNET
 
 from t2i_adapter.batches.example import example_batch
@@ -44,17 +47,15 @@ from t2i_adapter.models.open import open_base
 from t2i_adapter.models.quantize import FORMATS, QuantizedLinear
 from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.memory import Shapes
-from t2i_adapter.training.setup import versions
 from t2i_adapter.training.step import batch_losses
 from t2i_adapter.verbs.train import run
 
-OUT = Path(__file__).with_suffix(".json")
 MIB = 2**20
 BATCHES, UPDATES = 4, 200
 
 
 class Published:
-    """SDXL as far as shapes go: its configs, and nano's schedule, which has no part in them."""
+    """SDXL's configs, as much of a base as shapes need. The noise schedule is nano's; it does not change shapes."""
 
     def __init__(self, nano: Base) -> None:
         self.unet_config = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2, **UNET}
@@ -85,7 +86,7 @@ def cosines(name: str) -> dict[str, Any]:
 
 
 def curves(name: str) -> dict[str, Any]:
-    """Arithmetic or format -> the largest relative distance of its loss to the plain base's in bf16."""
+    """Precision or quantisation -> relative distance of its losses to the plain base's in bf16."""
     losses = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -130,8 +131,8 @@ def _means(losses: list[float]) -> list[float]:
     return [sum(losses[start : start + 20]) / 20 for start in range(0, UPDATES, 20)]
 
 
-def foretold(nano: Base) -> dict[str, Any]:
-    """MiB of SDXL at 1024 px, batch 1 and each further sample."""
+def counted(nano: Base) -> dict[str, Any]:
+    """MiB of SDXL at 1024 px for batch 1, and for each further sample."""
     base: Any = Published(nano)
     adapter = build_adapter(AdapterOptions(), base.unet_config)
     found = {}
@@ -153,8 +154,8 @@ def _of(blocks: str) -> Any:
     return "all" if blocks == "none" else blocks
 
 
-def kept_by_layers(with_torchao: bool) -> dict[str, Any]:
-    """Bytes that one linear layer, 1280 x 640 in bf16, keeps for its backward pass."""
+def saved_by_layers(with_torchao: bool) -> dict[str, Any]:
+    """Bytes that one linear layer, 1280 x 640 in bf16, saves for its backward pass."""
     makers: dict[str, Any] = {kind: partial(QuantizedLinear, format=kind, device="cpu") for kind in FORMATS}
     if with_torchao:
         torchao: Any = importlib.import_module("torchao.quantization")
@@ -163,13 +164,13 @@ def kept_by_layers(with_torchao: bool) -> dict[str, Any]:
     found = {}
     for name, make in makers.items():
         layer = make(torch.nn.Linear(640, 1280).to(torch.bfloat16).requires_grad_(False))
-        kept: list[tuple[str, int]] = []
+        saved: list[tuple[str, int]] = []
         x = torch.randn(64, 640, dtype=torch.bfloat16, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, kept=kept: kept.append((str(t.dtype), t.nbytes)) or t, lambda t: t
+            lambda t, saved=saved: saved.append((str(t.dtype), t.nbytes)) or t, lambda t: t
         ):
             layer(x)
-        found[name] = {"bytes": sum(size for _, size in kept), "types": [kind for kind, _ in kept]}
+        found[name] = {"bytes": sum(size for _, size in saved), "types": [kind for kind, _ in saved]}
     return found
 
 
@@ -180,24 +181,23 @@ def _with_torchao(torchao: Any, name: str, layer: torch.nn.Module) -> torch.nn.M
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--base", default="nano")
     parser.add_argument("--torchao", action="store_true")
-    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     options = parser.parse_args()
-    content = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {}
+    content = read_earlier("memory", options.out)
     for part in options.parts:
         name, measure = PARTS[part]
-        content[name] = {"date": date.today().isoformat(), "versions": versions(), **measure(options)}
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
+        content[name] = {"measured": measured(), **measure(options)}
+    write_result("memory", content, options.out)
 
 
 PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
     "gradients": ("least_cosine_of_the_adapters_gradient", lambda options: cosines(options.base)),
     "curves": ("loss_over_200_updates_against_bf16", lambda options: curves(options.base)),
-    "layers": ("linear_layer_1280x640_bf16_keeps", lambda options: kept_by_layers(options.torchao)),
-    "counted": ("sdxl_1024px_bf16_batch_1_mib_counted", lambda options: foretold(open_base(BaseOptions()))),
+    "layers": ("linear_layer_1280x640_bf16_keeps", lambda options: saved_by_layers(options.torchao)),
+    "counted": ("sdxl_1024px_bf16_batch_1_mib_counted", lambda options: counted(open_base(BaseOptions()))),
 }
 
 

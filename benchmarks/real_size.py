@@ -1,26 +1,24 @@
-"""SDXL at its true size, with random weights: what a step takes, and the command line run as it is.
+"""Measures training steps and `t2i-adapter train` on SDXL at its true size, with random weights.
 
-    python benchmarks/real_size.py --folder SCRATCH                     rows for this machine (7 GB of files, 13 GiB)
-    python benchmarks/real_size.py --folder SCRATCH --rows gpu          those for a CUDA device
-    python benchmarks/real_size.py --folder SCRATCH --rows frozen,8gib  some
+    python benchmarks/real_size.py --folder SCRATCH                     rows for a CPU (7 GB of files, 13 GiB of memory)
+    python benchmarks/real_size.py --folder SCRATCH --rows gpu          rows for a CUDA device
+    python benchmarks/real_size.py --folder SCRATCH --rows frozen,8gib  these rows
 
-The base is written to SCRATCH/base once, in bf16: SDXL's published configs, weights 1/sqrt(inputs) times a normal. Each
-row is a process of its own. Result file (benchmarks/real_size.json): of each row its settings and figures, with date,
-versions and machine; rows that were not run this time stay as they were, and what was never run is not there.
+It writes the base to SCRATCH/base once, in bf16: SDXL's published configs, with normal weights times 1/sqrt(inputs).
+Each row runs in its own process. The result file holds the settings and figures of each row, and when and where it was
+measured. Rows that are not run this time are copied from the newest file of this hardware.
 
-    s_per_step     median over the steps after the first, adapter's AdamW included
+    s_per_step     median over the steps after the first, with the adapter's AdamW
     samples_per_s  batch / s_per_step
-    peak_rss_mib   largest resident memory of the process (the command's row: of the command)
-    peak_gpu_mib   largest memory that torch's allocator held of the device
+    peak_rss_mib   peak resident memory of the process (of the command in the rows `command` and `gpu-command`)
+    peak_gpu_mib   peak device memory of torch's allocator
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -29,12 +27,12 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from common import make_parser, measured, read_earlier, write_result
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -47,10 +45,8 @@ from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.open import open_base
 from t2i_adapter.training.accumulate import is_out_of_memory
 from t2i_adapter.training.frozen_model import load_frozen_model
-from t2i_adapter.training.setup import versions
 from t2i_adapter.training.step import batch_losses
 
-OUT = Path(__file__).with_suffix(".json")
 MIB = 2**20
 
 UNET: dict[str, Any] = {
@@ -96,7 +92,7 @@ TEXT = {
 }
 
 ROWS: dict[str, dict[str, Any]] = {
-    # This machine
+    # A CPU
     "frozen": {"latent": 32, "batch": 1, "steps": 3},
     "unfrozen": {"latent": 32, "batch": 1, "steps": 3, "unfrozen": True},
     "frozen-compiled": {"latent": 32, "batch": 1, "steps": 3, "compile": "on"},
@@ -125,7 +121,7 @@ GPU = tuple(name for name in ROWS if name.startswith("gpu") or "gib" in name)
 
 
 def write_base(folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """SDXL in diffusers layout with random weights; nothing is done where it is there already."""
+    """Writes SDXL in diffusers layout with random weights, if `folder` does not hold it yet."""
     if (folder / "model_index.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +134,7 @@ def write_base(folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         special = {name: small[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         config = CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **special, **TEXT[part])
         _write(folder / part, lambda kind=kind, config=config: kind(config), dtype)
-    shutil.copy(nano.path() / "model_index.json", folder)  # last: it says that all is there
+    shutil.copy(nano.path() / "model_index.json", folder)  # last: marks the folder as complete
 
 
 def _write(folder: Path, make: Any, dtype: torch.dtype) -> None:
@@ -149,7 +145,10 @@ def _write(folder: Path, make: Any, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def fill(model: nn.Module) -> Any:
-    """Weights that keep a signal's size: one block of normals over and over, 1/sqrt(inputs); norms 1, biases 0."""
+    """Sets weights that preserve the scale of activations: a repeated block of normals times 1/sqrt(inputs).
+
+    Norm weights are 1, biases 0.
+    """
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     for name, buffer in model.named_buffers():
         buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer)) if "position" in name else buffer.zero_()
@@ -168,7 +167,7 @@ def fill(model: nn.Module) -> Any:
 
 
 class Bench:
-    """An adapter on the true base, and the bare step."""
+    """An adapter on a base of true size, and its training step without the training loop."""
 
     def __init__(self, base_folder: Path, row: dict[str, Any], device: torch.device) -> None:
         self.row, self.device = row, device
@@ -227,7 +226,7 @@ class Bench:
         }
 
     def best(self, steps: int) -> dict[str, Any]:
-        """The batch with most samples a second, of 1, 2, 4, ... as far as memory goes."""
+        """Figures of the batch size with the most samples a second, of 1, 2, 4, ... until memory runs out."""
         found: list[dict[str, Any]] = []
         for size in (2**power for power in range(8)):
             try:
@@ -250,7 +249,7 @@ def measure(base: Path, row: dict[str, Any]) -> dict[str, Any]:
     """The figures of one row."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if row["latent"] > 64 and device.type == "cpu":
-        raise SystemExit("1024 px are for a CUDA device, and there is none here.")
+        raise SystemExit("Rows of 1024 px need a CUDA device; no CUDA device found.")
     if "limit_gib" in row:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, row["limit_gib"] * 2**30 / total))
@@ -263,7 +262,7 @@ def measure(base: Path, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def cosine(base: Path, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """How the adapter's gradient on the quantised base lies to that on the plain one."""
+    """Cosine between the adapter's gradients on the quantised and on the plain base."""
     found = []
     for kind in ("none", row["cosine"]):
         bench = Bench(base, {**row, "quantize": kind}, device)
@@ -274,7 +273,7 @@ def cosine(base: Path, row: dict[str, Any], device: torch.device) -> dict[str, A
 
 
 def curves(base: Path, row: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Losses over the same batches on the plain base in bf16 and on the row's."""
+    """Losses over equal batches on the plain base in bf16 and on the row's base."""
     plain = {"latent": row["latent"], "recompute": "all"}
     losses = []
     for settings in (plain, row):
@@ -286,7 +285,7 @@ def curves(base: Path, row: dict[str, Any], device: torch.device) -> dict[str, A
 
 
 def run_command(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """`t2i-adapter train` from pictures to the adapter's folder, as a person would run it."""
+    """Runs `t2i-adapter train` as a user does, from pictures to the adapter's folder."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         data = Path(scratch) / "data"
         write_dataset(data, num=2, split="train", size=row["resolution"])
@@ -324,11 +323,10 @@ def run_command(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="scratch place for the base's 7 GB")
-    parser.add_argument("--rows", default="here", help=f"here, gpu, or some of {', '.join(ROWS)}")
+    parser = make_parser(__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="scratch folder for the base, 7 GB")
+    parser.add_argument("--rows", default="here", help=f"here, gpu, or rows with commas between: {', '.join(ROWS)}")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -352,22 +350,10 @@ def _in_child(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _record(options: argparse.Namespace, name: str, found: dict[str, Any]) -> None:
-    content: dict[str, Any] = {"rows": {}}
-    with contextlib.suppress(FileNotFoundError):
-        content = json.loads(options.out.read_text())
-    found |= {
-        "date": date.today().isoformat(),
-        "versions": versions(),
-        "machine": {
-            "cpu_cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "threads": options.threads,
-            "load_before": round(os.getloadavg()[0], 1),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-    }
-    content["rows"][name] = found
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    on_gpu = torch.cuda.is_available()
+    rows = read_earlier("real_size", options.out, on_gpu=on_gpu).get("rows", {})
+    rows[name] = {"measured": measured(on_gpu=on_gpu, threads=options.threads), **found}
+    options.out = write_result("real_size", {"rows": rows}, options.out, on_gpu=on_gpu, threads=options.threads)
     print(json.dumps(found), flush=True)
 
 

@@ -1,39 +1,37 @@
-"""How much training an adapter needs until it controls: one choice changed at a time around the demo's recipe.
+"""Measures how much training an adapter needs until it controls: arms that change one choice of the demo's recipe.
 
-Every arm trains on the embedded base (nano) by the trainer's own parts, with the same pairs and measurements:
+Every arm trains on the embedded base (nano) with the trainer's own parts, the same pairs and the same measurements:
 
-- held-out error: the squared error of the latent that 32 unseen pairs are read as, at 32 fixed timesteps of the noisier
-  half, relative to the base without an adapter (1: the condition is ignored);
-- IoU: unseen conditions drawn and measured as `t2i-adapter evaluate` does, where `--iou` asks for it.
+- held-out error: squared error of the predicted latents of 32 unseen pairs, at 32 fixed timesteps of the noisier half,
+  relative to the base without an adapter (1: the condition is ignored);
+- IoU, with `--iou`: pictures from unseen conditions, measured as `t2i-adapter evaluate` does.
 
-Samples are what goes through the UNet: a pair with two draws of noise counts twice. The clock is the CPU time of this
-one-thread process while it trains (loading, measuring and drawing are not counted), so that a machine shared with other
-work gives the same numbers as an idle one, but for what caches and memory lose to the others.
+A sample is one pass through the UNet: a pair with two noise samples counts twice. The clock is the CPU time of this
+one-thread process while it trains, without measuring and sampling. A machine that other work shares gives about the
+numbers of an idle one; caches and memory are shared still.
 
     OMP_NUM_THREADS=1 python benchmarks/sample_efficiency.py --minutes 60
     OMP_NUM_THREADS=1 python benchmarks/sample_efficiency.py --set other --arms chosen before
     OMP_NUM_THREADS=1 python benchmarks/sample_efficiency.py --table
 
-Runs that the result file holds already are not made again, so a later call goes on where an earlier one stopped.
+Runs in the result file, or without --out in the newest file of this hardware, are not run again: a later call continues
+where an earlier one stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import date
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import make_parser, newest, read_earlier, write_result
 
 from t2i_adapter.batches.encoders import Encoders
 from t2i_adapter.config.read import with_values
@@ -52,13 +50,12 @@ from t2i_adapter.training.data import make_batches, prepare_data
 from t2i_adapter.training.ema import Ema
 from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.plan import make_plan
-from t2i_adapter.training.setup import make_accelerator, make_adapter, versions
+from t2i_adapter.training.setup import make_accelerator, make_adapter
 from t2i_adapter.training.step import batch_losses, predict
 from t2i_adapter.types import Batch
 from t2i_adapter.verbs.demo_options import GUIDANCE, SIZE, training
 
-OUT = Path("benchmarks/sample_efficiency.json")
-NEVER = 10**6  # more updates than any arm has time for
+NEVER = 10**6  # updates; more than any arm has time for
 HELD_OUT = 32
 THRESHOLDS = (0.8, 0.9)
 COMPARED = (64, 128, 256)  # sample counts that the table shows
@@ -67,7 +64,7 @@ SETS: dict[str, dict[str, Any]] = {
     "circles": {"kinds": ("circle",), "max_shapes": 1, "patterns": ("plain",), "condition": "outline"},
     "other": {"kinds": ("square", "star", "heart"), "max_shapes": 2, "condition": "segmentation"},
 }
-"""`circles` is the demo's data; `other` has none of its shapes, its condition, or its plain ground."""
+"""`circles` is the demo's data; `other` has other shapes, another condition and patterned grounds."""
 
 ADAMW = {"optim.name": "adamw", "optim.lr": 4e-3}
 BEFORE = {
@@ -88,7 +85,7 @@ DIFFUSERS = {
     "objective.min_snr_gamma": None,
     "objective.stratify": False,
 }
-"""The diffusers script's start, loss, batch and schedule, at its guide's learning rate."""
+"""The diffusers script's initialisation, loss, batch size and schedule, at its guide's learning rate."""
 FIRST = "first"
 LOGIT = {"objective.timesteps": "logit_normal", "objective.logit_mean": 1.2, "objective.logit_std": 0.6}
 
@@ -124,12 +121,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "diffusers recipe, 1e-5": DIFFUSERS,
     "diffusers recipe, 1e-3": {**DIFFUSERS, "optim.lr": 1e-3},
 }
-"""What each arm changes of the demo's training (`demo_options.training`, recipes/nano-shapes.yaml). FIRST is no option
-of a run: so many samples at so many pixels come before the others."""
+"""Arm -> the options it changes of the demo's training (`demo_options.training`, recipes/nano-shapes.yaml).
+
+FIRST is an option of this benchmark: (samples, pixels) of smaller batches at the beginning.
+"""
 
 
 class Bench:
-    """What all arms share: base, pairs, what is measured. One process, one thread."""
+    """What all arms share: base, dataset and measurements. One process, one thread."""
 
     def __init__(self, data: Path, out: Path, options: argparse.Namespace) -> None:
         config = training(str(data), str(out), steps=NEVER, seed=0)
@@ -137,7 +136,7 @@ class Bench:
         self.accelerator = make_accelerator(replace(config, tracking=TrackingOptions(report_to="none")))
         self.base = open_base(config.base)
         self.frozen = load_frozen_model(config, self.base, torch.device("cpu"), torch.float32)
-        self.facts = self._facts(config)
+        self.dataset = self._dataset(config)
         test = with_values(config, {"data.split": "test"})
         self.held_out = self._held_out(test)
         self.pairs: list[Pair] = []
@@ -147,45 +146,45 @@ class Bench:
             self.pipeline = self.base.pipeline(
                 make_adapter(config, self.base, 0), "cpu", torch.float32, unet=self.frozen.unet
             )
-        silent = build_adapter(AdapterOptions(init="zero"), self.base.unet_config)
-        self.alone = self.error(silent)
+        zero = build_adapter(AdapterOptions(init="zero"), self.base.unet_config)
+        self.error_of_base = self.error(zero)
 
-    def _facts(self, config: Config) -> Any:
+    def _dataset(self, config: Config) -> Any:
         return prepare_data(config, self.accelerator, self.base, open_source(config.data, 0), torch.float32, [])
 
-    def batches(self, facts: Any, config: Config, start: int = 0, stop: int = NEVER) -> Iterator[Batch]:
+    def batches(self, dataset: Any, config: Config, start: int = 0, stop: int = NEVER) -> Iterator[Batch]:
         encoders = Encoders(self.base, torch.device("cpu"), torch.float32)
         count = self.frozen.schedule.num_timesteps
         return make_batches(
-            facts, config, encoders, self.accelerator, start_step=start, stop_step=stop, num_timesteps=count
+            dataset, config, encoders, self.accelerator, start_step=start, stop_step=stop, num_timesteps=count
         )
 
     def course(self, config: Config, first: tuple[int, int]) -> Iterator[Batch]:
-        """first: (samples, pixels) of the batches that are smaller than the rest."""
+        """The batches of a run. first: (samples, pixels) of smaller batches at the beginning."""
         samples, side = first
         small, turn = with_values(config, {"data.resolution": side}), samples // config.train.batch_size
-        begun = self.batches(self._facts(small), small, 0, turn) if turn else ()
-        return chain(begun, self.batches(self.facts, config, turn))
+        begun = self.batches(self._dataset(small), small, 0, turn) if turn else ()
+        return chain(begun, self.batches(self.dataset, config, turn))
 
     def _held_out(self, config: Config) -> Batch:
-        """Pairs of the test split, each with noise and a timestep of its own; the same for every arm and seed."""
+        """Pairs of the test split, each with its own noise and timestep, equal for every arm and seed."""
         even = ObjectiveOptions(timesteps="uniform", stratify=True)
         fixed = with_values(config, {"train": TrainOptions(batch_size=HELD_OUT, seed=0), "objective": even})
-        batch = next(self.batches(self._facts(fixed), fixed))
+        batch = next(self.batches(self._dataset(fixed), fixed))
         half = self.frozen.schedule.num_timesteps // 2
         return replace(batch, timesteps=half + batch.timesteps // 2)
 
     @torch.no_grad()
     def error(self, adapter: Any) -> float:
-        """Mean squared error of the latents that the model reads from the held-out batch's noisy ones."""
+        """Mean squared error of the latents that the model predicts from the held-out batch's noisy ones."""
         batch, schedule = self.held_out, self.frozen.schedule
         latents = self.frozen.latent_scale.sample(batch.moments, batch.latent_noise)
         guess = predict(adapter, self.frozen, add_noise(latents, batch.noise, batch.timesteps, schedule), batch)
         return float(losses(guess, batch.noise, 1 / schedule.snr(batch.timesteps)).mean())
 
     def measure(self, adapter: Any, samples: int) -> dict[str, Any]:
-        """The held-out error relative to the base alone, and where it is asked for each drawn pair's IoU."""
-        found: dict[str, Any] = {"error": round(self.error(adapter) / self.alone, 4)}
+        """The held-out error relative to the base alone, and with --iou the IoU of each generated pair."""
+        found: dict[str, Any] = {"error": round(self.error(adapter) / self.error_of_base, 4)}
         if self.pairs and samples >= self.options.iou_from:
             self.pipeline.adapter.load_state_dict(adapter.state_dict())
             sampling = SamplingOptions(steps=self.options.sampling_steps, guidance=GUIDANCE)
@@ -194,8 +193,10 @@ class Bench:
         return found
 
     def run(self, config: Config, first: tuple[int, int] = (0, SIZE)) -> list[dict[str, Any]]:
-        """Trains as the trainer does, until the last of the sample counts, the time or the control; measures on the
-        way. The clock stands still meanwhile."""
+        """Trains as the trainer does, and measures at each sample count of --at, with the clock stopped.
+
+        Ends at the last sample count, at the time limit, or at the highest IoU threshold.
+        """
         seed = config.train.seed or 0
         adapter = make_adapter(config, self.base, seed)
         parameters = list(adapter.parameters())
@@ -204,7 +205,7 @@ class Bench:
             config, samples=1, processes=1, precision="fp32", seed=seed, trainable_parameters=1, device="cpu"
         )
         lr_at = optim.lr_schedule(config.optim, optimizer, plan)
-        average = Ema(adapter, config.train.ema_decay) if config.train.ema_decay else None
+        ema = Ema(adapter, config.train.ema_decay) if config.train.ema_decay else None
         points: list[dict[str, Any]] = []
         course = self.course(config, first)
         began, updates, samples = time.process_time(), 0, 0
@@ -215,14 +216,14 @@ class Bench:
             optim.set_lr(optimizer, lr_at(updates))
             optimizer.step()
             optimizer.zero_grad()
-            if average:
-                average.update(adapter, updates)
+            if ema:
+                ema.update(adapter, updates)
             updates, samples = updates + 1, samples + len(batch.timesteps)
             if samples < self.options.at[len(points)]:
                 continue
             spent = time.process_time() - began
             point = {"samples": samples, "updates": updates, "cpu_s": round(spent, 2)}
-            points.append(point | self.measure(average.network if average else adapter, samples))
+            points.append(point | self.measure(ema.network if ema else adapter, samples))
             shown = {k: v if k != "iou" else round(float(np.mean(v)), 3) for k, v in points[-1].items()}
             print(f"    {shown}", flush=True)
             controls = float(np.mean(points[-1].get("iou", 0))) >= THRESHOLDS[-1]
@@ -233,9 +234,9 @@ class Bench:
 
 
 def crossing(points: list[dict[str, Any]], threshold: float, unit: str) -> float | None:
-    """Where the mean IoU reaches the threshold, on straight lines between measurements; None where it does not.
+    """Where the mean IoU reaches the threshold, interpolated linearly between measurements; None if it does not.
 
-    Where the first measurement is above it already, that one: it was reached by then.
+    If the first measurement is above the threshold, its place is returned.
     """
     curve = [(point[unit], float(np.mean(point["iou"]))) for point in points if "iou" in point]
     if curve[0][1] >= threshold:
@@ -254,7 +255,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """A row a set and arm, each figure of every seed."""
+    """A Markdown table with a row for each set and arm, and the figures of every seed."""
     lines = [
         f"| set | arm | held-out error after {', '.join(map(str, COMPARED))} samples | ms CPU a sample "
         "| samples to IoU 0.8 (0.9) | CPU seconds to IoU 0.8 (0.9) | IoU at the end of those |",
@@ -272,10 +273,10 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def _errors(mine: list[dict[str, Any]]) -> str:
-    """The mean over seeds after each number of samples, and how far apart they are where there are several."""
+    """Mean over the seeds after each number of samples, and their range if there are several."""
     cells = []
     for at in COMPARED:
-        # A seed's runs with and without drawing are the same run, measured at other places.
+        # Runs of one seed with and without --iou are the same run, measured at other places.
         by_seed = {run["seed"]: p["error"] for run in mine for p in run["points"] if p["samples"] == at}
         found = list(by_seed.values())
         apart = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
@@ -293,7 +294,7 @@ def _crossings(drawn: list[list[dict[str, Any]]], unit: str) -> str:
 
 
 def _end(drawn: list[list[dict[str, Any]]]) -> str:
-    """The mean over all seeds' pairs, with its 95 % interval."""
+    """Mean over the pairs of all seeds, with its 95 % interval."""
     if not drawn:
         return "not measured"
     mean, low, high = interval([value for points in drawn for value in points[-1]["iou"]])
@@ -304,33 +305,33 @@ def arm_config(changes: dict[str, Any], data: Path, out: Path, seed: int) -> Con
     """The demo's training with an arm's changes."""
     plain = training(str(data), str(out), steps=NEVER, seed=seed)
     changes = {name: value for name, value in changes.items() if name != FIRST}
-    # Under a schedule that ends, an arm's rate would depend on how long the table lasts.
+    # With a schedule that ends, an arm's learning rate would depend on the largest number of --at.
     return with_values(plain, {"optim.schedule": "constant_with_warmup", **changes})
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60, help="no run begins after so many minutes")
-    parser.add_argument("--seconds", type=float, default=600, help="CPU seconds of training a run may take")
+    parser = make_parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=60, help="begin no run after this time")
+    parser.add_argument("--seconds", type=float, default=600, help="most CPU seconds of training a run")
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--set", choices=list(SETS), default="circles", dest="which")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
-    parser.add_argument("--at", type=int, nargs="*", default=[64, 128, 192, 256], help="measure after so many samples")
-    parser.add_argument("--iou", action="store_true", help="draw and measure unseen conditions too")
-    parser.add_argument("--iou_from", type=int, default=0, help="draw only after so many samples")
-    parser.add_argument("--pairs", type=int, default=16, help="unseen conditions that are drawn")
+    parser.add_argument("--at", type=int, nargs="*", default=[64, 128, 192, 256], help="sample counts to measure at")
+    parser.add_argument("--iou", action="store_true", help="also generate from unseen conditions and measure IoU")
+    parser.add_argument("--iou_from", type=int, default=0, help="measure IoU only from this sample count on")
+    parser.add_argument("--pairs", type=int, default=16, help="unseen conditions to generate from")
     parser.add_argument("--sampling_steps", type=int, default=8, help="denoising steps of a measured picture")
     parser.add_argument("--num_train", type=int, default=800)
-    parser.add_argument("--work", type=Path, default=None, help="folder of the data; a temporary one by default")
-    parser.add_argument("--table", action="store_true", help="print the table of the result file, and stop")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--work", type=Path, default=None, help="folder of the data; default: a temporary folder")
+    parser.add_argument("--table", action="store_true", help="print the table of the result file and exit")
     return parser.parse_args(words)
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    result = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {"runs": []}
+    earlier = options.out or (newest("sample_efficiency") if options.table else None)
+    result = {"runs": [], **read_earlier("sample_efficiency", earlier)}
     if not options.table:
         with tempfile.TemporaryDirectory() as temporary:
             measure(options, options.work or Path(temporary), result)
@@ -338,7 +339,7 @@ def main() -> None:
 
 
 def write_data(work: Path, options: argparse.Namespace) -> Path:
-    """The set's pairs, where they are not there already; returns their folder."""
+    """Writes the set's pairs if they do not exist yet; returns their folder."""
     data = work / options.which
     for split, num in (("train", options.num_train), ("test", HELD_OUT)):
         if not (data / split / "metadata.jsonl").exists():
@@ -347,7 +348,7 @@ def write_data(work: Path, options: argparse.Namespace) -> Path:
 
 
 def measure(options: argparse.Namespace, work: Path, result: dict[str, Any]) -> None:
-    """Makes the runs that the result lacks, seed by seed, writing the file after each."""
+    """Makes the runs that are not in the result yet, seed by seed, and writes the file after each."""
     data = write_data(work, options)
     end = time.monotonic() + 60 * options.minutes
     bench = Bench(data, work / "run", options)
@@ -360,13 +361,8 @@ def measure(options: argparse.Namespace, work: Path, result: dict[str, Any]) -> 
             changes = ARMS[arm]
             points = bench.run(arm_config(changes, data, work / "run", seed), changes.get(FIRST, (0, SIZE)))
             result["runs"].append(key | {"changes": changes, "points": points})
-            result |= {
-                "date": date.today().isoformat(),
-                "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine(), "threads": 1},
-                "versions": versions(),
-                "recipe": to_dict(arm_config(ARMS["chosen"], data, work / "run", 0)),
-            }
-            options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            result["recipe"] = to_dict(arm_config(ARMS["chosen"], data, work / "run", 0))
+            options.out = write_result("sample_efficiency", result, options.out, threads=1)
 
 
 if __name__ == "__main__":

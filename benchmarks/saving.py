@@ -1,37 +1,31 @@
-"""Saving at SDXL's size: how long training waits for a checkpoint, and how long it takes to be whole on the disk.
+"""Measures saving at SDXL's size: how long training waits for a checkpoint, and how long until it is on the disk.
 
-The adapter of the official SDXL ones (79 M parameters) with AdamW's two moments, as a run would save it. Training waits
-for the copy; while the thread writes, reads back and renames, the same products are computed as without it, and how
-many is told.
+It saves an adapter of the size of the official SDXL ones (79 M parameters) with AdamW's two moments, as a run does.
+Training waits for the copy. While the writer thread writes, reads back and renames, this process computes matrix
+products; the result file holds their speed relative to the speed without the writer.
 
-    python benchmarks/saving.py [--folder FOLDER] [--rounds 5] [--out benchmarks/saving.json]
+    python benchmarks/saving.py [--folder FOLDER] [--rounds 5]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import shlex
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from common import make_parser, write_result
 from diffusers import T2IAdapter
 
 from t2i_adapter.training import checkpoint
 from t2i_adapter.training.checkpoint import Keep, TrainingState
 from t2i_adapter.training.saving import Saver
 
-LIBRARIES = ("torch", "diffusers", "safetensors", "sdxl-t2i-adapter")
-SIDE = 512  # of the products that stand for training
+SIDE = 512  # rows and columns of the matrices whose products stand for training
 
 
 def make_state() -> tuple[T2IAdapter, TrainingState]:
@@ -47,7 +41,7 @@ def make_state() -> tuple[T2IAdapter, TrainingState]:
 
 
 def products(until: Callable[[], bool]) -> float:
-    """Products a second until it is true."""
+    """Matrix products a second until `until` returns True."""
     a, done, began = torch.rand(SIDE, SIDE), 0, time.perf_counter()
     while not until():
         a = torch.tanh(a @ a / SIDE)
@@ -86,22 +80,17 @@ def measure(folder: Path, rounds: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to write; a scratch folder by default")
+    parser = make_parser(__doc__)
+    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/saving.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        measured = measure(Path(scratch), options.rounds)
+        figures = measure(Path(scratch), options.rounds)
     result = {
         "command": shlex.join(["python", *sys.argv]),
-        "date": date.today().isoformat(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in LIBRARIES},
-        **measured,
+        **figures,
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result("saving", result, options.out, threads=torch.get_num_threads())
     for name in ("seconds_waited", "seconds_until_whole", "compute_beside_the_writer"):
         print(f"{name:<28}{result[name]['median']:.3f}")  # type: ignore[index]
 

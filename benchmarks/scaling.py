@@ -1,11 +1,11 @@
-"""One run on 1, 2 and 4 processes (gloo, CPU): samples a second, and whether the losses are the same.
+"""Measures one run on 1, 2 and 4 processes (gloo, CPU): samples a second, and the difference of the losses.
 
     python benchmarks/scaling.py [--processes 1 2 4] [--steps 20] [--batch 16] [--rounds 2]
 
-The base is nano, the global batch the same for all: each process takes its share. Each process computes on one thread.
-On more processes than cores nothing is gained; what is compared then is the losses. Result file
-(benchmarks/scaling.json): settings, versions, machine, for each number of processes the samples a second of every round
-(all but the first steps) and, against one process, the speed and the largest relative difference of the losses.
+The base is nano. The global batch is equal for all, and each process takes its share on one CPU thread. More processes
+than cores are not faster; then only the losses are of interest. The result file holds, for each number of processes,
+the samples a second of every round without the first steps, and, relative to one process, the speed and the largest
+relative difference of the losses.
 """
 
 from __future__ import annotations
@@ -13,24 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from t2i_adapter.data.shapes import write_dataset
-from t2i_adapter.training.setup import versions
+from common import make_parser, write_result
 
-OUT = Path(__file__).with_suffix(".json")
+from t2i_adapter.data.shapes import write_dataset
+
 LOG_EVERY = 5
 
 
 def run(processes: int, data: Path, folder: Path, options: argparse.Namespace) -> list[dict[str, float]]:
-    """The run's log: loss and samples a second, every LOG_EVERY updates."""
+    """Trains once; returns the log: loss and samples a second, every LOG_EVERY updates."""
     words = {
         "data.train_data_dir": data,
         "data.resolution": 128,
@@ -56,12 +54,11 @@ def run(processes: int, data: Path, folder: Path, options: argparse.Namespace) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     rates: dict[int, list[float]] = {count: [] for count in options.processes}
     losses: dict[int, list[float]] = {}
@@ -85,17 +82,10 @@ def main() -> None:
             "largest_relative_difference_of_losses": apart,
         }
     content = {
-        "date": date.today().isoformat(),
         "settings": {"steps": options.steps, "batch": options.batch, "rounds": options.rounds, "base": "nano"},
-        "versions": versions(),
-        "machine": {
-            "cpu_cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "load_before": round(os.getloadavg()[0], 1),
-        },
         "processes": rows,
     }
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    write_result("scaling", content, options.out)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
-"""What the measure itself costs: the segmenter's masks of true renders against the scenes' exact masks.
+"""Measures the error of the evaluation's segmenter: IoU of its masks of true renders with the scenes' exact masks.
 
     python benchmarks/segmenter.py
 
-IoU by kind of background, for renders as they are and for soft ones (blurred by 0.8 px with smooth noise, about as a
-small VAE leaves them). The result goes to benchmarks/segmenter.json and the table to the screen.
+IoU for each kind of background, for the renders themselves and for soft ones: blurred by 0.8 px with smooth noise,
+about as a small VAE decodes them. It prints a table and writes the result file.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from pathlib import Path
 
 import cv2
 import numpy as np
+from common import make_parser, write_result
 
 from t2i_adapter.data.shapes import render, sample_scene, visible_masks
 from t2i_adapter.evaluation.figure import figure_mask
@@ -24,7 +23,7 @@ BLUR, NOISE = 0.8, 12.0
 
 
 def soft(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(H,W,3) uint8 -> the same blurred, with noise that is itself smooth over 1.5 px."""
+    """(H,W,3) uint8 -> (H,W,3) uint8, blurred, with noise that is smooth over 1.5 px."""
     noise = cv2.GaussianBlur(rng.normal(0, NOISE, picture.shape).astype(np.float32), (0, 0), 1.5)
     return np.clip(cv2.GaussianBlur(picture.astype(np.float32), (0, 0), BLUR) + noise, 0, 255).astype(np.uint8)
 
@@ -49,10 +48,10 @@ def measure() -> dict[str, dict[str, dict[str, float]]]:
 
 
 def main() -> None:
+    options = make_parser(__doc__).parse_args()
     result = measure()
     settings = {"size": SIZE, "scenes": SCENES, "seed": SEED, "blur": BLUR, "noise": NOISE}
-    content = {"settings": settings, "iou": result}
-    Path("benchmarks/segmenter.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_result("segmenter", {"settings": settings, "iou": result}, options.out)
     print("| background | scenes | mean | worst | soft: mean | soft: worst |\n|---|---|---|---|---|---|")
     for pattern, rows in result.items():
         true, blurred = rows["true"], rows["soft"]

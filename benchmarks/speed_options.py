@@ -1,34 +1,31 @@
-"""What each means of speed gives, one by one: the frozen-base training step of `nano` and the encoding of its data.
+"""Measures each way to make a step fast, one by one: the training step of `nano` and the encoding of its data.
 
     python benchmarks/speed_options.py [--rounds 5] [--batch 4] [--resolution 128] [--threads CORES] [--device cpu]
-        [--compile] [--only GROUP] [--out benchmarks/speed_options.json]
+        [--compile] [--only GROUP]
 
-The arms of a group are timed in turn, round after round (A B C A B C), and each is given relative to the group's first.
-On a CPU the arms of one thread are timed by the thread's CPU time, which other work on the machine disturbs less than
-the clock on the wall; arms of several threads, and a GPU, by the wall. --compile adds the compiled arms, which take
-minutes to make.
+The arms of a group are timed in turn, round after round (A B C A B C), and compared with the group's first arm. On a
+CPU, arms of one thread are timed by the thread's CPU time, which other work on the machine disturbs less than wall
+time. Arms of several threads, and all arms on a GPU, are timed by wall time. --compile adds the compiled arms, which
+take minutes to compile.
 
-Result file: settings, versions, machine, and for each arm the milliseconds of every round, the median, and the ratio
-of the group's first median to its own (above 1 is faster).
+The result file holds for each arm the milliseconds of every round, their median, and how many times faster it is than
+the group's first arm.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import make_parser, write_result
 
 from t2i_adapter.batches.example import example_batch
 from t2i_adapter.config.tree import AdapterOptions, BaseOptions
@@ -50,7 +47,13 @@ REPEAT, WARM_UP = 6, 2
 
 @dataclass(frozen=True)
 class Arm:
-    """group: what it is compared within. threads: 1 is timed by CPU time. make: builds what is timed, anew a round."""
+    """One way to do a step.
+
+    Attributes:
+        group: the arms that it is compared with.
+        threads: CPU threads; arms of one thread are timed by CPU time.
+        make: builds the step.
+    """
 
     group: str
     name: str
@@ -59,7 +62,7 @@ class Arm:
 
 
 class Bench:
-    """The parts of a training step and what is done to them."""
+    """The parts of a training step, and the changes to them that the arms measure."""
 
     def __init__(self, base: Base, device: torch.device, batch: int, resolution: int) -> None:
         self.base, self.device, self.size, self.resolution = base, device, batch, resolution
@@ -96,15 +99,15 @@ class Bench:
 
         return run
 
-    def lanes(self, count: int, *, record: bool) -> Step:
-        """The same, the batch shared between threads, which replay their operations once they are recorded."""
+    def cpu_threads(self, count: int, *, replay: bool) -> Step:
+        """Forward and backward of a batch that `count` CPU threads share; with `replay` they replay a trace."""
         frozen, adapter, batch = self.frozen(), self.adapter(), self.batch(self.size)
-        recorder = TraceCache(print) if record else None
-        lanes = CpuThreads(count, adapter, lambda network, part: batch_losses(network, frozen, part), recorder)
+        traces = TraceCache(print) if replay else None
+        threads = CpuThreads(count, adapter, lambda network, part: batch_losses(network, frozen, part), traces)
 
         def run() -> None:
-            with on_cores(1):  # of the thread that feeds the lanes
-                lanes.add(batch, 1 / self.size)
+            with on_cores(1):  # of the thread that feeds the CPU threads
+                threads.add(batch, 1 / self.size)
                 adapter.zero_grad()
 
         for _ in range(RECORD_AT):
@@ -119,7 +122,7 @@ class Bench:
         return torch.optim.AdamW(adapter.parameters(), lr=1e-6, **settings).step
 
     def encode(self, at_once: int, layout: torch.memory_format) -> Step:
-        """32 pictures through the VAE's encoder, some at a time."""
+        """Encodes 32 pictures with the VAE, `at_once` at a time."""
         encoder = self.base.latent_encoder(self.device)
         encoder.vae.to(memory_format=layout)
         pixels = torch.zeros(32, 3, self.resolution, self.resolution, dtype=torch.uint8, device=self.device)
@@ -129,7 +132,7 @@ class Bench:
 
 
 def _whole(encoder: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """`encode_pixels` without its limit."""
+    """`encode_pixels` without its limit of pictures at a time."""
     return encoder.encode(pixels.float() / 255)
 
 
@@ -139,8 +142,8 @@ def arms(bench: Bench, threads: int, *, with_compile: bool) -> Iterator[Arm]:
     yield Arm("a batch on all cores", "each operation on all cores", threads, lambda: bench.step(bench.size))
     if bench.device.type == "cpu":
         count, group = min(threads, bench.size), "a batch on all cores"
-        yield Arm(group, "train.lanes, not recorded", threads, lambda: bench.lanes(count, record=False))
-        yield Arm(group, "train.lanes", threads, lambda: bench.lanes(count, record=True))
+        yield Arm(group, "train.lanes, not recorded", threads, lambda: bench.cpu_threads(count, replay=False))
+        yield Arm(group, "train.lanes", threads, lambda: bench.cpu_threads(count, replay=True))
     step = "a lane's step"
     yield Arm(step, "as it is", 1, lambda: bench.step(half))
     yield Arm(step, "channels last, UNet", 1, lambda: bench.step(half, lambda unet: unet.to(memory_format=last)))
@@ -173,7 +176,7 @@ def using(threads: int) -> Iterator[None]:
 
 
 def milliseconds(step: Step, device: torch.device, threads: int) -> float:
-    """The median of some steps."""
+    """Median milliseconds of a step."""
     clock = time.thread_time if device.type == "cpu" and threads == 1 else time.perf_counter
     found = []
     for turn in range(WARM_UP + REPEAT):
@@ -211,16 +214,17 @@ def measure(bench: Bench, options: argparse.Namespace) -> dict[str, dict[str, di
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--base", default="nano", help="nano, or a diffusers folder of an SDXL")
     parser.add_argument("--rounds", type=int, default=5, help="rounds over all arms")
-    parser.add_argument("--batch", type=int, default=4, help="samples a step; a lane's step takes half of them")
+    parser.add_argument(
+        "--batch", type=int, default=4, help="samples a step; the step of one CPU thread takes half of them"
+    )
     parser.add_argument("--resolution", type=int, default=128, help="side of the pictures in pixels")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the arms that use all cores")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compile", action="store_true", help="measure the compiled step too, which takes minutes")
     parser.add_argument("--only", help="measure this group of arms alone")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/speed_options.json"))
     return parser.parse_args()
 
 
@@ -230,16 +234,12 @@ def main() -> None:
         open_base(BaseOptions(name=options.base)), torch.device(options.device), options.batch, options.resolution
     )
     groups = measure(bench, options)
-    names = ("torch", "diffusers", "sdxl-t2i-adapter")
     result = {
-        "date": date.today().isoformat(),
-        "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         "settings": {name: str(getattr(options, name)) for name in vars(options) if name not in ("out", "base")}
-        | {"base": Path(options.base).name, "load_average": [round(load, 1) for load in os.getloadavg()]},
+        | {"base": Path(options.base).name},
         "groups": groups,
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result("speed_options", result, options.out, on_gpu=options.device != "cpu")
     for group, found in groups.items():
         print(f"\n{group}")
         for name, row in found.items():

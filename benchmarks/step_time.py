@@ -1,14 +1,12 @@
-"""A training run's step beside the bare one: what loading, logging and keeping count add to forward, backward, update.
+"""Measures what loading, logging and bookkeeping add to a training step: a run's step beside the bare step.
 
     python benchmarks/step_time.py [--rounds 3] [--steps 60] [--batch 4] [--resolution 128] [--threads CORES]
-        [--out benchmarks/step_time.json]
 
-The run is the real one, on `nano`, from a cache that is filled beforehand, logging every 10 steps. The bare step is one
-batch over and over: gradients, clipping, optimiser, with the run's own number of threads. They take turns, A B A B.
+The run is `t2i-adapter train` on `nano` with a filled cache, logging every 10 steps. The bare step repeats one batch:
+gradients, clipping, optimiser, with as many CPU threads as the run. Run and bare step take turns.
 
-Result file: settings, versions, machine, each round's milliseconds a step (medians; the first ones, until they are
-recorded, left out), the run's share of time spent waiting for batches, and the ratio run / bare of the medians of
-all rounds.
+The result file holds the milliseconds a step of each round (medians, without the steps before the trace is replayed),
+the share of the run's time spent waiting for batches, and the ratio run / bare of the medians over all rounds.
 """
 
 from __future__ import annotations
@@ -16,16 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from dataclasses import replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from common import make_parser, write_result
 
 from t2i_adapter.batches.encoders import Encoders
 from t2i_adapter.batches.loader import make_partial_batches
@@ -64,7 +60,7 @@ def config_of(options: argparse.Namespace, folder: Path) -> Config:
 
 
 def in_a_run(config: Config, number: int) -> Step:
-    """Milliseconds a step, and the share of the time in which the run waited for batches."""
+    """Trains once; returns milliseconds a step and the share of time spent waiting for batches."""
     config = replace(config, output_dir=f"{config.output_dir}-{number}")
     run(config)
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -76,7 +72,7 @@ def in_a_run(config: Config, number: int) -> Step:
 
 
 class Bare:
-    """Gradients, clipping and optimiser on a batch of the same data."""
+    """The bare step: gradients, clipping and optimiser on one batch of the run's data."""
 
     def __init__(self, config: Config) -> None:
         base = open_base(config.base)
@@ -84,7 +80,7 @@ class Bare:
         self._adapter = build_adapter(config.adapter, base.unet_config).train()
         self._optimizer = make_optimizer(config.optim, self._adapter.parameters(), config.optim.lr)
         self._batch = a_batch(config)
-        self._lanes = CpuThreads(
+        self._threads = CpuThreads(
             count_cpu_threads(None, CPU, len(self._batch), 1),
             self._adapter,
             lambda network, part: batch_losses(network, self._frozen, part),
@@ -92,13 +88,13 @@ class Bare:
         )
 
     def step(self) -> None:
-        self._lanes.add(self._batch, 1 / len(self._batch))
+        self._threads.add(self._batch, 1 / len(self._batch))
         torch.nn.utils.clip_grad_norm_(self._adapter.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
 
     def measure(self, steps: int) -> Step:
-        """In tens, as the run logs them."""
+        """Milliseconds a step, timed over LOG_EVERY steps as the run logs them."""
         found = []
         for _ in range(RECORD_AT):
             self.step()
@@ -111,23 +107,24 @@ class Bare:
 
 
 def a_batch(config: Config) -> Batch:
-    """The run's first."""
+    """The run's first batch."""
     base = open_base(config.base)
     machine = PrepareContext(base, CPU, torch.float32, cache_root(config.data.prepared_dir), progress=False)
-    facts = prepare(open_source(config.data, 0), config.data, machine, in_channels=config.adapter.in_channels)
+    dataset = prepare(open_source(config.data, 0), config.data, machine, in_channels=config.adapter.in_channels)
     plain = replace(config, data=replace(config.data, num_workers=0))
-    drafts = make_partial_batches(facts, plain, rank=0, world=1, start_step=0, stop_step=1, num_timesteps=1000)
-    return Encoders(base, CPU, torch.float32).complete(next(drafts))
+    partial_batches = make_partial_batches(
+        dataset, plain, rank=0, world=1, start_step=0, stop_step=1, num_timesteps=1000
+    )
+    return Encoders(base, CPU, torch.float32).complete(next(partial_batches))
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
-    parser.add_argument("--steps", type=int, default=60, help="updates a turn, 20 or more")
+    parser = make_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of run and bare step")
+    parser.add_argument("--steps", type=int, default=60, help="updates a turn; 20 or more")
     parser.add_argument("--batch", type=int, default=4, help="samples a step")
     parser.add_argument("--resolution", type=int, default=128, help="side of the pictures in pixels")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of either side")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/step_time.json"))
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of run and bare step")
     options = parser.parse_args()
     if options.steps < 2 * LOG_EVERY or options.rounds < 1:
         parser.error(f"--steps takes {2 * LOG_EVERY} or more, --rounds 1 or more")
@@ -142,7 +139,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[Step]]:
         config = config_of(options, folder)
         bare = Bare(config)
         for number in range(options.rounds):
-            with on_cores(1):  # of the thread that feeds the lanes, as in a run
+            with on_cores(1):  # of the thread that feeds the CPU threads, as in a run
                 found["bare"].append(bare.measure(options.steps))
             found["run"].append(in_a_run(config, number))
             print(f"round {number + 1}  bare {found['bare'][-1]}  run {found['run'][-1]}", flush=True)
@@ -160,17 +157,12 @@ def main() -> None:
         "run_over_bare": median["run"] / median["bare"],
         "wait_share": statistics.mean(row["wait_share"] for row in found["run"]),
     }
-    names = ("torch", "diffusers", "accelerate", "sdxl-t2i-adapter")
     result = {
-        "date": date.today().isoformat(),
-        "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
-        "settings": {name: getattr(options, name) for name in ("rounds", "steps", "batch", "resolution", "threads")}
-        | {"load_average": [round(load, 1) for load in os.getloadavg()]},
+        "settings": {name: getattr(options, name) for name in ("rounds", "steps", "batch", "resolution", "threads")},
         "rounds": found,
         "summary": summary,
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result("step_time", result, options.out)
     print(json.dumps(summary, indent=1))
 
 

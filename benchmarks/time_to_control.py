@@ -1,39 +1,33 @@
-"""How soon an adapter controls: the demo's recipe against the diffusers script's, in seconds of training.
+"""Measures the seconds of training until an adapter controls: the demo's recipe beside the diffusers script's recipe.
 
-Both train on the same base (nano), pairs, machine and engine, so that the recipes are compared and not the code: the
-engine is ours for all, which favours the other side (its own step also encodes the picture and computes the frozen
-base's weight gradients). The diffusers recipe is that script's start, loss, batch and schedule, at its default learning
-rate, at the guide's, and at the best of a small sweep. The clock is that of `sample_efficiency.py`.
+Both train with our code on the same base (nano), pairs and machine, so that only the recipes differ. This favours the
+diffusers recipe: the script's own step also encodes the picture and computes weight gradients of the frozen base. The
+diffusers recipe has that script's initialisation, loss, batch size and schedule, at its default learning rate, at the
+guide's, and at the best of a small sweep. The clock is that of `sample_efficiency.py`.
 
     OMP_NUM_THREADS=1 python benchmarks/time_to_control.py
 
-Result file: settings, versions, machine, and for each recipe the curve {seconds, updates, IoU, interval} and the
-seconds to reach the threshold (null where it was not reached).
+The result file holds for each recipe the curve {seconds, steps, iou, ci95} and the seconds to reach the threshold, or
+null if it was not reached.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import make_parser, write_result
 from sample_efficiency import ARMS, DIFFUSERS, Bench, arm_config, crossing, interval, parse, write_data
 
-from t2i_adapter.training.setup import versions
-
 THRESHOLD = 0.8
-POINTS = 8  # of the others' curves
+POINTS = 8  # of the curves of the diffusers recipe
 RATES = (1e-5, 5e-6, 1e-3)
 
 
 def row(name: str, changes: dict[str, Any], points: list[dict[str, Any]]) -> dict[str, Any]:
-    """A recipe's part of the result file."""
+    """One recipe's entry in the result file."""
     curve = []
     for point in points:
         mean, low, high = interval(point["iou"])
@@ -42,7 +36,7 @@ def row(name: str, changes: dict[str, Any], points: list[dict[str, Any]]) -> dic
 
 
 def summary(arms: list[dict[str, Any]]) -> str:
-    """The table that the documentation shows."""
+    """The Markdown table of the documentation."""
     lines = ["| recipe | seconds to IoU 0.8 | IoU at the end |", "|---|---|---|"]
     for arm in arms:
         last = arm["curve"][-1]
@@ -53,33 +47,29 @@ def summary(arms: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=5120, help="samples that the others get, at most")
-    parser.add_argument("--pairs", type=int, default=32, help="unseen conditions that are measured")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/time_to_control.json"))
-    given = parser.parse_args()
+    parser = make_parser(__doc__)
+    parser.add_argument("--samples", type=int, default=5120, help="most samples of the diffusers recipe")
+    parser.add_argument("--pairs", type=int, default=32, help="unseen conditions to measure")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    others = [str(given.samples * (i + 1) // POINTS) for i in range(POINTS)]
-    options = parse(["--iou", "--pairs", str(given.pairs), "--sampling_steps", "12", "--at", "0"])
+    others = [str(options.samples * (i + 1) // POINTS) for i in range(POINTS)]
+    bench_options = parse(["--iou", "--pairs", str(options.pairs), "--sampling_steps", "12", "--at", "0"])
     recipes = {"demo": ARMS["chosen"]}
     recipes |= {f"diffusers recipe, lr {lr:g}": {**DIFFUSERS, "optim.lr": lr} for lr in RATES}
     arms: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        bench = Bench(write_data(work, options), work / "run", options)
+        bench = Bench(write_data(work, bench_options), work / "run", bench_options)
         for name, changes in recipes.items():
             print(f"  {name}", flush=True)
-            options.at = [int(n) for n in (others if arms else ("64", "128", "192", "256", "384", "512", "768"))]
-            arms.append(row(name, changes, bench.run(arm_config(changes, work / options.which, work / "run", 0))))
+            bench_options.at = [int(n) for n in (others if arms else ("64", "128", "192", "256", "384", "512", "768"))]
+            arms.append(row(name, changes, bench.run(arm_config(changes, work / bench_options.which, work / "run", 0))))
     result = {
-        "date": date.today().isoformat(),
-        "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine(), "threads": 1},
-        "versions": versions(),
-        "settings": {"samples": given.samples, "pairs": given.pairs, "sampling_steps": 12},
+        "settings": {"samples": options.samples, "pairs": options.pairs, "sampling_steps": 12},
         "threshold": THRESHOLD,
         "arms": arms,
     }
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result("time_to_control", result, options.out, threads=1)
     print(summary(arms))
 
 

@@ -1,9 +1,9 @@
-"""Runs a script that needs torchvision, unmodified, where torchvision is not installed.
+"""Runs an unmodified script that needs torchvision on a machine without torchvision.
 
     python benchmarks/torchvision_stand_in.py SCRIPT [its flags]
 
-The classes below are the part of `torchvision.transforms` that the diffusers script of train_t2i_adapter_sdxl uses, for
-PIL pictures. A torchvision that is installed is left alone.
+The classes below are the part of `torchvision.transforms` that the diffusers script train_t2i_adapter_sdxl.py uses, for
+PIL pictures. If torchvision is installed, the script uses it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# These ask once whether torchvision is there, and would then import parts of it that no stand-in has.
-THOSE_THAT_ASK = ("transformers.utils.import_utils", "transformers", "datasets", "accelerate", "diffusers")
+# Each checks once whether torchvision is installed, and would then import parts of it that the stand-in does not have.
+CHECKING_LIBRARIES = ("transformers.utils.import_utils", "transformers", "datasets", "accelerate", "diffusers")
 
 
 class InterpolationMode(Enum):
@@ -36,7 +36,7 @@ class InterpolationMode(Enum):
 
 
 class Compose:
-    """One transform after the other."""
+    """Applies one transform after the other."""
 
     def __init__(self, transforms: Sequence[Callable[[Any], Any]]) -> None:
         self.transforms = transforms
@@ -48,7 +48,7 @@ class Compose:
 
 
 class Resize:
-    """The shorter side becomes `size` pixels; the longer one follows, its fraction cut off."""
+    """Resizes so that the shorter side is `size` pixels; the longer side is rounded down."""
 
     def __init__(self, size: int, interpolation: InterpolationMode = InterpolationMode.BILINEAR) -> None:
         self.size, self.filter = size, interpolation.value
@@ -62,7 +62,7 @@ class Resize:
 
 
 class CenterCrop:
-    """The square of `size` pixels in the middle of a picture that is at least as large."""
+    """Crops the square of `size` pixels in the middle; the picture must be at least as large."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -73,14 +73,14 @@ class CenterCrop:
 
 
 class ToTensor:
-    """An RGB picture to float32 (3,H,W) in [0,1]."""
+    """Converts an RGB picture to float32 (3,H,W) in [0,1]."""
 
     def __call__(self, picture: Image.Image) -> Tensor:
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255)
 
 
 class Normalize:
-    """(value - mean) / std for each channel."""
+    """Computes (value - mean) / std for each channel."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean, self.std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (mean, std))
@@ -90,10 +90,10 @@ class Normalize:
 
 
 def install() -> None:
-    """Makes `from torchvision import transforms` find the classes above, once the libraries know there is none."""
-    for name in THOSE_THAT_ASK:
+    """Makes `from torchvision import transforms` import the classes above, after the libraries have found none."""
+    for name in CHECKING_LIBRARIES:
         importlib.import_module(name)
-    importlib.import_module("transformers.utils.import_utils").is_torchvision_available()  # keeps its answer
+    importlib.import_module("transformers.utils.import_utils").is_torchvision_available()  # caches its result
     package, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
     for module in (package, transforms):
         module.__spec__ = ModuleSpec(module.__name__, None)

@@ -1,6 +1,6 @@
-"""The surroundings of every test: one thread, folders of its own, no network but loopback; and the tiny fixtures.
+"""Set-up of every test: one thread, temporary folders, network on loopback only; and the fixtures of the tiny base.
 
-The environment is set while this file is imported, before any library reads it; subprocesses inherit it.
+This file sets the environment when it is imported, before any library reads it. Subprocesses inherit it.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ import atexit
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))  # for the tests of benchmarks
+
 HOME = Path(tempfile.mkdtemp(prefix="t2i-adapter-tests-"))
 atexit.register(shutil.rmtree, HOME, ignore_errors=True)
-FETCHED = Path.home() / ".cache" / "t2i_adapter" / "weights"  # what `make install` has fetched, before HOME moves
+FETCHED = Path.home() / ".cache" / "t2i_adapter" / "weights"  # where `make install` downloads to; HOME changes below
 os.environ.setdefault("T2I_ADAPTER_WEIGHTS", str(FETCHED))
 os.environ.update(
     HOME=str(HOME),
@@ -55,7 +58,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny random SDXL (tests/tiny.py). Read only: write your own copy to spoil it."""
+    """Folder of a tiny random SDXL (tests/support/tiny.py). Read only: a test that changes it makes its own copy."""
     from support.tiny import write_tiny_sdxl
 
     return write_tiny_sdxl(tmp_path_factory.mktemp("base") / "tiny")
@@ -63,7 +66,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Image folder of 64 px circles: 8 pairs in train, 4 in test. Read only: write your own copy to spoil it."""
+    """Image folder of 64 px circles: 8 pairs in train, 4 in test. Read only: a test that changes it makes a copy."""
     from support.tiny import write_circles
 
     folder = tmp_path_factory.mktemp("data") / "circles"

@@ -1,4 +1,4 @@
-"""A disk that fails for a while, and one that spoils checkpoints: the same run to the bit, and nothing left behind."""
+"""Disks that fail for a while, damaged checkpoints: the resumed run is equal to the bit and leaves no files behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_run_outlives_its_disk(tmp_path: Path, failing: Callable[[Path], Abstr
         try:
             disk = held.enter_context(failing(tmp_path))
         except OSError as fault:
-            pytest.skip(f"no disk of its own can be mounted here, which takes root ({fault})")
+            pytest.skip(f"mounting a disk for the test needs root ({fault})")
         forks = held.enter_context(Forks(tmp_path))
         found = failing_disk(forks, WORDS, disk, spells=spells)
     assert found["faults"] == 0, found

@@ -1,4 +1,4 @@
-"""Killed at random moments, resumed by one and the same command: the same run to the bit, and nothing left behind."""
+"""A run killed at random moments and resumed by the same command is equal to the bit and leaves no files behind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.kills import WORDS, campaign, make_data
 def test_a_killed_run_is_the_run_left_alone(tmp_path: Path, kills: int):
     make_data(tmp_path)
     with Forks(tmp_path) as forks:
-        found = campaign(forks, WORDS, kills=kills, most_a_run=kills if kills < 10 else 10)
+        found = campaign(forks, WORDS, kills=kills, max_kills_per_run=kills if kills < 10 else 10)
     assert found.faults == []
     assert found.kills == kills
     assert found.runs >= 1

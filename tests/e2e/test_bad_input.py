@@ -1,6 +1,6 @@
-"""What people get wrong: each is one line that names the file, row, flag or column, exit code 2, and harms nothing.
+"""Mistakes of users: each prints one line that names the file, row, flag or column, exits with 2 and harms no file.
 
-All through the command line, in one process, as each run of its own would spend seconds on imports.
+All commands run in this process, because a process of its own would spend seconds on imports.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from support.runs import train_words
 
 from t2i_adapter import script as compat
 from t2i_adapter.cli import main
@@ -28,7 +29,7 @@ Fails = Callable[..., str]
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fails:
-    """Runs a command that must fail as a person can mend it; returns the one line."""
+    """Runs a command that must end with a user error; returns its one line."""
     monkeypatch.chdir(tmp_path)
 
     def run(*words: object, script: bool = False) -> str:
@@ -41,24 +42,16 @@ def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytes
     return run
 
 
-def train_words(base: object, data: object, out: object, *more: object) -> list[object]:
-    return [
-        *("train", "--base.name", base, "--data.train_data_dir", data, "--data.resolution=64", "--data.num_workers=0"),
-        *("--train.batch_size=2", "--train.max_steps=1", "--train.seed=0", "--tracking.report_to=none"),
-        *("--output_dir", out, *more),
-    ]
-
-
 @pytest.fixture(scope="module")
 def trained(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run. Read only."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    assert main([str(word) for word in train_words(tiny_base, tiny_data, out)]) == 0
+    assert main(train_words(tiny_base, tiny_data, out)) == 0
     return out
 
 
 def spoilt_data(source: Path, folder: Path, spoil: Callable[[Path, Rows], Rows | None]) -> Path:
-    """A copy of a data set whose train/ folder and rows `spoil` has changed."""
+    """A copy of a dataset whose train/ folder and rows `spoil` has changed."""
     shutil.copytree(source, folder)
     table = folder / "train" / "metadata.jsonl"
     rows: Rows = [json.loads(line) for line in table.read_text().splitlines()]
@@ -137,15 +130,15 @@ SPOILT: dict[str, tuple[Callable[[Path, Rows], Rows | None], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_data_that_is_wrong(fails: Fails, tiny_base: Path, tiny_data: Path, tmp_path: Path, name: str) -> None:
-    spoil, said = SPOILT[name]
+def test_faulty_data(fails: Fails, tiny_base: Path, tiny_data: Path, tmp_path: Path, name: str) -> None:
+    spoil, expected = SPOILT[name]
     data = spoilt_data(tiny_data, tmp_path / "data", spoil)
     line = fails(*train_words(tiny_base, data, "out"))
-    assert all(words in line for words in said), line
+    assert all(words in line for words in expected), line
     assert not list(Path("out").glob("**/*.safetensors"))
 
 
-NAMED_WRONG = {
+MISTAKES = {
     "image column": (
         ["--data.image_column=picture"],
         ["--data.image_column picture", "image, conditioning_image, text"],
@@ -174,15 +167,15 @@ NAMED_WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", NAMED_WRONG)
-def test_options_that_name_what_is_not_there(fails: Fails, tiny_base: Path, tiny_data: Path, name: str) -> None:
-    words, said = NAMED_WRONG[name]
+@pytest.mark.parametrize("name", MISTAKES)
+def test_options_with_missing_or_wrong_names(fails: Fails, tiny_base: Path, tiny_data: Path, name: str) -> None:
+    words, expected = MISTAKES[name]
     line = fails(*train_words(tiny_base, tiny_data, "out", *words))
-    assert all(word in line for word in said), line
+    assert all(word in line for word in expected), line
     assert not list(Path().glob("out/**/*.safetensors"))
 
 
-def test_the_script_says_its_own_flags(fails: Fails, tiny_base: Path, tiny_data: Path) -> None:
+def test_the_script_names_its_own_flags(fails: Fails, tiny_base: Path, tiny_data: Path) -> None:
     named = [f"--pretrained_model_name_or_path={tiny_base}", f"--train_data_dir={tiny_data}", "--report_to=none"]
     line = fails(*named, "--resolution=136", script=True)
     assert line.startswith("--resolution 136:") and "128 or 144" in line
@@ -190,13 +183,13 @@ def test_the_script_says_its_own_flags(fails: Fails, tiny_base: Path, tiny_data:
     assert fails(*named[1:], "--pretrained_model_name_or_path=/no/b", script=True).startswith("--pretrained_model_name")
 
 
-def edited(file: Path, **changes: Any) -> None:
+def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_a_base_that_is_no_sdxl(fails: Fails, tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_base_that_is_not_an_sdxl(fails: Fails, tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
     older = Path(shutil.copytree(tiny_base, tmp_path / "older"))
-    edited(older / "unet" / "config.json", addition_embed_type=None)
+    edit_json(older / "unet" / "config.json", addition_embed_type=None)
     line = fails(*train_words(older, tiny_data, "out"))
     assert str(older) in line and "not an SDXL base" in line
     shutil.rmtree(older / "text_encoder_2")
@@ -209,7 +202,7 @@ def test_a_base_that_is_no_sdxl(fails: Fails, tiny_base: Path, tiny_data: Path, 
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"channels": [32, 64, 128, 128]}, "does not fit the base"),
         ({"channels": [16, 32, 64], "adapter_type": "light_adapter"}, "does not fit the base"),
@@ -218,11 +211,11 @@ def test_a_base_that_is_no_sdxl(fails: Fails, tiny_base: Path, tiny_data: Path, 
     ],
 )
 def test_an_adapter_that_does_not_fit(
-    fails: Fails, tiny_base: Path, tiny_data: Path, changes: dict[str, Any], said: str
+    fails: Fails, tiny_base: Path, tiny_data: Path, changes: dict[str, Any], expected: str
 ) -> None:
     fitting = {"in_channels": 3, "channels": [16, 32, 64, 64], "num_res_blocks": 2, "downscale_factor": 16}
     T2IAdapter(**{**fitting, "adapter_type": "full_adapter_xl", **changes}).save_pretrained("other")
-    assert said in fails(*train_words(tiny_base, tiny_data, "out", "--adapter.init_from=other"))
+    assert expected in fails(*train_words(tiny_base, tiny_data, "out", "--adapter.init_from=other"))
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -250,7 +243,7 @@ def test_a_damaged_checkpoint_is_named(fails: Fails, tiny_base: Path, tiny_data:
 
 @pytest.fixture
 def another_run() -> Iterator[Path]:
-    """The output folder `busy`, held by another process."""
+    """The output folder `busy`, locked by another process."""
     code = "import sys, time; from pathlib import Path; from t2i_adapter.training.lock import lock\n"
     code += "held = lock(Path('busy')); print('held', flush=True); sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -274,7 +267,7 @@ def test_folders_that_cannot_be_written(fails: Fails, tiny_base: Path, tiny_data
 
 
 def test_no_space(fails: Fails, tiny_base: Path, tiny_data: Path) -> None:
-    """Not even the options find room on the disk: the run stops before training and says so."""
+    """The disk has no room even for the options: the run ends before training with an error."""
     Path("out").mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", "out"], capture_output=True, text=True)
     if mounted.returncode:
@@ -287,7 +280,7 @@ def test_no_space(fails: Fails, tiny_base: Path, tiny_data: Path) -> None:
         subprocess.run(["umount", "out"], check=True)
 
 
-def test_fp16_without_a_gpu_goes_on_and_says_so(
+def test_fp16_without_a_gpu_warns_and_continues(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
@@ -295,16 +288,16 @@ def test_fp16_without_a_gpu_goes_on_and_says_so(
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     words = train_words(tiny_base, tiny_data, tmp_path / "out", "--train.mixed_precision=fp16", "--dry_run")
-    assert main([str(word) for word in words]) == 0
+    assert main(words) == 0
     assert capsys.readouterr().out.count("fp16 needs a GPU") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_drawing_and_measuring(fails: Fails, tiny_base: Path, tiny_data: Path, trained: Path) -> None:
+def test_generate_evaluate_and_push(fails: Fails, tiny_base: Path, tiny_data: Path, trained: Path) -> None:
     Path("junk.png").write_text("x")
     picture = tiny_data / "train" / "00000_outline.png"
     generate = ["generate", "--adapter", trained, "--prompt", "a", "--steps=1", "--image"]
-    for words, said in (
+    for words, expected in (
         ([*generate, "none.png"], "none.png: no such file"),
         ([*generate, "junk.png"], "junk.png: not a picture"),
         ([*generate, picture, picture, "--prompt", "a", "b", "c"], "--prompt has 3 entries and --image 2"),
@@ -322,5 +315,5 @@ def test_drawing_and_measuring(fails: Fails, tiny_base: Path, tiny_data: Path, t
         ),
         (["push", "--folder", "none"], "none: no such folder"),
     ):
-        assert said in fails(*words)
+        assert expected in fails(*words)
     assert not list(Path().glob("pictures/*"))

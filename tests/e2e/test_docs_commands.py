@@ -1,6 +1,6 @@
-"""Every command that the documentation shows is run, in the order of its page, with stand-ins for what is large or far.
+"""Runs every command that the documentation shows, in the order of its page, with small local stand-ins.
 
-tests/contract/test_docs.py reads the pages and holds each command to this version's flags; here they do their work.
+tests/contract/test_docs.py only parses the commands with this version's flags.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STAND_INS = {
     "my-adapter/options.yaml": "runs/again/options.yaml",
     "iconify-json-fluent-emoji-flat-1.2.6.tgz": "icons.tgz",
 }
-"""What stands on this machine for what a command names; the rest of the line is as it is shown."""
+"""Name in a shown command -> its local stand-in. The rest of the command is unchanged."""
 
 SMALLER = (
     (r"--num 2000\b", "--num 4"),
@@ -48,7 +48,7 @@ SMALLER = (
     (r'--report_to="?wandb"?', "--report_to=none"),
     (r" --push_to_hub", ""),
 )
-"""(pattern, what is run instead): a few pictures and steps are enough to see that a command works."""
+"""(pattern, replacement): fewer pictures and steps, which are enough to test that a command works."""
 
 NOT_RUN = {
     "make ": "each target runs tests or the whole demo",
@@ -61,7 +61,7 @@ NOT_RUN = {
     f"{PROG} annotate segmentation": "needs weights; tests/unit/test_conditions_segmentation.py has small ones",
     f'{PROG} train --data.train_data_dir "': "shards elsewhere; tests/e2e/test_sources.py reads them from servers",
     "python -m t2i_adapter.annotators.weights": "downloads",
-    "python benchmarks/campaigns.py": "minutes to hours; tests/campaigns runs the same code in short",
+    "python tests/campaigns/run.py": "minutes to hours; tests/campaigns runs the same code in short",
     "python -m nano_maker": "takes hours; tests/unit/test_nano.py tests its parts",
 }
 
@@ -71,8 +71,8 @@ OWN_ANNOTATOR = ROOT / "docs" / "add-a-condition.md"
 
 
 @pytest.fixture(scope="module")
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a reader of the documentation has it: pictures, conditions, recipes and a finished adapter."""
+def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a reader of the documentation has: pictures, conditions, recipes and a trained adapter."""
     root = tmp_path_factory.mktemp("docs")
     for name in ("recipes", "train_t2i_adapter_sdxl.py"):
         (root / name).symlink_to(ROOT / name)
@@ -101,17 +101,17 @@ def write_icons(file: Path) -> None:
 
 
 @pytest.fixture
-def world(surroundings: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """One page's own copy, with the data that its commands take for made; docs/data.md makes it itself."""
+def world(reader_folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A copy for one page, with the folder data/ that its commands expect; docs/data.md makes it itself."""
     root = tmp_path / "world"
-    shutil.copytree(surroundings, root, symlinks=True)
+    shutil.copytree(reader_folder, root, symlinks=True)
     if "data.md" not in request.node.name:
         shutil.copytree(root / "my-pictures", root / "data")
     return root
 
 
 def small(command: str, number: int) -> str:
-    """The command as it is run here, the `number`th of its page."""
+    """The command with stand-ins and smaller sizes. number: its place on the page."""
     for pattern, instead in SMALLER:
         command = re.sub(pattern, instead, command)
     for name, here in STAND_INS.items():
@@ -129,7 +129,7 @@ def small(command: str, number: int) -> str:
 
 
 def run(command: str, cwd: Path) -> None:
-    """Verbs in this process, which has loaded the libraries already; launchers as programs."""
+    """Runs a command: verbs in this process, which has imported the libraries; launchers as processes."""
     words = shlex.split(command, comments=True)
     if words[0] == PROG:
         here = Path.cwd()

@@ -1,4 +1,4 @@
-"""The main job through the command line, as a user would: data, train, kill, resume, generate, evaluate, reload."""
+"""The main path of a user through the command line: data, train, kill, resume, generate, evaluate, reload."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from diffusers import StableDiffusionXLAdapterPipeline, T2IAdapter
 from PIL import Image
 from safetensors.torch import load_file
+from support.runs import losses
 
 from t2i_adapter.models import nano
 
@@ -25,7 +26,7 @@ STEPS = 24
 
 
 def cli(*words: str, cwd: Path, timeout: int = 240) -> str:
-    """Runs `t2i-adapter WORDS` and returns what it printed; fails the test with the output if it fails."""
+    """Runs `t2i-adapter WORDS` and returns its output; fails the test with the output if the command fails."""
     return python("-m", "t2i_adapter", *words, cwd=cwd, timeout=timeout)
 
 
@@ -51,10 +52,6 @@ def train_words(out: str, *more: str) -> list[str]:
     ]
 
 
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data/ (32 + 6 pairs) and straight/, a finished run."""
@@ -74,7 +71,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(work: Path):
         time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
     running.wait(timeout=30)
-    assert not (work / "killed" / "diffusion_pytorch_model.safetensors").exists(), "it had finished before the kill"
+    assert not (work / "killed" / "diffusion_pytorch_model.safetensors").exists(), "the run had ended before the kill"
     printed = cli(*train_words("killed", "--checkpoint.resume", "latest"), cwd=work)
     assert "Resuming from killed/checkpoint-" in printed
     for name in ("diffusion_pytorch_model.safetensors", "checkpoint-24/training.safetensors"):
@@ -90,12 +87,12 @@ def test_two_processes_learn_from_the_same_samples_as_one(work: Path):
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "t2i_adapter"]
     printed = python(*launch, *words, cwd=work, env=env, timeout=400)
     assert "4 = 2 x 1 accumulated x 2 processes" in printed
-    # Two halves of a batch, averaged: float32 rounding of the sums, grown by 24 updates at a high learning rate
+    # The mean of two half batches rounds differently in float32; 24 updates at a high learning rate amplify that.
     assert losses(work / "two") == pytest.approx(losses(work / "straight"), rel=1e-3)
     assert losses(work / "two")[0] == pytest.approx(losses(work / "straight")[0], rel=1e-6)
 
 
-def test_generate_draws_from_a_condition_and_its_record_repeats_it(work: Path):
+def test_generate_writes_a_picture_and_the_command_that_repeats_it(work: Path):
     condition = next((work / "data" / "test").glob("*_cond.png"))
     words = ["generate", "--adapter", "straight", "--prompt", "red circle with blue background", "--image"]
     cli(*words, str(condition), "--steps", "3", "--num", "2", "--out", "drawn", cwd=work)
@@ -107,7 +104,7 @@ def test_generate_draws_from_a_condition_and_its_record_repeats_it(work: Path):
     again[again.index("--out") + 1] = "again"
     cli(*again[1:], cwd=work)
     first, alone = (np.asarray(Image.open(path)).astype(int) for path in (pictures[0], work / "again" / "00000.png"))
-    # The first was drawn in a batch of two: the same picture but for rounding, which 8 bits show as a level or two
+    # The first came from a batch of two, which rounds differently: at most two levels of 8 bits.
     assert np.abs(first - alone).max() <= 2
 
 
@@ -135,13 +132,13 @@ def test_the_adapter_opens_in_diffusers(work: Path, variant: str | None, dtype: 
     assert drawn.size == (128, 128)
 
 
-def test_an_adapter_is_continued_from(work: Path):
+def test_training_starts_from_another_adapter(work: Path):
     words = train_words("continued", "--adapter.init_from", "straight")
     words[words.index("--train.max_steps") + 1] = "2"
     cli(*words, cwd=work)
     before = load_file(work / "straight" / "diffusion_pytorch_model.safetensors")
     after = load_file(work / "continued" / "diffusion_pytorch_model.safetensors")
-    # Two updates at a warming-up learning rate of at most 1e-4 move no weight by more than that
+    # Two updates during warm-up, at a learning rate of at most 1e-4, change no weight by more than this.
     assert max(float((after[key] - before[key]).abs().max()) for key in before) < 1e-3
 
 

@@ -1,4 +1,4 @@
-"""Every recipe makes its plan and runs two updates: on the embedded base, small, with pictures that are at hand."""
+"""Every recipe prints its plan and runs two updates on the embedded base, with small local pictures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.runs import losses
 
 from t2i_adapter.annotators.registry import find_plugin
 from t2i_adapter.cli import main
@@ -16,7 +17,7 @@ from t2i_adapter.data.shapes import write_dataset
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 NO_WEIGHTS_HERE = "palette"
-"""Stands in for kinds whose weights are not in the package: three channels, as theirs."""
+"""Stand-in for kinds whose weights are not in the package; it has three channels, as they have."""
 
 SMALLER = {
     "base.name": "nano",
@@ -57,8 +58,8 @@ def test_runs_two_updates(file: Path, pictures: Path, tmp_path: Path, capsys: py
     assert main(["train", "--recipe", str(file), *flags]) == 0
     printed = capsys.readouterr().out
     assert f"learning rate  {config.optim.lr:g}" in printed and "updates        2" in printed
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
-    told = json.loads((tmp_path / "run/t2i_adapter.json").read_text())["condition"]
+    found = losses(tmp_path / "run")
+    assert len(found) == 2 and all(0 < loss < 100 for loss in found)
+    recorded = json.loads((tmp_path / "run/t2i_adapter.json").read_text())["condition"]
     used = changes.get("data.condition", condition)
-    assert (told["name"] == used.partition(",")[0]) if used else (told["column"] == "conditioning_image")
+    assert (recorded["name"] == used.partition(",")[0]) if used else (recorded["column"] == "conditioning_image")

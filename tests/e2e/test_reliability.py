@@ -5,7 +5,6 @@ Runs are processes forked from this one, which has the libraries loaded: they ar
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.processes import Run, end_all, until
+from support.runs import losses
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STEPS = 12
@@ -63,10 +63,6 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert a.keys() == b.keys()
         assert [key for key in a if not torch.equal(a[key], b[key])] == []
     assert losses(one) == losses(other)
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

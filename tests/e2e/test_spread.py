@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from support.processes import Run, end_all, ranks
+from support.runs import losses
 from support.tiny import write_circles
 
 from t2i_adapter.training import nonfinite
@@ -105,10 +106,6 @@ def assert_same_samples(one: dict[str, list[Any]], other: dict[str, list[Any]]) 
         assert len(one[name]) == len(other[name])
         for ours, theirs in zip(one[name], other[name], strict=True):
             assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs, name
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_run_has_what_could_differ(work: Path):

@@ -1,7 +1,9 @@
-"""The property tests that need no files of a fixture, led by the code they reach: what opens a new branch is kept and
-changed further. Optional: it needs atheris (pip install atheris), which has wheels for Linux.
+"""Coverage-guided fuzzing of the property tests that use no fixture.
 
-    python tests/fuzz/guided.py --seconds 60                    every one of them in turn
+Inputs that reach a new branch are kept and mutated further. Optional: needs atheris (pip install atheris), which has
+wheels for Linux.
+
+    python tests/fuzz/guided.py --seconds 60                    every test in turn
     python tests/fuzz/guided.py --test test_any_words_are_flags_or_a_line
 """
 
@@ -23,9 +25,9 @@ MODULES = ("test_fuzz_options", "test_fuzz_files")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=60, help="for each test")
-    parser.add_argument("--test", help="this one alone")
-    parser.add_argument("--here", action="store_true", help="in this process, which ends with it")
+    parser.add_argument("--seconds", type=int, default=60, help="time for each test")
+    parser.add_argument("--test", help="run only this test")
+    parser.add_argument("--here", action="store_true", help="fuzz in this process, which exits at the end")
     options = parser.parse_args()
     sys.path[:0] = [str(HERE.parent), str(HERE)]
     if options.here:
@@ -36,12 +38,12 @@ def main() -> int:
         words = ["--here", "--test", name, "--seconds", str(options.seconds)]
         if subprocess.run([sys.executable, __file__, *words], timeout=options.seconds + 600).returncode:
             failed.append(name)
-    print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "nothing was found")
+    print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "no failure found")
     return 1 if failed else 0
 
 
 def properties() -> dict[str, Callable[[bytes], object]]:
-    """Test -> what feeds it bytes."""
+    """Test -> function that runs it on bytes."""
     found = {}
     for module in map(importlib.import_module, MODULES):
         for name, test in vars(module).items():
@@ -51,7 +53,7 @@ def properties() -> dict[str, Callable[[bytes], object]]:
 
 
 def search(name: str, seconds: int) -> None:
-    """Never returns."""
+    """Fuzzes one test; never returns."""
     atheris: Any = importlib.import_module("atheris")
     with atheris.instrument_imports(include=["t2i_adapter"]):
         feed = properties()[name]

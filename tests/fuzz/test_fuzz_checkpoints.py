@@ -1,4 +1,4 @@
-"""Any flipped byte and any cut of a checkpoint is found, and any state.json is taken or refused with a line."""
+"""Every changed byte and every cut of a checkpoint is detected; every state.json is read or refused with one line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.runs import train_words
 from test_fuzz_files import HOSTILE, JSON, SPOILS, spoil, times
 
 from t2i_adapter.cli import main
@@ -22,9 +23,8 @@ from t2i_adapter.training import checkpoint
 def run(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with checkpoint-1 and checkpoint-2. Read only."""
     out = tmp_path_factory.mktemp("run") / "run"
-    words = ["train", "--base.name", str(tiny_base), "--data.train_data_dir", str(tiny_data), "--data.resolution", "64"]
-    more = ["--train.max_steps", "2", "--train.batch_size", "1", "--train.seed", "0", "--tracking.report_to", "none"]
-    assert main([*words, *more, "--data.num_workers", "0", "--checkpoint.every", "1", "--output_dir", str(out)]) == 0
+    words = ["--train.max_steps", "2", "--train.batch_size", "1", "--checkpoint.every", "1"]
+    assert main(train_words(tiny_base, tiny_data, out, *words)) == 0
     return out
 
 
@@ -34,7 +34,7 @@ def names(folder: Path) -> list[str]:
 
 @given(choice=st.integers(0, 10), spoils=SPOILS)
 @settings(max_examples=times(1.5))
-def test_any_spoilt_byte_is_found_and_the_one_before_used(run: Path, choice: int, spoils: tuple[int, int]):
+def test_any_spoilt_byte_is_detected_and_the_checkpoint_before_is_used(run: Path, choice: int, spoils: tuple[int, int]):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         shutil.copytree(run, out)
@@ -42,15 +42,15 @@ def test_any_spoilt_byte_is_found_and_the_one_before_used(run: Path, choice: int
         name = names(last)[choice % len(names(last))]
         content = (last / name).read_bytes()
         (last / name).write_bytes(spoil(content, *spoils))
-        if name == "state.json" and same_json((last / name).read_bytes(), content):
-            return  # white space
-        assert checkpoint.damage(last), f"{name} is spoilt and passes as whole"
+        if name == "state.json" and is_same_json((last / name).read_bytes(), content):
+            return  # only white space changed
+        assert checkpoint.damage(last), f"{name} is damaged but passes the check"
         found, skipped = checkpoint.find(out, "latest")
         assert found == out / "checkpoint-1"
         assert len(skipped) == 1 and "checkpoint-2" in skipped[0]
 
 
-def same_json(one: bytes, other: bytes) -> bool:
+def is_same_json(one: bytes, other: bytes) -> bool:
     try:
         return json.loads(one) == json.loads(other)
     except (ValueError, RecursionError):

@@ -1,4 +1,7 @@
-"""Files of any content: pictures, rows, archives, shards, records. Damage is found, or what is read is right."""
+"""Files of any content: pictures, rows, archives, shards, records. Damage is detected, or the content read is right.
+
+Some tests assert only that no exception other than a `UserError` escapes; their docstrings say so.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ from t2i_adapter.models.record import FILE_NAME, Metadata, read_metadata
 
 
 def times(share: float) -> int:
-    """So many of the examples that the profile in force has: for tests that are quicker or slower than others."""
+    """`share` of the examples of the current profile, for tests that are faster or slower than others."""
     return int(share * settings().max_examples)
 
 
@@ -47,7 +50,7 @@ HOSTILE = (b"[" * 100_000, b"9" * 5_000, b'"\\ud800"', b"1e999", b"NaN", b"\xff"
 
 
 def spoil(content: bytes, place: int, change: int) -> bytes:
-    """One byte changed, or the end cut off, at a place anywhere in the content."""
+    """Changes one byte, or cuts the content, at `place`."""
     place %= max(1, len(content))
     if not content or change % 4 == 0:
         return content[:place]
@@ -60,6 +63,7 @@ SPOILS = st.tuples(st.integers(0, 2**31), st.integers(0, 2**16))
 @given(st.binary(max_size=100))
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_json_is_read_or_a_value_error(hostile: bytes, content: bytes):
+    """Asserts only that no exception other than ValueError escapes."""
     for text in (hostile, content):
         with suppress(ValueError):
             parse_json(text)
@@ -102,17 +106,17 @@ def test_a_damaged_picture_is_a_picture_or_a_line(kind: tuple[str, str], spoils:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a good picture x.png."""
+    """A folder with an undamaged picture x.png."""
     folder = tmp_path_factory.mktemp("rows")
     (folder / "x.png").write_bytes(GOOD["PNG", "RGB"])
     return folder
 
 
-def read_all(place: Path | str, kept: Path, **options: Any) -> int:
-    """How many rows can be read; all others are refused with a line."""
-    good = 0
+def read_all(place: Path | str, cache: Path, **options: Any) -> int:
+    """Number of rows that can be read. Every other row must raise a UserError, and no other exception may escape."""
+    num_good = 0
     try:
-        source = open_source(DataOptions(train_data_dir=str(place), prepared_dir=str(kept), **options), seed=0)
+        source = open_source(DataOptions(train_data_dir=str(place), prepared_dir=str(cache), **options), seed=0)
     except UserError:
         return 0
     for number in range(len(source)):
@@ -126,8 +130,8 @@ def read_all(place: Path | str, kept: Path, **options: Any) -> int:
         for text in (sample.key, *sample.captions):
             text.encode()
         json.dumps(dict(sample.meta)).encode()
-        good += 1
-    return good
+        num_good += 1
+    return num_good
 
 
 CELL = st.one_of(
@@ -144,7 +148,7 @@ def test_any_rows_are_read_or_refused(pairs: Path, rows: list[Any], tail: bytes)
     good = {"image": "x.png", "conditioning_image": "x.png", "text": "a"}
     lines = [json.dumps(row).encode() for row in (good, *rows)]
     table.write_bytes(b"\n".join([*lines, tail]))
-    assert read_all(table, pairs / "kept") >= 1
+    assert read_all(table, pairs / "cache") >= 1
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
@@ -152,16 +156,17 @@ def test_a_hostile_line_is_one_bad_row(pairs: Path, hostile: bytes):
     table = pairs / "rows.jsonl"
     good = json.dumps({"image": "x.png", "conditioning_image": "x.png", "text": "a"}).encode()
     table.write_bytes(good + b"\n" + hostile + b"\n" + good + b"\n")
-    assert read_all(table, pairs / "kept") == 2
+    assert read_all(table, pairs / "cache") == 2
 
 
 @given(cells=st.lists(st.lists(st.text(max_size=8), min_size=3, max_size=3), max_size=3), tail=st.binary(max_size=12))
 @settings(max_examples=times(0.5))
 def test_any_csv_is_read_or_refused(pairs: Path, cells: list[list[str]], tail: bytes):
+    """Asserts only that no exception other than a UserError escapes."""
     text = io.StringIO()
     csv.writer(text).writerows([["image", "conditioning_image", "text"], ["x.png", "x.png", "a"], *cells])
     (pairs / "rows.csv").write_bytes(text.getvalue().encode("utf-8", "surrogatepass") + tail)
-    read_all(pairs / "rows.csv", pairs / "kept")
+    read_all(pairs / "rows.csv", pairs / "cache")
 
 
 def tar_of_pairs() -> bytes:
@@ -181,27 +186,28 @@ HEADERS = [place + inner for place in range(0, len(TAR), 512) for inner in (0, 1
 @given(st.lists(st.tuples(st.sampled_from(HEADERS) | st.integers(0, len(TAR)), st.integers(0, 2**16)), max_size=3))
 @settings(max_examples=times(2))
 def test_a_damaged_tar_is_read_or_refused(spoils: list[tuple[int, int]]):
+    """Asserts only that no exception other than a UserError escapes."""
     content = TAR
     for place, change in spoils:
         content = spoil(content, place, change)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "0.tar").write_bytes(content)
-        read_all(Path(folder) / "0.tar", Path(folder) / "kept")
+        read_all(Path(folder) / "0.tar", Path(folder) / "cache")
 
 
 @given(st.lists(SPOILS, min_size=1, max_size=3))
-def test_a_damaged_index_of_a_tar_is_made_anew(pairs: Path, spoils: list[tuple[int, int]]):
-    """It is kept with the cache, and would send the reader to other bytes."""
-    shard, kept = pairs / "0.tar", pairs / "indexed"
+def test_a_damaged_index_of_a_tar_is_rebuilt(pairs: Path, spoils: list[tuple[int, int]]):
+    """The index lies in the cache; a damaged one would point the reader to wrong bytes."""
+    shard, cache = pairs / "0.tar", pairs / "indexed"
     shard.write_bytes(TAR)
-    shutil.rmtree(kept, ignore_errors=True)  # of the example before
-    assert read_all(shard, kept) == 1
-    (index,) = (kept / "indices").iterdir()
-    whole = index.read_bytes()
+    shutil.rmtree(cache, ignore_errors=True)  # the index of the example before
+    assert read_all(shard, cache) == 1
+    (index,) = (cache / "indices").iterdir()
+    undamaged = index.read_bytes()
     for place, change in spoils:
         index.write_bytes(spoil(index.read_bytes(), place, change))
-    assert read_all(shard, kept) == 1
-    assert index.read_bytes() == whole
+    assert read_all(shard, cache) == 1
+    assert index.read_bytes() == undamaged
 
 
 # The cache ------------------------------------------------------------------------------------------------------------
@@ -230,7 +236,7 @@ def test_a_damaged_shard_gives_what_was_written_or_a_line(shard: tuple[Path, lis
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / file.name
         copy.write_bytes(spoilt)
-        assert damage(copy) is not None, "every byte counts"
+        assert damage(copy) is not None, "a changed byte is not detected"
         records = Shards(Path(folder))
         for n, key in enumerate(keys):
             try:
@@ -243,7 +249,10 @@ def test_a_damaged_shard_gives_what_was_written_or_a_line(shard: tuple[Path, lis
 
 @given(header=JSON, arrays=JSON)
 def test_a_forged_record_is_refused(header: Any, arrays: Any):
-    """A checksum is no seal: someone who may write to a shared cache may write any header."""
+    """A checksum is no signature: whoever can write to a shared cache can write any header.
+
+    Asserts only that no exception other than a DamagedShardError escapes.
+    """
     import struct
     import zlib
 
@@ -262,7 +271,7 @@ def test_a_forged_record_is_refused(header: Any, arrays: Any):
 
 
 @given(st.binary(max_size=200))
-def test_stamps_of_any_content_are_those_written_or_none(content: bytes):
+def test_stamps_of_any_content_return_no_digest(content: bytes):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "x.stamps").write_bytes(content)
         _, known = Stamps(Path(folder)).digests(["a", None])
@@ -310,12 +319,12 @@ def test_a_hostile_record_is_a_line(tmp_path: Path, hostile: bytes):
 @settings(max_examples=times(0.5))
 @pytest.mark.parametrize("name", ["config.json", "diffusion_pytorch_model.safetensors"])
 def test_a_damaged_adapter_is_loaded_or_refused(adapter: Path, name: str, spoils: tuple[int, int]):
-    """Weights have no checksum in diffusers' layout; whatever loads has the shapes that its config names."""
+    """Asserts only that no exception other than a UserError escapes: diffusers' layout has no checksum."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "adapter"
         shutil.copytree(adapter, copy)
         content = (adapter / name).read_bytes()
-        place = spoils[0] % min(len(content), 2_000)  # the header, and what follows it
+        place = spoils[0] % min(len(content), 2_000)  # the header, and the bytes after it
         (copy / name).write_bytes(spoil(content, place, spoils[1]))
         refused_or_done(lambda: load_adapter(str(copy)))
 
@@ -327,6 +336,7 @@ def test_a_damaged_adapter_is_loaded_or_refused(adapter: Path, name: str, spoils
 @example("num_res_blocks", 10**9)
 @settings(max_examples=times(0.5))
 def test_an_adapters_config_of_any_values_is_loaded_or_refused(adapter: Path, key: str, value: Any):
+    """Asserts only that no exception other than a UserError escapes."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "adapter"
         shutil.copytree(adapter, copy)
@@ -358,6 +368,7 @@ def test_a_safetensors_header_of_an_impossible_length_is_refused(tmp_path: Path)
 
 
 def refused_or_done(call: Callable[[], object]) -> None:
+    """Runs `call`; it may succeed or raise a UserError with a text."""
     try:
         call()
     except UserError as fault:
@@ -369,8 +380,9 @@ def refused_or_done(call: Callable[[], object]) -> None:
 
 @given(head=JSON, numbers=JSON)
 @example("&a [*a]", None)
-@example(["ab"], None)  # pairs, to dict()
+@example(["ab"], None)  # dict(["ab"]) is {"a": "b"}
 def test_a_card_and_an_evaluation_of_any_content(head: Any, numbers: Any):
+    """Asserts only that no exception other than a UserError escapes."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         marks = "<!-- evaluation -->\n<!-- end of evaluation -->"

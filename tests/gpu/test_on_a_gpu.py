@@ -9,17 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.runs import tiny_config
 
 from t2i_adapter.batches.example import example_batch
 from t2i_adapter.config.tree import (
     AdapterOptions,
     BaseOptions,
-    CheckpointOptions,
     Config,
     DataOptions,
-    OptimOptions,
-    TrackingOptions,
-    TrainOptions,
 )
 from t2i_adapter.errors import Stopped
 from t2i_adapter.models.adapter import build_adapter
@@ -40,15 +37,9 @@ GPU = torch.device("cuda")
 
 @pytest.fixture
 def config(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> Config:
-    return Config(
-        output_dir=str(tmp_path / "run"),
-        base=BaseOptions(name=str(tiny_base)),
-        data=DataOptions(train_data_dir=str(tiny_data), resolution=64),
-        train=TrainOptions(batch_size=2, max_steps=6, seed=5, mixed_precision="bf16"),
-        optim=OptimOptions(lr=1e-3),
-        checkpoint=CheckpointOptions(every=3, keep=None),
-        tracking=TrackingOptions(report_to="none", log_every=1),
-    )
+    changes = {"data.num_workers": DataOptions.num_workers, "train.max_steps": 6, "train.mixed_precision": "bf16"}
+    changes |= {"optim.lr": 1e-3, "checkpoint.every": 3, "checkpoint.keep": None}
+    return tiny_config(tiny_base, tiny_data, tmp_path / "run", changes)
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The parts of a training step, small: a frozen base and an adapter that learns."""
+"""The parts of a training step on the tiny base: the frozen model and an adapter."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def frozen(tiny_base: Path) -> FrozenModel:
 
 @pytest.fixture
 def adapter(frozen: FrozenModel) -> Any:
-    """A new one, always with the same weights."""
+    """A new adapter, always with equal initial weights."""
     torch.manual_seed(0)
     return build_adapter(AdapterOptions(), frozen.unet.config)

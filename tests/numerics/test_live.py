@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.runs import losses, tiny_config
 from support.tiny import write_circles
 
 from t2i_adapter.batches.encoders import Encoders
@@ -19,12 +20,7 @@ from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
 from t2i_adapter.cache.prepare import prepare
 from t2i_adapter.config.tree import (
     BaseOptions,
-    CheckpointOptions,
     Config,
-    DataOptions,
-    OptimOptions,
-    TrackingOptions,
-    TrainOptions,
 )
 from t2i_adapter.data.source import open_source
 from t2i_adapter.errors import UserError
@@ -40,22 +36,10 @@ FIELDS = ("moments", "condition", "text", "pooled", "time_ids", "timesteps", "no
 
 
 def config(base: Path, data: Path, root: Path, **options: Any) -> Config:
-    return Config(
-        output_dir=str(root / "run"),
-        base=BaseOptions(name=str(base)),
-        data=DataOptions(
-            train_data_dir=str(data),
-            resolution=64,
-            num_workers=0,
-            proportion_empty_prompts=0.3,
-            prepared_dir=str(root / "cache"),
-            **options,
-        ),
-        train=TrainOptions(batch_size=2, max_steps=4, seed=5),
-        optim=OptimOptions(lr=1e-3, schedule="constant"),
-        checkpoint=CheckpointOptions(every=100),
-        tracking=TrackingOptions(report_to="none", log_every=1),
-    )
+    changes = {"data.proportion_empty_prompts": 0.3, "data.prepared_dir": str(root / "cache"), "train.max_steps": 4}
+    changes |= {"optim.lr": 1e-3, "optim.schedule": "constant", "checkpoint.every": 100}
+    changes |= {f"data.{name}": value for name, value in options.items()}
+    return tiny_config(base, data, root / "run", changes)
 
 
 def facts_of(options: Config, base: Base | None = None) -> CachedDataset | LiveDataset:
@@ -97,13 +81,12 @@ def test_live_batches_are_the_cached_ones(
 
 
 def test_a_live_run_has_the_losses_of_a_cached_one(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
-    def losses(name: str, **options: Any) -> list[float]:
+    def losses_of(name: str, **options: Any) -> list[float]:
         chosen = replace(config(tiny_base, tiny_data, tmp_path, **options), output_dir=str(tmp_path / name))
         run(chosen)
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line)["loss"] for line in lines]
+        return losses(tmp_path / name)
 
-    cached, live = losses("cached"), losses("live", cache="none")
+    cached, live = losses_of("cached"), losses_of("live", cache="none")
     # Moments and states differ by at most one step of float16 in few places (see HALF); a loss is a mean over hundreds.
     assert live == pytest.approx(cached, rel=1e-4)
 

@@ -1,4 +1,4 @@
-"""The mathematics of a step against independent statements, in float64 where that is possible."""
+"""Compares the mathematics of a training step with independent formulas, in float64 where possible."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_noise_is_added_as_diffusers_does_for_ddpm_and_for_euler():
 
 
 def test_loss_is_the_diffusers_scripts_loss():
-    """That script rebuilds x_0 from the prediction and weighs its error by sigma^-2, with sigma = sigma_t / alpha_t."""
+    """The script computes x_0 from the prediction and weights its error by sigma^-2, with sigma = sigma_t / alpha_t."""
     latents, noise, steps = (t.double() if t.is_floating_point() else t for t in draw())
     table = schedule()
     alpha, sigma = (x.double() for x in table.at(steps))
@@ -66,7 +66,7 @@ def test_loss_is_the_diffusers_scripts_loss():
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_a_perfect_prediction_rebuilds_the_latents(prediction: str, zero_snr: bool):
-    """Whatever the model answers with, the right answer holds x_0 and eps: solved here for both."""
+    """For every prediction type, the right prediction determines x_0 and eps; this test solves for both."""
     latents, noise, steps = draw()
     table = schedule(prediction, zero_snr)
     noisy = objective.add_noise(latents, noise, steps, table)
@@ -99,7 +99,7 @@ def test_velocity_target_is_diffusers():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weighs_the_error_in_x0_by_the_clipped_snr(prediction: str):
-    """For one and the same error in x_0, all three kinds of model must give one and the same loss."""
+    """For an equal error in x_0, all three prediction types must give an equal loss."""
     latents, noise, steps = draw()
     table = schedule(prediction)
     alpha, sigma = table.at(steps)

@@ -17,17 +17,15 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from safetensors.torch import load_file, save_file
 from support.doc_pages import code
 from support.push_hub import TOKEN, running_hub
+from support.runs import read_metrics, tiny_config
 
 from t2i_adapter import script as compat
 from t2i_adapter.cli import main
 from t2i_adapter.config import recipe as load
 from t2i_adapter.config.tree import (
-    BaseOptions,
     CheckpointOptions,
     Config,
-    DataOptions,
     HubOptions,
-    OptimOptions,
     TrackingOptions,
     TrainOptions,
     ValidationOptions,
@@ -51,15 +49,9 @@ BAD_STEP = 3
 
 @pytest.fixture
 def config(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> Config:
-    return Config(
-        output_dir=str(tmp_path / "run"),
-        base=BaseOptions(name=str(tiny_base)),
-        data=DataOptions(train_data_dir=str(tiny_data), resolution=64, num_workers=0),
-        train=TrainOptions(batch_size=2, max_steps=6, seed=5, ema_decay=0.9),
-        optim=OptimOptions(lr=1e-3, schedule="cosine", warmup_steps=2),
-        checkpoint=CheckpointOptions(every=1, keep=None),
-        tracking=TrackingOptions(report_to="none", log_every=1),
-    )
+    changes = {"train.max_steps": 6, "train.ema_decay": 0.9, "checkpoint.every": 1, "checkpoint.keep": None}
+    changes |= {"optim.lr": 1e-3, "optim.schedule": "cosine", "optim.warmup_steps": 2}
+    return tiny_config(tiny_base, tiny_data, tmp_path / "run", changes)
 
 
 def with_nan(batches: Callable[[int], Iterator[Batch]]) -> Callable[[int], Iterator[Batch]]:
@@ -124,7 +116,7 @@ def test_a_bad_step_may_be_passed_over_and_the_run_still_resumes_to_the_bit(conf
         {k: v for k, v in checkpoint_of(config, 4).items() if k.startswith("weights.")},
         {k: v for k, v in checkpoint_of(config, 3).items() if k.startswith("weights.")},
     ), "the bad step moved the weights"
-    rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(config.output_dir)
     assert [row["step"] for row in rows] == [1, 2, 3, 5, 6] and all(row["loss"] > 0 for row in rows)
 
     stopped = replace(config, output_dir=f"{config.output_dir}-stopped")
@@ -207,7 +199,7 @@ def test_the_best_checkpoint_by_its_pictures_is_kept(config: Config, tiny_data: 
     )
     run(judged)
     folder = Path(judged.output_dir)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(folder)
     scores = {row["step"]: row["control"] for row in rows if "control" in row}
     assert sorted(scores) == [0, 2, 4, 6] and all(0 <= score <= 1 for score in scores.values())
     best = max((step for step in scores if step), key=lambda step: scores[step])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.runs import losses, tiny_config
 from support.tiny import write_tiny_sdxl
 
 from t2i_adapter.config.read import with_values
 from t2i_adapter.config.tree import (
     AdapterOptions,
     BaseOptions,
-    CheckpointOptions,
     Config,
-    DataOptions,
     ObjectiveOptions,
-    OptimOptions,
-    TrackingOptions,
-    TrainOptions,
     ValidationOptions,
 )
 from t2i_adapter.diffusion.schedule import NoiseSchedule
@@ -38,24 +33,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def config(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> Config:
-    return Config(
-        output_dir=str(tmp_path / "run"),
-        base=BaseOptions(name=str(tiny_base)),
-        data=DataOptions(train_data_dir=str(tiny_data), resolution=64, num_workers=0, proportion_empty_prompts=0.3),
-        train=TrainOptions(batch_size=2, max_steps=6, seed=5),
-        optim=OptimOptions(lr=1e-3, schedule="cosine", warmup_steps=2),
-        checkpoint=CheckpointOptions(every=3),
-        tracking=TrackingOptions(report_to="none", log_every=1),
-    )
+    changes = {"data.proportion_empty_prompts": 0.3, "train.max_steps": 6, "checkpoint.every": 3}
+    changes |= {"optim.lr": 1e-3, "optim.schedule": "cosine", "optim.warmup_steps": 2}
+    return tiny_config(tiny_base, tiny_data, tmp_path / "run", changes)
 
 
 def moved(config: Config, name: str, **changes: Any) -> Config:
     return replace(config, output_dir=str(Path(config.output_dir).parent / name), **changes)
-
-
-def losses(config: Config) -> list[float]:
-    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
 
 
 def weights(config: Config) -> dict[str, torch.Tensor]:
@@ -102,7 +86,7 @@ def test_a_resumed_run_is_the_straight_run_to_the_bit(config: Config, changes: d
         path = folder / late
         path.rename(folder / f"lost-{path.name}")
     run(replace(first, checkpoint=replace(first.checkpoint, resume="latest")))
-    assert losses(first) == losses(straight)
+    assert losses(first.output_dir) == losses(straight.output_dir)
     assert_same_bits(weights(first), weights(straight))
     assert_same_bits(
         load_file(folder / "checkpoint-6" / "training.safetensors"),
@@ -120,7 +104,7 @@ def test_a_run_may_be_prolonged_and_says_what_changed(config: Config, capsys: py
     )
     run(longer)
     assert "train.max_steps 6 -> 8" in capsys.readouterr().out
-    assert len(losses(longer)) == 8
+    assert len(losses(longer.output_dir)) == 8
 
 
 @pytest.mark.parametrize(("batch", "accumulate"), [(1, 4), (2, 2)])
@@ -132,16 +116,16 @@ def test_accumulation_does_not_change_the_numbers(config: Config, batch: int, ac
     run(whole)
     run(parts)
     # Sums over 4 samples in another order: float32 rounding, 1e-7 a step, carried through 6 updates
-    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    assert losses(parts.output_dir) == pytest.approx(losses(whole.output_dir), rel=1e-5)
 
 
 def test_the_seed_decides_everything(config: Config):
     again, other = moved(config, "again"), moved(config, "other", train=replace(config.train, seed=6))
     for one in (config, again, other):
         run(one)
-    assert losses(again) == losses(config)
+    assert losses(again.output_dir) == losses(config.output_dir)
     assert_same_bits(weights(again), weights(config))
-    assert losses(other) != losses(config)
+    assert losses(other.output_dir) != losses(config.output_dir)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +205,7 @@ def test_bf16_trains_and_lies_near_float32(config: Config):
     half = moved(config, "bf16", train=replace(config.train, mixed_precision="bf16"))
     run(half)
     # bf16 has 8 bits: 4e-3 an operation; the mean of a loss near 1 over 512 latent values stays within a few per cent
-    assert losses(half) == pytest.approx(losses(config), rel=0.05)
+    assert losses(half.output_dir) == pytest.approx(losses(config.output_dir), rel=0.05)
     assert all(value.dtype == torch.float32 for value in weights(half).values())
 
 
@@ -242,7 +226,7 @@ def test_objective_options_change_the_loss(config: Config, changes: dict[str, An
     run(config)
     other = moved(config, "other", objective=ObjectiveOptions(**changes))
     run(other)
-    assert losses(other) != losses(config)
+    assert losses(other.output_dir) != losses(config.output_dir)
 
 
 def test_validation_draws_in_bf16_too(config: Config, tiny_data: Path):

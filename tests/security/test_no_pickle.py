@@ -1,4 +1,4 @@
-"""Nothing is unpickled and nothing in a file is run: not in the package's own words, and not when poison lies about."""
+"""No file is unpickled and no code in a file is run: the source has no such call, and planted poison stays unused."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.runs import train_words
 
 from t2i_adapter.cli import main
 from t2i_adapter.errors import UserError
@@ -58,17 +59,17 @@ def _constant(node: ast.expr) -> bool:
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(SRC)))
-def test_the_package_has_no_word_that_unpickles_or_runs_text(file: Path):
+def test_the_package_has_no_call_that_unpickles_or_runs_text(file: Path):
     assert list(offences(ast.parse(file.read_text()))) == []
 
 
-def test_the_search_finds_what_it_looks_for():
+def test_the_search_finds_forbidden_calls():
     bad = "import pickle\nimport torch\ntorch.load('x')\neval('1')\nf(trust_remote_code=True)\ng(use_safetensors=False)"
     assert len(list(offences(ast.parse(bad)))) == 5
 
 
 class Poison:
-    """Pickled, it makes the file `mark` when it is unpickled."""
+    """An object whose pickle makes the folder `mark` when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -77,6 +78,7 @@ class Poison:
         return os.mkdir, (str(self.mark), 0o700)
 
 
+TWO_STEPS = ("--train.max_steps", "2", "--checkpoint.every", "1")
 WEIGHT_NAMES = (
     *("pytorch_model.bin", "diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin", "model.ckpt"),
     *("optimizer.bin", "scheduler.bin", "random_states_0.pkl", "training.pt", "model.pth", "facts.npy", "model.pkl"),
@@ -84,7 +86,7 @@ WEIGHT_NAMES = (
 
 
 def poison(folder: Path, mark: Path) -> None:
-    """Lays a poisoned pickle under every name that some trainer reads, in a folder and all below it."""
+    """Writes a poisoned pickle under every name that some trainer reads, in a folder and its subfolders."""
     for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
         for name in WEIGHT_NAMES:
             torch.save(Poison(mark), inner / name)
@@ -96,27 +98,19 @@ def test_the_poison_works(tmp_path: Path):
     assert (tmp_path / "mark").is_dir()
 
 
-def train_words(base: Path, data: Path, out: Path, *more: str) -> list[str]:
-    return [
-        *("train", "--base.name", str(base), "--data.train_data_dir", str(data), "--data.resolution", "64"),
-        *("--train.batch_size", "2", "--train.max_steps", "2", "--train.seed", "0", "--tracking.report_to", "none"),
-        *("--data.num_workers", "0", "--checkpoint.every", "1", "--output_dir", str(out), *more),
-    ]
-
-
-def test_poison_beside_everything_that_is_read_is_never_run(tiny_base: Path, tiny_data: Path, tmp_path: Path):
-    """Base, data, cache, adapter to go on from, checkpoint: a run, a resumed run, a picture."""
+def test_poison_beside_every_file_that_is_read_is_never_run(tiny_base: Path, tiny_data: Path, tmp_path: Path):
+    """Poison lies beside base, data, cache, initial adapter and checkpoint of a run, a resumed run and a generation."""
     mark, out, base, data = tmp_path / "mark", tmp_path / "run", tmp_path / "base", tmp_path / "data"
     shutil.copytree(tiny_base, base)
     shutil.copytree(tiny_data, data)
     poison(base, mark)
     poison(data, mark)
-    kept = ["--data.prepared_dir", str(tmp_path / "kept")]
-    assert main(train_words(base, data, out, *kept)) == 0
-    poison(tmp_path / "kept", mark)
+    cache = ["--data.prepared_dir", str(tmp_path / "cache"), *TWO_STEPS]
+    assert main(train_words(base, data, out, *cache)) == 0
+    poison(tmp_path / "cache", mark)
     poison(out, mark)
-    assert main(train_words(base, data, out, *kept, "--checkpoint.resume", "latest", "--train.max_steps", "3")) == 0
-    again = train_words(base, data, tmp_path / "again", *kept, "--adapter.init_from", str(out))
+    assert main(train_words(base, data, out, *cache, "--checkpoint.resume", "latest", "--train.max_steps", "3")) == 0
+    again = train_words(base, data, tmp_path / "again", *cache, "--adapter.init_from", str(out))
     assert main(again) == 0
     condition = str(data / "train" / "00000_outline.png")
     words = ["generate", "--adapter", str(out), "--prompt", "a", "--image", condition, "--steps", "1"]
@@ -133,9 +127,9 @@ def test_a_base_whose_weights_are_pickled_is_refused(
     for weights in (base / part).glob("*.safetensors"):
         weights.unlink()
     poison(base / part, mark)
-    assert main(train_words(base, tiny_data, tmp_path / "run", "--data.prepared_dir", str(tmp_path / "kept"))) == 2
-    said = capsys.readouterr().err
-    assert f"no safetensors weights for {part}" in said and "Pickled weights (.bin, .ckpt) are not read" in said
+    assert main(train_words(base, tiny_data, tmp_path / "run", "--data.prepared_dir", str(tmp_path / "cache"))) == 2
+    error = capsys.readouterr().err
+    assert f"no safetensors weights for {part}" in error and "Pickled weights (.bin, .ckpt) are not read" in error
     assert not mark.exists()
 
 
@@ -150,7 +144,7 @@ def test_a_pickled_single_file_base_is_refused(
     assert not mark.exists()
 
 
-def test_a_pickle_that_calls_itself_safetensors_is_refused(
+def test_a_pickle_named_safetensors_is_refused(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     mark = tmp_path / "mark"
@@ -168,7 +162,7 @@ def test_a_pickle_that_calls_itself_safetensors_is_refused(
 
 
 def test_code_beside_a_model_is_never_imported(tiny_base: Path, tiny_data: Path, tmp_path: Path):
-    """What `trust_remote_code` would run: modules that a config names, a custom pipeline, a loading script."""
+    """Code that `trust_remote_code` would run: modules that a config names, a custom pipeline, a loading script."""
     mark, base, data = tmp_path / "mark", tmp_path / "base", tmp_path / "data"
     shutil.copytree(tiny_base, base)
     shutil.copytree(tiny_data, data)
@@ -177,20 +171,20 @@ def test_code_beside_a_model_is_never_imported(tiny_base: Path, tiny_data: Path,
         for name in ("pipeline.py", "modeling.py", "tokenizer.py", f"{folder.name}.py", "__init__.py"):
             (folder / name).write_text(script)
     for config in base.rglob("config.json"):
-        told = json.loads(config.read_text())
-        told["auto_map"] = {"AutoModel": "modeling.Model", "AutoConfig": "modeling.Config"}
-        told["_diffusers_version"] = told.get("_diffusers_version", "0.36.0")
-        config.write_text(json.dumps(told))
+        content = json.loads(config.read_text())
+        content["auto_map"] = {"AutoModel": "modeling.Model", "AutoConfig": "modeling.Config"}
+        content["_diffusers_version"] = content.get("_diffusers_version", "0.36.0")
+        config.write_text(json.dumps(content))
     index = json.loads((base / "model_index.json").read_text())
     index["_class_name"] = ["pipeline", "Pipeline"]
     (base / "model_index.json").write_text(json.dumps(index))
-    main(train_words(base, data, tmp_path / "run", "--data.prepared_dir", str(tmp_path / "kept")))
+    main(train_words(base, data, tmp_path / "run", "--data.prepared_dir", str(tmp_path / "cache")))
     assert not mark.exists()
 
 
-def test_what_a_run_writes_is_safetensors_json_text_and_pictures(tiny_base: Path, tiny_data: Path, tmp_path: Path):
+def test_a_run_writes_only_safetensors_text_and_pictures(tiny_base: Path, tiny_data: Path, tmp_path: Path):
     out = tmp_path / "run"
-    assert main(train_words(tiny_base, tiny_data, out)) == 0
+    assert main(train_words(tiny_base, tiny_data, out, *TWO_STEPS)) == 0
     for path in out.rglob("*"):
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -201,8 +195,8 @@ def test_what_a_run_writes_is_safetensors_json_text_and_pictures(tiny_base: Path
             assert "\x00" not in path.read_text(encoding="utf-8")
 
 
-def test_metadata_in_a_safetensors_header_is_not_believed(tiny_base: Path, tiny_data: Path, tmp_path: Path):
-    """A header may say anything; nothing of it is run or followed."""
+def test_metadata_in_a_safetensors_header_is_ignored(tiny_base: Path, tiny_data: Path, tmp_path: Path):
+    """A header may contain anything; none of it is run or used as a path."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "config.json").write_text(json.dumps({"_class_name": "T2IAdapter", "channels": [1, 1, 1, 1]}))
@@ -214,13 +208,13 @@ def test_metadata_in_a_safetensors_header_is_not_believed(tiny_base: Path, tiny_
 def test_an_adapters_record_names_no_code(
     tiny_data: Path, tmp_path: Path, name: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """Someone else's adapter may say that its conditions were made by a file of its own: it is not run for it."""
+    """The record of somebody's adapter may name a code file of its own as the annotator; the file is not run."""
     mark, adapter = tmp_path / "mark", tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "evil.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
     monkeypatch.syspath_prepend(str(adapter))
-    told = name.format(file=adapter / "evil.py") if isinstance(name, str) else name
-    record = Metadata.from_dict({"base": {"name": "nano"}, "condition": {"name": told, "options": {}}})
+    annotator = name.format(file=adapter / "evil.py") if isinstance(name, str) else name
+    record = Metadata.from_dict({"base": {"name": "nano"}, "condition": {"name": annotator, "options": {}}})
     with pytest.raises(UserError):
         find_annotator(None, record, str(adapter))
     (adapter / "t2i_adapter.json").write_text(json.dumps(record.to_dict()))

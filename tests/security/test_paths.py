@@ -1,4 +1,4 @@
-"""Nothing that a row, an archive, a record or a link names is read, written or removed outside its own folder."""
+"""A path in a row, an archive, a record or a link never leads out of its folder to read, write or remove a file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from support.runs import train_words
 
 from t2i_adapter.cli import main
 from t2i_adapter.config.tree import DataOptions
@@ -32,7 +33,7 @@ def picture(color: str = "red", size: tuple[int, int] = (64, 64), kind: str = "P
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """A picture that no data set may reach."""
+    """A picture outside every dataset."""
     folder = tmp_path / "private"
     folder.mkdir()
     (folder / "secret.png").write_bytes(picture())
@@ -41,7 +42,7 @@ def outside(tmp_path: Path) -> Path:
 
 def fault_of(place: Path, tmp_path: Path, **options: Any) -> str:
     with pytest.raises(UserError) as fault:
-        data = DataOptions(train_data_dir=str(place), prepared_dir=str(tmp_path / "kept"), **options)
+        data = DataOptions(train_data_dir=str(place), prepared_dir=str(tmp_path / "cache"), **options)
         open_source(data, seed=0)[0]
     return str(fault.value)
 
@@ -74,7 +75,7 @@ def test_a_row_of_an_image_folder_stays_in_it(tmp_path: Path, outside: Path, esc
 @pytest.mark.parametrize("escape", [name for name in ESCAPES if name != "file address"])
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_a_row_of_a_manifest_stays_in_its_folder(tmp_path: Path, outside: Path, escape: str, suffix: str):
-    """A file:// address in a manifest that lies on this machine is the one way to name any file, and it is meant so."""
+    """A file:// address in a local manifest may name any file, by design; no other form may."""
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "cond.png").write_bytes(picture("black"))
@@ -116,12 +117,12 @@ def test_a_tar_member_that_leads_out_is_refused(tmp_path: Path, outside: Path, m
     before = sorted(tmp_path.rglob("*"))
     message = fault_of(tmp_path / "0.tar", tmp_path)
     assert "leads out of the archive" in message or "is a link or a device" in message
-    assert sorted(path for path in tmp_path.rglob("*") if "kept" not in str(path)) == before
+    assert sorted(path for path in tmp_path.rglob("*") if "cache" not in str(path)) == before
 
 
 @pytest.mark.timeout(60)
-def test_a_tar_that_says_it_goes_backwards_ends(tmp_path: Path):
-    """A member of negative size would be read again and again."""
+def test_a_tar_member_of_negative_size_does_not_loop(tmp_path: Path):
+    """The reader would come back to such a member without end."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         add(tar, "a.bin", b"x" * 512)
@@ -135,8 +136,8 @@ def test_a_tar_that_says_it_goes_backwards_ends(tmp_path: Path):
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("what", ["pipe", "folder", "device"])
-def test_what_is_no_file_is_not_read_as_a_picture(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]):
-    """A pipe without a writer would be waited for, /dev/zero read for ever."""
+def test_only_a_regular_file_is_read_as_a_picture(tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]):
+    """Reading a pipe without a writer, or /dev/zero, would never end."""
     write_rows(tmp_path / "data" / "train", "x.png")
     place = tmp_path / "data" / "train" / "x.png"
     if what == "pipe":
@@ -161,8 +162,10 @@ def test_the_record_of_an_adapter_is_published_without_this_machines_folders():
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc", "a/../../b"])
-def test_an_adapters_record_writes_nowhere(tmp_path: Path, tiny_data: Path, name: str, capsys: pytest.CaptureFixture):
-    """What t2i_adapter.json names as its base is opened as a base or not at all; nothing is made there."""
+def test_a_path_in_an_adapters_record_writes_nothing(
+    tmp_path: Path, tiny_data: Path, name: str, capsys: pytest.CaptureFixture
+):
+    """The base in t2i_adapter.json is opened as a base or refused; no file is made at its path."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "t2i_adapter.json").write_text(json.dumps({"schema": 1, "base": {"name": name}}))
@@ -175,12 +178,12 @@ def test_an_adapters_record_writes_nowhere(tmp_path: Path, tiny_data: Path, name
 
 
 def test_a_cache_folder_that_is_a_link_is_removed_as_a_link(tmp_path: Path, outside: Path):
-    """`cache rm --all` empties the cache, not what a link in it leads to."""
-    kept = tmp_path / "kept"
-    (kept / "images").mkdir(parents=True)
-    (kept / "images" / ("a" * 32)).symlink_to(outside.parent)
-    (kept / "stamps").symlink_to(outside.parent)
-    rm(RemoveOptions(prepared_dir=str(kept), all=True, yes=True))
+    """`cache rm --all` removes the link, not the files that it points to."""
+    cache = tmp_path / "cache"
+    (cache / "images").mkdir(parents=True)
+    (cache / "images" / ("a" * 32)).symlink_to(outside.parent)
+    (cache / "stamps").symlink_to(outside.parent)
+    rm(RemoveOptions(prepared_dir=str(cache), all=True, yes=True))
     assert outside.is_file()
 
 
@@ -220,7 +223,7 @@ def test_an_icons_size_is_bounded(tmp_path: Path, side: Any):
         make_emoji(EmojiOptions(out=tmp_path / "data", package=icons(tmp_path, "<g/>", width=side), size=32))
 
 
-def test_a_package_that_unpacks_without_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_package_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from t2i_adapter.data import emoji
 
     monkeypatch.setattr(emoji, "_MAX_UNPACKED", 2**20)
@@ -234,19 +237,13 @@ def test_a_package_that_unpacks_without_end_is_left(tmp_path: Path, monkeypatch:
 # The output folder ----------------------------------------------------------------------------------------------------
 
 
-def train_words(base: Path, data: Path, out: Path, *more: str) -> list[str]:
-    return [
-        *("train", "--base.name", str(base), "--data.train_data_dir", str(data), "--data.resolution", "64"),
-        *("--train.batch_size", "2", "--train.max_steps", "3", "--train.seed", "0", "--tracking.report_to", "none"),
-        *("--data.num_workers", "0", "--checkpoint.every", "1", "--checkpoint.keep", "1", "--output_dir", str(out)),
-        *more,
-    ]
+THREE_STEPS = ("--train.max_steps", "3", "--checkpoint.every", "1", "--checkpoint.keep", "1")
 
 
 def test_links_in_the_output_folder_are_not_followed_for_writing_or_removal(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, outside: Path
 ):
-    """A run's folder may come from somebody else, who may have laid links in it."""
+    """A run's folder may come from somebody else, who may have put links into it."""
     out = tmp_path / "run"
     out.mkdir()
     precious = outside.parent
@@ -256,7 +253,7 @@ def test_links_in_the_output_folder_are_not_followed_for_writing_or_removal(
     files = ("options.yaml", ".lock", "metrics.jsonl", "README.md", "t2i_adapter.json", "config.json")
     for name in files:
         (out / name).symlink_to(precious / "notes.txt")
-    code = main(train_words(tiny_base, tiny_data, out, "--checkpoint.resume", "latest"))
+    code = main(train_words(tiny_base, tiny_data, out, *THREE_STEPS, "--checkpoint.resume", "latest"))
     assert (precious / "notes.txt").read_text() == "mine"
     assert outside.is_file()
     assert code in (0, 2)
@@ -267,7 +264,7 @@ def test_a_symlinked_output_folder_is_the_folder_itself(tiny_base: Path, tiny_da
     real.mkdir(parents=True)
     (real / "keep.txt").write_text("mine")
     (tmp_path / "run").symlink_to(real)
-    assert main(train_words(tiny_base, tiny_data, tmp_path / "run")) == 0
+    assert main(train_words(tiny_base, tiny_data, tmp_path / "run", *THREE_STEPS)) == 0
     assert (real / "keep.txt").read_text() == "mine" and (tmp_path / "run").is_symlink()
     assert (real / "checkpoint-3").is_dir() and not (real / "checkpoint-1").exists()
 
@@ -281,7 +278,7 @@ def test_a_checkpoint_that_lists_files_elsewhere_is_damaged(
 
     out = tmp_path / "run"
     if not (made := tmp_path.parent / "made").exists():
-        assert main(train_words(tiny_base, tiny_data, made)) == 0
+        assert main(train_words(tiny_base, tiny_data, made, *THREE_STEPS)) == 0
     shutil.copytree(made, out)
     folder = out / "checkpoint-3"
     state = json.loads((folder / "state.json").read_text())

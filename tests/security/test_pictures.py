@@ -1,10 +1,11 @@
-"""Pictures made to exhaust memory or time are told by their headers, wherever a picture is read, before they unpack."""
+"""Pictures made to exhaust memory or time are refused by their headers, before decoding, wherever a picture is read."""
 
 from __future__ import annotations
 
 import io
 import json
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.runs import train_words
 
 from t2i_adapter.cli import main
 from t2i_adapter.config.tree import DataOptions
@@ -33,7 +35,7 @@ def png(width: int, height: int, *extra: bytes, rows: bytes = b"") -> bytes:
 
 
 def bomb() -> bytes:
-    """30,000 x 30,000 pixels in 3 MB: 2.7 GB unpacked."""
+    """30,000 x 30,000 pixels in 3 MB: 2.7 GB decoded."""
     packer = zlib.compressobj(9)
     row = b"\0" + bytes(3 * 30_000)
     data = b"".join(packer.compress(row) for _ in range(3_000)) + packer.flush()
@@ -51,7 +53,7 @@ def profile_bomb() -> bytes:
 
 
 def exif_bomb() -> bytes:
-    """An EXIF table that says it has 65,535 entries of 4 GB each."""
+    """An EXIF table whose header claims 65,535 entries of 4 GB each."""
     entries = b"".join(struct.pack("<HHII", 274 + n, 7, 2**32 - 1, 8) for n in range(5_000))
     exif = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", 65_535) + entries
     return png(8, 8, chunk(b"eXIf", exif), rows=bytes(8 * 25))
@@ -65,7 +67,7 @@ def endless_gif() -> bytes:
 
 
 def small_gif() -> bytes:
-    """100,000 frames of 8 x 8 pixels: small, but not still."""
+    """100,000 frames of 8 x 8 pixels: small, but animated."""
     head = b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0x80, 0, 0) + bytes(6)
     frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00"
     return head + frame * 100_000 + b"\x3b"
@@ -83,7 +85,7 @@ def tiff_loop() -> bytes:
 
 
 def postscript() -> bytes:
-    """Pillow would start Ghostscript for it."""
+    """A file that Pillow would start Ghostscript for."""
     return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(%pipe%touch /tmp/x) (w) file\n%%EOF\n"
 
 
@@ -136,7 +138,7 @@ def bombs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_each_bomb_is_bounded_in_memory_and_time(tmp_path: Path, bombs: dict[str, Path]):
-    """In a process of its own: MiB that the peak of memory grew, and seconds of the processor."""
+    """Measures in its own process the growth of the peak memory in MiB and the CPU seconds."""
     Image.new("RGB", (64, 64)).save(tmp_path / "warm.png")
     files = [str(file) for file in bombs.values()]
     done = subprocess.run(
@@ -150,14 +152,14 @@ def test_each_bomb_is_bounded_in_memory_and_time(tmp_path: Path, bombs: dict[str
     lines = done.stdout.strip("\n").split("\n")
     assert len(lines) == len(BOMBS)
     for line, (name, (_, expected)) in zip(lines, BOMBS.items(), strict=True):
-        said, grown, seconds = line.split("\t")
-        assert any(part in said for part in expected.split("|")), (name, said)
+        printed, grown, seconds = line.split("\t")
+        assert any(part in printed for part in expected.split("|")), (name, printed)
         assert float(grown) < 400, (name, grown)
         assert float(seconds) < 5, (name, seconds)
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
-    """Sparse: it takes no room on the disk, and would take it in memory."""
+    """A sparse file needs no room on the disk, but in memory."""
     folder = tmp_path / "data" / "train"
     folder.mkdir(parents=True)
     with (folder / "x.png").open("wb") as file:
@@ -171,9 +173,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
 @pytest.fixture(scope="module")
 def adapter(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("adapter") / "run"
-    words = ["train", "--base.name", str(tiny_base), "--data.train_data_dir", str(tiny_data), "--data.resolution", "64"]
-    more = ["--train.max_steps", "1", "--train.batch_size", "2", "--train.seed", "0", "--tracking.report_to", "none"]
-    assert main([*words, *more, "--data.num_workers", "0", "--output_dir", str(out)]) == 0
+    assert main(train_words(tiny_base, tiny_data, out)) == 0
     return out
 
 
@@ -196,7 +196,7 @@ WAYS: dict[str, Callable[[Path, Path, Path, Path], list[str]]] = {
     "annotate a picture": lambda base, data, adapter, file: [
         *("annotate", "canny", str(file), "--out", str(file.parent / "map.png")),
     ],
-    "annotate a data set": lambda base, data, adapter, file: [
+    "annotate a dataset": lambda base, data, adapter, file: [
         *("annotate", "canny", "--data", str(spoilt(data, file)), "--out", str(file.parent / "maps"), "--workers", "0"),
     ],
     "evaluate": lambda base, data, adapter, file: [
@@ -210,8 +210,6 @@ WAYS: dict[str, Callable[[Path, Path, Path, Path], list[str]]] = {
 
 
 def spoilt(data: Path, file: Path) -> Path:
-    import shutil
-
     folder = file.parent / "data"
     shutil.copytree(data, folder, dirs_exist_ok=True)
     shutil.copy(file, folder / "train" / "00003.png")
@@ -235,15 +233,15 @@ def test_every_way_in_refuses_a_bomb_with_one_line(
 def test_the_doctor_counts_bombs_and_goes_on(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "bomb.png"
     file.write_bytes(bomb())
-    with pytest.raises(SystemExit):  # rows are at fault
+    with pytest.raises(SystemExit):  # exit code for faulty rows
         main(["doctor", str(spoilt(tiny_data, file)), "--data.resolution", "64", "--workers", "0"])
-    said = capsys.readouterr()
-    assert "more pixels than are decoded" in said.out
-    assert "Traceback" not in said.err
+    printed = capsys.readouterr()
+    assert "more pixels than are decoded" in printed.out
+    assert "Traceback" not in printed.err
 
 
-def test_an_evaluations_sheet_is_no_way_in(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """`push --evaluation` puts a picture of somebody's folder into the card."""
+def test_the_sheet_of_an_evaluation_is_checked_too(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """`push --evaluation` puts a picture from somebody's folder into the card."""
     from t2i_adapter.export.card import add_evaluation
 
     evaluation = tmp_path / "evaluation"

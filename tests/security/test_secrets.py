@@ -1,4 +1,4 @@
-"""Tokens and passwords are planted, and everything that is written or printed is searched for them."""
+"""Plants tokens and passwords, and searches all files and all output for them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.push_hub import TOKEN, running_hub
+from support.runs import train_words
 
 from t2i_adapter.cli import main
 from t2i_adapter.config.tree import DataOptions
@@ -29,7 +30,7 @@ LOGIN, PASSWORD = "planted-user", "planted-password"
 
 
 def run(*words: str, cwd: Path, **environment: str) -> str:
-    """Runs a program that may fail; returns all that it printed."""
+    """Runs a program that may fail; returns its output."""
     done = subprocess.run(
         [sys.executable, *words],
         cwd=cwd,
@@ -43,19 +44,19 @@ def run(*words: str, cwd: Path, **environment: str) -> str:
 
 
 def carriers(folder: Path, *secrets: str) -> list[str]:
-    """Files that hold a secret, plainly or in base64."""
+    """Files that contain a secret, as plain text or in base64."""
     needles = [form for one in secrets for form in (one.encode(), base64.b64encode(one.encode())[:-4])]
     files = [path for path in folder.rglob("*") if path.is_file()]
     return [f"{path}: {needle!r}" for path in files for needle in needles if needle in path.read_bytes()]
 
 
-def test_no_secret_is_in_anything_that_a_published_run_writes_or_says(tiny_base: Path, tiny_data: Path, tmp_path: Path):
-    """A whole run with checkpoints, trackers, card and upload."""
+def test_no_secret_is_in_the_files_or_output_of_a_published_run(tiny_base: Path, tiny_data: Path, tmp_path: Path):
+    """A run with checkpoints, trackers, card and upload."""
     with running_hub() as hub:
-        said = run(
+        output = run(
             *("-m", "t2i_adapter", "train", "--base.name", str(tiny_base), "--data.train_data_dir", str(tiny_data)),
             *("--data.resolution", "64", "--train.batch_size", "2", "--train.max_steps", "2", "--train.seed", "0"),
-            *("--checkpoint.every", "1", "--output_dir", "run", "--data.prepared_dir", "kept"),
+            *("--checkpoint.every", "1", "--output_dir", "run", "--data.prepared_dir", "cache"),
             *("--tracking.report_to", "tensorboard,wandb", "--hub.push", "--hub.token", TOKEN),
             *("--validation.prompts", "a", "--validation.images", str(tiny_data / "train" / "00000_outline.png")),
             *("--validation.steps", "1", "--validation.num_images", "1"),
@@ -64,17 +65,17 @@ def test_no_secret_is_in_anything_that_a_published_run_writes_or_says(tiny_base:
             HF_HUB_DISABLE_XET="1",
             HF_HUB_OFFLINE="0",
         )
-        assert "Published" in said, said
+        assert "Published" in output, output
         planted = (TOKEN, *ENVIRONMENT.values())
-        assert [one for one in planted if one in said] == []
+        assert [one for one in planted if one in output] == []
         assert carriers(tmp_path, *planted) == []
         assert [name for name, content in hub.files.items() if any(one.encode() in content for one in planted)] == []
         assert any(path.name.startswith("checkpoint-") for path in (tmp_path / "run").iterdir())
-        assert any("tfevents" in path.name for path in (tmp_path / "run").rglob("*")), "a tracker has written"
+        assert any("tfevents" in path.name for path in (tmp_path / "run").rglob("*")), "no tracker has written"
 
 
 def test_a_traceback_is_shown_without_secrets(tmp_path: Path):
-    """What is no person's fault keeps its traceback, in which libraries like to quote what they were given."""
+    """An error that is not the user's keeps its traceback, in which libraries may quote their arguments."""
     program = (
         "import os\nfrom t2i_adapter.cli import guarded\nfrom t2i_adapter.config.tree import HubOptions\n"
         f"HubOptions(token={TOKEN!r})\n"
@@ -84,12 +85,12 @@ def test_a_traceback_is_shown_without_secrets(tmp_path: Path):
         "guarded(crash)\n"
     )
     (tmp_path / "crash.py").write_text(program.replace(repr(TOKEN), "os.environ['PLANTED']").replace(TOKEN, "x"))
-    said = run(str(tmp_path / "crash.py"), cwd=tmp_path, PLANTED=TOKEN)
-    assert "Traceback" in said and "RuntimeError: 401 for [secret] at https://h/x" in said
-    assert ENVIRONMENT["HF_TOKEN"] not in said and "u:planted" not in said.splitlines()[-1]
+    output = run(str(tmp_path / "crash.py"), cwd=tmp_path, PLANTED=TOKEN)
+    assert "Traceback" in output and "RuntimeError: 401 for [secret] at https://h/x" in output
+    assert ENVIRONMENT["HF_TOKEN"] not in output and "u:planted" not in output.splitlines()[-1]
 
 
-def test_what_is_told_once_as_a_secret_is_taken_out_of_every_message():
+def test_a_registered_secret_is_removed_from_every_message():
     register_secret("planted-in-this-test")
     assert str(UserError("the hub says: planted-in-this-test is wrong")) == "the hub says: [secret] is wrong"
     assert redact("s3://key:word@bucket/x and https://h/a.tar?X-Amz-Signature=ab12 fail") == (
@@ -105,12 +106,12 @@ def test_a_misspelt_flag_does_not_show_its_token(flag: str, capsys: pytest.Captu
     assert secret not in captured.out + captured.err
 
 
-def test_a_token_has_no_place_in_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_token_in_a_recipe_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("hub:\n  token: hf_planted-in-a-recipe\n")
     assert main(["train", "--recipe", str(recipe)]) == 2
-    said = capsys.readouterr().err
-    assert "is a secret, which a recipe may not hold" in said and "hf_planted-in-a-recipe" not in said
+    output = capsys.readouterr().err
+    assert "is a secret, which a recipe may not hold" in output and "hf_planted-in-a-recipe" not in output
 
 
 ADDRESS = f"https://{LOGIN}:{PASSWORD}@127.0.0.1:9/{{000..003}}.tar"
@@ -138,7 +139,7 @@ def test_an_address_with_a_password_is_refused_without_showing_it(
     assert carriers(tmp_path, PASSWORD) == []
 
 
-def test_an_address_with_a_password_in_a_row_is_refused_and_not_written_down(
+def test_an_address_with_a_password_in_a_row_is_refused_and_not_logged(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     rows = [
@@ -151,10 +152,8 @@ def test_an_address_with_a_password_in_a_row_is_refused_and_not_written_down(
     table.write_text("".join(json.dumps({**row}) + "\n" for row in rows))
     out = tmp_path / "run"
     try:
-        words = ["train", "--base.name", str(tiny_base), "--data.train_data_dir", str(table), "--output_dir", str(out)]
-        more = ["--data.resolution", "64", "--train.max_steps", "1", "--train.batch_size", "1", "--train.seed", "0"]
-        skip = ["--data.on_bad_sample", "skip", "--data.max_bad_share", "0.5", "--data.num_workers", "0"]
-        assert main([*words, *more, *skip, "--tracking.report_to", "none"]) == 0
+        skip = ["--data.on_bad_sample", "skip", "--data.max_bad_share", "0.5"]
+        assert main(train_words(tiny_base, table, out, "--train.batch_size", 1, *skip)) == 0
     finally:
         table.unlink()
     captured = capsys.readouterr()
@@ -165,14 +164,14 @@ def test_an_address_with_a_password_in_a_row_is_refused_and_not_written_down(
 
 @pytest.fixture
 def locked() -> Iterator[str]:
-    """A web server that asks for a login."""
+    """URL of a web server that requires a login."""
     wanted = "Basic " + base64.b64encode(f"{LOGIN}:{PASSWORD}".encode()).decode()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            known = self.headers.get("Authorization") == wanted
-            body = b'{"image": "x.png", "conditioning_image": "x.png", "text": "a"}\n' if known else b""
-            self.send_response(200 if known else 401)
+            is_known = self.headers.get("Authorization") == wanted
+            body = b'{"image": "x.png", "conditioning_image": "x.png", "text": "a"}\n' if is_known else b""
+            self.send_response(200 if is_known else 401)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "GET":
@@ -181,7 +180,7 @@ def locked() -> Iterator[str]:
         do_HEAD = do_GET  # noqa: N815 - the base class's names
 
         def log_message(self, format: str, *args: object) -> None:
-            """Says nothing."""
+            """Prints nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -193,8 +192,8 @@ def locked() -> Iterator[str]:
 
 
 def test_a_login_comes_from_netrc(locked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What the refusal of an address with a password advises."""
-    options = DataOptions(train_data_dir=locked, prepared_dir=str(tmp_path / "kept"))
+    """The error about an address with a password advises this."""
+    options = DataOptions(train_data_dir=locked, prepared_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match="401"):
         open_source(options, seed=0)
     netrc = tmp_path / "netrc"
@@ -202,11 +201,11 @@ def test_a_login_comes_from_netrc(locked: str, tmp_path: Path, monkeypatch: pyte
     netrc.chmod(0o600)
     monkeypatch.setenv("NETRC", str(netrc))
     assert len(open_source(options, seed=0)) == 1
-    assert carriers(tmp_path / "kept", PASSWORD) == []
+    assert carriers(tmp_path / "cache", PASSWORD) == []
 
 
 def test_an_endless_answer_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A picture's server may send for ever: the disk is not filled."""
+    """A server may send a picture without end; the disk must not fill up."""
     from t2i_adapter.data import store
 
     monkeypatch.setattr(store, "_UNKNOWN_BYTES", 2**20)
@@ -224,7 +223,7 @@ def test_an_endless_answer_is_cut_off(tmp_path: Path, monkeypatch: pytest.Monkey
                 pass
 
         def log_message(self, format: str, *args: object) -> None:
-            """Says nothing."""
+            """Prints nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -234,11 +233,11 @@ def test_an_endless_answer_is_cut_off(tmp_path: Path, monkeypatch: pytest.Monkey
         address = f"http://127.0.0.1:{server.server_port}/x.png"
         row = {"image": address, "conditioning_image": address, "text": "a"}
         (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
-        options = DataOptions(train_data_dir=str(folder / "rows.jsonl"), prepared_dir=str(tmp_path / "kept"))
+        options = DataOptions(train_data_dir=str(folder / "rows.jsonl"), prepared_dir=str(tmp_path / "cache"))
         with pytest.raises(UserError, match="sends more than 1,048,576 bytes"):
             open_source(options, seed=0)[0]
     finally:
         server.shutdown()
         server.server_close()
     assert len(sent) < 500
-    assert sum(path.stat().st_size for path in (tmp_path / "kept").rglob("*") if path.is_file()) == 0
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()) == 0

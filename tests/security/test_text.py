@@ -1,4 +1,4 @@
-"""Text of data, records and names is shown as text: in pages, cards and terminals. And links are not pushed."""
+"""Text from data, records and names is escaped in pages, cards and terminals; links are not uploaded."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def test_the_doctors_page_shows_captions_as_text(tiny_data: Path, tmp_path: Path
     rows.append({"file_name": "<img src=x onerror=alert(1)>.png", "conditioning_image_file_name": "x", "text": "a"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = tmp_path / "page.html"
-    with pytest.raises(SystemExit):  # rows are at fault
+    with pytest.raises(SystemExit):  # exit code for faulty rows
         main(["doctor", str(tmp_path / "data"), "--data.resolution", "64", "--workers", "0", "--html", str(page)])
     text = page.read_text()
-    assert "alert(1)" in text, "the captions are shown"
+    assert "alert(1)" in text, "the captions are not shown"
     assert dangerous(text) == set()
     assert "default-src 'none'" in text
 
@@ -79,28 +79,28 @@ def test_a_card_shows_names_and_prompts_as_text(tmp_path: Path, attack: str):
     _, head, body = text.split("---\n", 2) if not attack.startswith("---") else (None, *text[4:].split("\n---\n", 1))
     assert yaml.safe_load(head)["license"] == attack
     fence, outside = False, []
-    for line in body.splitlines():  # a fence ends where a line begins with it
+    for line in body.splitlines():  # a line that starts with ``` ends a fence
         fence ^= line.startswith("```")
         outside += [] if fence else [line]
     assert dangerous("\n".join(outside)) == set() and "<b>" not in "\n".join(outside)
     assert outside.count("<!-- evaluation -->") == 1
 
 
-def test_markdown_leaves_nothing_that_means_something():
+def test_markdown_escapes_all_markup():
     for attack in ATTACKS:
         shown = markdown(attack)
         assert "\n" not in shown and "<" not in shown
         assert "](" not in shown and "![" not in shown
 
 
-def test_a_terminal_is_not_steered(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_control_characters_do_not_reach_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "data" / "train"
     folder.mkdir(parents=True)
     row = {"file_name": "\x1b]0;owned\x07\x1b[2J\u202e.png", "conditioning_image_file_name": "x", "text": "a"}
     (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     assert main(["annotate", "canny", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "o"), "--workers=0"])
-    said = capsys.readouterr()
-    assert "\x1b" not in said.err + said.out and "\u202e" not in said.err + said.out
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.err + printed.out and "\u202e" not in printed.err + printed.out
     assert redact("a\x1b[31mb\x00c") == "a\\x1b[31mb\\x00c"
 
 

@@ -1,4 +1,4 @@
-"""Campaigns of disks: full for a while, read-only for a while, and keeping something else than they were given."""
+"""Campaigns against disks: full for a while, read-only for a while, and damaged files."""
 
 from __future__ import annotations
 
@@ -16,21 +16,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from support.forks import Forks, is_there
-from support.kills import Result, curve, differences, left_alone, left_behind, look, moment_to_kill, outlived, start
+from support.forks import Forks, any_match
+from support.kills import (
+    Result,
+    curve,
+    differences,
+    left_behind,
+    moment_to_kill,
+    newest_checkpoint,
+    outlived,
+    start,
+    undisturbed,
+)
 
 from t2i_adapter.training import checkpoint
 
 FULL_DISK = "96m"
-"""Room for a run of three checkpoints and its adapter, and some."""
+"""Size of the disk: more than three checkpoints and the adapter of a run take."""
 MOST_STARTS = 12
-"""Starts of a run on a failing disk; then it has a good one."""
+"""Starts of a run on a failing disk; the next start has a good disk."""
 KILLED = 0.25
-"""Share of the starts on a failing disk that are killed too."""
+"""Share of the starts on a failing disk that are also killed."""
 
 
 class Disk(Protocol):
-    """A folder whose disk fails when it is told to."""
+    """A folder whose disk fails between `spoil` and `mend`."""
 
     folder: Path
 
@@ -41,16 +51,16 @@ class Disk(Protocol):
 
 @dataclass
 class FullDisk:
-    """A small disk of its own, filled up to a random rest: nothing, or less than two checkpoints take."""
+    """A small tmpfs. `spoil` fills it up to a random rest: 0 bytes, or less than two checkpoints take."""
 
     folder: Path
     room: int = 0
-    """Bytes of two checkpoints, once that is known."""
+    """Bytes of two checkpoints; set after the undisturbed run."""
 
     def spoil(self, choices: random.Random) -> None:
         rest = choices.choice((0, choices.randint(0, self.room)))
         with (self.folder / "ballast").open("ab") as ballast:
-            for _ in range(20):  # the run writes beside, so that what was free is not any more
+            for _ in range(20):  # again: the run writes at the same time
                 state = os.statvfs(self.folder)
                 free = state.f_bavail * state.f_frsize
                 if free <= rest:
@@ -67,7 +77,7 @@ class FullDisk:
 
 @dataclass
 class ReadOnly:
-    """A folder over which, for a while, lies itself as it is where nothing can be written; for root too."""
+    """A folder that `spoil` covers with a read-only mount of itself, which root cannot write to either."""
 
     folder: Path
     view: Path
@@ -82,7 +92,7 @@ class ReadOnly:
 
 @contextmanager
 def full_disk(folder: Path) -> Iterator[FullDisk]:
-    """Raises OSError where nothing can be mounted."""
+    """Raises OSError if the mount fails, as it does without root."""
     disk = folder / "disk"
     disk.mkdir()
     mount("-t", "tmpfs", "-o", f"size={FULL_DISK}", "tmpfs", disk)
@@ -94,7 +104,7 @@ def full_disk(folder: Path) -> Iterator[FullDisk]:
 
 @contextmanager
 def read_only_folder(folder: Path) -> Iterator[ReadOnly]:
-    """Raises OSError where nothing can be mounted."""
+    """Raises OSError if the mount fails, as it does without root."""
     disk, view = folder / "disk", folder / "view"
     disk.mkdir()
     view.mkdir()
@@ -117,7 +127,7 @@ def unmount(place: Path) -> None:
 
 
 class Spells(threading.Thread):
-    """Spoils a disk and mends it, again and again at random moments of a run, until it is told to end."""
+    """A thread that spoils and mends a disk at random moments of a run, until `end`."""
 
     def __init__(self, disk: Disk, choices: random.Random, out: Path, span: float) -> None:
         super().__init__(name="spells", daemon=True)
@@ -128,7 +138,7 @@ class Spells(threading.Thread):
     def run(self) -> None:
         while not self._over.is_set():
             seconds, once = moment_to_kill(self._choices, self._out, self._span)
-            while once and not is_there(once) and not self._over.wait(0.005):
+            while once and not any_match(once) and not self._over.wait(0.005):
                 pass
             if self._over.wait(seconds):
                 return
@@ -150,32 +160,32 @@ def failing_disk(
     spells: int,
     seed: int = 0,
     minutes: float = 600,
-    tell: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Runs `words` alone, then on a disk that fails for a while, again and again; some starts are killed besides.
+    """Runs `words` undisturbed, then on a disk that fails for a while, again and again; kills some starts too.
 
-    What is prepared lies on another disk. A start that this one ends must say so in a line; the same command goes on.
-    What a run without room may lose is a checkpoint that could not be written, and lines of its curve. Ends after so
-    many `spells`, or minutes.
+    The cache lies on another disk. A start that the failing disk ends must exit with code 2 and one line, and the same
+    command must resume. A run on a full disk may lose a checkpoint that could not be written, and lines of
+    metrics.jsonl. Ends after `spells` failures or `minutes`.
     """
     choices, found, counts = random.Random(seed), Result(), Counter[str]()
-    alone, span = left_alone(forks, words)
+    alone, span = undisturbed(forks, words)
     if isinstance(disk, FullDisk):
         disk.room = 2 * size_of(checkpoint.list_checkpoints(alone)[-1][1])
     last = time.monotonic() + 60 * minutes
     while counts["spells"] < spells and time.monotonic() < last and not found.faults:
         out = disk.folder / f"run-{found.runs}"
         counts.update(_run_on(forks, words, disk, out, choices, span, found))
-        end = start(forks, words, out)  # the disk is whole again
+        end = start(forks, words, out)  # the disk works again
         found.starts, found.runs = found.starts + 1, found.runs + 1
-        look(out, 0, found)
+        newest_checkpoint(out, 0, found)
         if end.code:
             found.failed_starts.append(f"{out.name}: exit code {end.code}: {end.output[-2000:]}")
             break
-        found.differing += [f"{out.name}: {line}" for line in differences(alone, out, lines_may_miss=True)]
+        found.differing += [f"{out.name}: {line}" for line in differences(alone, out, missing_lines=True)]
         counts["log_lines_lost"] += len(curve(alone)) - len(curve(out))
         found.left_behind += left_behind(out) + outlived(forks.log)
-        tell(f"run {found.runs}: {dict(counts)}, {len(found.faults)} faults")
+        log(f"run {found.runs}: {dict(counts)}, {len(found.faults)} faults")
         shutil.rmtree(out)
         shutil.rmtree(forks.folder / f"{out.name}-cache")
     found.kills = counts.pop("kills", 0)
@@ -185,7 +195,7 @@ def failing_disk(
 def _run_on(
     forks: Forks, words: Sequence[str], disk: Disk, out: Path, choices: random.Random, span: float, found: Result
 ) -> Counter[str]:
-    """Starts of one run while the disk fails now and then, until it is through; what happened."""
+    """Starts one run again and again while the disk fails, until it ends; returns counts of what happened."""
     counts, newest = Counter[str](), 0
     spells = Spells(disk, random.Random(choices.random()), out, span)
     spells.start()
@@ -194,7 +204,7 @@ def _run_on(
             kill = moment_to_kill(choices, out, span) if choices.random() < KILLED else (None, "")
             end = start(forks, words, out, *kill)
             found.starts += 1
-            newest = look(out, newest, found)
+            newest = newest_checkpoint(out, newest, found)
             counts["saves_put_off"] += end.output.count("could not be written (")
             counts["kills"] += end.killed
             if end.code == 0:
@@ -213,19 +223,21 @@ def _run_on(
 
 
 def damaged_checkpoints(
-    forks: Forks, words: Sequence[str], *, rounds: int, seed: int = 0, tell: Callable[[str], None] = print
+    forks: Forks, words: Sequence[str], *, rounds: int, seed: int = 0, log: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Runs `words` alone, keeping every checkpoint; then, `rounds` times, damages the last one or two of some moment of
-    that run and lets the same command go on from there: it names what is damaged, uses the one before, and comes to
-    the same end."""
+    """Runs `words` undisturbed with all checkpoints, then `rounds` times damages copies of the run and resumes them.
+
+    Each copy is the run at a random checkpoint, with its newest one or two checkpoints damaged. The same command must
+    name what is damaged, resume from the newest undamaged checkpoint, and reach the same end.
+    """
     words = [*words, "--checkpoint.keep_every", "2"]
     choices, found, kinds = random.Random(seed), Result(), Counter[str]()
-    alone, _ = left_alone(forks, words)
+    alone, _ = undisturbed(forks, words)
     steps = [step for step, _ in checkpoint.list_checkpoints(alone)]
     for number in range(rounds):
         out = forks.folder / f"run-{number}"
         at = choices.randrange(2, len(steps))
-        as_it_was(alone, out, steps[at])
+        copy_until(alone, out, steps[at])
         damaged = [steps[at], *([steps[at - 1]] if choices.random() < 0.3 else [])]
         files = [(step, *damage(out / f"checkpoint-{step}", choices)) for step in damaged]
         kinds.update(kind for _, _, kind in files)
@@ -233,20 +245,20 @@ def damaged_checkpoints(
         found.starts, found.runs = found.starts + 1, found.runs + 1
         wanted = [f"checkpoint-{step} is skipped: {file} " for step, file, _ in files]
         wanted.append(f"Resuming from {out}/checkpoint-{steps[at - len(damaged)]}.")
-        unsaid = [line for line in wanted if line not in end.output]
-        if end.code or unsaid:
-            found.failed_starts.append(f"{files}: exit code {end.code}, not said: {unsaid}: {end.output[-2000:]}")
+        missing = [line for line in wanted if line not in end.output]
+        if end.code or missing:
+            found.failed_starts.append(f"{files}: exit code {end.code}, not printed: {missing}: {end.output[-2000:]}")
             break
         found.differing += [f"{out.name}: {line}" for line in differences(alone, out)]
         found.left_behind += left_behind(out) + outlived(forks.log)
-        tell(f"round {number + 1} of {rounds}: {files}, {len(found.faults)} faults")
+        log(f"round {number + 1} of {rounds}: {files}, {len(found.faults)} faults")
         shutil.rmtree(out)
         shutil.rmtree(out.with_name(f"{out.name}-cache"))
     return {"damaged": sum(kinds.values()), **found.to_json(), "moments": dict(kinds)}
 
 
-def as_it_was(alone: Path, out: Path, step: int) -> None:
-    """A copy of a run's folder and cache as they were after a checkpoint, when the run had not ended."""
+def copy_until(alone: Path, out: Path, step: int) -> None:
+    """Copies a run's folder and cache as they were after checkpoint `step`, before the run ended."""
     shutil.copytree(alone, out, ignore=shutil.ignore_patterns("diffusion_*", "config.json", "t2i_adapter.json"))
     shutil.copytree(alone.with_name(f"{alone.name}-cache"), out.with_name(f"{out.name}-cache"))
     for later, folder in checkpoint.list_checkpoints(out):
@@ -256,13 +268,16 @@ def as_it_was(alone: Path, out: Path, step: int) -> None:
 
 
 def damage(folder: Path, choices: random.Random) -> tuple[str, str]:
-    """Cuts a random file of a checkpoint, changes a bit of it, or empties a block; (what will be named, how)."""
+    """Cuts a random file of a checkpoint, changes a bit of it, or zeroes a block of 4096 bytes.
+
+    Returns (file name that the error will contain, kind of damage).
+    """
     name = choices.choice((checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.TENSORS, "state.json"))
     file = folder / name
     before = file.read_bytes()
     while True:
         kind, after = _spoilt(before, choices)
-        if not _means_the_same(name, before, after):
+        if not _is_equivalent(name, before, after):
             break
     file.write_bytes(after)
     return name, kind
@@ -279,8 +294,8 @@ def _spoilt(content: bytes, choices: random.Random) -> tuple[str, bytes]:
     return kind, content[:start] + bytes(len(block)) + content[start + 4096 :]
 
 
-def _means_the_same(name: str, before: bytes, after: bytes) -> bool:
-    """Whether it is no damage: zeros where zeros were, or, in state.json, 1E-3 for 1e-3."""
+def _is_equivalent(name: str, before: bytes, after: bytes) -> bool:
+    """Whether the change is harmless: equal bytes, or equal JSON in state.json, such as 1E-3 for 1e-3."""
     try:
         return before == after or (name == "state.json" and json.loads(before) == json.loads(after))
     except ValueError:

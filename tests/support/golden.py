@@ -1,11 +1,11 @@
 """Records the golden loss curve: tests/assets/losses/nano_cpu.jsonl, written by `make golden`.
 
-The demo's recipe on 64 fixed pairs, float32, one thread, every number at full digits. A change that should not move a
-number (a refactoring, a faster path) is compared with it to the last digit by tests/e2e/test_golden_losses.py. A
-change that should move it records it again and says why in its commit.
+It is the loss curve of the demo's recipe on 64 fixed pairs, in float32, on one thread, with all digits. A change that
+must not alter a number (a refactoring, a faster path) is compared with it to the last digit by
+tests/e2e/test_golden_losses.py. A change that must alter numbers records the curve again, and its commit says why.
 
-Line 1 is what the numbers depend on besides this code. Every other line is one update of one arm, or an arm's end:
-the sum of the saved adapter's weights in float64 and their digest.
+Line 1 holds what the numbers depend on besides this code. Every other line is one update of one arm, or the end of an
+arm: the sum of the saved adapter's weights in float64 and their digest.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ ARMS: dict[str, list[str]] = {
     ],
     "ema": ["--train.lanes", "2", "--train.ema_decay", "0.9"],
 }
-"""Arm -> its flags beside the recipe's."""
+"""Arm -> its flags beside the recipe."""
 STEPS = 24
-"""Updates; step 16 is where the CPU path begins to replay its trace."""
+"""Updates of an arm. From step 16 on, the CPU path replays a trace."""
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "Pillow", "opencv-python-headless")
 RECIPE = Path(__file__).parents[2] / "recipes" / "nano-shapes.yaml"
 
 
-def surroundings() -> dict[str, Any]:
-    """What the last digits depend on: library versions and the instructions the CPU has."""
+def environment() -> dict[str, Any]:
+    """What the last digits depend on: versions of libraries and the CPU's instructions."""
     import torch
 
     cpu = {}
@@ -89,16 +89,16 @@ def record(arm: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def read() -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """The recorded surroundings, and each arm's lines."""
+    """Returns the recorded environment, and each arm's lines."""
     head, *lines = [json.loads(line) for line in FILE.read_text().splitlines()]
     return head, {arm: [line for line in lines if line["arm"] == arm] for arm in ARMS}
 
 
 def write() -> None:
-    """Records every arm anew."""
+    """Records every arm again."""
     FILE.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        lines = [surroundings(), *(line for arm in ARMS for line in record(arm, Path(folder)))]
+        lines = [environment(), *(line for arm in ARMS for line in record(arm, Path(folder)))]
     FILE.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"{FILE}: {len(lines) - 1} lines of {len(ARMS)} arms")
 

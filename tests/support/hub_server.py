@@ -1,4 +1,4 @@
-"""A hub on loopback: serves data set repositories from folders, as much of the protocol as reading them takes."""
+"""A hub on loopback that serves dataset repositories from folders, with the endpoints that reading them needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Repositories = dict[tuple[str, str], Path]
 
 @contextmanager
 def serve(repositories: Repositories) -> Iterator[str]:
-    """Serves the repositories while the block runs; gives the address for HF_ENDPOINT."""
+    """Serves the repositories while the block runs; yields the address for HF_ENDPOINT."""
 
     class Handler(HubHandler):
         pass
@@ -45,11 +45,11 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         size = int(self.headers.get("content-length", 0))
-        self._asked = json.loads(self.rfile.read(size) or b"{}")
+        self._request = json.loads(self.rfile.read(size) or b"{}")
         self._answer(body=True)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+        """Prints nothing."""
 
     def _answer(self, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -66,7 +66,7 @@ class HubHandler(BaseHTTPRequestHandler):
                 if path.startswith(f"/api/datasets/{name}/tree/{label}"):
                     return self._tree(folder, path.split(f"/tree/{label}")[1].strip("/"))
                 if path == f"/api/datasets/{name}/paths-info/{label}":
-                    asked = self._asked.get("paths", [])
+                    asked = self._request.get("paths", [])
                     found = [folder / one for one in asked if (folder / one).is_file()]
                     return self._json([entry(file, folder) for file in found])
         return self._missing("RepoNotFound")

@@ -1,8 +1,7 @@
-"""The kill campaign: a short run killed again and again at random moments, resumed each time by the same command."""
+"""The kill campaign: a short run is killed at random moments, again and again, and the same command resumes it."""
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from support.forks import End, Forks, session_members
+from support.runs import read_metrics
 
 from t2i_adapter.training import checkpoint
 
@@ -26,18 +26,18 @@ WORDS = [
     *("--checkpoint.keep", "2", "--tracking.log_every", "1", "--tracking.report_to", "none"),
     *("--checkpoint.resume", "auto", "--data.num_workers", "1"),
 ]
-"""A short run; where it writes is added."""
+"""The command of a short run, without its output and cache folders."""
 LEFTOVERS = ("*.writing", "*.tmp", "*.part", ".saving*", "*.trash")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SAVING = 0.3
-"""Seconds that a save takes at most here."""
+"""Seconds; longest time of a save in these runs."""
 WORKERS_END = 30.0
-"""Seconds in which the loader processes of a killed run must be gone: they look for their parent every five."""
+"""Seconds in which the loader processes of a killed run must end; they check for their parent every 5 s."""
 
 
 @dataclass
 class Result:
-    """What a campaign found; every list is of faults, and empty where nothing was lost."""
+    """What a campaign found. Every list holds faults; all are empty if no run was harmed."""
 
     kills: int = 0
     starts: int = 0
@@ -57,7 +57,7 @@ class Result:
 
 
 def make_data(folder: Path) -> None:
-    """What WORDS train on."""
+    """Writes the data that WORDS train on."""
     words = ["make-data", "shapes", "--out", "data", "--num", "8", "--size", "64", "--seed", "0"]
     subprocess.run([sys.executable, "-m", "t2i_adapter", *words], cwd=folder, check=True, timeout=120)
 
@@ -68,33 +68,32 @@ def campaign(
     *,
     kills: int,
     seed: int = 0,
-    most_a_run: int = 10,
+    max_kills_per_run: int = 10,
     minutes: float = 600,
-    tell: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Result:
-    """Runs `words` alone, then kills runs of it `kills` times in all, at most `most_a_run` times each.
-    No run is begun after so many minutes.
+    """Runs `words` undisturbed, then kills further runs `kills` times in all, at most `max_kills_per_run` times each.
 
-    `words` have neither output folder nor cache folder: each run has new ones, so that kills also hit the preparing.
-    A third of the kills come at any time of the run, drawn evenly; a third once there are first losses; a third while a
-    checkpoint is being written.
+    No run begins after `minutes`. `words` name neither output folder nor cache folder: each run has new ones, so that
+    kills also hit the preparation of the cache. A third of the kills come at any time of the run, uniformly; a third
+    after the first losses; a third while a checkpoint is being written.
     """
     choices, found, moments = random.Random(seed), Result(), Counter[str]()
-    alone, span = left_alone(forks, words)
+    alone, span = undisturbed(forks, words)
     last = time.monotonic() + 60 * minutes
     while found.kills < kills and time.monotonic() < last:
         out = forks.folder / f"run-{found.runs}"
-        left = min(most_a_run, kills - found.kills)
+        left = min(max_kills_per_run, kills - found.kills)
         newest = 0
         while True:
             end = start(forks, words, out, *(moment_to_kill(choices, out, span) if left else (None, "")))
             found.starts += 1
-            newest = look(out, newest, found)
+            newest = newest_checkpoint(out, newest, found)
             if not end.killed:
                 break
             moments[moment(end.output)] += 1
             left, found.kills = left - 1, found.kills + 1
-            tell(f"kill {found.kills} of {kills} after {end.seconds:.1f} s, newest checkpoint {newest}")
+            log(f"kill {found.kills} of {kills} after {end.seconds:.1f} s, newest checkpoint {newest}")
         found.runs += 1
         if end.code != 0:
             found.failed_starts.append(f"{out.name}: exit code {end.code}: {end.output[-2000:]}")
@@ -106,17 +105,17 @@ def campaign(
     return found
 
 
-def left_alone(forks: Forks, words: Sequence[str]) -> tuple[Path, float]:
-    """The folder of the run that nothing happens to, and how many seconds it takes."""
+def undisturbed(forks: Forks, words: Sequence[str]) -> tuple[Path, float]:
+    """Runs `words` without faults; returns the run's folder and its seconds."""
     alone = forks.folder / "alone"
     end = start(forks, words, alone)
     if end.code != 0:
-        raise RuntimeError(f"the run left alone failed with exit code {end.code}:\n{end.output}")
+        raise RuntimeError(f"the undisturbed run failed with exit code {end.code}:\n{end.output}")
     return alone, end.seconds
 
 
 def moment_to_kill(choices: random.Random, out: Path, span: float) -> tuple[float, str]:
-    """Seconds, and what they are counted from. `span` is how long a whole run takes."""
+    """Draws (kill_after, once) for `Forks.run`. span: seconds of a whole run."""
     kind = choices.choice(("any", "training", "saving"))
     if kind == "any":
         return choices.uniform(0, span), ""
@@ -130,25 +129,25 @@ def start(forks: Forks, words: Sequence[str], out: Path, kill_after: float | Non
     return forks.run([*words, *places], kill_after, once)
 
 
-def look(out: Path, before: int, found: Result) -> int:
-    """The newest whole checkpoint's step, which never goes back."""
-    whole = [step for step, folder in checkpoint.list_checkpoints(out) if checkpoint.damage(folder) is None]
-    newest = max(whole, default=0)
+def newest_checkpoint(out: Path, before: int, found: Result) -> int:
+    """Returns the step of the newest undamaged checkpoint; adds a fault if it is lower than `before`."""
+    undamaged = [step for step, folder in checkpoint.list_checkpoints(out) if checkpoint.damage(folder) is None]
+    newest = max(undamaged, default=0)
     if newest < before:
         found.checkpoints_lost.append(f"{out.name}: checkpoint-{before} is gone, {newest} is the newest")
     return newest
 
 
 def moment(output: str) -> str:
-    """What a killed start was doing, by what it had printed."""
+    """What a killed start was doing, found from its output."""
     marks = {"The adapter is in": "after the last step", "training: ": "training", "prepared: ": "loading the base"}
     return next((name for mark, name in marks.items() if mark in output), "starting or preparing")
 
 
-def differences(alone: Path, out: Path, *, lines_may_miss: bool = False) -> list[str]:
-    """Where two finished runs differ in any bit: weights, optimiser, losses, gradient norms, learning rates.
+def differences(alone: Path, out: Path, *, missing_lines: bool = False) -> list[str]:
+    """Names what differs in any bit between two finished runs: weights, optimiser, losses, gradient norms, rates.
 
-    lines_may_miss: a full disk costs lines of metrics.jsonl; those that are there are the same all the same.
+    missing_lines: allows missing lines of metrics.jsonl, which a full disk costs. The other lines must be equal.
     """
     last = checkpoint.list_checkpoints(alone)[-1][1].name
     found = []
@@ -162,26 +161,25 @@ def differences(alone: Path, out: Path, *, lines_may_miss: bool = False) -> list
             continue
         found += [f"{name}: {key}" for key, tensor in ours.items() if not torch.equal(tensor, theirs[key])]
     wanted, there = curve(alone), curve(out)
-    if there != [row for row in wanted if row in there or not lines_may_miss]:
+    if there != [row for row in wanted if row in there or not missing_lines]:
         found.append("metrics.jsonl")
     return found
 
 
 def curve(out: Path) -> list[dict[str, float]]:
-    """What metrics.jsonl tells of the run; its speed is the machine's."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in ("step", "loss", "grad_norm", "lr")} for row in rows]
+    """The rows of metrics.jsonl without the speed, which depends on the machine."""
+    return [{key: row[key] for key in ("step", "loss", "grad_norm", "lr")} for row in read_metrics(out)]
 
 
 def left_behind(out: Path) -> list[str]:
-    """What someone would have to clean by hand: half-written files and damaged checkpoints."""
+    """Files that a user would have to remove by hand: half-written files and damaged checkpoints."""
     litter = [path for pattern in LEFTOVERS for path in out.rglob(pattern)]
     broken = [folder for _, folder in checkpoint.list_checkpoints(out) if checkpoint.damage(folder)]
     return [str(path.relative_to(out.parent)) for path in (*litter, *broken)]
 
 
 def outlived(log: Path) -> list[str]:
-    """Processes of a start that are still there, a while after it ended."""
+    """Processes of a start that still run WORKERS_END seconds after it ended."""
     end = time.monotonic() + WORKERS_END
     while (members := session_members(log)) and time.monotonic() < end:
         time.sleep(0.2)

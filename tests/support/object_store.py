@@ -1,4 +1,4 @@
-"""Data elsewhere, on loopback: a web server with byte ranges, an S3 server, and writers of every layout of pairs."""
+"""Remote data on loopback: a web server with byte ranges, an S3 server, and writers of every dataset layout."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Rows = list[dict[str, Any]]
 
 @dataclass
 class WebServer:
-    """What the server does and has done.
+    """The behaviour of the server, and its requests so far.
 
     Attributes:
-        address: of the folder that is served.
-        failures: how many of the next requests are answered with `status` instead.
-        has_ranges: whether a part of a file can be asked for.
-        asked: how often each "METHOD /path" was asked for.
+        address: URL of the served folder.
+        failures: number of next requests that are answered with `status`.
+        has_ranges: whether the server supports range requests.
+        asked: number of requests for each "METHOD /path".
     """
 
     address: str
@@ -55,7 +55,7 @@ def serve_folder(folder: Path) -> Iterator[WebServer]:
         do_HEAD = do_GET  # noqa: N815 - the base class's names
 
         def log_message(self, format: str, *args: object) -> None:
-            """Says nothing."""
+            """Prints nothing."""
 
         def _answer(self) -> None:
             inner = unquote(urlsplit(self.path).path)
@@ -95,12 +95,12 @@ def serve_folder(folder: Path) -> Iterator[WebServer]:
 
 @contextmanager
 def serve_s3(folder: Path) -> Iterator[dict[str, str]]:
-    """An S3 server whose bucket holds the folder's files while the block runs; gives the environment to reach it by."""
+    """Runs an S3 server whose bucket holds the folder's files; yields the environment variables to reach it."""
     import boto3
     import s3fs
     from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line a request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # by default it logs each request
     server = ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     try:
@@ -120,11 +120,11 @@ def serve_s3(folder: Path) -> Iterator[dict[str, str]]:
         yield env
     finally:
         server.stop()
-        s3fs.S3FileSystem.clear_instance_cache()  # connections to this server, which another's address would find
+        s3fs.S3FileSystem.clear_instance_cache()  # a later server at this address would get the old connections
 
 
 def read_rows(split: Path) -> Rows:
-    """The rows of an image folder's split, with the pictures' paths under "image" and "condition"."""
+    """Reads the rows of an image folder's split, with the paths of the pictures under "image" and "condition"."""
     rows = [json.loads(line) for line in (split / "metadata.jsonl").read_text().splitlines()]
     return [
         {
@@ -137,7 +137,7 @@ def read_rows(split: Path) -> Rows:
 
 
 def write_paired(folder: Path, rows: Rows) -> Path:
-    """images/, conditions/ and captions in .txt."""
+    """Writes the folders images/ and conditions/, and captions in .txt files."""
     for name in ("images", "conditions"):
         (folder / name).mkdir(parents=True)
     for row in rows:
@@ -148,7 +148,7 @@ def write_paired(folder: Path, rows: Rows) -> Path:
 
 
 def write_manifest(path: Path, rows: Rows) -> Path:
-    """A .jsonl, .csv or .parquet of `rows` as they are, pictures being paths or addresses."""
+    """Writes `rows` to a .jsonl, .csv or .parquet file, with paths or URLs of the pictures."""
     columns = {"image": "image", "conditioning_image": "condition", "text": "text"}
     table = [{column: str(row[part]) for column, part in columns.items()} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def write_manifest(path: Path, rows: Rows) -> Path:
 
 
 def write_parquet_shards(folder: Path, rows: Rows, shards: int = 2, group: int = 2) -> Path:
-    """train-NNNNN.parquet with pictures as `datasets` stores them, `group` rows a row group."""
+    """Writes train-NNNNN.parquet with pictures as `datasets` stores them, `group` rows a row group."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -188,7 +188,7 @@ def write_parquet_shards(folder: Path, rows: Rows, shards: int = 2, group: int =
 
 
 def write_tar_shards(folder: Path, rows: Rows, shards: int = 2) -> Path:
-    """NNNN.tar with STEM.png, STEM.cond.png and a caption, in .txt and in .json by turns."""
+    """Writes NNNN.tar with STEM.png, STEM.cond.png and a caption, alternately in .txt and in .json."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(shards):
         members: dict[str, bytes] = {}

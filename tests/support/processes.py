@@ -1,4 +1,4 @@
-"""`t2i-adapter WORDS` in processes forked from the test's own, which has the libraries loaded."""
+"""Runs `t2i-adapter WORDS` in processes forked from the test's process, which has imported the libraries."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from accelerate.state import AcceleratorState
 from t2i_adapter.cli import main
 
 STARTED: list[int] = []
-"""Process groups to be ended with the test."""
+"""Process groups to kill when the test ends."""
 
 
 class Run:
-    """One process, in the folder `cwd`, with `env` beside this one's. before: called in it before the command."""
+    """One process in the folder `cwd`, with `env` added to the environment. before: called in it before the command."""
 
     def __init__(
         self,
@@ -34,10 +34,10 @@ class Run:
         self.log.touch()
         self.pid = os.fork()
         if self.pid == 0:
-            self._be(cwd, words, env or {}, before)
+            self._run(cwd, words, env or {}, before)
         STARTED.append(self.pid)
 
-    def _be(self, cwd: Path, words: tuple[str, ...], env: Mapping[str, str], before: Callable[[], object]) -> None:
+    def _run(self, cwd: Path, words: tuple[str, ...], env: Mapping[str, str], before: Callable[[], object]) -> None:
         code = 99
         try:
             os.setsid()
@@ -49,9 +49,7 @@ class Run:
                 os.dup2(log.fileno(), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
             torch.set_num_threads(1)
-            AcceleratorState._reset_state(
-                reset_partial_state=True
-            )  # of tests that ran in the parent: alone, by one process
+            AcceleratorState._reset_state(reset_partial_state=True)  # tests in the parent have set it
             before()
             code = main(words)
         except SystemExit as stop:
@@ -71,21 +69,21 @@ class Run:
             if done:
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.01)
-        raise AssertionError(f"it did not end in {seconds} s:\n{self.said()}")
+        raise AssertionError(f"the run did not end in {seconds} s:\n{self.said()}")
 
     def said(self) -> str:
         return self.log.read_text()
 
 
 def end_all() -> None:
-    """Of what was started."""
+    """Kills all process groups in STARTED."""
     while STARTED:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(STARTED.pop(), signal.SIGKILL)
 
 
 def ranks(world: int) -> list[dict[str, str]]:
-    """The environment of each of `world` processes of one run, as a launcher sets it."""
+    """The environment of each of the `world` processes of one run, as a launcher sets it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,8 +92,8 @@ def ranks(world: int) -> list[dict[str, str]]:
     return [{name: str(v) for name, v in {**names, "RANK": r, "LOCAL_RANK": r}.items()} for r in range(world)]
 
 
-def until(true: Callable[[], object], seconds: float = 200) -> None:
+def until(condition: Callable[[], object], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not come to that"
+    while not condition():
+        assert time.monotonic() < deadline, f"the condition did not become true in {seconds} s"
         time.sleep(0.01)

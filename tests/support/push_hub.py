@@ -1,4 +1,4 @@
-"""A hub on loopback that models are published to: the few endpoints that it takes, over real HTTP."""
+"""A hub on loopback that models are published to, with the endpoints that publishing needs, over real HTTP."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ TOKEN = "hf_a-token-that-appears-nowhere"
 
 @dataclass
 class Hub:
-    """What the server holds, and what it is told to do wrong."""
+    """What the server holds, and the faults that a test asks it for."""
 
     address: str = ""
     role: str = "write"
     fail_commits: bool = False
     trouble: str = ""
-    """What becomes of uploads: a status, "hung up", "silence", or "slow", which is none."""
+    """Fault of uploads: an HTTP status, "hung up", "silence", or "slow", which succeeds."""
     repositories: dict[str, bool] = field(default_factory=dict)  # id -> private
     files: dict[str, bytes] = field(default_factory=dict)  # "owner/name/path" -> content
     blobs: dict[str, bytes] = field(default_factory=dict)  # sha256 -> content of large files
@@ -119,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer({"commitUrl": f"{self.state.address}/{repository}/commit/1", "commitOid": "1"})
 
     def _troubled(self) -> bool:
-        """Whether this request ends here, badly."""
+        """Applies `trouble`; returns whether the request has failed."""
         trouble = self.state.trouble
         if trouble.isdecimal():
             self._answer({"error": "out of order"}, int(trouble))

@@ -1,4 +1,4 @@
-"""A base in diffusers layout rewritten as one .safetensors file in the layout of SDXL's original release."""
+"""Rewrites a base in diffusers layout as one .safetensors file in the layout of SDXL's original release."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def original_layout(folder: Path) -> Weights:
         **{CLIP + name.removeprefix("text_model."): tensor for name, tensor in clip.items()},
         **{OPEN_CLIP + name: tensor for name, tensor in _open_clip(open_clip).items()},
     }
-    # The release has these two as well; no model needs them.
+    # The release also has these two tensors, which no model uses.
     weights[CLIP + "embeddings.position_ids"] = torch.arange(77)[None]
     weights[OPEN_CLIP + "logit_scale"] = torch.tensor(4.6)
     return weights
@@ -86,7 +86,7 @@ def _read(folder: Path) -> Weights:
 
 
 def _unet_name(name: str, layers: int, names: Any) -> str:
-    """The release numbers all blocks of one side through: `layers` residual ones a level, then the change of size."""
+    """Name of a UNet weight in the release, which numbers all blocks of a side: `layers` resnets a level, a resize."""
     for ours, theirs in UNET_STEM.items():
         if name.startswith(ours + "."):
             return theirs + name[len(ours) :]
@@ -115,7 +115,7 @@ def _unet_inner(kind: str, rest: str) -> str:
 
 
 def _vae_name(name: str, levels: int) -> str:
-    """The release counts the decoder's levels from the pixels inwards, diffusers from the latents outwards."""
+    """Name of a VAE weight in the release, which counts decoder levels from the pixels; diffusers from the latents."""
     if match := re.fullmatch(r"(.+)\.mid_block\.attentions\.0\.(.+)\.(weight|bias)", name):
         return f"{match[1]}.mid.attn_1.{VAE_ATTENTION[match[2]]}.{match[3]}"
     name = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
@@ -126,13 +126,13 @@ def _vae_name(name: str, levels: int) -> str:
 
 
 def _as_convolution(name: str, tensor: Tensor) -> Tensor:
-    """The release's VAE attends through 1x1 convolutions, diffusers' through linear layers."""
+    """Reshapes a weight of VAE attention: 1x1 convolutions in the release, linear layers in diffusers."""
     linear = "attentions" in name and tensor.ndim == 2
     return tensor[:, :, None, None] if linear else tensor
 
 
 def _open_clip(weights: Weights) -> Weights:
-    """OpenCLIP keeps query, key and value in one matrix, and its projection the other way round."""
+    """The second text encoder in OpenCLIP's layout: one matrix for query, key and value; a transposed projection."""
     import torch
 
     found: Weights = {}

@@ -1,4 +1,4 @@
-"""The soak: one run of very many short epochs, its memory, open files and threads watched from outside."""
+"""The soak campaign: one run of very many short epochs, whose memory, open files and threads are read from outside."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ import numpy as np
 from support.tiny import write_circles, write_tiny_sdxl
 
 EIGHT_HOURS = {"updates": 28_800, "saves": 57, "validations": 288, "log_entries": 2_880}
-"""What eight hours are at an update a second and the default options' spacing (500, 100, 10)."""
+"""Counts of eight hours at one update a second, with the default intervals (500, 100, 10 updates)."""
 SAVE_EVERY, VALIDATE_EVERY, PAIRS = 50, 100, 8
 WARM_UP = 0.3
-"""Share of the samples that are left out: allocators and caches fill at first."""
+"""Share of the first readings that is skipped, while allocators and caches fill."""
 BLOCKS = 10
 T_975 = 2.306
 """Student's t for a two-sided 95 % interval with BLOCKS - 2 degrees of freedom."""
 SMALL = 0.02
-"""Growth over eight hours, as a share of the mean, that is flat too, whatever its interval."""
+"""Growth over eight hours relative to the mean that counts as flat, whatever its interval."""
 WATCHED = ("rss_mib", "files", "threads", "processes", "shared_mib")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The run and all processes below it, at one moment; `updates` taken so far."""
+    """Sums over the run and all its descendants at one moment. updates: those done so far."""
 
     updates: int
     rss_mib: float
@@ -43,7 +43,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Trend:
-    """A line fitted to the means of equal blocks, and what it comes to over eight hours' updates."""
+    """A line fitted to the means of equal blocks: its growth over the updates of eight hours, with a 95 % interval."""
 
     mean: float
     growth: float
@@ -52,12 +52,12 @@ class Trend:
 
     @property
     def flat(self) -> bool:
-        """Whether no growth is within the 95 % interval, or the growth is small beside the mean."""
+        """Whether the 95 % interval contains 0 or less, or its upper end is small relative to the mean."""
         return self.low <= 0 or self.high <= SMALL * self.mean
 
 
 def soak(folder: Path, minutes: float) -> dict[str, Any]:
-    """Runs for so many minutes in `folder`; returns counts, trends and the verdict as plain JSON types."""
+    """Trains for `minutes` in `folder`; returns counts, trends and the verdict as JSON types."""
     words = prepare(folder, minutes)
     log = (folder / "soak.log").open("w")
     run = subprocess.Popen([sys.executable, "-m", "t2i_adapter", *words], cwd=folder, stdout=log, stderr=log)
@@ -93,21 +93,15 @@ def soak(folder: Path, minutes: float) -> dict[str, Any]:
 
 
 def prepare(folder: Path, minutes: float) -> list[str]:
-    """Base and data; the words of the run."""
+    """Writes base and data; returns the words of the run."""
     write_tiny_sdxl(folder / "base")
     write_circles(folder / "data", num=PAIRS)
     shutil.copy(folder / "data" / "train" / "00000_outline.png", folder / "condition.png")
     return [
         *("train", "--base.name", "base", "--data.train_data_dir", "data", "--data.resolution", "64"),
-        *("--output_dir", "run", "--data.prepared_dir", "kept", "--train.batch_size", "1", "--train.seed", "0"),
-        *(
-            "--train.max_steps",
-            str(EIGHT_HOURS["updates"]),
-            "--train.max_time",
-            f"{int(60 * minutes)}",
-            "--tracking.log_every",
-            "1",
-        ),
+        *("--output_dir", "run", "--data.prepared_dir", "cache", "--train.batch_size", "1", "--train.seed", "0"),
+        *("--train.max_steps", str(EIGHT_HOURS["updates"]), "--train.max_time", f"{int(60 * minutes)}"),
+        *("--tracking.log_every", "1"),
         *("--checkpoint.every", str(SAVE_EVERY), "--checkpoint.keep", "2"),
         *("--validation.prompts", "circle", "--validation.images", "condition.png", "--validation.num_images", "1"),
         *("--validation.every", str(VALIDATE_EVERY), "--validation.steps", "1"),
@@ -115,12 +109,12 @@ def prepare(folder: Path, minutes: float) -> list[str]:
 
 
 def watch(run: subprocess.Popen[bytes], out: Path, deadline: float) -> list[Reading]:
-    """A reading a second, once the training goes, until the run ends."""
+    """Takes a reading each second, from the first update until the run ends."""
     readings = []
     while run.poll() is None and time.monotonic() < deadline:
         updates = last_step(out / "metrics.jsonl")
         if updates:
-            readings.append(look(run.pid, updates))
+            readings.append(read_usage(run.pid, updates))
         time.sleep(1)
     return readings
 
@@ -129,16 +123,16 @@ def last_step(metrics: Path) -> int:
     with suppress(OSError, ValueError, IndexError):
         with metrics.open("rb") as file:
             file.seek(max(0, metrics.stat().st_size - 4096))
-            whole = file.read().decode().rpartition("\n")[0]
-        return json.loads(whole.splitlines()[-1])["step"]
+            lines = file.read().decode().rpartition("\n")[0]
+        return json.loads(lines.splitlines()[-1])["step"]
     return 0
 
 
-def look(process: int, updates: int) -> Reading:
+def read_usage(process: int, updates: int) -> Reading:
     family = [process, *children(process)]
     rss, files, threads = 0.0, 0, 0
     for one in family:
-        with suppress(OSError):  # it may just have ended
+        with suppress(OSError):  # the process may just have ended
             proc = Path("/proc") / str(one)
             rss += int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
             files += len(list((proc / "fd").iterdir()))
@@ -158,14 +152,14 @@ def children(process: int) -> list[int]:
 
 
 def trend(readings: list[Reading], name: str) -> Trend:
-    """Growth of one number over eight hours' updates, with its 95 % interval.
+    """Growth of one quantity over the updates of eight hours, with its 95 % interval.
 
-    Neighbouring readings are alike, so the means of BLOCKS equal blocks are what the line is fitted to.
+    Neighbouring readings are correlated, so the line is fitted to the means of BLOCKS equal blocks.
     """
-    kept = readings[int(WARM_UP * len(readings)) :]
-    blocks = [block for block in np.array_split(np.arange(len(kept)), BLOCKS) if len(block)]
-    x = np.array([np.mean([kept[i].updates for i in block]) for block in blocks])
-    y = np.array([np.mean([getattr(kept[i], name) for i in block]) for block in blocks])
+    steady = readings[int(WARM_UP * len(readings)) :]
+    blocks = [block for block in np.array_split(np.arange(len(steady)), BLOCKS) if len(block)]
+    x = np.array([np.mean([steady[i].updates for i in block]) for block in blocks])
+    y = np.array([np.mean([getattr(steady[i], name) for i in block]) for block in blocks])
     spread = ((x - x.mean()) ** 2).sum()
     slope = ((x - x.mean()) * (y - y.mean())).sum() / spread
     rest = y - y.mean() - slope * (x - x.mean())

@@ -1,7 +1,8 @@
-"""A tiny SDXL with random weights, built from the real classes: the base that the tests use.
+"""The tiny SDXL base, data and configuration that the tests train with.
 
-Small enough to be written in seconds and run on one core, true in every shape rule: SDXL's UNet blocks and
-`text_time` conditioning, an 8x VAE, two text encoders side by side, two CLIP tokenizers that pad differently.
+The base has random weights and the real classes. It is written in seconds and runs on one core, and follows every shape
+rule of SDXL: its UNet blocks and `text_time` conditioning, an 8x VAE, two text encoders side by side, two CLIP
+tokenizers that pad differently.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ def write_tiny_sdxl(
     channels: tuple[int, int, int] = (16, 32, 64),
     variant: str | None = None,
 ) -> Path:
-    """Write a whole base in diffusers layout to `folder` and return it.
+    """Writes a base in diffusers layout to `folder` and returns the folder.
 
-    `seed` draws all weights; `vae_seed` and `text_seed` redraw one part alone (another VAE, other text encoders, at
-    the same shapes). `zero_snr` rescales the schedule to zero terminal SNR.
+    seed: of all weights. vae_seed, text_seed: of the VAE or the text encoders alone, with unchanged shapes.
+    zero_snr: rescales the schedule to zero terminal SNR.
     """
     import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
@@ -73,7 +74,7 @@ def write_tiny_sdxl(
 
 
 def make_unet(channels: tuple[int, int, int], text_width: int, pooled_width: int) -> UNet2DConditionModel:
-    """SDXL's topology: no attention in the first block, deeper transformers further down."""
+    """A UNet with SDXL's topology: no attention in the first block, deeper transformers further down."""
     from diffusers import UNet2DConditionModel
 
     time_width = 8
@@ -95,7 +96,7 @@ def make_unet(channels: tuple[int, int, int], text_width: int, pooled_width: int
 
 
 def make_vae() -> AutoencoderKL:
-    """Four levels, so 8x smaller; SDXL's scaling factor."""
+    """A VAE of four levels, so 8x downsampling, with SDXL's scaling factor."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -138,7 +139,7 @@ def make_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], pad: st
 
 
 def clip_vocabulary(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's byte alphabet (alone, and at a word's end), with merges that make each of `words` one token."""
+    """CLIP's byte alphabet (alone, and at the end of a word), with merges that make each of `words` one token."""
     tokens = [*byte_characters(), *(c + "</w>" for c in byte_characters())]
     merges: dict[tuple[str, str], None] = {}
     for word in words:
@@ -153,14 +154,14 @@ def clip_vocabulary(words: list[str]) -> tuple[dict[str, int], list[tuple[str, s
 
 
 def byte_characters() -> list[str]:
-    """GPT-2's printable stand-in for each byte, in its order: the printable bytes, then the others from 256 on."""
+    """GPT-2's printable character for each byte, in its order: the printable bytes, then the others from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
 
 
 def write_circles(folder: Path, *, num: int = 8, split: str = "train", size: int = 64, seed: int = 0) -> Path:
-    """An image folder of filled circles: `folder`/`split`/{00000.png, 00000_outline.png, ..., metadata.jsonl}."""
+    """Writes an image folder of circles: `folder`/`split`/{00000.png, 00000_outline.png, ..., metadata.jsonl}."""
     import json
 
     import numpy as np

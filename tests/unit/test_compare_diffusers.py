@@ -1,8 +1,7 @@
-"""The comparison with the diffusers script: what it reads from logs and what it makes of figures."""
+"""benchmarks/compare_diffusers.py and torchvision_stand_in.py: reading logs, computing figures, measuring memory."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import subprocess
@@ -10,15 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import compare_diffusers as compare
 import numpy as np
 import pytest
 import torch
+import torchvision_stand_in as stand_in
 from PIL import Image
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-compare = importlib.import_module("compare_diffusers")
-stand_in = importlib.import_module("torchvision_stand_in")
 
 PEAKS = {"rss_mib": 600.0, "tree_rss_mib": 1000.0}
 
@@ -44,17 +40,17 @@ def test_entries_are_read_from_event_files_in_the_order_of_steps(tmp_path: Path)
     ]
 
 
-def test_all_steps_are_kept_where_tensorboard_would_sample(tmp_path: Path) -> None:
+def test_all_steps_are_read_though_tensorboard_samples_by_default(tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    count = 10_050  # it keeps 10,000 unless told otherwise
+    count = 10_050  # TensorBoard keeps 10,000 by default
     with SummaryWriter(str(tmp_path)) as writer:
         for step in range(1, count + 1):
             writer.add_scalar("loss", 1.0, step)
     assert len(compare.read_entries(tmp_path)) == count
 
 
-def test_warm_up_is_left_out() -> None:
+def test_warm_up_is_skipped() -> None:
     walls = np.cumsum([0, 9, 9, 9, 9, 9, *[0.5] * 20]).tolist()
     assert compare.intervals(entries(walls)) == pytest.approx([0.5] * 20)
     assert compare.intervals(entries([0, 9, 10, 11, 12])) == pytest.approx([1, 1, 1]), "a short run: its first quarter"
@@ -94,7 +90,7 @@ def test_every_figure_has_its_label() -> None:
 
 
 def test_memory_counts_a_process_and_its_children() -> None:
-    held, child = 200, 100  # MiB, written to and so resident
+    held, child = 200, 100  # MiB; written to, so that they are resident
     grow = "x = bytearray(b'1') * ({} * 2**20)"
     code = (
         f"import subprocess, sys; {grow.format(held)};"
@@ -104,7 +100,7 @@ def test_memory_counts_a_process_and_its_children() -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
-        process.stdout.readline()  # both hold theirs now
+        process.stdout.readline()  # parent and child have written their memory now
         found = compare.memory(process.pid)
     finally:
         process.kill()
@@ -112,7 +108,7 @@ def test_memory_counts_a_process_and_its_children() -> None:
     interpreter = 50  # MiB at most, for each
     assert held <= found["rss_mib"] <= held + interpreter
     assert held + child <= found["tree_rss_mib"] <= held + child + 2 * interpreter
-    assert compare.memory(process.pid)["rss_mib"] == 0, "nothing of a process that has ended"
+    assert compare.memory(process.pid)["rss_mib"] == 0, "a process that has ended uses no memory"
 
 
 def test_a_run_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +132,7 @@ def test_both_sides_get_the_same_threads_and_caches_of_their_own(
     assert found["T2I_ADAPTER_CACHE"].startswith(str(tmp_path))
 
 
-def test_stand_in_cuts_and_scales_as_torchvision_does() -> None:
+def test_stand_in_crops_and_scales_as_torchvision_does() -> None:
     size = 8
     tall = Image.new("RGB", (10, 25), (255, 0, 51))
     resized = stand_in.Resize(size)(tall)

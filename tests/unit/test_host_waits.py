@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.runs import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from t2i_adapter.config.tree import BaseOptions, Config, DataOptions, TrackingOptions, TrainOptions
 from t2i_adapter.training import nonfinite
 from t2i_adapter.verbs import train as training
 
@@ -32,13 +32,8 @@ class Listener(TorchDispatchMode):
 
 
 def asked(tiny_base: Path, tiny_data: Path, folder: Path, *, steps: int) -> int:
-    config = Config(
-        output_dir=str(folder),
-        base=BaseOptions(name=str(tiny_base)),
-        data=DataOptions(train_data_dir=str(tiny_data), resolution=64, num_workers=1),
-        train=TrainOptions(batch_size=2, max_steps=steps, seed=5, lanes=1, ema_decay=0.9),
-        tracking=TrackingOptions(report_to="none", log_every=steps),
-    )
+    changes = {"data.num_workers": 1, "train.max_steps": steps, "train.lanes": 1, "train.ema_decay": 0.9}
+    config = tiny_config(tiny_base, tiny_data, folder, {**changes, "tracking.log_every": steps})
     folder.mkdir()
     trainer = training.make_trainer(training.set_up(config))
     with Listener() as listener:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from support.runs import read_metrics, tiny_config
 
-from t2i_adapter.config.tree import BaseOptions, Config, DataOptions, TrackingOptions, TrainOptions
 from t2i_adapter.training.meter import Meter
 from t2i_adapter.verbs.train import run
 
@@ -39,15 +38,10 @@ def test_time_until_a_batch_is_there_is_waiting_and_time_after_it_is_not():
 def test_a_run_says_what_share_of_its_time_it_waited_for_batches(
     tiny_base: Path, tiny_data: Path, tmp_path: Path, workers: int
 ):
-    config = Config(
-        output_dir=str(tmp_path / "run"),
-        base=BaseOptions(name=str(tiny_base)),
-        data=DataOptions(train_data_dir=str(tiny_data), resolution=64, num_workers=workers),
-        train=TrainOptions(batch_size=2, max_steps=6, seed=5),
-        tracking=TrackingOptions(report_to="none", log_every=2),
-    )
+    changes = {"data.num_workers": workers, "train.max_steps": 6, "tracking.log_every": 2}
+    config = tiny_config(tiny_base, tiny_data, tmp_path / "run", changes)
     run(config)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(tmp_path / "run")
     assert len(rows) == 3
     assert all(0 <= row["wait_share"] <= 1 for row in rows)
     assert min(row["wait_share"] for row in rows[1:]) < 0.5, "loading takes less than the step, also within it"

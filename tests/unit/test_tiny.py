@@ -1,4 +1,4 @@
-"""The tiny base is a true SDXL: everything else is tested on it."""
+"""The tiny base and data that other tests use: they load, have SDXL's properties, and tests reach loopback only."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 
-def test_the_tiny_base_loads_and_draws(tiny_base: Path) -> None:
+def test_the_tiny_base_loads_and_generates(tiny_base: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_base)
     pipeline.set_progress_bar_config(disable=True)
     ids = pipeline.tokenizer_2("red circle", padding="max_length", max_length=6).input_ids
-    assert len(set(ids[:4])) == 4, "both words are one token each"
-    assert ids[4:] == [0, 0], "the second tokenizer pads with '!', id 0, as SDXL's does"
+    assert len(set(ids[:4])) == 4, "each word must be one token"
+    assert ids[4:] == [0, 0], "the second tokenizer must pad with '!', id 0, as SDXL's does"
     images = pipeline("red circle", num_inference_steps=1, height=64, width=64, output_type="np").images
     assert images.shape == (1, 64, 64, 3)
 

@@ -145,7 +145,10 @@ class Base:
         return _load_named_vae(self.options, device, dtype) or self._load(AutoencoderKL, "vae", device, dtype)
 
     def latent_encoder(self, device: torch.device | str) -> LatentEncoder:
-        """Loads the VAE's encoder, float32, channels last: on a CPU that is faster (benchmarks/speed_options.json)."""
+        """Loads the VAE's encoder in float32, channels last.
+
+        Channels last is faster on a CPU (benchmarks/results/speed_options_*.json).
+        """
         vae: Any = self.vae(device, torch.float32)
         return LatentEncoder(vae.to(memory_format=torch.channels_last), torch.device(device))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 GPU_BATCH_PIXELS = 4 * 1024**2
 """Pixels that are encoded at a time on a GPU."""
 CPU_BATCH_PIXELS = 8 * 128**2
-"""Pixels that are encoded at a time on a CPU: larger ones exceed its caches (benchmarks/speed_options.json)."""
+"""Pixels that a CPU encodes at a time: larger batches exceed its caches (benchmarks/results/speed_options_*.json)."""
 _TOKENIZER_LOCK = Lock()
 """Tokenizers store the padding and truncation of a call in themselves, so only one thread at a time may call one."""
 
