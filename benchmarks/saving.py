@@ -22,7 +22,7 @@ from common import make_parser, write_result
 from diffusers import T2IAdapter
 
 from t2i_adapter.training import checkpoint
-from t2i_adapter.training.checkpoint import Keep, TrainingState
+from t2i_adapter.training.checkpoint import KeepPolicy, TrainingState
 from t2i_adapter.training.saving import Saver
 
 SIDE = 512  # rows and columns of the matrices whose products stand for training
@@ -56,12 +56,12 @@ def alone(seconds: float) -> float:
 
 def measure(folder: Path, rounds: int) -> dict[str, object]:
     adapter, training = make_state()
-    saver = Saver(folder, Keep(1), print)
+    saver = Saver(folder, KeepPolicy(1), print)
     copy, write, share, nbytes = [], [], [], 0
     for step in range(rounds):
         training.state["step"] = step
         began = time.perf_counter()
-        taken = checkpoint.take(adapter, training)
+        taken = checkpoint.snapshot(adapter, training)
         copied = time.perf_counter()
         nbytes = taken.nbytes
         saver.save(taken)

@@ -36,8 +36,8 @@ from t2i_adapter.models.base import Base
 from t2i_adapter.models.encoders import encode_pixels
 from t2i_adapter.models.open import open_base
 from t2i_adapter.training.compile import compile_unet
-from t2i_adapter.training.cpu.lanes import CpuThreads
-from t2i_adapter.training.cpu.trace import RECORD_AT, TraceCache
+from t2i_adapter.training.cpu.threads import CpuThreads
+from t2i_adapter.training.cpu.trace import TRACE_AT, TraceCache
 from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.types import Batch
 
@@ -110,7 +110,7 @@ class Bench:
                 threads.add(batch, 1 / self.size)
                 adapter.zero_grad()
 
-        for _ in range(RECORD_AT):
+        for _ in range(TRACE_AT):
             run()
         return run
 

@@ -34,8 +34,8 @@ from t2i_adapter.devices import on_cores
 from t2i_adapter.files import cache_root
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.open import open_base
-from t2i_adapter.training.cpu.lanes import CpuThreads, count_cpu_threads
-from t2i_adapter.training.cpu.trace import RECORD_AT, TraceCache
+from t2i_adapter.training.cpu.threads import CpuThreads, count_cpu_threads
+from t2i_adapter.training.cpu.trace import TRACE_AT, TraceCache
 from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.optim import make_optimizer
 from t2i_adapter.training.step import batch_losses
@@ -64,7 +64,7 @@ def in_a_run(config: Config, number: int) -> Step:
     config = replace(config, output_dir=f"{config.output_dir}-{number}")
     run(config)
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines][1 + RECORD_AT // LOG_EVERY :]
+    rows = [json.loads(line) for line in lines][1 + TRACE_AT // LOG_EVERY :]
     return {
         "ms": statistics.median(1000 * config.train.batch_size / row["samples_per_s"] for row in rows),
         "wait_share": statistics.mean(row["wait_share"] for row in rows),
@@ -96,7 +96,7 @@ class Bare:
     def measure(self, steps: int) -> Step:
         """Milliseconds a step, timed over LOG_EVERY steps as the run logs them."""
         found = []
-        for _ in range(RECORD_AT):
+        for _ in range(TRACE_AT):
             self.step()
         for _ in range(steps // LOG_EVERY):
             started = time.perf_counter()

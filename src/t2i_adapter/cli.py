@@ -60,20 +60,20 @@ VERBS = {
     ),
     "plan": Verb(
         "Predict what a run needs: memory, disk, hours, the largest batch.",
-        "t2i_adapter.verbs.plan_options:PlanOptions",
+        "t2i_adapter.verbs.plan:PlanOptions",
         "t2i_adapter.verbs.plan:run",
     ),
     "prepare": Verb(
         "Encode the dataset of a run into the cache, and stop.",
         "t2i_adapter.config.tree:Config",
-        "t2i_adapter.verbs.train:prepare",
+        "t2i_adapter.verbs.prepare:run",
     ),
     "train": Verb(
         "Train an adapter from flags or a recipe.", "t2i_adapter.config.tree:Config", "t2i_adapter.verbs.train:run"
     ),
     "verify-resume": Verb(
         "Check that a stopped and resumed run equals an uninterrupted one.",
-        "t2i_adapter.verbs.verify_resume_options:VerifyOptions",
+        "t2i_adapter.verbs.verify_resume:VerifyOptions",
         "t2i_adapter.verbs.verify_resume:run",
     ),
     "generate": Verb(

@@ -23,9 +23,9 @@ from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.base import open_base
-from t2i_adapter.training.accumulate import Accumulation
-from t2i_adapter.training.memory import example_batch
+from t2i_adapter.models.open import open_base
+from t2i_adapter.training.accumulate import Accumulation, plain_gradients
+from t2i_adapter.batches.example import example_batch
 from t2i_adapter.training.step import FrozenModel, batch_losses
 
 SIZE, COUNT, MIB = 16, 2, 2**20
@@ -47,9 +47,8 @@ def batch(number, size):
 
 def gradient(limit=None, size=SIZE):
     losses = []
-    accumulation = Accumulation(
-        accelerator, wrapped, lambda samples: batch_losses(wrapped, frozen, samples), COUNT, losses.append
-    )
+    add_gradients = plain_gradients(accelerator, lambda samples: batch_losses(wrapped, frozen, samples))
+    accumulation = Accumulation(accelerator, wrapped, add_gradients, COUNT, losses.append)
     for parameter in adapter.parameters():
         parameter.grad = None
     batches = [batch(number, size) for number in range(COUNT)]
@@ -100,7 +99,7 @@ def measured(tmp_path: Path, limit: int, processes: int = 1) -> tuple[list[dict]
 def test_a_micro_batch_that_does_not_fit_is_split_and_the_update_is_the_same(tmp_path: Path):
     (found,), printed = measured(tmp_path, limit=80)
     assert found["unsplit"] is None and found["at_once"] < 16
-    assert "Memory did not suffice for 16 samples at once: from here on 8" in printed
+    assert "Out of memory for 16 samples at once: from here on 8" in printed
     # The same sum in another order: float32 rounding
     assert found["loss"] < 1e-6 and found["gradient"] < 1e-5
 
@@ -114,8 +113,8 @@ def test_one_process_that_runs_out_does_not_lose_the_others(tmp_path: Path):
 def test_where_no_single_sample_fits_a_line_says_what_to_do(tmp_path: Path):
     found, printed = measured(tmp_path, limit=4)
     assert not found
-    assert "Memory does not suffice for a single sample (" in printed
-    assert "use --gradient_checkpointing, --base.quantize" in printed
+    assert "Out of memory for a single sample (" in printed
+    assert "use --train.gradient_checkpointing, --base.quantize" in printed
 
 
 @pytest.mark.parametrize("fault", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])

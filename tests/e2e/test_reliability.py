@@ -114,7 +114,7 @@ def test_a_second_interrupt_leaves_at_once(work: Path):
     assert os.waitpid(run.pid, os.WNOHANG) == (0, 0), run.said()
     run.send(signal.SIGINT)
     assert run.wait(10) == 130
-    assert "left at once" in run.said()
+    assert "exits at once" in run.said()
 
 
 def test_max_time_ends_a_run_well(work: Path):

@@ -18,9 +18,8 @@ from support.processes import Run, end_all, ranks
 from support.runs import losses
 from support.tiny import write_circles
 
-from t2i_adapter.training import nonfinite
+from t2i_adapter.training import nonfinite, setup
 from t2i_adapter.types import Batch
-from t2i_adapter.verbs import train as training
 
 STEPS, SAVED = 6, 3
 SPREADS = [
@@ -77,16 +76,16 @@ def spread(work: Path, name: str, world: int, workers: int, batch: int, accumula
 
 def write_down(folder: Path, rank: str) -> None:
     """From now on every micro-batch of this process is kept, by its step, its place in the step and the process."""
-    made = training.make_batches
+    made = setup.make_batches
 
     def kept(facts: Any, config: Any, *rest: Any, start_step: int, **more: Any) -> Iterator[Batch]:
         accumulate = config.train.gradient_accumulation_steps
         for number, batch in enumerate(made(facts, config, *rest, start_step=start_step, **more)):
             step, micro = divmod(number, accumulate)
-            nonfinite.keep(folder / f"{start_step + step:03d}-{micro}-{rank}.safetensors", step, [batch], {})
+            nonfinite.write(folder / f"{start_step + step:03d}-{micro}-{rank}.safetensors", step, [batch], {})
             yield batch
 
-    training.make_batches = kept
+    setup.make_batches = kept
 
 
 def samples(folder: Path) -> dict[str, list[Any]]:

@@ -90,18 +90,18 @@ def test_a_compiled_base_gives_the_plain_one_s_gradient(config: Config, kind: st
 
 def test_the_host_waits_for_the_device_in_no_step(config: Config, monkeypatch: pytest.MonkeyPatch):
     """CUDA itself raises where an update makes the host wait."""
-    from t2i_adapter.training.loop import Trainer
+    from t2i_adapter.training.update import Update
 
-    update = Trainer._update
+    apply = Update._apply
 
-    def watched(trainer: Trainer) -> None:
+    def watched(update: Update) -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            update(trainer)
+            apply(update)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Trainer, "_update", watched)
+    monkeypatch.setattr(Update, "_apply", watched)
     run(replace(config, tracking=replace(config.tracking, log_every=6)))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from t2i_adapter.batches.example import example_batch
 from t2i_adapter.devices import on_cores, sharing_cores
-from t2i_adapter.training.cpu.lanes import CpuThreads, count_cpu_threads
+from t2i_adapter.training.cpu.threads import CpuThreads, count_cpu_threads
 from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.types import Batch
 

@@ -23,8 +23,8 @@ from t2i_adapter.config.tree import (
     TrainOptions,
 )
 from t2i_adapter.training.cpu import trace as recorded
-from t2i_adapter.training.cpu.lanes import CpuThreads
-from t2i_adapter.training.cpu.trace import MOST, RECORD_AT, TraceCache, is_traceable
+from t2i_adapter.training.cpu.threads import CpuThreads
+from t2i_adapter.training.cpu.trace import MOST, TRACE_AT, TraceCache, is_traceable
 from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.verbs.train import run
 
@@ -44,7 +44,7 @@ def test_replayed_on_two_threads_it_gives_the_same_bits(adapter: Any, frozen: Fr
         CpuThreads(2, adapter, lambda network, part: batch_losses(network, frozen, part), chosen)
         for chosen in (None, recorder)
     )
-    for seed in range(RECORD_AT + 3):  # parts of two and of three samples
+    for seed in range(TRACE_AT + 3):  # parts of two and of three samples
         wanted, got = (gradients(frozen, adapter, lanes, 5, seed) for lanes in (plain, replaying))
         assert all(map(torch.equal, wanted, got)), f"update {seed}"
         with torch.no_grad():
@@ -58,7 +58,7 @@ def test_no_more_shapes_are_recorded_than_memory_is_for():
     recorder = TraceCache(print)
     for side in range(1, MOST + 4):
         x = torch.ones(side)
-        for _ in range(RECORD_AT + 1):
+        for _ in range(TRACE_AT + 1):
             (got,) = recorder.call(lambda x=x: [x * 2], [x])
             assert torch.equal(got, torch.full((side,), 2.0))
     assert len(recorder._replays) == MOST
@@ -81,7 +81,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
 def test_any_operation_replays_on_other_numbers(function: Callable[[Tensor], Sequence[Tensor]]):
     said: list[str] = []
     recorder = TraceCache(said.append)
-    for seed in range(RECORD_AT + 3):
+    for seed in range(TRACE_AT + 3):
         torch.manual_seed(seed)
         x = torch.randn(2, 4)
         got = recorder.call(lambda x=x: function(x), [x])
@@ -126,7 +126,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(
 ):
     said: list[str] = []
     recorder = TraceCache(said.append)
-    for seed in range(3 * RECORD_AT):
+    for seed in range(3 * TRACE_AT):
         torch.manual_seed(seed)
         x = torch.randn(2, 4)
         assert recorder.call(lambda x=x: function(x), [x])
@@ -142,7 +142,7 @@ def test_what_the_function_raises_while_it_is_recorded_is_raised():
         raise torch.OutOfMemoryError("no room")
 
     x = torch.ones(2)
-    for _ in range(RECORD_AT + 1):
+    for _ in range(TRACE_AT + 1):
         with pytest.raises(torch.OutOfMemoryError):
             recorder.call(lambda: full(x), [x])
 
@@ -172,7 +172,7 @@ def test_a_recorded_run_is_the_same_run(
             tracking=TrackingOptions(report_to="none", log_every=1),
         )
         with monkeypatch.context() as patch:
-            patch.setattr(recorded, "RECORD_AT", record_at)
+            patch.setattr(recorded, "TRACE_AT", record_at)
             replays: list[object] = []
             patch.setattr(TraceCache, "_try", _kept(TraceCache._try, replays))
             run(config)

@@ -34,8 +34,7 @@ from t2i_adapter.config.tree import (
 )
 from t2i_adapter.errors import Stopped, UserError
 from t2i_adapter.flags import parse_train
-from t2i_adapter.training import nonfinite
-from t2i_adapter.training import resume as continuity
+from t2i_adapter.training import nonfinite, resume
 from t2i_adapter.training.loop import Trainer
 from t2i_adapter.training.setup import make_trainer, set_up
 from t2i_adapter.training.signals import Stopper
@@ -69,7 +68,8 @@ def with_nan(batches: Callable[[int], Iterator[Batch]]) -> Callable[[int], Itera
 
 
 def trainer_with_a_bad_step(config: Config, stop_after: int | None = None) -> Trainer:
-    trainer = make_trainer(set_up(config), Stopper(stop_after=stop_after))
+    setup = set_up(config)
+    trainer = make_trainer(setup, setup.prepare_data(), Stopper(stop_after=stop_after))
     trainer.batches = with_nan(trainer.batches)
     Path(config.output_dir).mkdir(exist_ok=True)
     return trainer
@@ -88,12 +88,12 @@ def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
 
 def test_a_bad_step_stops_before_the_optimiser_names_its_sample_and_keeps_its_batch(config: Config):
     trainer = trainer_with_a_bad_step(config)
-    with pytest.raises(UserError, match="gradient of step 3 is no finite number and was not applied") as told:
+    with pytest.raises(UserError, match="Step 3: NaN or inf in the gradient; the update was skipped") as told:
         trainer.fit()
     whole = replace(config, output_dir=f"{config.output_dir}-whole")
     run(whole)
     assert not different(checkpoint_of(config, BAD_STEP), checkpoint_of(whole, BAD_STEP))
-    now = trainer.adapter.state_dict()
+    now = trainer.update.adapter.state_dict()
     kept = checkpoint_of(config, BAD_STEP)
     assert all(torch.equal(value, kept[f"weights.{name}"]) for name, value in now.items()), "the weights were touched"
     assert not (Path(config.output_dir) / "checkpoint-4").exists()
@@ -103,13 +103,13 @@ def test_a_bad_step_stops_before_the_optimiser_names_its_sample_and_keeps_its_ba
     shown: dict[str, Any] = {}
     exec(code(page, "from dataclasses import replace").replace("my-adapter", config.output_dir), shown)
     (batch,) = shown["batches"]
-    assert f"it had {batch.keys[1]} (timestep {batch.timesteps[1]}, loss nan)" in str(told.value)
+    assert f"Samples: {batch.keys[1]} (timestep {batch.timesteps[1]}, loss nan)" in str(told.value)
     assert batch.keys[0] not in str(told.value)
     replayed = batch_losses(shown["setup"].adapter, shown["frozen"], batch).tolist()
     assert replayed[0] == replayed[0] and replayed[1] != replayed[1]
 
 
-def test_a_bad_step_may_be_passed_over_and_the_run_still_resumes_to_the_bit(config: Config):
+def test_a_bad_step_may_be_skipped_and_the_run_still_resumes_to_the_bit(config: Config):
     config = replace(config, train=replace(config.train, on_nonfinite="skip", max_nonfinite=1))
     trainer_with_a_bad_step(config).fit()
     assert not different(
@@ -124,16 +124,16 @@ def test_a_bad_step_may_be_passed_over_and_the_run_still_resumes_to_the_bit(conf
         trainer_with_a_bad_step(stopped, stop_after=4).fit()
     again = trainer_with_a_bad_step(replace(stopped, checkpoint=replace(stopped.checkpoint, resume="auto")))
     again.resume(Path(stopped.output_dir) / "checkpoint-4")
-    assert again.passed_over == 1
+    assert again.skipped_steps == 1
     again.fit()
     assert not different(checkpoint_of(config, 6), checkpoint_of(stopped, 6))
 
 
-def test_more_bad_steps_than_may_be_passed_over_stop_the_run(config: Config):
+def test_more_bad_steps_than_may_be_skipped_stop_the_run(config: Config):
     trainer = trainer_with_a_bad_step(
         replace(config, train=replace(config.train, on_nonfinite="skip", max_nonfinite=0))
     )
-    with pytest.raises(UserError, match="step 3 is no finite number"):
+    with pytest.raises(UserError, match="Step 3: NaN or inf in the gradient"):
         trainer.fit()
 
 
@@ -142,7 +142,7 @@ def test_a_fused_optimiser_that_is_told_leaves_all_as_it_is():
     torch.manual_seed(0)
     network = torch.nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
-    guard = nonfinite.Guard(optimizer, told=True, scaled=False)
+    guard = nonfinite.Guard(optimizer, supports_found_inf=True, is_scaled=False)
 
     def step(number: int, spoil: bool) -> None:
         network(torch.ones(1, 3)).sum().backward()
@@ -333,29 +333,29 @@ def test_the_flags_that_stand_alone_are_those_of_the_tree_in_verb_and_script():
         assert config.checkpoint.allow_changed
 
 
-def changes(config: Config, plan: dict[str, int] = PLAN, **state: Any) -> list[continuity.Change]:
-    return continuity.changes({"options": to_dict(Config()), "plan": PLAN, **state}, config, plan)
+def changes(config: Config, plan: dict[str, int] = PLAN, **state: Any) -> list[resume.Change]:
+    return resume.changes({"options": to_dict(Config()), "plan": PLAN, **state}, config, plan)
 
 
 def test_every_name_in_the_table_of_harmless_changes_is_an_option():
     known = set(load.option_types(Config))
     groups = {path.partition(".")[0] for path in known if "." in path}
-    assert set(continuity.HARMLESS) <= known | groups
+    assert set(resume.HARMLESS) <= known | groups
 
 
 @pytest.mark.parametrize("path", sorted({"base.name", "data.resolution", "adapter.num_res_blocks", "optim.name",
                                          "optim.lr", "objective.timesteps", "data.train_data_dir"}))  # fmt: skip
-def test_what_decides_the_numbers_breaks_continuity(path: str):
-    assert not continuity.is_harmless(path)
+def test_what_decides_the_numbers_makes_another_run(path: str):
+    assert not resume.is_harmless(path)
 
 
 def test_a_global_batch_that_is_split_otherwise_is_the_same_run():
     halves = replace(Config(), train=replace(Config().train, batch_size=2, gradient_accumulation_steps=2))
     found = changes(halves)
     assert [change.name for change in found] == ["train.batch_size", "train.gradient_accumulation_steps"]
-    continuity.check(found, "checkpoint-1", allowed=False)
+    resume.check(found, "checkpoint-1", allowed=False)
     with pytest.raises(UserError, match="the global batch 4 -> 8: .*allow_changed"):
-        continuity.check(changes(halves, {**PLAN, "global_batch": 8}), "checkpoint-1", allowed=False)
+        resume.check(changes(halves, {**PLAN, "global_batch": 8}), "checkpoint-1", allowed=False)
 
 
 def test_an_option_that_an_older_version_did_not_have_is_as_it_is_by_default():

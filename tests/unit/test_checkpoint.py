@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from t2i_adapter.errors import UserError
 from t2i_adapter.tensors import write_tensors
 from t2i_adapter.training import checkpoint, saving
-from t2i_adapter.training.checkpoint import Keep, TrainingState
+from t2i_adapter.training.checkpoint import KeepPolicy, TrainingState
 from t2i_adapter.training.saving import Saver
 
 PLAN = {"seed": 0, "global_batch": 2, "samples": 8}
@@ -40,7 +40,7 @@ def trained(adapter: T2IAdapter, steps: int) -> torch.optim.Optimizer:
 def snapshot(step: int) -> checkpoint.Snapshot:
     adapter = small_adapter(step)
     tensors, numbers = checkpoint.pack_optimizer(trained(adapter, 1))
-    return checkpoint.take(adapter, TrainingState(tensors, state_of(step, numbers)))
+    return checkpoint.snapshot(adapter, TrainingState(tensors, state_of(step, numbers)))
 
 
 def state_of(step: int, numbers: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def test_an_optimiser_goes_on_to_the_bit(tmp_path: Path):
     stopped = small_adapter()
     optimizer = trained(stopped, 1)
     tensors, numbers = checkpoint.pack_optimizer(optimizer)
-    folder = checkpoint.write(tmp_path, checkpoint.take(stopped, TrainingState(tensors, state_of(1, numbers))))
+    folder = checkpoint.write(tmp_path, checkpoint.snapshot(stopped, TrainingState(tensors, state_of(1, numbers))))
     weights, training = checkpoint.load(folder)
     resumed = small_adapter(seed=9)
     resumed.load_state_dict(weights)
@@ -81,7 +81,7 @@ def test_the_adapter_of_a_checkpoint_opens_by_itself(tmp_path: Path):
 
 def test_a_snapshot_shares_nothing_with_what_trains_on():
     adapter = small_adapter()
-    taken = checkpoint.take(adapter, TrainingState({}, state_of(1, {})))
+    taken = checkpoint.snapshot(adapter, TrainingState({}, state_of(1, {})))
     before = {name: value.clone() for name, value in taken.weights.items()}
     trained(adapter, 1)
     assert all(torch.equal(taken.weights[name], before[name]) for name in before)
@@ -91,13 +91,13 @@ def test_a_snapshot_shares_nothing_with_what_trains_on():
 @pytest.mark.parametrize(
     ("keep", "best", "left"),
     [
-        (Keep(2), None, [15, 100]),
-        (Keep(), None, [5, 10, 15, 100]),
-        (Keep(1, every=10), None, [10, 100]),
-        (Keep(1), 5, [5, 100]),
+        (KeepPolicy(2), None, [15, 100]),
+        (KeepPolicy(), None, [5, 10, 15, 100]),
+        (KeepPolicy(1, every=10), None, [10, 100]),
+        (KeepPolicy(1), 5, [5, 100]),
     ],
 )
-def test_the_newest_the_kth_and_the_best_are_kept(tmp_path: Path, keep: Keep, best: int | None, left: list[int]):
+def test_the_newest_the_kth_and_the_best_are_kept(tmp_path: Path, keep: KeepPolicy, best: int | None, left: list[int]):
     for step in (5, 10, 15, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
     checkpoint.rotate(tmp_path, keep, best)
@@ -121,7 +121,7 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path):
     run.mkdir()
     (run / "checkpoint-1").symlink_to(elsewhere)
     (run / "checkpoint-2").mkdir()
-    checkpoint.rotate(run, Keep(1))
+    checkpoint.rotate(run, KeepPolicy(1))
     assert [path.name for path in run.iterdir()] == ["checkpoint-2"]
     assert (elsewhere / "precious").is_file()
 
@@ -274,7 +274,7 @@ def told() -> list[str]:
 
 @pytest.fixture
 def saver(tmp_path: Path, told: list[str]) -> Saver:
-    return Saver(tmp_path / "run", Keep(1), told.append)
+    return Saver(tmp_path / "run", KeepPolicy(1), told.append)
 
 
 def test_saving_returns_before_the_file_is_there_and_the_next_waits(saver: Saver, monkeypatch: pytest.MonkeyPatch):

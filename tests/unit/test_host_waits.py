@@ -11,7 +11,7 @@ from support.runs import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2i_adapter.training import nonfinite
-from t2i_adapter.verbs import train as training
+from t2i_adapter.training.setup import make_trainer, set_up
 
 ASKS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "equal"}
 """Operations whose answer the host needs before it can go on."""
@@ -35,7 +35,8 @@ def asked(tiny_base: Path, tiny_data: Path, folder: Path, *, steps: int) -> int:
     changes = {"data.num_workers": 1, "train.max_steps": steps, "train.lanes": 1, "train.ema_decay": 0.9}
     config = tiny_config(tiny_base, tiny_data, folder, {**changes, "tracking.log_every": steps})
     folder.mkdir()
-    trainer = training.make_trainer(training.set_up(config))
+    setup = set_up(config)
+    trainer = make_trainer(setup, setup.prepare_data())
     with Listener() as listener:
         trainer.fit()
     return listener.asked.total()

@@ -20,7 +20,7 @@ from t2i_adapter.models.open import open_base
 from t2i_adapter.models.quantize import FORMATS, quantize
 from t2i_adapter.training.memory import Shapes
 from t2i_adapter.training.step import FrozenModel, batch_losses
-from t2i_adapter.verbs.plan_options import PlanOptions
+from t2i_adapter.verbs.plan import PlanOptions
 
 MIB = 2**20
 RUN = "--data.resolution 128 --data.num_workers 0 --tracking.report_to none --train.seed 0 --train.lanes 1"
@@ -110,6 +110,8 @@ def test_a_recipe_is_planned_with_flags_on_top(tiny_data: Path, tmp_path: Path, 
 
 
 def test_an_unknown_card_is_one_line():
-    with pytest.raises(UserError, match=r"--card Voodoo: give its memory, such as 24GB, or one of RTX 3060"):
+    with pytest.raises(
+        UserError, match=r"--card Voodoo: unknown card; write its memory, such as 24GB, or one of RTX 3060"
+    ):
         PlanOptions(card="Voodoo")
     assert PlanOptions(card="rtx4090").card_bytes() == PlanOptions(card="24 GB").card_bytes() == 24 * 2**30

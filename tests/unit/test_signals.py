@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 
 from t2i_adapter.errors import Stopped
-from t2i_adapter.training.signals import CODES, STEP_REACHED, TIME_IS_UP, Stopper
+from t2i_adapter.training.signals import Reason, Stopper
 
 HOUR = timedelta(hours=1)
 LISTENED_TO = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -33,19 +33,19 @@ def test_before_training_a_signal_ends_the_run_where_it_stands(number: signal.Si
 def test_in_training_it_waits_to_be_asked_for(number: signal.Signals):
     with Stopper() as stopper:
         stopper.begin_training(HOUR)
-        assert stopper.asked(1) == 0
+        assert stopper.stop_reason(1) is None
         send(number)
-        assert stopper.asked(2) == number
+        assert stopper.stop_reason(2) == number
 
 
 def test_what_would_take_long_is_cut_short():
     began = time.monotonic()
     with Stopper() as stopper:
         stopper.begin_training(HOUR)
-        assert stopper.unless_heard(lambda: "drawn") == "drawn"
+        assert stopper.unless_stopped(lambda: "drawn") == "drawn"
         threading.Timer(0.05, send, (signal.SIGTERM,)).start()
-        assert stopper.unless_heard(lambda: time.sleep(30)) is None
-        assert stopper.unless_heard(lambda: pytest.fail("begun although a signal was heard")) is None
+        assert stopper.unless_stopped(lambda: time.sleep(30)) is None
+        assert stopper.unless_stopped(lambda: pytest.fail("begun although a signal was heard")) is None
     assert time.monotonic() - began < 20
 
 
@@ -61,15 +61,15 @@ def test_a_child_process_does_not_take_the_signal_for_its_own():
         child = os.fork()
         if child == 0:
             send(signal.SIGTERM)
-            os._exit(7 if stopper.asked(1) == 0 else 8)
+            os._exit(7 if stopper.stop_reason(1) is None else 8)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_time_and_a_step_are_reasons_too():
     with Stopper(max_time=0.05) as stopper:
-        assert stopper.asked(1) == 0
+        assert stopper.stop_reason(1) is None
         time.sleep(0.06)
-        assert stopper.asked(2) == TIME_IS_UP
+        assert stopper.stop_reason(2) == Reason.TIME_IS_UP
     with Stopper(stop_after=3) as stopper:
-        assert [stopper.asked(step) for step in (2, 3, 4)] == [0, STEP_REACHED, 0]
-    assert CODES[TIME_IS_UP] == CODES[STEP_REACHED] == 0
+        assert [stopper.stop_reason(step) for step in (2, 3, 4)] == [None, Reason.STEP_REACHED, None]
+    assert Reason.TIME_IS_UP.exit_code == Reason.STEP_REACHED.exit_code == 0

@@ -1,4 +1,4 @@
-"""The gradients of one global batch, computed in as many parts as the device's memory asks for."""
+"""Gradient accumulation: adds up the gradients of one global batch, in parts that fit into the device's memory."""
 
 from __future__ import annotations
 
@@ -14,81 +14,80 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2i_adapter.devices import release
-from t2i_adapter.errors import UserError, first_line
+from t2i_adapter.errors import UserError, first_line, flag
+from t2i_adapter.training.profile import BACKWARD, DATA, mark
 from t2i_adapter.types import Batch
 
-_CPU_WORDS = ("not enough memory", "can't allocate memory", "could not create a memory", "could not create a primitive")
-"""What torch's CPU allocator and oneDNN say in a plain RuntimeError, for which there is no class of its own."""
+_CPU_OUT_OF_MEMORY = (
+    *("not enough memory", "can't allocate memory"),
+    *("could not create a memory", "could not create a primitive"),
+)
+"""Texts of the plain RuntimeErrors that torch's CPU allocator and oneDNN raise; they have no class of their own."""
+
+AddGradients = Callable[[Batch, float], Tensor]
+"""(samples, share) -> share times the sum of the samples' losses, (); adds its gradients to the adapter's."""
 
 
 @dataclass
 class Accumulation:
     """Adds gradients to the adapter's, micro-batch by micro-batch.
 
-    wrapped: the adapter as accelerate wraps it. losses: batch -> each sample's loss (B,). count: micro-batches an
-    update. on_loss: takes each part's share of the update's mean loss.
+    wrapped: the adapter as accelerate wraps it. count: micro-batches of an update. on_loss: receives each part's share
+    of the update's mean loss.
     """
 
     accelerator: Accelerator
     wrapped: Any
-    losses: Callable[[Batch], Tensor]
+    add_gradients: AddGradients
     count: int
     on_loss: Callable[[Tensor], None]
     at_once: int | None = None
-    """Most samples computed together; None until memory has run out, and less each time it does."""
-    side_by_side: Callable[[Batch, float], Tensor] | None = None
-    """Adds a share of the samples' gradients on several threads (`lanes.CpuThreads.add`); None computes them here."""
-    span: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    """Entered around a part of the step with its name, where somebody measures (`profile.Profile`)."""
+    """Most samples computed together; None until memory runs out, then halved each time it does."""
 
     def add(self, batches: Iterator[Batch]) -> None:
-        """Adds the gradients of one global batch; processes exchange them once, with its last part."""
+        """Adds the gradients of one global batch; ranks exchange them once, with its last part."""
         for micro in range(self.count):
-            with self.span("waiting for data"):
+            with mark(DATA):
                 batch = next(batches)
-            self._add_micro_batch(batch, last=micro == self.count - 1)
+            self._add_micro_batch(batch, is_last=micro == self.count - 1)
 
-    def _add_micro_batch(self, batch: Batch, *, last: bool) -> None:
-        """A sample's share of the loss is the same however many are computed together: the parts sum to the whole."""
+    def _add_micro_batch(self, batch: Batch, *, is_last: bool) -> None:
+        """Computes the batch in parts of `at_once` samples. A sample's share of the loss does not depend on the parts,
+        so their gradients sum to those of the whole batch."""
         start, size = 0, len(batch)
         while start < size:
             stop = min(size, start + (self.at_once or size))
-            fault = self._try(part(batch, start, stop), 1 / (size * self.count), exchange=last and stop == size)
+            fault = self._try(part(batch, start, stop), 1 / (size * self.count), exchange=is_last and stop == size)
             if fault is None:
                 start = stop
             else:
                 self._halve(stop - start, fault)
 
     def _try(self, samples: Batch, share: float, *, exchange: bool) -> str | None:
-        """Adds these samples' gradients; or adds nothing, and tells in which words memory was refused."""
-        before = self._gradients()
+        """Adds these samples' gradients and returns None; or, out of memory, adds nothing and returns the error's
+        first line."""
+        before = self._gradient_versions()
         try:
             with contextlib.nullcontext() if exchange else self.accelerator.no_sync(self.wrapped):
-                loss = (self.side_by_side or self._here)(samples, share)
+                loss = self.add_gradients(samples, share)
         except (RuntimeError, MemoryError) as fault:  # torch.OutOfMemoryError is a RuntimeError
-            if not is_out_of_memory(fault) or not self._undone(before, exchange):
+            if not is_out_of_memory(fault) or not self._restored(before, exchange):
                 raise
             return first_line(fault)
         self.on_loss(loss)
         return None
 
-    def _here(self, samples: Batch, share: float) -> Tensor:
-        loss = self.losses(samples).sum() * share
-        with self.span("backward pass"):
-            self.accelerator.backward(loss)
-        return loss.detach()
-
-    def _gradients(self) -> list[int]:
-        """How often each gradient was written, -1 where there is none."""
+    def _gradient_versions(self) -> list[int]:
+        """How often each gradient tensor was written; -1 if a parameter has no gradient yet."""
         return [-1 if p.grad is None else p.grad._version for p in self._parameters]
 
-    def _undone(self, before: list[int], exchange: bool) -> bool:
-        """Whether the adapter's gradients are again as they were.
+    def _restored(self, before: list[int], exchange: bool) -> bool:
+        """Whether the adapter's gradients are what they were before a part ran out of memory.
 
-        The UNet's part of the backward pass comes first and needs the most, and writes none. Past it only a first
-        part can be taken back, and only from a process that has not begun to exchange.
+        Memory usually runs out in the UNet's backward pass, before any adapter gradient is written. Later, the part
+        can be undone only if there were no gradients before it and no exchange between ranks has begun.
         """
-        if self._gradients() == before:
+        if self._gradient_versions() == before:
             return True
         if set(before) != {-1} or (exchange and self.accelerator.num_processes > 1):
             return False
@@ -101,22 +100,35 @@ class Accumulation:
         return trained(self.wrapped)
 
     def _halve(self, tried: int, fault: str) -> None:
-        """Takes half as many samples at once from here on. Raises UserError if it was one already."""
+        """Halves `at_once`. Raises UserError if a single sample was tried."""
         release(self.accelerator.device)
         if tried == 1:
             raise UserError(
-                f"Memory does not suffice for a single sample ({fault}): use --gradient_checkpointing, "
-                "--base.quantize, a lower --resolution, or a device with more."
+                f"Out of memory for a single sample ({fault}): use {flag('train.gradient_checkpointing')}, "
+                f"{flag('base.quantize')}, a lower {flag('data.resolution')}, or a device with more memory.",
+                kind="out_of_memory",
             )
         self.at_once = tried // 2
         tqdm.write(
-            f"Memory did not suffice for {tried} samples at once: from here on {self.at_once} are computed at a time, "
+            f"Out of memory for {tried} samples at once: from here on {self.at_once} are computed at a time, "
             "for the same update."
         )
 
 
+def plain_gradients(accelerator: Accelerator, losses: Callable[[Batch], Tensor]) -> AddGradients:
+    """One forward and one backward pass in this thread. losses: batch -> each sample's loss (B,)."""
+
+    def add_gradients(samples: Batch, share: float) -> Tensor:
+        loss = losses(samples).sum() * share
+        with mark(BACKWARD):
+            accelerator.backward(loss)
+        return loss.detach()
+
+    return add_gradients
+
+
 def trained(adapter: Any) -> list[Any]:
-    """The weights that learn."""
+    """The parameters that training changes."""
     return [parameter for parameter in adapter.parameters() if parameter.requires_grad]
 
 
@@ -124,13 +136,14 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
     """The samples from `start` up to `stop` of a batch."""
     if (start, stop) == (0, len(batch)):
         return batch
-    each = {name: len(value) // len(batch) for name, value in vars(batch).items()}  # a sample may have several noises
-    cut = {name: value[start * each[name] : stop * each[name]] for name, value in vars(batch).items()}
-    return replace(batch, **cut)
+    rows = {name: len(value) // len(batch) for name, value in vars(batch).items()}  # a sample has K noise samples
+    return replace(
+        batch, **{name: value[start * rows[name] : stop * rows[name]] for name, value in vars(batch).items()}
+    )
 
 
 def is_out_of_memory(fault: BaseException) -> bool:
-    """Whether an exception says that memory, the device's or the host's, did not suffice."""
+    """Whether an exception reports that the device's or the host's memory ran out."""
     if isinstance(fault, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(fault, RuntimeError) and any(word in str(fault) for word in _CPU_WORDS)
+    return isinstance(fault, RuntimeError) and any(text in str(fault) for text in _CPU_OUT_OF_MEMORY)

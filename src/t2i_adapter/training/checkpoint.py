@@ -1,12 +1,12 @@
-"""Checkpoints: whole or not at all, and no pickle.
+"""Checkpoints: complete or not there at all, and without pickle.
 
     checkpoint-500/
-      t2iadapter/             the adapter as it would be published: opens with T2IAdapter.from_pretrained
-      training.safetensors    what else the run needs: the optimiser's tensors, and the raw weights beside an average
-      state.json              schema, step, plan, options, plain numbers, sha256 of every file and of itself
+      t2iadapter/             the adapter (the EMA, if there is one): opens with T2IAdapter.from_pretrained
+      training.safetensors    what else a resume needs: the optimiser's tensors, and the raw weights beside an EMA
+      state.json              schema, step, plan, options, numbers, sha256 of every file and of itself
 
-A checkpoint is written aside, flushed to disk, read again and renamed. What is older than the newest ones goes only
-then; what is newer than the one a run goes on from is set aside, so that the newest is always of the present run.
+A checkpoint is written to a temporary folder, flushed, read back from the disk and renamed. Old checkpoints are removed
+only after that. On a resume, checkpoints newer than the one in use are renamed, so the newest is always of this run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,24 +26,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from t2i_adapter.errors import UserError
+from t2i_adapter.export.adapter import adapter_config, write_adapter_files
 from t2i_adapter.files import move_atomic, parse_json, sha256
+from t2i_adapter.models import record
 from t2i_adapter.tensors import write_tensors
 
 SCHEMA = 2
 PREFIX = "checkpoint-"
-CONFIG = "t2iadapter/config.json"
-WEIGHTS = "t2iadapter/diffusion_pytorch_model.safetensors"
+ADAPTER = "t2iadapter"
+CONFIG = f"{ADAPTER}/{record.CONFIG}"
+WEIGHTS = f"{ADAPTER}/{record.WEIGHTS}"
 TENSORS = "training.safetensors"
+STATE = "state.json"
 _SET_ASIDE = ".set-aside"
 _WRITING = ".writing"
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run needs to go on as if it had not stopped.
-
-    tensors: flat names to tensors; state: plain JSON, whose parts `_NEEDED` names.
-    """
+    """What a resume needs besides the adapter. tensors: by flat names; state: JSON with at least `_STATE_TYPES`."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
@@ -51,10 +52,7 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One moment of a run in host memory, sharing nothing with what trains on.
-
-    config: the adapter's config.json; weights: the adapter as published.
-    """
+    """A copy of a run's state in host memory. config: the adapter's config.json; weights: the EMA or the adapter."""
 
     config: str
     weights: dict[str, Tensor]
@@ -66,26 +64,22 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
-        """About what it takes on disk."""
+        """Approximate size on disk."""
         return sum(tensor.nbytes for part in (self.weights, self.training.tensors) for tensor in part.values())
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Which checkpoints stay: the `last` newest (None: all), and those of every `every`-th update."""
+class KeepPolicy:
+    """Which checkpoints stay: the `last` newest (None: all), and those of every `every`-th step."""
 
     last: int | None = None
     every: int | None = None
 
 
-def take(adapter: Any, training: TrainingState) -> Snapshot:
-    """Copies to host memory; the one part of saving that training waits for."""
-    config = json.loads(adapter.to_json_string())
-    config.pop("_name_or_path", None)  # where it was loaded from concerns this machine only
-    weights = _copied(adapter.state_dict())
-    return Snapshot(
-        json.dumps(config, indent=2) + "\n", weights, TrainingState(_copied(training.tensors), training.state)
-    )
+def snapshot(adapter: Any, training: TrainingState) -> Snapshot:
+    """Copies everything to host memory; training waits for this part of saving alone."""
+    weights, tensors = _copied(adapter.state_dict()), _copied(training.tensors)
+    return Snapshot(adapter_config(adapter), weights, TrainingState(tensors, training.state))
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,39 +87,39 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(output_dir: Path, snapshot: Snapshot) -> Path:
-    """Writes checkpoint-{step} and returns its folder. Raises OSError, also where the disk holds something else than
-    what was written; there is then no folder of that name that was not there before."""
+    """Writes checkpoint-{step} and returns its folder.
+
+    Raises OSError, also if the disk holds other bytes than were written; no new folder of that name exists then.
+    """
     final = output_dir / f"{PREFIX}{snapshot.step}"
-    aside = output_dir / f".{final.name}{_WRITING}"
+    temporary = output_dir / f".{final.name}{_WRITING}"
     try:
-        _write(aside, snapshot)
-        fault = damage(aside, from_disk=True)
+        _write(temporary, snapshot)
+        fault = damage(temporary, from_disk=True)
         if fault:
             raise OSError(f"it was written, but {fault}")
         if final.exists():
             _set_aside(final)
-        move_atomic(aside, final)
+        move_atomic(temporary, final)
     finally:
-        _remove(aside)
+        _remove(temporary)
     return final
 
 
-def _write(aside: Path, snapshot: Snapshot) -> None:
-    tidy(aside.parent)  # also what could not be removed when an earlier one failed
-    (aside / WEIGHTS).parent.mkdir(parents=True)
-    (aside / CONFIG).write_text(snapshot.config, encoding="utf-8")
-    files = {
-        CONFIG: hashlib.sha256(snapshot.config.encode()).hexdigest(),
-        TENSORS: write_tensors(aside / TENSORS, snapshot.training.tensors),
-        WEIGHTS: write_tensors(aside / WEIGHTS, snapshot.weights, {"format": "pt"}),
-    }
+def _write(temporary: Path, snapshot: Snapshot) -> None:
+    tidy(temporary.parent)  # frees the space of earlier saves that failed
+    adapter = temporary / ADAPTER
+    adapter.mkdir(parents=True)
+    written = write_adapter_files(adapter, snapshot.config, snapshot.weights)
+    files = {f"{ADAPTER}/{name}": digest for name, digest in written.items()}
+    files[TENSORS] = write_tensors(temporary / TENSORS, snapshot.training.tensors)
     state = {"schema": SCHEMA, **snapshot.training.state, "files": files}
     text = json.dumps({**state, "sha256": _digest(state)}, indent=1)
-    (aside / "state.json").write_text(text, encoding="utf-8")
+    (temporary / STATE).write_text(text, encoding="utf-8")
 
 
-def rotate(output_dir: Path, keep: Keep, best: int | None = None) -> None:
-    """Removes the checkpoints that are neither among the newest, nor of a kept update, nor the best."""
+def rotate(output_dir: Path, keep: KeepPolicy, best: int | None = None) -> None:
+    """Removes the checkpoints that the policy does not keep. best: step of one that stays in any case."""
     if keep.last is None:
         return
     for step, folder in list_checkpoints(output_dir)[: -keep.last]:
@@ -134,7 +128,7 @@ def rotate(output_dir: Path, keep: Keep, best: int | None = None) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """A link is taken away itself, and never what it leads to."""
+    """Removes a folder; of a link, the link itself and not its target."""
     if folder.is_symlink():
         folder.unlink(missing_ok=True)
     else:
@@ -142,15 +136,15 @@ def _remove(folder: Path) -> None:
 
 
 def tidy(output_dir: Path) -> None:
-    """Removes what was being written when a process was killed, or a disk failed. The folder must be locked."""
-    for left in output_dir.glob(f".{PREFIX}*{_WRITING}"):
-        _remove(left)
+    """Removes checkpoints that a killed process or a failed disk left half written. The folder must be locked."""
+    for leftover in output_dir.glob(f".{PREFIX}*{_WRITING}"):
+        _remove(leftover)
 
 
 def set_aside_after(output_dir: Path, step: int) -> list[str]:
-    """Renames the checkpoints after `step`, which the run will make anew; a line about each."""
+    """Renames the checkpoints after `step`, which the resumed run writes again; returns a line about each."""
     return [
-        f"{folder.name} comes after step {step} and is kept as {_set_aside(folder).name}"
+        f"{folder.name} is newer than step {step} and is renamed to {_set_aside(folder).name}"
         for newer, folder in list_checkpoints(output_dir)
         if newer > step
     ]
@@ -163,7 +157,7 @@ def _set_aside(folder: Path) -> Path:
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, oldest first; other names are passed over."""
+    """(step, folder) of every checkpoint, oldest first; other names are skipped."""
     found = []
     for path in output_dir.glob(f"{PREFIX}*"):
         number = path.name.removeprefix(PREFIX)
@@ -173,10 +167,10 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def find(output_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `resume` names, and a line about each newer one that had to be skipped.
+    """The checkpoint that `resume` names, and a line about each newer one that is damaged and was skipped.
 
-    `auto`, or `latest`, takes the newest whole one, or None if there is none at all. A path, or a name inside the
-    output folder, must exist and be whole. Raises UserError, also where it was written by a newer version.
+    `auto` or `latest` is the newest complete one, or None if there is none at all. A path, or a name inside the output
+    folder, must exist and be complete. Raises UserError, also if a newer version of this package wrote it.
     """
     if resume in ("auto", "latest"):
         skipped = []
@@ -186,68 +180,71 @@ def find(output_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
                 return folder, skipped
             skipped.append(f"{folder} is skipped: {fault}")
         if skipped:
-            raise UserError("No whole checkpoint to resume from. " + " ".join(skipped))
+            raise UserError("No complete checkpoint to resume from. " + " ".join(skipped))
         return None, []
     for folder in (Path(resume), output_dir / resume):
         if folder.is_dir():
             fault = damage(folder)
             if fault is not None:
-                raise UserError(f"--resume_from_checkpoint {resume}: {fault}")
+                raise UserError(f"{resume}: {fault}", option="checkpoint.resume")
             return folder, []
     known = ", ".join(path.name for _, path in list_checkpoints(output_dir)) or "none"
     raise UserError(
-        f"--resume_from_checkpoint {resume}: no such folder; in {output_dir} there are: {known}. Name one, or `auto`."
+        f"{resume}: no such folder; checkpoints in {output_dir}: {known}. Name one, or `auto`.",
+        option="checkpoint.resume",
     )
 
 
 def damage(folder: Path, *, from_disk: bool = False) -> str | None:
-    """What is wrong with a checkpoint, or None if it is whole. Raises UserError for one of a newer version."""
+    """What is wrong with a checkpoint, or None if it is complete. Raises UserError if a newer version wrote it."""
     try:
-        state = parse_json(_regular(folder / "state.json").read_bytes())
+        state = parse_json(_regular_file(folder / STATE).read_bytes())
         # Before the version: a flipped bit makes schema 3 of schema 2. Every later schema keeps this checksum.
         if "sha256" in state and state.pop("sha256") != _digest(state):
-            return "state.json does not have the checksum it was written with"
+            return f"{STATE} does not have the checksum it was written with"
         _check_version(state, folder)
-        state = _migrated(state)
         fault = _malformed(state)
         if fault:
-            return f"state.json cannot be read ({fault})"
+            return f"{STATE} cannot be read ({fault})"
         for name, digest in state["files"].items():
-            if sha256(_regular(folder / name), from_disk=from_disk) != digest:
+            if sha256(_regular_file(folder / name), from_disk=from_disk) != digest:
                 return f"{name} does not have the checksum it was written with"
     except FileNotFoundError as fault:
         return f"{Path(str(fault.filename)).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError) as fault:
-        return f"state.json cannot be read ({fault})"
+        return f"{STATE} cannot be read ({fault})"
     return None
 
 
-def _regular(file: Path) -> Path:
-    """Raises ValueError for a link, a device and whatever else is no plain file."""
+def _regular_file(file: Path) -> Path:
+    """Returns `file`. Raises ValueError for a link, a device or anything else that is not a regular file."""
     if not stat.S_ISREG(file.lstat().st_mode):
-        raise ValueError(f"{file.name} is no plain file")
+        raise ValueError(f"{file.name} is not a regular file")
     return file
 
 
-_NEEDED: dict[str, type] = {"step": int, "numbers": dict, "scaler": dict, "options": dict, "plan": dict, "files": dict}
-"""Parts of state.json and what each is."""
-_PLANNED = ("seed", "global_batch", "samples")
-"""Whole numbers of the plan that a run which goes on is held to."""
+_STATE_TYPES: dict[str, type] = {
+    "step": int, "numbers": dict, "scaler": dict,
+    "options": dict, "plan": dict, "files": dict,
+}
+"""Required parts of state.json and the type of each."""
+_PLAN_INTEGERS = ("seed", "global_batch", "samples")
+"""Integers of the plan that a resume compares."""
 
 
 def _malformed(state: dict[str, Any]) -> str | None:
-    for name, kind in _NEEDED.items():
+    for name, kind in _STATE_TYPES.items():
         if type(state.get(name)) is not kind:
-            return f"{name} is no {kind.__name__}"
-    if state["step"] < 0 or any(type(state["plan"].get(name)) is not int for name in _PLANNED):
-        return "step or plan is none of this program"
+            return f"{name} is not of type {kind.__name__}"
+    if state["step"] < 0 or any(type(state["plan"].get(name)) is not int for name in _PLAN_INTEGERS):
+        return "malformed step or plan"
     if state["files"].keys() != {CONFIG, WEIGHTS, TENSORS}:
-        return "files lists others than those of a checkpoint"
+        return "files lists other files than those of a checkpoint"
     return None
 
 
 def _digest(state: Mapping[str, Any]) -> str:
-    """Of state.json's content without its own checksum, whatever its spaces."""
+    """Checksum of state.json's content without its "sha256", independent of white space and the order of keys."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
@@ -255,30 +252,15 @@ def _check_version(state: Any, folder: Path) -> None:
     schema = state["schema"]
     if type(schema) is int and schema > SCHEMA:
         raise UserError(
-            f"{folder}: it was written by a newer version (schema {schema}, this one reads up to {SCHEMA}): "
+            f"{folder}: a newer version of this package wrote it (schema {schema}, this one reads up to {SCHEMA}): "
             "update the package, or resume from another checkpoint by name."
         )
-
-
-def _from_1(state: dict[str, Any]) -> dict[str, Any]:
-    """Schema 1 kept the seed and a count of samples where 2 keeps the plan."""
-    step = state["step"]
-    plan = {"seed": state["seed"], "global_batch": state["samples"] // step if step else 0, "samples": 0}
-    return {**state, "plan": plan}
-
-
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
-"""Schema -> what makes its state one of the next schema. A number of 0 in a plan means: was not kept."""
-
-
-def _migrated(state: dict[str, Any]) -> dict[str, Any]:
-    while state["schema"] != SCHEMA:
-        state = {**MIGRATIONS[state["schema"]](state), "schema": state["schema"] + 1}
-    return state
+    if schema != SCHEMA:
+        raise ValueError(f"unknown schema {schema!r}")
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], TrainingState]:
-    """(adapter weights as published, training state). Raises UserError if a file cannot be read."""
+    """(weights of the EMA or the adapter, training state). Raises UserError if a file cannot be read."""
     try:
         weights = load_file(folder / WEIGHTS)
         tensors = load_file(folder / TENSORS)
@@ -288,12 +270,14 @@ def load(folder: Path) -> tuple[dict[str, Tensor], TrainingState]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint that `find` has found whole, in the present schema."""
-    return _migrated(parse_json((folder / "state.json").read_bytes()))
+    """state.json of a checkpoint that `find` returned."""
+    state = parse_json((folder / STATE).read_bytes())
+    old_name = "passed_over"  # of checkpoints written before `skipped_steps`
+    return {"skipped_steps": state.get(old_name, 0), **state}
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as tensors named "optimizer.{parameter}.{key}", and what is no tensor as JSON alike."""
+    """An optimiser's state under names "optimizer.{parameter}.{key}": its tensors, and its other values as JSON."""
     tensors, numbers = {}, {}
     for index, entry in optimizer.state_dict()["state"].items():
         for key, value in entry.items():
@@ -302,7 +286,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: Mapping[str, Any]) -> None:
-    """Puts back what pack_optimizer took: `packed` holds its tensors and numbers together."""
+    """Restores what `pack_optimizer` returned: `packed` holds its tensors and numbers together."""
     state: dict[int, dict[str, Any]] = {}
     for name, value in packed.items():
         kind, _, rest = name.partition(".")

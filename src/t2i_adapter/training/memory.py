@@ -1,4 +1,4 @@
-"""What a step needs of memory, found without weights: the step is run on tensors that have shapes and no content."""
+"""Memory of a training step, computed without weights: the step runs on meta tensors, which have shapes only."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from t2i_adapter.models.quantize import quantize
 from t2i_adapter.training.step import FrozenModel, batch_losses
 
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 4}
-"""Of what each keeps of a parameter: two moments, or one."""
+"""Bytes of each optimiser's state for one parameter: two moments, or one."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device. step: what a forward and backward pass need at their peak, gradients included."""
+    """Bytes on the device. step: the peak of a forward and backward pass, gradients included."""
 
     base: int
     adapter: int
     optimizer: int
-    average: int
+    ema: int
     step: int
 
     @property
     def total(self) -> int:
-        return self.base + self.adapter + self.optimizer + self.average + self.step
+        return self.base + self.adapter + self.optimizer + self.ema + self.step
 
 
 class Shapes:
-    """A run's networks and their step as shapes without content, made once for any batch."""
+    """A run's networks on the meta device, built once for batches of any size."""
 
     def __init__(self, config: Config, base: Base, adapter: Any, dtype: torch.dtype) -> None:
-        """adapter: the one to train, of which only the config is used. dtype: arithmetic of the run."""
+        """adapter: the one to train; only its config is used. dtype: arithmetic of the run."""
         self.config, self.base, self.dtype = config, base, dtype
         options = replace(
             config.adapter, in_channels=adapter.config["in_channels"], num_res_blocks=adapter.config["num_res_blocks"]
@@ -57,13 +57,13 @@ class Shapes:
         self._frozen = FrozenModel(self._unet, schedule, base.latent_scale, dtype)
 
     def memory(self, batch_size: int, *, height: int, width: int) -> Memory:
-        """Of a micro-batch of pictures height x width pixels."""
+        """Memory for a micro-batch of pictures of height x width pixels."""
         trained = sum(parameter.numel() for parameter in self._adapter.parameters())
         return Memory(
             base=sum(tensor.nbytes for tensor in _tensors(self._unet)),
             adapter=4 * trained,
             optimizer=OPTIMIZER_BYTES[self.config.optim.name] * trained,
-            average=4 * trained if self.config.train.ema_decay else 0,
+            ema=4 * trained if self.config.train.ema_decay else 0,
             step=self._step_bytes(batch_size, height, width),
         )
 
@@ -79,7 +79,7 @@ class Shapes:
         return unet
 
     def _step_bytes(self, batch_size: int, height: int, width: int) -> int:
-        """The most bytes alive at once that a step allocates; the gradients are the last of them."""
+        """Peak of the bytes that a step allocates."""
         for parameter in self._adapter.parameters():
             parameter.grad = None
         batch = example_batch(
@@ -91,24 +91,24 @@ class Shapes:
             draws=self.config.train.noise_draws,
             device="meta",
         )
-        given = sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor))
+        inputs = sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor))
         with _fused_attention(), Watermark() as watermark:
             batch_losses(self._run_adapter, self._frozen, batch).mean().backward()
-        return given + watermark.peak
+        return inputs + watermark.peak
 
     def _run_adapter(self, condition: torch.Tensor) -> Any:
-        """The adapter under autocast, which keeps its weights' narrow copies; shapes alone would not be cast."""
+        """Emulates autocast, which caches low-precision copies of the weights; autocast does nothing on meta tensors."""
         if self.dtype == torch.float32:
             return self._adapter(condition)
-        narrow = {name: parameter.to(self.dtype) for name, parameter in self._adapter.named_parameters()}
-        return torch.func.functional_call(self._adapter, narrow, (condition.to(self.dtype),))
+        cast = {name: parameter.to(self.dtype) for name, parameter in self._adapter.named_parameters()}
+        return torch.func.functional_call(self._adapter, cast, (condition.to(self.dtype),))
 
 
 @contextlib.contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Attention in one piece, as devices compute it: on shapes alone torch would write the whole matrix out.
+    """Forces flash attention, as devices compute it: on meta tensors torch falls back to the full L x L matrix.
 
-    Put in the place of torch's function, for a mode would not reach what the backward pass recomputes.
+    torch's function is patched, because a dispatch mode is not active in what the backward pass recomputes.
     """
 
     def fused(query: Any, key: Any, value: Any, *_: Any, scale: float | None = None, **__: Any) -> torch.Tensor:
@@ -123,7 +123,7 @@ def _fused_attention() -> Iterator[None]:
 
 
 class Watermark(TorchDispatchMode):
-    """Counts the bytes of tensors made while it is entered and still alive; `peak` is the most of them at any time."""
+    """Counts the bytes of the tensors made inside it that are still alive; `peak` is the largest count."""
 
     def __init__(self) -> None:
         super().__init__()

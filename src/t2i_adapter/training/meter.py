@@ -1,4 +1,4 @@
-"""Numbers of each step, which stay on the device until somebody asks."""
+"""Collects the numbers of each step on the device, and reads them when the run logs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from t2i_adapter.types import Batch
 
 
 class Meter:
-    """Loss, gradient norm, bad steps, rate and share of the time spent waiting for batches, since the last reading;
-    only reading waits for the device."""
+    """Loss, gradient norm, skipped steps, samples/s and time spent waiting for batches, since the last `read`.
+
+    Only `read` waits for the device.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._shares: list[Tensor] = []  # () each, of the loss of the step that is being made
-        self._losses: list[Tensor] = []  # () each, a step's
+        self._shares: list[Tensor] = []  # () each, parts of the present step's loss
+        self._losses: list[Tensor] = []  # () each, one a step
         self._norms: list[Tensor] = []
-        self._scaled = False
+        self._is_scaled = False
         self._waited = 0.0
         self._started = time.perf_counter()
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches; the host's time until each was there counts as waiting. It never waits for the device."""
+        """Yields the batches, and counts the host's time until each is ready as waiting."""
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
@@ -42,22 +44,22 @@ class Meter:
         """A share () of this step's mean loss."""
         self._shares.append(loss)
 
-    def add_step(self, norm: Tensor, *, scaled: bool) -> None:
-        """Ends a step with its gradient norm (); one whose numbers are not finite is counted apart. Under loss scaling
-        an infinite norm is part of finding the scale."""
+    def add_step(self, norm: Tensor, *, is_scaled: bool) -> None:
+        """Ends a step with its gradient norm (). A step with NaN or inf counts as non-finite; under loss scaling an
+        infinite norm does not, for it is part of finding the scale."""
         self._losses.append(self._shares[0] if len(self._shares) == 1 else torch.stack(self._shares).sum())
         self._norms.append(norm)
-        self._shares, self._scaled = [], scaled
+        self._shares, self._is_scaled = [], is_scaled
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count towards the rate."""
+        """Time spent inside does not count towards samples/s."""
         began = time.perf_counter()
         yield
         self._started += time.perf_counter() - began
 
     def read(self, accelerator: Accelerator, samples_per_step: int) -> dict[str, float]:
-        """Means since the last reading, over all processes, and starts anew. The loss is nan where no step was good."""
+        """Means over all ranks since the last call, then starts anew. The loss is NaN if no step was finite."""
         sums: Any = accelerator.reduce(self._sums(), "mean")
         loss, norm, bad = sums.tolist()
         steps, seconds = max(len(self._losses), 1), time.perf_counter() - self._started
@@ -68,15 +70,15 @@ class Meter:
             "grad_norm": norm / steps,
             "nonfinite_steps": bad,
             "samples_per_s": steps * samples_per_step / seconds,
-            "wait_share": waited / seconds,  # this process' own
+            "wait_share": waited / seconds,  # of this rank alone
         }
 
     def _sums(self) -> Tensor:
-        """(3,) loss, gradient norm, and steps whose numbers are not finite, which the other two leave out."""
+        """(3,) sums: loss and gradient norm of the finite steps, and the number of the others."""
         if not self._losses:
             return torch.zeros(3, device=self._device)
         losses, norms = torch.stack(self._losses), torch.stack(self._norms)
         finite = torch.isfinite(norms)
-        good = torch.isfinite(losses) & (finite | self._scaled)
+        good = torch.isfinite(losses) & (finite | self._is_scaled)
         rows = [losses.where(good, 0.0), norms.where(finite, 0.0), (~good).float()]
         return torch.stack(rows).sum(1)

@@ -1,4 +1,4 @@
-"""The end of a run: the adapter and its card at the top of the output folder, then, if wanted, on the hub."""
+"""The end of a run: writes the adapter and its model card into the output folder, and pushes them to the hub."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from t2i_adapter.export.card import write_card
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.record import Metadata
 from t2i_adapter.training.loop import Trainer
+from t2i_adapter.training.resume import versions
 from t2i_adapter.training.validation import Validator
 
 
 def find_repository(config: Config) -> str | None:
-    """The hub repository that the adapter will go to, found to be there and writable before anything is paid for."""
+    """The hub repository to push to, or None. Raises UserError if it cannot be written, before hours of training."""
     if not config.hub.push:
         return None
     options = config.hub
@@ -25,14 +26,14 @@ def find_repository(config: Config) -> str | None:
 
 
 def publish(trainer: Trainer, base: Base, repo_id: str | None) -> None:
-    """The finished adapter and its card at the top of the output folder; then, if wanted, on the hub.
+    """Writes the adapter and its card into the output folder, then pushes them if `repo_id` is not None.
 
-    All is on the disk before the hub is asked, and a hub that fails costs nothing but the line that pushes later.
+    Everything is on the disk before the push. If the push fails, a line with the command that pushes later is printed.
     """
     config, folder = trainer.config, trainer.output_dir
     record = metadata(trainer, base)
-    save_adapter(trainer.published, folder, metadata=record)
-    channels = trainer.adapter.config["in_channels"]
+    save_adapter(trainer.update.ema_or_adapter, folder, metadata=record)
+    channels = trainer.update.adapter.config["in_channels"]
     samples = trainer.validate.latest if isinstance(trainer.validate, Validator) else ()
     write_card(
         folder,
@@ -55,7 +56,7 @@ def publish(trainer: Trainer, base: Base, repo_id: str | None) -> None:
 
 
 def metadata(trainer: Trainer, base: Base) -> Metadata:
-    """What an adapter's folder tells about how it came to be."""
+    """The content of t2i_adapter.json: how the adapter was trained."""
     options, train = trainer.config, trainer.config.train
     named = options.base
     return Metadata(
@@ -66,7 +67,7 @@ def metadata(trainer: Trainer, base: Base) -> Metadata:
             "variant": named.variant,
             "vae": named.vae,
         },
-        condition={**condition_record(options.data), "channels": trainer.adapter.config["in_channels"]},
+        condition={**condition_record(options.data), "channels": trainer.update.adapter.config["in_channels"]},
         resolution=options.data.resolution,
         data={"name": options.data.train_data_dir or options.data.dataset_name, "split": options.data.split},
         optim={"name": options.optim.name, "learning_rate": trainer.plan.lr, "schedule": options.optim.schedule},
@@ -79,15 +80,15 @@ def metadata(trainer: Trainer, base: Base) -> Metadata:
         },
         steps=trainer.step,
         seed=trainer.plan.seed,
-        versions=trainer.versions,
+        versions=versions(),
     )
 
 
 def condition_record(options: DataOptions) -> dict[str, Any]:
-    """What the run's conditions are: how they were made, so that others are made alike, or where they came from."""
+    """How the run's conditions were made, so that later ones are made alike; or the column they came from."""
     spec = options.condition
     if spec is None:
         return {"column": options.conditioning_image_column, "kind": options.condition_kind}
     if spec.partition(",")[0].strip() in kinds() or ":" in spec:
         return open_annotator(spec).record()
-    return {"name": spec, "kind": options.condition_kind}  # a map that the data's generator draws itself
+    return {"name": spec, "kind": options.condition_kind}  # a map of the dataset's own generator

@@ -1,91 +1,111 @@
-"""What may change between a run and its going on, and what makes it another run."""
+"""What may change between a run and its resume, and what makes it another run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from t2i_adapter.config.tree import Config, to_dict
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, flag
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "sdxl-t2i-adapter")
+"""Libraries that a run's numbers depend on."""
 
 HARMLESS = {
-    "output_dir": "where it is written",
-    "base.cache_dir": "where downloads are kept",
-    "data.cache_dir": "where downloads are kept",
+    "output_dir": "where the run is written",
+    "base.cache_dir": "where downloads are stored",
+    "data.cache_dir": "where downloads are stored",
     "data.prepared_dir": "where the cache is",
     "data.cache": "when pictures are encoded",
     "data.text_cache": "when captions are encoded",
-    "data.num_workers": "who builds the batches",
+    "data.num_workers": "which processes build the batches",
     "data.on_bad_sample": "what happens to rows that cannot be read",
-    "data.max_bad_share": "how many of them are too many",
-    "train.batch_size": "how the global batch is cut up; its size is compared by itself",
-    "train.gradient_accumulation_steps": "the same",
-    "train.max_steps": "where it ends; the learning rate follows the new end",
-    "train.epochs": "the same",
-    "train.seed": "compared by itself, as it may have been drawn",
-    "train.max_time": "when it pauses",
-    "train.gradient_checkpointing": "the same gradients in less memory",
-    "train.checkpoint_blocks": "the same",
-    "train.xformers": "the same to rounding",
-    "train.allow_tf32": "the same to rounding",
-    "train.compile": "the same to rounding",
-    "train.channels_last": "the same to rounding",
-    "train.lanes": "the same to rounding",
-    "train.profile": "looking on changes nothing",
-    "train.on_nonfinite": "what happens to steps that are lost anyway",
-    "train.max_nonfinite": "the same",
-    "checkpoint": "saving changes nothing",
-    "validation": "drawing changes nothing",
-    "tracking": "logging changes nothing",
+    "data.max_bad_share": "how many bad rows are too many",
+    "train.batch_size": "how the global batch is split; PLAN compares the global batch",
+    "train.gradient_accumulation_steps": "how the global batch is split; PLAN compares the global batch",
+    "train.max_steps": "where the run ends; the learning rate follows the new end",
+    "train.epochs": "where the run ends; the learning rate follows the new end",
+    "train.seed": "PLAN compares the seed in use, which may have been random",
+    "train.max_time": "when the run stops",
+    "train.gradient_checkpointing": "equal gradients in less memory",
+    "train.checkpoint_blocks": "equal gradients in less memory",
+    "train.xformers": "equal to rounding",
+    "train.allow_tf32": "equal to rounding",
+    "train.compile": "equal to rounding",
+    "train.channels_last": "equal to rounding",
+    "train.lanes": "equal to rounding",
+    "train.profile": "equal to rounding",
+    "train.on_nonfinite": "what happens after NaN or inf",
+    "train.max_nonfinite": "what happens after NaN or inf",
+    "checkpoint": "saving changes no number",
+    "validation": "validation changes no number",
+    "tracking": "logging changes no number",
     "hub": "after the run",
 }
-"""Options, or whole groups of them, that may change freely, each with why. Any other makes another run."""
+"""Options, or whole groups of them, that may change, each with the reason. Any other makes another run."""
 
 PLAN = {"seed": "train.seed", "global_batch": "the global batch", "samples": "the number of pairs"}
-"""Parts of a plan that make another run, whatever they follow from."""
+"""Parts of a plan that make another run if they change, and their names in a message."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """An option that differs, and whether the run is still the same."""
+    """An option that differs, and whether the run is still the same one."""
 
     name: str
     before: Any
     after: Any
-    harmless: bool
+    is_harmless: bool
 
     def __str__(self) -> str:
         return f"{self.name} {self.before} -> {self.after}"
 
 
+def check_same_run(state: Mapping[str, Any], config: Config, plan: Mapping[str, Any], checkpoint: str) -> list[str]:
+    """A line for each option and library that changed since a checkpoint with that state.json.
+
+    Raises UserError if a change makes another run, unless `checkpoint.allow_changed` is set.
+    """
+    found = changes(state, config, plan)
+    check(found, checkpoint, allowed=config.checkpoint.allow_changed)
+    lines = [f"Changed since {checkpoint}: {change}" for change in found]
+    for name, now in versions().items():
+        before = state.get("versions", {}).get(name, now)
+        if before != now:
+            lines.append(f"Changed since {checkpoint}: {name} {before} -> {now}; last bits may differ")
+    return lines
+
+
 def changes(state: Mapping[str, Any], config: Config, plan: Mapping[str, Any]) -> list[Change]:
-    """What differs between a checkpoint's state and the run that is to go on from it."""
+    """What differs between a checkpoint's state.json and the run that resumes from it."""
     before, after, initial = (flat(tree) for tree in (state["options"], to_dict(config), to_dict(Config())))
     found = [
-        # An option that the checkpoint's version did not have was then as it is by default now.
+        # An option that the checkpoint's version did not have counts as its default value.
         Change(name, before.get(name, initial[name]), value, is_harmless(name))
         for name, value in after.items()
         if before.get(name, initial[name]) != value and name not in ("checkpoint.resume", "train.seed")
     ]
     for name, words in PLAN.items():
-        if state["plan"][name] and state["plan"][name] != plan[name]:
+        if state["plan"][name] != plan[name]:
             found.append(Change(words, state["plan"][name], plan[name], False))
     return found
 
 
 def check(found: list[Change], checkpoint: str, *, allowed: bool) -> None:
     """Raises UserError for changes that make another run, unless they are allowed."""
-    breaking = ", ".join(str(change) for change in found if not change.harmless)
+    breaking = ", ".join(str(change) for change in found if not change.is_harmless)
     if breaking and not allowed:
         raise UserError(
-            f"--resume_from_checkpoint: {breaking}: this would not be the run of {checkpoint} any more. "
-            "Set it back, name another --output_dir, or go on all the same with --checkpoint.allow_changed."
+            f"{breaking}: this would be another run than that of {checkpoint}. Set it back, name another "
+            f"{flag('output_dir')}, or resume in spite of it with {flag('checkpoint.allow_changed')}.",
+            option="checkpoint.resume",
         )
 
 
 def is_harmless(name: str) -> bool:
-    """Whether an option, by its dotted path, may change freely."""
+    """Whether an option, by its dotted path, may change on a resume."""
     return name in HARMLESS or name.partition(".")[0] in HARMLESS
 
 
@@ -95,3 +115,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return found
+
+
+def versions() -> dict[str, str]:
+    """Library -> version, for those that a run's numbers depend on."""
+    return {name: version(name) for name in LIBRARIES}

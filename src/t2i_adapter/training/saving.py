@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training, which waits for a copy into host memory and no longer."""
+"""Writes checkpoints in a thread: training waits only while its state is copied to host memory."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pathlib import Path
 
 from t2i_adapter.files import write_atomic
 from t2i_adapter.training import checkpoint
-from t2i_adapter.training.checkpoint import Keep, Snapshot
+from t2i_adapter.training.checkpoint import KeepPolicy, Snapshot
 
 RETRY_SECONDS = (5.0, 15.0, 45.0, 120.0, 300.0)
-"""Pauses before a save that failed is tried again; a newer one that is due takes its place at once."""
+"""Pauses before a failed save is tried again; a newer checkpoint replaces it at once."""
 BEST = "best.json"
-"""In a run's folder: {"step", "score"} of the checkpoint that follows its conditions best."""
+"""In a run's folder: {"step", "score"} of the checkpoint with the highest validation score."""
 
 
 class Saver:
-    """Writes one checkpoint at a time, keeps as many as are wanted, and lives through a disk that has no room.
+    """Writes one checkpoint at a time, removes old ones, and retries if the disk is full.
 
-    `saved` is the step of the last one that was found whole on the disk, None before the first.
+    `saved` is the step of the last checkpoint that was read back from the disk complete, None before the first.
     """
 
-    def __init__(self, output_dir: Path, keep: Keep, say: Callable[[str], None]) -> None:
-        """say: takes a line for people, also from the thread that writes."""
-        self.output_dir, self.keep, self.say = output_dir, keep, say
+    def __init__(self, output_dir: Path, keep: KeepPolicy, log: Callable[[str], None]) -> None:
+        """log: prints a line; the writing thread calls it too."""
+        self.output_dir, self.keep, self.log = output_dir, keep, log
         self.saved: int | None = None
         self.best = read_best(output_dir)
         self._thread: threading.Thread | None = None
@@ -36,8 +36,8 @@ class Saver:
         self._fault: BaseException | None = None
 
     def save(self, snapshot: Snapshot) -> None:
-        """Begins to write; waits first for one that is being written. Raises what went wrong with that one, but for
-        OSError, which has been told."""
+        """Starts to write, after the previous save has ended. Raises the previous save's exception, except OSError,
+        which was logged."""
         self._newer.set()
         self.wait()
         self._newer.clear()
@@ -45,12 +45,12 @@ class Saver:
         self._thread.start()
 
     def started_from(self, folder: Path, step: int) -> None:
-        """The run goes on from this checkpoint, and what came after it has been set aside."""
+        """The run resumes from this checkpoint, and the newer ones were renamed."""
         self.saved = step if folder.resolve().parent == self.output_dir.resolve() else None
         self.best = read_best(self.output_dir)
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more. Raises as `save`."""
+        """Returns when no save is in progress. Raises as `save` does."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -59,12 +59,12 @@ class Saver:
             raise fault
 
     def close(self) -> None:
-        """As `wait`, but one that waits for room is tried once more and no longer."""
+        """As `wait`, but a save that waits for free space is tried once more only."""
         self._last_try.set()
         self.wait()
 
     def keep_as_best(self, step: int, score: float) -> None:
-        """Marks the checkpoint of `step`, which has been saved or is being, as the best so far."""
+        """Marks the checkpoint of `step`, which is saved or being saved, as the best so far."""
         self.wait()
         if self.saved != step:
             return
@@ -73,7 +73,7 @@ class Saver:
             self.best = step, score
             checkpoint.rotate(self.output_dir, self.keep, step)
         except OSError as fault:
-            self.say(f"{BEST} could not be written ({fault}).")
+            self.log(f"{BEST} could not be written ({fault}).")
 
     def _run(self, snapshot: Snapshot) -> None:
         try:
@@ -91,14 +91,16 @@ class Saver:
                 checkpoint.rotate(self.output_dir, self.keep, self.best[0] if self.best else None)
                 return
             except OSError as fault:
-                next_time = "it is given up" if last else f"it is tried again in {pause:g} s, or when the next is due"
-                self.say(f"checkpoint-{snapshot.step} could not be written ({fault}); {next_time}. Training goes on, "
-                         "and the older ones are whole.")  # fmt: skip
-            if last or self._give_way(pause or 0):
+                then = "no further try" if last else f"next try in {pause:g} s, or with the next checkpoint"
+                self.log(
+                    f"checkpoint-{snapshot.step} could not be written ({fault}); {then}. Training goes on, and the "
+                    "older checkpoints are whole."
+                )
+            if last or self._newer_comes(pause or 0):
                 return
 
-    def _give_way(self, seconds: float) -> bool:
-        """Waits; True as soon as a newer checkpoint is due."""
+    def _newer_comes(self, seconds: float) -> bool:
+        """Waits; returns True as soon as a newer checkpoint is due."""
         for _ in range(round(seconds * 10)):
             if self._last_try.is_set():
                 return False
@@ -111,15 +113,15 @@ def _check_room(folder: Path, snapshot: Snapshot) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < snapshot.nbytes:
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {snapshot.nbytes:,} bytes are needed and {free:,} "
-                      f"are free at {folder}")  # fmt: skip
+        need = f"{snapshot.nbytes:,} bytes are needed and {free:,} are free at {folder}"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {need}")
 
 
 def read_best(output_dir: Path) -> tuple[int, float] | None:
-    """(step, score) of the best checkpoint, or None where there is none, or it is no longer there."""
+    """(step, score) of the best checkpoint, or None if no checkpoint is marked or the marked one is missing."""
     try:
-        told = json.loads((output_dir / BEST).read_text(encoding="utf-8"))
-        step, score = int(told["step"]), float(told["score"])
+        best = json.loads((output_dir / BEST).read_text(encoding="utf-8"))
+        step, score = int(best["step"]), float(best["score"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (step, score) if (output_dir / f"{checkpoint.PREFIX}{step}").is_dir() else None

@@ -1,10 +1,10 @@
-"""Stopping early: signals and a time limit, heard by one process and obeyed by all at the same step.
+"""Stops a run early on a signal or a time limit, at the same step on every rank.
 
-    SIGTERM             finish the step, save, exit 143
-    SIGINT              the same, 130; a second one leaves at once
-    SIGUSR1, max_time   the same, 0: the scheduler's limit is near, and the job will be started again
+    SIGTERM             finish the step, save, exit code 143
+    SIGINT              finish the step, save, exit code 130; a second one exits at once
+    SIGUSR1, max_time   finish the step, save, exit code 0: the scheduler's limit is near, and it starts the job again
 
-Before the training there is nothing to save, and a signal ends the run where it stands.
+Before training begins there is nothing to save, and a signal ends the run at once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from enum import IntEnum
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -26,111 +27,125 @@ from t2i_adapter.errors import Stopped
 
 T = TypeVar("T")
 
-TIME_IS_UP, STEP_REACHED = int(signal.SIGALRM), int(signal.SIGHUP)
-"""Reasons beside the signals' own numbers, named by the numbers of two that are not listened to."""
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0, TIME_IS_UP: 0, STEP_REACHED: 0}
-"""Reason -> exit code."""
-WORDS = {TIME_IS_UP: "--train.max_time is reached", STEP_REACHED: "the step it was to stop after is reached"}
+
+class Reason(IntEnum):
+    """Why a run stops. If ranks have different reasons, the largest number is the run's reason."""
+
+    STEP_REACHED = 1
+    SIGINT = int(signal.SIGINT)
+    SIGUSR1 = int(signal.SIGUSR1)
+    TIME_IS_UP = 14
+    SIGTERM = int(signal.SIGTERM)
+
+    @property
+    def exit_code(self) -> int:
+        return {Reason.SIGTERM: 143, Reason.SIGINT: 130}.get(self, 0)
+
+    @property
+    def text(self) -> str:
+        texts = {Reason.TIME_IS_UP: "--train.max_time is reached", Reason.STEP_REACHED: "stop_after is reached"}
+        return texts.get(self, self.name)
+
+
 ONE_KEYSTROKE = 1.0
-"""Seconds within which interrupts are one: a terminal sends it to every process, and torchrun passes it on again."""
+"""Seconds within which SIGINT counts once: under torchrun a process receives Ctrl-C from terminal and launcher."""
 
 
-class _CutShort(BaseException):
-    """Leaves what a signal makes idle."""
+class _ActionStopped(BaseException):
+    """Leaves the action of `unless_stopped`."""
 
 
 class Stopper:
-    """A context in which the signals are heard. Use `training` once the steps begin, and `asked` after each."""
+    """A context that handles the signals. Call `begin_training` before the steps, and `stop_reason` after each."""
 
     def __init__(self, max_time: float | None = None, stop_after: int | None = None) -> None:
         """max_time: seconds from now. stop_after: a step after which to stop in any case."""
         self._deadline = None if max_time is None else time.monotonic() + max_time
         self._stop_after = stop_after
-        self._heard, self._heard_at = 0, 0.0
-        self._training = self._cut = False
+        self._signal: Reason | None = None
+        self._signal_time = 0.0
+        self._in_training = self._in_action = False
         self._pid = os.getpid()
-        self._before: dict[int, Any] = {}
+        self._old_handlers: dict[int, Any] = {}
         self._group: Any = None
-        self._question: tuple[Any, torch.Tensor] | None = None
+        self._exchange: tuple[Any, torch.Tensor] | None = None
 
     def __enter__(self) -> Stopper:
-        if threading.current_thread() is threading.main_thread():  # Python allows no other to listen
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._hear)
+                self._old_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:  # after a fault the others may no longer answer
+        if kind is None:  # after an exception other ranks may no longer answer
             self.end_training()
-        for number, handler in self._before.items():
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
 
     def begin_training(self, patience: timedelta) -> None:
-        """From here on a signal waits for the step's end. Every process of the run must call it."""
+        """From here on a signal waits for the end of the step. Every rank of the run must call it."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            # On the hosts, whatever the gradients go over: no device waits for an answer.
+            # gloo runs on the hosts, whatever backend the gradients use, so no GPU waits for it.
             self._group = dist.new_group(backend="gloo", timeout=patience)
-        self._training = True
+        self._in_training = True
 
     def end_training(self) -> None:
-        """From here on a signal ends the run where it stands again."""
-        if self._question is not None:
-            self._answer()
-        self._training = False
+        """From here on a signal ends the run at once again."""
+        if self._exchange is not None:
+            self._receive()
+        self._in_training = False
 
-    def asked(self, step: int) -> int:
-        """Why the run is to stop after this step, as all its processes agree; 0 for going on.
+    def stop_reason(self, step: int) -> Reason | None:
+        """Why the run stops after this step, equal on every rank; None to continue.
 
-        With several processes each step asks, and reads the answer to the step before, which has come meanwhile: so
-        nobody waits, and all stop one step after the first of them has heard.
+        Several ranks exchange their reasons asynchronously: each step starts an exchange and reads the one of the step
+        before. So no rank waits, and all stop one step after the first of them has a reason.
         """
+        own = self._own_reason(step)
         if self._group is None:
-            return self._wish(step)
-        answer = self._answer() if self._question is not None else 0
-        told = torch.tensor([self._wish(step)])
-        self._question = dist.all_reduce(told, dist.ReduceOp.MAX, self._group, async_op=True), told
-        return answer
+            return own
+        reason = self._receive() if self._exchange is not None else None
+        number = torch.tensor([own or 0])
+        self._exchange = dist.all_reduce(number, dist.ReduceOp.MAX, self._group, async_op=True), number
+        return reason
 
-    def unless_heard(self, action: Callable[[], T]) -> T | None:
-        """What `action` gives, or None where a signal has been heard or is heard meanwhile: a scheduler that leaves a
-        run half a minute would not wait for pictures to be drawn."""
-        self._cut = True
+    def unless_stopped(self, action: Callable[[], T]) -> T | None:
+        """Runs `action` and returns its result; returns None if a signal arrives before or during it.
+
+        A scheduler that sends a signal half a minute before it kills the job leaves no time to generate pictures.
+        """
+        self._in_action = True
         try:
-            return None if self._heard else action()
-        except _CutShort:
+            return None if self._signal else action()
+        except _ActionStopped:
             return None
         finally:
-            self._cut = False
+            self._in_action = False
 
-    def _wish(self, step: int) -> int:
-        if self._heard:
-            return self._heard
+    def _own_reason(self, step: int) -> Reason | None:
+        if self._signal:
+            return self._signal
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            return TIME_IS_UP
-        return STEP_REACHED if step == self._stop_after else 0
+            return Reason.TIME_IS_UP
+        return Reason.STEP_REACHED if step == self._stop_after else None
 
-    def _answer(self) -> int:
-        assert self._question is not None
-        (work, told), self._question = self._question, None
+    def _receive(self) -> Reason | None:
+        assert self._exchange is not None
+        (work, number), self._exchange = self._exchange, None
         work.wait()
-        return int(told.item())
+        return Reason(int(number.item())) if number.item() else None
 
-    def _hear(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a loader's process, which the trainer ends
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a loader worker, which the trainer ends
             return
         now = time.monotonic()
-        if self._heard and number == signal.SIGINT and now - self._heard_at > ONE_KEYSTROKE:
-            os.write(sys.stderr.fileno(), b"interrupted again: left at once\n")
+        if self._signal and number == signal.SIGINT and now - self._signal_time > ONE_KEYSTROKE:
+            os.write(sys.stderr.fileno(), b"interrupted again: exits at once\n")
             os._exit(130)
-        if not self._heard:
-            self._heard, self._heard_at = number, now
-            if not self._training:
-                raise Stopped(f"stopped by {reason(number)}; nothing was trained yet, and what is prepared is kept.",
-                              CODES[number])  # fmt: skip
-            if self._cut:
-                raise _CutShort
-
-
-def reason(number: int) -> str:
-    """A reason in words."""
-    return WORDS.get(number) or signal.Signals(number).name
+        if not self._signal:
+            self._signal, self._signal_time = Reason(number), now
+            if not self._in_training:
+                text = f"stopped by {self._signal.text}; nothing was trained yet, and the cache keeps what was encoded."
+                raise Stopped(text, self._signal.exit_code)
+            if self._in_action:
+                raise _ActionStopped

@@ -1,4 +1,4 @@
-"""The verb `train`: from options to a finished adapter."""
+"""The verb `train`: from options to a finished adapter. Importing this module loads no torch."""
 
 from __future__ import annotations
 
@@ -7,72 +7,67 @@ import shlex
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from t2i_adapter.config import recipe as load
+from t2i_adapter.config import recipe
 from t2i_adapter.config.tree import Config, seconds_of
-from t2i_adapter.data.source import open_source
 from t2i_adapter.errors import Stopped, UserError, redact
-from t2i_adapter.models.open import open_base
-from t2i_adapter.models.record import read_metadata
-from t2i_adapter.training import checkpoint, tracking
-from t2i_adapter.training.data import prepare_data
-from t2i_adapter.training.lock import lock
-from t2i_adapter.training.publish import find_repository, publish
-from t2i_adapter.training.setup import (
-    DTYPES,
-    OPTIONS,
-    Setup,
-    _write_options,
-    make_accelerator,
-    make_adapter,
-    make_trainer,
-    set_up,
-)
-from t2i_adapter.training.signals import Stopper
-from t2i_adapter.training.validation import read_rows
+
+if TYPE_CHECKING:
+    from t2i_adapter.training.setup import Setup
+    from t2i_adapter.training.signals import Stopper
 
 
 def run(config: Config, *, dry_run: bool = False, stop_after: int | None = None) -> None:
-    """Trains an adapter as the options say. Raises UserError for what a person can mend, as early as it can be known,
-    and Stopped where a signal or `max_time` ends the run before its last step.
+    """Trains an adapter.
 
-    dry_run prints the options and the plan, and stops before anything is written or any weight is loaded. stop_after:
-    a step after which to stop as if the time were up.
+    dry_run: prints the options and the plan, and returns before a file is written or a weight is loaded.
+    stop_after: a step after which the run stops as if `max_time` were reached.
+
+    Raises UserError as early as an error can be found, and Stopped if a signal or a limit ends the run early.
     """
+    from t2i_adapter.training.signals import Stopper
+
     limit = config.train.max_time
     try:
         with Stopper(seconds_of(limit) if limit else None, stop_after) as stopper:
             _run(config, stopper, dry_run)
     except Stopped as stop:
         is_main = os.environ.get("RANK", "0") == "0"
-        raise Stopped(f"{stop}{_how_to_go_on(config)}" if is_main else "", stop.code) from None
+        raise Stopped(f"{stop}{_resume_command(config)}" if is_main else "", stop.code) from None
     except Exception as fault:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            who = f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
-            print(redact(f"{who} fails: {type(fault).__name__}: {fault}"), file=sys.stderr, flush=True)
+            rank = f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+            print(redact(f"{rank} fails: {type(fault).__name__}: {fault}"), file=sys.stderr, flush=True)
         raise
 
 
 def _run(config: Config, stopper: Stopper, dry_run: bool) -> None:
+    from t2i_adapter.training import checkpoint, tracking
+    from t2i_adapter.training.lock import lock
+    from t2i_adapter.training.publish import publish
+    from t2i_adapter.training.setup import make_trainer, set_up, write_options
+
     setup = set_up(config)
     accelerator = setup.accelerator
     accelerator.print(f"{setup.source.describe()}\nPlan\n{setup.plan.describe()}", flush=True)
     if dry_run:
-        accelerator.print(f"Options\n{load.dump(config)}")
+        accelerator.print(f"Options\n{recipe.dump(config)}")
         return
     if _is_finished(setup):
         accelerator.print(f"Finished already, with {setup.resume}: the adapter is in {config.output_dir}.")
         return
-    with ExitStack() as held:
+    with ExitStack() as stack:
         repo_id = None
         if accelerator.is_main_process:
-            held.enter_context(lock(Path(config.output_dir)))
+            stack.enter_context(lock(Path(config.output_dir)))
             checkpoint.tidy(Path(config.output_dir))
-            repo_id = _repository(config, resumed=setup.resume is not None)
-            _write_options(config, setup.plan)
-            if setup.resume is None:  # a start that was killed before its first checkpoint has left lines
+            repo_id = _find_repository(config, is_resumed=setup.resume is not None)
+            write_options(config, setup.plan)
+            if setup.resume is None:  # a run killed before its first checkpoint may have left lines
                 tracking.truncate_metrics(Path(config.output_dir) / "metrics.jsonl", 0)
-        trainer = make_trainer(setup, stopper)
+        dataset = setup.prepare_data()
+        trainer = make_trainer(setup, dataset, stopper)
         if setup.resume:
             trainer.resume(setup.resume)
         tracking.start(accelerator, config)
@@ -82,65 +77,53 @@ def _run(config: Config, stopper: Stopper, dry_run: bool) -> None:
             tracking.finish(accelerator)
             raise
         if accelerator.is_main_process:
-            repo_id = repo_id or _repository(config, resumed=True)
+            repo_id = repo_id or _find_repository(config, is_resumed=True)
             publish(trainer, setup.base, repo_id)
         tracking.finish(accelerator)
 
 
-def _repository(config: Config, *, resumed: bool) -> str | None:
-    """Where the adapter will be published. A new run is refused where that will not work; one that goes on was not
-    refused when it began, and a hub that is away meanwhile must not keep it from its end."""
+def _find_repository(config: Config, *, is_resumed: bool) -> str | None:
+    """The hub repository to publish in, None if there is none to publish in.
+
+    If the hub refuses, a new run raises UserError. A resumed run was accepted when it began, so it prints a line and
+    trains: the hub may be back at its end.
+    """
+    from t2i_adapter.training.publish import find_repository
+
     try:
         return find_repository(config)
     except UserError as fault:
-        if not resumed:
+        if not is_resumed:
             raise
         print(f"{fault} Training does not wait for it; `t2i-adapter push` publishes later.", flush=True)
         return None
 
 
 def _is_finished(setup: Setup) -> bool:
-    """Whether the run that is to go on has made its last step, and its adapter has been written since."""
+    """Whether the run to resume has made its last step and has written its adapter after it."""
+    from t2i_adapter.models.record import read_metadata
+    from t2i_adapter.training import checkpoint
+
     if setup.resume is None or setup.config.checkpoint.resume not in ("auto", "latest"):
         return False
     try:
         record = read_metadata(setup.config.output_dir)
-    except UserError:  # it is written anew
+    except UserError:  # the end of this run replaces it
         return False
-    made = checkpoint.read_state(setup.resume)["step"]
-    return made >= setup.plan.steps and record is not None and record.steps == made
+    step = checkpoint.read_state(setup.resume)["step"]
+    return step >= setup.plan.steps and record is not None and record.steps == step
 
 
-def _how_to_go_on(config: Config) -> str:
-    """The command that goes on with a run, once its options are written."""
-    recipe = Path(config.output_dir) / OPTIONS
-    if not recipe.is_file():
+def _resume_command(config: Config) -> str:
+    """The command that resumes a run, or "" if its options are not written yet."""
+    from t2i_adapter.training.setup import OPTIONS
+
+    file = Path(config.output_dir) / OPTIONS
+    if not file.is_file():
         return ""
     here, world = os.environ.get("LOCAL_WORLD_SIZE", "1"), os.environ.get("WORLD_SIZE", "1")
     if here != world:
-        return " Go on with the command that started it, and --checkpoint.resume auto."
+        return " Resume with the command that started it, and --checkpoint.resume auto."
     launch = "t2i-adapter" if world == "1" else f"torchrun --nproc_per_node {world} -m t2i_adapter"
     token = " --hub.token TOKEN" if config.hub.token else ""
-    return f" Go on with:\n  {launch} train --recipe {shlex.quote(str(recipe))} --checkpoint.resume auto{token}"
-
-
-def prepare(config: Config, *, dry_run: bool = False) -> None:
-    """Makes what a run with these options would find in the cache, and stops. Raises UserError.
-
-    dry_run prints the options and what there is to prepare, and stops.
-    """
-    if config.data.cache == "none":
-        raise UserError("--data.cache none: keeps nothing, so there is nothing to prepare; leave it out.")
-    if config.data.max_train_samples is not None and config.train.seed is None:
-        raise UserError("--max_train_samples: the seed chooses the rows; give the --seed that training will have.")
-    accelerator = make_accelerator(config)
-    rows = read_rows(config)
-    base = open_base(config.base)
-    seed = config.train.seed or 0
-    make_adapter(config, base, seed)  # checks that the sizes fit
-    source = open_source(config.data, seed)
-    accelerator.print(source.describe(), flush=True)
-    if dry_run:
-        accelerator.print(f"Options\n{load.dump(config)}")
-        return
-    prepare_data(config, accelerator, base, source, DTYPES[accelerator.mixed_precision], [row.prompt for row in rows])
+    return f" Resume with:\n  {launch} train --recipe {shlex.quote(str(file))} --checkpoint.resume auto{token}"

@@ -1,26 +1,47 @@
-"""The verb `verify-resume`: whether a run stopped and resumed is the run left alone, on this machine and data."""
+"""The verb `verify-resume`: whether a run that is stopped and resumed equals an uninterrupted one, on this machine.
+
+Importing this module loads no torch.
+"""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+import tyro
 
 from t2i_adapter.config.tree import CheckpointOptions, Config, HubOptions, TrackingOptions, ValidationOptions
-from t2i_adapter.errors import Stopped
-from t2i_adapter.training import checkpoint
-from t2i_adapter.verbs.train import run as train
-from t2i_adapter.verbs.verify_resume_options import VerifyOptions
+from t2i_adapter.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Two short runs with a run's options: one uninterrupted, one stopped in the middle and resumed."""
+
+    recipe: str | None = None
+    """YAML file of a run's options, such as the options.yaml in a run's folder; flags win over it."""
+    steps: int = 6
+    """Updates of each run; the second one stops half-way."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise UserError(f"{self.steps}: 2 or more are needed, to stop in between.", option="steps")
 
 
 def run(options: VerifyOptions) -> None:
-    """Prints the largest difference of every tensor and of the losses; exit code 1 where there is any. Raises
-    UserError."""
+    """Prints the largest difference of every tensor and of the losses. Exit code 1 if anything differs.
+
+    Raises UserError.
+    """
+    from t2i_adapter.verbs.train import run as train
+
     with tempfile.TemporaryDirectory(prefix="t2i-adapter-verify-") as scratch:
         config = shortened(options.config, options.steps)
         straight, stopped = (replace(config, output_dir=f"{scratch}/{name}") for name in ("straight", "stopped"))
@@ -28,7 +49,7 @@ def run(options: VerifyOptions) -> None:
         try:
             train(stopped, stop_after=options.steps // 2)
         except Stopped as stop:
-            if stop.code:  # a signal, not the step it was to stop after
+            if stop.code:  # a signal, not `stop_after`
                 raise
         train(replace(stopped, checkpoint=replace(stopped.checkpoint, resume="auto")))
         found = differences(Path(straight.output_dir), Path(stopped.output_dir), options.steps)
@@ -39,14 +60,14 @@ def run(options: VerifyOptions) -> None:
     print(
         f"{different} of {len(found)} differ, by {max(found.values()):g} at most."
         if different
-        else f"All {len(found)} are the same to the bit: a run stopped here and resumed is the run left alone."
+        else f"All {len(found)} are the same to the bit: a resumed run equals an uninterrupted one here."
     )
     if different:
         raise SystemExit(1)
 
 
 def shortened(config: Config, steps: int) -> Config:
-    """The run with a few updates on as many pairs as they need, alone with its adapter: no pictures, no trackers."""
+    """The run with `steps` updates on as many pairs as they need, without validation, trackers and hub."""
     batch = config.train.batch_size * config.train.gradient_accumulation_steps
     pairs = min(config.data.max_train_samples or steps * batch, steps * batch)
     return replace(
@@ -61,7 +82,12 @@ def shortened(config: Config, steps: int) -> Config:
 
 
 def differences(one: Path, other: Path, step: int) -> dict[str, float]:
-    """Largest difference of each tensor of two runs' checkpoints of that step, and of their logged losses."""
+    """Largest difference of each tensor in two runs' checkpoints of that step, and of their logged losses."""
+    import torch
+    from safetensors.torch import load_file
+
+    from t2i_adapter.training import checkpoint
+
     found = {}
     for file in (checkpoint.WEIGHTS, checkpoint.TENSORS):
         a, b = (load_file(folder / f"{checkpoint.PREFIX}{step}" / file) for folder in (one, other))
@@ -71,9 +97,12 @@ def differences(one: Path, other: Path, step: int) -> dict[str, float]:
 
 
 def _largest(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors; inf for other shapes. 0 means equal bits."""
+    import torch
+
     if a.shape != b.shape:
         return float("inf")
-    # Bits first: a number that is none is not equal to itself, and a wide one has no exact difference.
+    # Bits first: NaN != NaN, and int64 does not fit into float64.
     if torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8)):
         return 0.0
     return (a.double() - b.double()).abs().max().nan_to_num(float("inf")).item() or float("inf")

@@ -1,1 +1,41 @@
-"""How a CPU computes a step's gradients faster: threads that share a batch, and traces that they replay."""
+"""Faster gradients on a CPU: threads share a micro-batch and replay traces of its operations.
+
+The rest of `training/` uses `cpu_gradients` alone. `threads.py` holds the threads, `trace.py` the traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from t2i_adapter.config.tree import Config
+from t2i_adapter.training.cpu.threads import CpuThreads, count_cpu_threads
+from t2i_adapter.training.cpu.trace import TraceCache, is_traceable
+from t2i_adapter.types import Batch
+
+
+def cpu_gradients(
+    config: Config, accelerator: Accelerator, adapter: Any, losses: Callable[[Any, Batch], Tensor]
+) -> CpuThreads | None:
+    """Threads that compute gradients side by side, or None if one thread is as good: on a GPU, with several ranks, for
+    one sample, and in a profile, which follows one thread.
+
+    adapter: the network to train, before accelerate wraps its forward. losses: (adapter, batch) -> each sample's (B,).
+    """
+    train = config.train
+    count = count_cpu_threads(train.lanes, accelerator.device, train.batch_size, accelerator.num_processes)
+    if count == 1 or train.profile:
+        return None
+
+    def autocast_losses(network: Any, batch: Batch) -> Tensor:
+        def features(condition: Tensor) -> Any:
+            with accelerator.autocast():
+                return network(condition)
+
+        return losses(features, batch)
+
+    return CpuThreads(count, adapter, autocast_losses, TraceCache(tqdm.write) if is_traceable(config) else None)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from t2i_adapter.config.tree import Config
 from t2i_adapter.errors import first_line
 
-RECORD_AT = 16
+TRACE_AT = 16
 """Uses of a shape before it is recorded. Recording takes as long as two dozen replays save (0.3 s against 13 ms,
 `nano` on 2 cores), so a shape that is seldom met is not worth it, and a run's first step is not kept waiting."""
 MOST = 16
@@ -67,7 +67,7 @@ class TraceCache:
             self._uses[key] += 1
             if key in self._on_trial:
                 return self._try(key, function, inputs)
-            if self._uses[key] == RECORD_AT and len(self._replays) < MOST:
+            if self._uses[key] == TRACE_AT and len(self._replays) < MOST:
                 return self._record(key, function, inputs)
         return function()
 
