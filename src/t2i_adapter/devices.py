@@ -1,4 +1,4 @@
-"""Threads that share a CPU's cores between them."""
+"""CPU threads and memory: splits the cores between threads, limits malloc arenas, frees memory."""
 
 from __future__ import annotations
 
@@ -12,44 +12,47 @@ from threading import Barrier
 
 import torch
 
-_M_ARENA_MAX = -8  # glibc's malloc.h
+_M_ARENA_MAX = -8  # from glibc's malloc.h
 
 
 def limit_malloc_arenas() -> None:
-    """One of the C library's memory arenas a core, two at least, where it would have eight: what threads have freed in
-    one the others cannot use, and one alone would keep them waiting. Called before the threads are made; a number
-    that the environment gives stays."""
+    """Limits glibc's malloc to max(2, cores) arenas; its default is 8 a core.
+
+    A thread cannot use memory that was freed in another arena, so many arenas waste memory; in a single one the threads
+    wait for each other. Call it before threads are started. It does nothing if $MALLOC_ARENA_MAX is set.
+    """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None  # glibc has it
     if set_option and "MALLOC_ARENA_MAX" not in os.environ:
         set_option(_M_ARENA_MAX, max(2, torch.get_num_threads()))
 
 
 def sharing_cores(count: int) -> ThreadPoolExecutor:
-    """A pool of `count` threads, in each of which torch's operations use an equal part of this process' cores.
+    """A pool of `count` threads; torch's operations in each of them use an equal part of this process' cores.
 
-    The operations of a small model are too short to be divided between cores one by one; whole samples are not. Such
-    threads run side by side, because torch lets go of the interpreter inside its operations.
+    The operations of a small model are too short to be split between cores; its samples can be split instead. The
+    threads run in parallel, because torch releases the GIL inside its operations.
     """
     cores = torch.get_num_threads()
     pool = ThreadPoolExecutor(count, "sharing-cores")
-    together = Barrier(count)  # so that every thread of the pool takes one of the calls
+    barrier = Barrier(count)  # each thread of the pool runs `set_cores` once
 
-    def settle(_: int) -> None:
-        torch.get_num_threads()  # a thread takes the process' number when it first asks, and after that keeps its own
+    def set_cores(_: int) -> None:
+        torch.get_num_threads()  # the first call copies the process' number; from then on the thread has its own
         torch.set_num_threads(max(1, cores // count))
-        together.wait()
+        barrier.wait()
 
-    list(pool.map(settle, range(count)))
+    list(pool.map(set_cores, range(count)))
     torch.set_num_threads(cores)
     return pool
 
 
 @contextmanager
 def on_cores(count: int | None) -> Iterator[None]:
-    """Torch's operations in this thread, and in those that it starts, use so many cores; None leaves all as it is.
+    """Inside, torch's operations in this thread, and in threads that it starts, use `count` cores; None changes
+    nothing.
 
-    A thread that feeds others wants one: its small operations would wake threads that then keep the cores busy,
-    waiting for more, while the others need them.
+    Use 1 in a thread that feeds other threads: its small operations would wake OpenMP threads, whose busy waiting takes
+    the cores from the others.
     """
     before = torch.get_num_threads()
     if count is None or count == before:
@@ -63,12 +66,12 @@ def on_cores(count: int | None) -> Iterator[None]:
 
 
 def cores_of(device: torch.device | str) -> int:
-    """How many such threads keep a device busy: one a core of a CPU, and one for anything else."""
+    """Number of threads that keep a device busy: one a core of a CPU, and 1 for any other device."""
     return torch.get_num_threads() if torch.device(device).type == "cpu" else 1
 
 
 def release(device: torch.device | str) -> None:
-    """Gives memory of dropped parts back to the device, and to the system what the C library would keep of it."""
+    """Returns the memory of unused objects to the device, and the free memory of glibc's malloc to the system."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()

@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from t2i_adapter.training.compile import SHORT, compile_unet
+from t2i_adapter.training.compile import SHORT_RUN, compile_unet
 
 SCRIPT = """
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from t2i_adapter.devices import sharing_cores
-from t2i_adapter.training.compile import SHORT, compile_unet
+from t2i_adapter.training.compile import SHORT_RUN, compile_unet
 
 class Net(torch.nn.Module):
     def __init__(self):
@@ -37,7 +37,7 @@ def gradient(_=None):
 plain = gradient()
 said = []
 assert compile_unet(unet, torch.device("cpu"), "off", None, said.append) == 0
-assert compile_unet(unet, torch.device("cpu"), KIND, SHORT, said.append) == 1
+assert compile_unet(unet, torch.device("cpu"), KIND, SHORT_RUN, said.append) == 1
 with sharing_cores(2) as lanes:
     found = list(lanes.map(gradient, range(4)))
 for got in found:
@@ -85,6 +85,6 @@ def test_without_a_compiler_one_line_says_so_and_it_runs_as_it_is():
 def test_a_run_that_is_too_short_for_it_is_told():
     said: list[str] = []
     blocks = torch.nn.ModuleList([])
-    for steps in (SHORT - 1, SHORT, None):
+    for steps in (SHORT_RUN - 1, SHORT_RUN, None):
         compile_unet(blocks, torch.device("cuda"), "on", steps, said.append)
     assert said == ["--train.compile on: compiling takes a minute or more, and 999 updates may not make up for it."]

@@ -22,7 +22,7 @@ from t2i_adapter.config.tree import (
     TrackingOptions,
     TrainOptions,
 )
-from t2i_adapter.training.cpu import trace as recorded
+from t2i_adapter.training.cpu import trace
 from t2i_adapter.training.cpu.threads import CpuThreads
 from t2i_adapter.training.cpu.trace import MOST, TRACE_AT, TraceCache, is_traceable
 from t2i_adapter.training.step import FrozenModel, batch_losses
@@ -113,12 +113,12 @@ def by_the_numbers(x: Tensor) -> Sequence[Tensor]:
 @pytest.mark.parametrize(
     ("function", "why"),
     [
-        (by_its_own_count(), "do not replay to the bit"),
-        (lambda x: [x + torch.rand(2, 4)], "do not replay to the bit"),
-        (lambda x: [x * len(x[x > 0])], "do not replay to the bit"),
+        (by_its_own_count(), "does not replay to the bit"),
+        (lambda x: [x + torch.rand(2, 4)], "does not replay to the bit"),
+        (lambda x: [x * len(x[x > 0])], "does not replay to the bit"),
         (in_several, "writes into several tensors"),
-        (read_back, "gives a number to the interpreter"),
-        (by_the_numbers, "do not replay to the bit"),
+        (read_back, "returns a number to Python"),
+        (by_the_numbers, "does not replay to the bit"),
     ],
 )
 def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(
@@ -132,7 +132,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(
         assert recorder.call(lambda x=x: function(x), [x])
     assert not recorder._replays
     (line,) = said
-    assert line.startswith("The step's operations cannot be recorded here (") and why in line
+    assert line.startswith("The step's operations cannot be traced here (") and why in line
 
 
 def test_what_the_function_raises_while_it_is_recorded_is_raised():
@@ -172,9 +172,9 @@ def test_a_recorded_run_is_the_same_run(
             tracking=TrackingOptions(report_to="none", log_every=1),
         )
         with monkeypatch.context() as patch:
-            patch.setattr(recorded, "TRACE_AT", record_at)
+            patch.setattr(trace, "TRACE_AT", record_at)
             replays: list[object] = []
-            patch.setattr(TraceCache, "_try", _kept(TraceCache._try, replays))
+            patch.setattr(TraceCache, "_check", _kept(TraceCache._check, replays))
             run(config)
         assert len(replays) == (record_at == 3)
         found.append(load_file(tmp_path / str(record_at) / "checkpoint-5" / "training.safetensors"))

@@ -209,11 +209,11 @@ def test_the_best_checkpoint_by_its_pictures_is_kept(config: Config, tiny_data: 
 
 def test_keep_best_without_anything_to_go_by_is_refused(config: Config, tiny_data: Path):
     asked = replace(config, checkpoint=replace(config.checkpoint, keep_best=True))
-    with pytest.raises(UserError, match="keep_best: nothing tells.*--validation_prompt"):
+    with pytest.raises(UserError, match="keep_best validation must score.*--validation.prompts"):
         set_up(asked)
     picture = next((tiny_data / "test").glob("*_*.png"))
     shown = replace(asked, validation=ValidationOptions(("red circle",), (str(picture),)))
-    with pytest.raises(UserError, match="keep_best: nothing tells.*--validation.judge"):
+    with pytest.raises(UserError, match="keep_best validation must score.*--validation.judge"):
         set_up(shown)
 
 

@@ -74,7 +74,7 @@ def test_the_learning_rate_is_diffusers_schedule_counted_in_updates(name: str):
 def test_eight_bit_adam_without_its_package_is_one_line():
     if _installed("bitsandbytes"):
         pytest.skip("bitsandbytes is installed here")
-    with pytest.raises(UserError, match="use_8bit_adam needs bitsandbytes: pip install"):
+    with pytest.raises(UserError, match="--optim.name adamw8bit needs bitsandbytes: pip install"):
         optim.check_available(OptimOptions(name="adamw8bit"))
 
 

@@ -224,8 +224,12 @@ def _regular_file(file: Path) -> Path:
 
 
 _STATE_TYPES: dict[str, type] = {
-    "step": int, "numbers": dict, "scaler": dict,
-    "options": dict, "plan": dict, "files": dict,
+    "step": int,
+    "numbers": dict,
+    "scaler": dict,
+    "options": dict,
+    "plan": dict,
+    "files": dict,
 }
 """Required parts of state.json and the type of each."""
 _PLAN_INTEGERS = ("seed", "global_batch", "samples")

@@ -1,4 +1,4 @@
-"""A run's pairs: prepared before it, and made batches of on its way."""
+"""The data of a run: prepares it before training, and builds each rank's batches."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from t2i_adapter.models.base import Base
 from t2i_adapter.types import Batch, PartialBatch
 
 BURST = 8
-"""Batches made at once where a thread of the trainer makes them."""
+"""Batches built one after the other if a thread of the trainer builds them."""
 BAD_SAMPLES = "bad_samples.jsonl"
-"""In a run's folder: a line {"key", "reason"} for each row left out."""
+"""In a run's folder: a line {"key", "reason"} for each skipped row."""
 
 
 def prepare_data(
     config: Config, accelerator: Accelerator, base: Base, source: Source, dtype: torch.dtype, prompts: Sequence[str]
 ) -> CachedDataset | LiveDataset:
-    """The run's pairs, what can be kept of them made and kept; rows left out are listed in the run's folder.
+    """Encodes what the cache does not have, and returns the dataset; skipped rows are listed in the run's folder.
 
-    dtype: arithmetic of the text encoders. prompts: captions to have besides the source's and the empty one.
+    dtype: arithmetic of the text encoders. prompts: captions to encode besides the source's and the empty one.
     """
     run_id = [secrets.token_hex(8)]
     broadcast_object_list(run_id)
@@ -47,7 +47,7 @@ def prepare_data(
         accelerator.device,
         dtype,
         cache_root(config.data.prepared_dir),
-        # Each machine prepares for itself: they may not share a disk.
+        # Each machine prepares its own cache, because machines may not share a disk.
         rank=accelerator.local_process_index,
         world=int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes),
         run_id=run_id[0],
@@ -63,7 +63,7 @@ def prepare_data(
 
 
 def make_batches(
-    facts: CachedDataset | LiveDataset,
+    dataset: CachedDataset | LiveDataset,
     config: Config,
     encoders: Encoders,
     accelerator: Accelerator,
@@ -73,8 +73,8 @@ def make_batches(
     num_timesteps: int,
 ) -> Iterator[Batch]:
     """This process's micro-batches from step `start_step` on, complete, on the device. Raises UserError."""
-    drafts = make_partial_batches(
-        facts,
+    partial_batches = make_partial_batches(
+        dataset,
         config,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
@@ -84,21 +84,21 @@ def make_batches(
         device=accelerator.device,
     )
     has_workers = count_workers(config.data.num_workers, accelerator.device) > 0
-    listed = _listed(drafts if has_workers else in_bursts(drafts), facts, config)
-    batches = (encoders.complete(to_device(draft, accelerator.device)) for draft in listed)
-    # Of several processes some abort at their end (SIGABRT) while such a thread is about.
+    listed = _listed(partial_batches if has_workers else in_bursts(partial_batches), dataset, config)
+    batches = (encoders.complete(to_device(partial, accelerator.device)) for partial in listed)
+    # No thread with several processes: some of them abort (SIGABRT) if they end while it runs.
     yield from batches if has_workers or accelerator.num_processes > 1 else one_ahead(batches)
 
 
-def in_bursts(drafts: Iterable[PartialBatch]) -> Iterator[PartialBatch]:
-    """The same, several made at once: each by itself finds the cores' caches full of the step's numbers, and takes
-    longer."""
-    source = iter(drafts)
+def in_bursts(partial_batches: Iterable[PartialBatch]) -> Iterator[PartialBatch]:
+    """Builds BURST batches one after the other before it yields them. Built one by one between steps they run on cold
+    CPU caches, which takes longer."""
+    source = iter(partial_batches)
     while True:
         burst: list[PartialBatch] = []
         try:
             burst.extend(islice(source, BURST))
-        except UserError:  # not before those that were made
+        except UserError:  # raised after the batches that were built before it
             yield from burst
             raise
         if not burst:
@@ -107,37 +107,37 @@ def in_bursts(drafts: Iterable[PartialBatch]) -> Iterator[PartialBatch]:
 
 
 def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same, the next one made by a thread while the last is worked on."""
+    """Yields the batches; a thread builds the next one while the caller uses the last."""
     with ThreadPoolExecutor(1, "batches") as thread:
-        coming = thread.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
+        upcoming = thread.submit(next, batches, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = thread.submit(next, batches, None)
             yield batch
 
 
 def _listed(
-    drafts: Iterable[PartialBatch], facts: CachedDataset | LiveDataset, config: Config
+    partial_batches: Iterable[PartialBatch], dataset: CachedDataset | LiveDataset, config: Config
 ) -> Iterator[PartialBatch]:
-    """The drafts; rows that turned out bad only now are listed. Raises UserError where there are too many."""
-    bad = BadRows(config.data, len(facts))
-    for draft in drafts:
-        for number, reason in draft.bad:
+    """The batches; rows that prove bad only now are listed in the run's folder. Raises UserError for too many."""
+    bad = BadRows(config.data, len(dataset))
+    for partial in partial_batches:
+        for number, reason in partial.bad:
             if number not in bad.found:
-                row = BadRow.of(facts.source, int(facts.numbers[number]), UserError(reason))
+                row = BadRow.of(dataset.source, int(dataset.numbers[number]), UserError(reason))
                 list_bad_rows(Path(config.output_dir) / BAD_SAMPLES, [(row.key, row.reason)])
                 bad.add(row._replace(number=number))
-        yield draft
+        yield partial
 
 
-def to_device(draft: PartialBatch, device: torch.device) -> PartialBatch:
-    """The draft with its tensors on the device, copied without waiting where its memory is pinned."""
-    moved = {name: _moved(value, device) for name, value in vars(draft).items() if isinstance(value, torch.Tensor)}
-    return replace(draft, **moved)
+def to_device(partial: PartialBatch, device: torch.device) -> PartialBatch:
+    """The batch with its tensors on the device; from pinned memory they are copied asynchronously."""
+    moved = {name: _moved(value, device) for name, value in vars(partial).items() if isinstance(value, torch.Tensor)}
+    return replace(partial, **moved)
 
 
 def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Channels that are views of one cross over as one: torch would spread them out first, in memory that is not
-    pinned."""
+    """Copies an expanded grey condition as one channel and expands it on the device. torch would expand it first, in
+    memory that is not pinned."""
     if tensor.ndim == 4 and tensor.stride(1) == 0:
         return tensor[:, :1].to(device, non_blocking=True).expand_as(tensor)
     return tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's weights."""
+"""EMA: an exponential moving average of a network's weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Ema:
-    """A second network with average <- d average + (1 - d) weight, d rising as min(decay, (1 + n) / (10 + n))."""
+    """A second network with ema <- d ema + (1 - d) weight, where d = min(decay, (1 + n) / (10 + n)) at step n."""
 
     def __init__(self, network: Any, decay: float) -> None:
         self.decay = decay
@@ -17,6 +17,6 @@ class Ema:
 
     @torch.no_grad()
     def update(self, network: Any, step: int) -> None:
-        """`step` counts the updates that were made before this one, from 0."""
+        """step: number of updates made before this one."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1 - decay)

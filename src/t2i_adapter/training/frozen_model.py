@@ -1,4 +1,4 @@
-"""The frozen base as a run uses it: placed, and made fast and small as the options say."""
+"""Loads the base for training: on the device, quantised, compiled or checkpointed as the options say."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_frozen_model(
 ) -> FrozenModel:
     """The base's UNet, schedule and latent scale on the device.
 
-    dtype: the UNet's weights and arithmetic. steps: updates of the run, too few of which are not worth compiling.
+    dtype: the UNet's weights and arithmetic. steps: updates of the run, for a warning if they are too few to compile.
     """
     unet = _unet(config, base, device, dtype)
     compiled.compile_unet(unet, device, config.train.compile, steps, tqdm.write)

@@ -97,7 +97,7 @@ class Shapes:
         return inputs + watermark.peak
 
     def _run_adapter(self, condition: torch.Tensor) -> Any:
-        """Emulates autocast, which caches low-precision copies of the weights; autocast does nothing on meta tensors."""
+        """Emulates autocast, which caches low-precision copies of the weights but does nothing on meta tensors."""
         if self.dtype == torch.float32:
             return self._adapter(condition)
         cast = {name: parameter.to(self.dtype) for name, parameter in self._adapter.named_parameters()}

@@ -1,6 +1,6 @@
 """Muon: momentum whose update of each weight matrix is orthogonalised (Jordan et al. 2024), AdamW for the rest.
 
-Orthogonalising costs the same for any batch, and the processes share it.
+Orthogonalising costs the same for any batch size, and the ranks share it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 _MOMENTUM = 0.95
 _ROUNDS = 5
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # X <- aX + b(XX')X + c(XX')^2 X drives singular values to about 1
-_ADAM_RMS = 0.2  # of an AdamW update well into a run, which Muon's is scaled to (arXiv 2502.16982, 2.2)
+_ADAM_RMS = 0.2  # RMS of a typical AdamW update, to which Muon's is scaled (arXiv 2502.16982, 2.2)
 
 
 class Muon(torch.optim.Optimizer):
     """Weights of two dimensions and more by Muon, all others by AdamW, at one learning rate and decoupled decay.
 
-    Convolutions count as matrices of (out, in * kh * kw). With several processes each orthogonalises its share; their
-    gradients must be equal, as after an all-reduce.
+    A convolution is a matrix (out, in * kh * kw). With several ranks each orthogonalises its share; their gradients
+    must be equal, as they are after an all-reduce.
 
-    betas, eps: of the AdamW part.
+    betas, eps: for the AdamW part.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
                 self._adam_step(parameter, group)
 
     def _updates(self, matrices: list[nn.Parameter]) -> list[Tensor]:
-        """The orthogonalised momenta, (out, rest) each: every process makes some, and all get all."""
+        """The orthogonalised momenta, (out, rest) each: every rank computes its share, and receives all."""
         several = dist.is_initialized() and dist.get_world_size() > 1
         rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         updates = []
@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
         return updates
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
-        """Nesterov's look ahead along the running mean of the gradients, (out, rest)."""
+        """Nesterov momentum, (out, rest): the gradient moved towards its running mean."""
         assert parameter.grad is not None
         state: dict[str, Any] = self.state[parameter]
         if not state:
@@ -77,7 +77,7 @@ class Muon(torch.optim.Optimizer):
         return parameter.grad.lerp(state["momentum"], _MOMENTUM).flatten(1)
 
     def _adam_step(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        """AdamW's step but for the decay, which all parameters have had."""
+        """AdamW's step without the weight decay, which `step` has applied to all parameters."""
         assert parameter.grad is not None
         state: dict[str, Any] = self.state[parameter]
         if not state:
@@ -93,8 +93,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V' of the singular value decomposition U S V' of (m,n), by Newton-Schulz rounds in bfloat16, scaled to
-    the root mean square of an AdamW update."""
+    """Approximates U V' of the singular value decomposition U S V' of (m,n) by Newton-Schulz rounds in bfloat16, scaled
+    to the RMS of an AdamW update."""
     a, b, c = _QUINTIC
     x = (matrix / (matrix.norm() + 1e-7)).bfloat16()
     tall = x.shape[0] > x.shape[1]

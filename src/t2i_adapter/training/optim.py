@@ -17,12 +17,12 @@ from t2i_adapter.training.plan import Plan
 
 
 def check_available(options: OptimOptions) -> None:
-    """Raises UserError where the optimiser needs a package or a device that is not here."""
+    """Raises UserError if the optimiser needs a package that is not installed."""
     if options.name != "adamw8bit":
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            "--use_8bit_adam needs bitsandbytes: pip install 'sdxl-t2i-adapter[adam8bit]', or leave the flag out."
+            "adamw8bit needs bitsandbytes: pip install 'sdxl-t2i-adapter[adam8bit]', or use adamw.", option="optim.name"
         )
 
 
@@ -37,7 +37,7 @@ def make_optimizer(options: OptimOptions, parameters: Any, lr: float) -> torch.o
     if options.name == "muon":
         return Muon(parameters, **settings)
     if options.name == "adamw":
-        # Fused, one kernel for all of it: on a CPU a quarter of the time (benchmarks/speed_options.json).
+        # Fused into one kernel: on a CPU a quarter of the time (benchmarks/speed_options.json).
         return torch.optim.AdamW(parameters, fused=True, **settings)
     return importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **settings)
 
@@ -45,7 +45,7 @@ def make_optimizer(options: OptimOptions, parameters: Any, lr: float) -> torch.o
 def lr_schedule(options: OptimOptions, optimizer: torch.optim.Optimizer, plan: Plan) -> Callable[[int], float]:
     """step -> learning rate, for any of diffusers' schedules.
 
-    Counted in updates of the whole run, so it is the same on any number of processes, and a resumed run needs no state.
+    It counts updates of the whole run, so it is equal for any number of ranks, and a resumed run needs no state.
     """
     scheduler = get_scheduler(
         options.schedule,

@@ -1,4 +1,4 @@
-"""The numbers that follow from the options, known before the run. Importing this module loads no torch."""
+"""The plan of a run: the numbers that follow from its options. Importing this module loads no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Plan:
         return asdict(self)
 
     def describe(self) -> str:
-        """The plan for people, one fact a line."""
+        """The plan as text, one row a subject."""
         rows = (
             ("training pairs", f"{self.samples:,}"),
             (
@@ -50,7 +50,7 @@ class Plan:
 def make_plan(
     config: Config, *, samples: int, processes: int, precision: str, seed: int, trainable_parameters: int, device: str
 ) -> Plan:
-    """Derives the plan; steps follow from epochs where max_steps is not given."""
+    """Derives the plan; the number of steps follows from the epochs unless max_steps is set."""
     train, optim = config.train, config.optim
     global_batch = train.batch_size * train.gradient_accumulation_steps * processes
     steps = train.max_steps or train.epochs * math.ceil(samples / global_batch)

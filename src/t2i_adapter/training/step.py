@@ -1,4 +1,4 @@
-"""One micro-step: a batch in, each sample's loss out. It draws nothing: all chance travels in the batch."""
+"""The loss of a micro-batch. Nothing here is random: noise and timesteps are in the batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from t2i_adapter.types import Batch
 
 
 class FrozenModel(NamedTuple):
-    """The part of the model that does not learn."""
+    """The base as training uses it: nothing in it is trained."""
 
     unet: Any
     schedule: NoiseSchedule
@@ -23,26 +23,28 @@ class FrozenModel(NamedTuple):
 
 
 def batch_losses(adapter: Any, frozen: FrozenModel, batch: Batch, *, min_snr_gamma: float | None = None) -> Tensor:
-    """Each sample's loss, (B,) float32, the mean over its draws of noise.
+    """Each sample's loss, (B,) float32: the mean over its K noise samples.
 
-    adapter: condition (B,C,H,W) -> four features; it may run under autocast and be wrapped for several processes.
+    adapter: condition (B,C,H,W) -> four features; it may run under autocast and be wrapped in DDP.
     """
     latents = frozen.latent_scale.sample(each_draw(batch.moments, batch), batch.latent_noise)
     noisy = objective.add_noise(latents, batch.noise, batch.timesteps, frozen.schedule)
-    goal = objective.target(latents, batch.noise, batch.timesteps, frozen.schedule)
+    target = objective.target(latents, batch.noise, batch.timesteps, frozen.schedule)
     prediction = predict(adapter, frozen, noisy, batch)
     weight = objective.weights(batch.timesteps, frozen.schedule, min_snr_gamma)
-    return objective.losses(prediction, goal, weight).view(len(batch), batch.draws).mean(1)
+    return objective.losses(prediction, target, weight).view(len(batch), batch.draws).mean(1)
 
 
 def each_draw(rows: Tensor, batch: Batch) -> Tensor:
-    """One row a sample, (B,...), repeated for each of its draws of noise, (B K,...)."""
+    """Repeats each sample's row, (B,...), for its K noise samples, (B K,...)."""
     return rows.repeat_interleave(batch.draws, 0) if batch.draws > 1 else rows
 
 
 def predict(adapter: Any, frozen: FrozenModel, noisy: Tensor, batch: Batch) -> Tensor:
-    """The UNet's answer (B K,4,h,w) to the noisy latents, the adapter's features added inside it: computed once a
-    sample, whatever the number of draws."""
+    """The UNet's prediction (B K,4,h,w) for the noisy latents, with the adapter's features added inside it.
+
+    The features are computed once a sample, whatever K is.
+    """
     dtype = frozen.dtype
     features = [each_draw(feature.to(dtype), batch) for feature in adapter(batch.condition)]
     return frozen.unet(

@@ -1,4 +1,4 @@
-"""Curves and pictures to whatever tracker is wanted. A tracker that fails never stops a run."""
+"""Logs scalars and pictures to trackers and to metrics.jsonl. A tracker that fails never stops a run."""
 
 from __future__ import annotations
 
@@ -21,34 +21,42 @@ from accelerate.utils import LoggerType
 from PIL.Image import Image
 
 from t2i_adapter.config.tree import Config, to_dict
-from t2i_adapter.errors import UserError, redact
+from t2i_adapter.errors import UserError, flag, redact
 from t2i_adapter.files import parse_json, write_atomic
+from t2i_adapter.training.resume import flat
 
 logger = logging.getLogger(__name__)
 
 
 def trackers_named(report_to: str) -> list[str] | None:
-    """What accelerate is asked for: None for `none`, else the names. Raises UserError for one that is not known."""
+    """The trackers' names for accelerate, None for `none`. Raises UserError for one that is unknown or missing."""
     names = [name.strip() for name in report_to.split(",") if name.strip()]
     if names in ([], ["none"]):
         return None
     known, installed = {str(kind) for kind in LoggerType}, {str(kind) for kind in get_available_trackers()}
     for name in names:
         if name not in known:
-            raise UserError(f"--report_to {name}: no such tracker; allowed are none, {', '.join(sorted(known))}.")
+            allowed = ", ".join(sorted(known))
+            raise UserError(f"{name}: no such tracker; allowed are none, {allowed}.", option="tracking.report_to")
         if name not in installed | {"all"}:
-            raise UserError(f"--report_to {name}: it is not installed. pip install {name}, or --report_to none.")
+            raise UserError(
+                f"{name}: it is not installed. pip install {name}, or use {flag('tracking.report_to')} none.",
+                option="tracking.report_to",
+            )
     return names
 
 
 def start(accelerator: Accelerator, config: Config) -> None:
-    """Opens the trackers on the main process, with the run's options (secrets left out)."""
+    """Opens the trackers on the main process, with the run's options without secrets."""
     if not accelerator.log_with:
         return
     _warn_once.cache_clear()
     folder = Path(config.output_dir) / config.tracking.logging_dir
-    places = {"wandb": {"dir": str(folder)}}  # it would write into the current folder
-    options = _flat(to_dict(config))
+    places = {"wandb": {"dir": str(folder)}}  # its default is the current folder
+    options = {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in flat(to_dict(config)).items()
+    }
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,37 +67,37 @@ def start(accelerator: Accelerator, config: Config) -> None:
 
 
 def log(accelerator: Accelerator, values: Mapping[str, float], step: int) -> None:
-    """Scalars to every tracker."""
+    """Sends scalars to every tracker."""
     for tracker in accelerator.trackers:
         _guarded(partial(tracker.log, dict(values), step=step), "log to")
 
 
 def log_pictures(accelerator: Accelerator, rows: Mapping[str, tuple[str, Sequence[Image]]], step: int) -> None:
-    """Picture rows, tag -> (caption, pictures of one size), to every tracker that takes pictures."""
+    """Sends pictures to every tracker that can store them. rows: tag -> (caption, pictures of one size)."""
     for tracker in accelerator.trackers:
         send = PICTURES.get(tracker.name)
         if send is None:
-            logger.warning("%s takes no pictures from here; they are in the output folder.", tracker.name)
+            logger.warning("pictures are not sent to %s; they are in the output folder.", tracker.name)
             continue
         for tag, (caption, pictures) in rows.items():
             _guarded(lambda t=tracker, s=send, a=(tag, caption, pictures): s(t, *a, step), "send pictures to")
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Closes the trackers, and then the processes' connection, which each process must do."""
+    """Closes the trackers, then the process group. Every rank must call it."""
     for tracker in accelerator.trackers:
         _guarded(tracker.finish, "close")
     _guarded(accelerator.state.destroy_process_group, "close")
 
 
 def _to_tensorboard(tracker: Any, tag: str, caption: str, pictures: Sequence[Image], step: int) -> None:
-    # The step is part of every entry and the caption goes beside it: two rows with one prompt stay two rows.
+    # The tag names the row, not the prompt, so two rows with one prompt stay apart.
     tracker.log_images({tag: np.stack([np.asarray(p.convert("RGB")) for p in pictures])}, step=step, dataformats="NHWC")
     tracker.writer.add_text(tag, caption, step)
 
 
 def _to_media(module: str) -> Callable[[Any, str, str, Sequence[Image], int], None]:
-    """For the trackers whose pictures are `module.Image(picture, caption=...)` in a plain log call."""
+    """A sender for trackers that log pictures as `module.Image(picture, caption=...)`."""
 
     def send(tracker: Any, tag: str, caption: str, pictures: Sequence[Image], step: int) -> None:
         kind = importlib.import_module(module).Image
@@ -132,52 +140,42 @@ PICTURES: dict[str, Callable[[Any, str, str, Sequence[Image], int], None]] = {
 
 
 def append_metrics(path: Path, values: Mapping[str, float], step: int) -> None:
-    """One JSON line a log entry, beside whatever the trackers keep. A full disk costs the line, not the run."""
+    """Appends one JSON line. A full disk costs the line, not the run."""
     line = (json.dumps({"step": step, **values}) + "\n").encode()
     try:
         place = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         with os.fdopen(place, "ab", buffering=0) as file:
             whole = os.fstat(place).st_size
             if file.write(line) != len(line):
-                os.ftruncate(place, whole)  # the next line would be spoilt with it
+                os.ftruncate(place, whole)  # half a line would spoil the next one
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as fault:
         logger.warning("%s: step %d could not be logged (%s); training goes on.", path, step, fault)
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the entries after `step`, which a resumed run writes again, and lines that a kill has cut off."""
+    """Removes the entries after `step`, which a resumed run writes again, and lines that a kill cut off."""
     if path.is_file():
         kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= step]
         write_atomic(path, [line + b"\n" for line in kept])
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a log entry; beyond all for what is none."""
+    """The step of a log entry; inf for a malformed line."""
     try:
         return int(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    flat: dict[str, bool | int | float | str] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
-
-
 def _guarded(call: Callable[[], object], what: str) -> None:
     try:
         call()
-    except Exception as fault:  # whatever a tracker raises, the run is worth more than its curve
+    except Exception as fault:  # of any kind: a run is worth more than its curve
         _warn_once(what, type(fault).__name__, " ".join(redact(str(fault)).split()))
 
 
 @lru_cache(maxsize=100)
 def _warn_once(what: str, kind: str, fault: str) -> None:
-    """A tracker that fails at each log entry says so once."""
+    """Logs each warning once, though a tracker may fail at each log entry."""
     logger.warning("Could not %s a tracker (%s: %s); training goes on.", what, kind, fault)

@@ -121,7 +121,7 @@ class Validator:
         return found["condition_f1"] if "condition_f1" in found else 1 - found["condition_error"]
 
     def _pipeline_with(self, adapter: Any) -> Any:
-        """The pipeline, built once, with its own copy of the adapter in the base's dtype and with the present weights."""
+        """The pipeline, built once, with an adapter of its own in the base's dtype and with the present weights."""
         device, dtype = self.accelerator.device, self.frozen.dtype
         if self._pipeline is None:
             # Not a deepcopy: accelerate has wrapped the trained adapter's forward, which returns float32.

@@ -1,6 +1,7 @@
-"""Operations recorded and replayed without the interpreter, for threads that would wait for their turn in it.
+"""Traces a forward and backward pass to TorchScript and replays it without the GIL, so that threads run in parallel.
 
-The same operations on the same numbers: results are the same to the bit, so a run may begin to replay at any step.
+A replay runs the same operations on the same numbers: its results are equal to the bit, so a run may start to replay at
+any step.
 """
 
 from __future__ import annotations
@@ -20,105 +21,108 @@ from t2i_adapter.config.tree import Config
 from t2i_adapter.errors import first_line
 
 TRACE_AT = 16
-"""Uses of a shape before it is recorded. Recording takes as long as two dozen replays save (0.3 s against 13 ms,
-`nano` on 2 cores), so a shape that is seldom met is not worth it, and a run's first step is not kept waiting."""
+"""Calls with inputs of one shape before that shape is traced. Tracing takes as long as two dozen replays save (0.3 s,
+13 ms each, `nano` on 2 cores), so a rare shape is not worth it, and a run's first step is not delayed."""
 MOST = 16
-"""Shapes that are recorded; each takes some megabytes."""
+"""Most shapes that are traced; each trace takes some megabytes."""
 
 Function = Callable[[], Sequence[Tensor]]
 Replay = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def is_traceable(config: Config) -> bool:
-    """Whether a step is made of plain operations, on a CPU: not compiled, no activations forgotten, no narrow layers,
-    and no profile that looks into its modules."""
+    """Whether the operations of a step can be traced: not with `torch.compile`, gradient checkpointing, xformers, a
+    quantised base or a profile."""
     train = config.train
     plain = not (train.gradient_checkpointing or train.xformers or train.profile) and config.base.quantize == "none"
     return plain and train.compile == "off"
 
 
 class TraceCache:
-    """Calls functions of tensors, and replays them where inputs of their shapes have come often enough.
+    """Calls functions of tensors, and replays a trace instead once their inputs have had one shape often enough.
 
-    A recording is tried once beside the function, on other numbers than it was made of. What cannot be recorded, or
-    does not replay to the bit, is called as it is from then on, and `say` gets one line.
+    A new trace is checked once against the function, on other numbers than it was made with. If the function cannot be
+    traced, or the trace does not replay to the bit, functions are called directly from then on and `log` gets one line.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._uses: Counter[Hashable] = Counter()
-        self._on_trial: dict[Hashable, Replay] = {}
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
+        self._calls: Counter[Hashable] = Counter()
+        self._unchecked: dict[Hashable, Replay] = {}
         self._replays: dict[Hashable, Replay] = {}
-        self._lock, self._on = Lock(), True
+        self._lock, self._is_on = Lock(), True
 
     def call(self, function: Function, inputs: Sequence[Tensor], setting: Hashable = None) -> Sequence[Tensor]:
-        """What the function returns, for any thread.
+        """Returns what the function returns; any thread may call it.
 
-        inputs: the tensors that differ from call to call; all others that it reads are written in place or not at
-        all. setting: what else decides what it does. Raises what the function raises.
+        inputs: the tensors that differ from call to call. Any other tensor that the function reads must be changed in
+        place only. setting: a constant that the function uses. Raises what the function raises.
         """
-        key = (setting, *map(_kind, inputs))
+        key = (setting, *map(_layout, inputs))
         replay = self._replays.get(key)
         if replay:
             return replay(inputs)
-        if not self._on:
+        if not self._is_on:
             return function()
-        with self._lock:  # the others wait for the one that records
-            self._uses[key] += 1
-            if key in self._on_trial:
-                return self._try(key, function, inputs)
-            if self._uses[key] == TRACE_AT and len(self._replays) < MOST:
-                return self._record(key, function, inputs)
+        with self._lock:  # other threads wait while one traces
+            self._calls[key] += 1
+            if key in self._unchecked:
+                return self._check(key, function, inputs)
+            if self._calls[key] == TRACE_AT and len(self._replays) < MOST:
+                return self._trace(key, function, inputs)
         return function()
 
-    def _record(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        with Tape(inputs) as tape:
-            found = function()
+    def _trace(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        with Trace(inputs) as trace:
+            results = function()
         try:
-            self._on_trial[key] = tape.compile(found)
-        except Exception as fault:  # whatever torch finds that it cannot compile
-            self._off(first_line(fault))
-        return found
+            self._unchecked[key] = trace.compile(results)
+        except Exception as fault:  # any error of torch's compiler
+            self._turn_off(first_line(fault))
+        return results
 
-    def _try(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        replay, found = self._on_trial.pop(key), function()
+    def _check(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        replay, results = self._unchecked.pop(key), function()
         try:
-            same = all(map(_same, found, replay(inputs)))
-        except Exception as fault:  # a value of the first call that does not suit these
-            self._off(first_line(fault))
-            return found
-        if same:
+            is_equal = all(map(_is_equal, results, replay(inputs)))
+        except Exception as fault:  # a constant of the traced call does not fit these inputs
+            self._turn_off(first_line(fault))
+            return results
+        if is_equal:
             self._replays[key] = replay
         else:
-            self._off("they do not replay to the bit")
-        return found
+            self._turn_off("the trace does not replay to the bit")
+        return results
 
-    def _off(self, why: str) -> None:
-        self._on = False
-        self._say(f"The step's operations cannot be recorded here ({why}); they run one by one.")
+    def _turn_off(self, why: str) -> None:
+        self._is_on = False
+        self._log(f"The step's operations cannot be traced here ({why}); they run one by one.")
 
 
-class Tape(TorchDispatchMode):
-    """Writes down every operation of torch's that is called inside it, those of backward passes too, as TorchScript."""
+class Trace(TorchDispatchMode):
+    """Writes every torch operation that is called inside it, backward passes included, as a line of TorchScript.
 
-    _NAME = "_name_on_tape"  # torch keeps a tensor's Python attributes, also while only its graph holds the tensor
+    In the script, x[i] is an input, w[i] a tensor that existed before (a weight), v... a result of an operation.
+    """
+
+    _NAME = "_name_in_trace"  # torch keeps a tensor's Python attributes while its graph holds the tensor
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self._lines: list[tuple[str, list[str], list[str]]] = []  # a statement; what it makes; what it reads
-        self._fixed: list[Tensor] = []  # what none of the operations has made, and views of it
+        self._lines: list[tuple[str, list[str], list[str]]] = []  # a statement; names it writes; names it reads
+        self._fixed: list[Tensor] = []  # w: tensors that no operation made, and views of them
         self._names = {id(tensor): f"x[{number}]" for number, tensor in enumerate(inputs)}
-        self._kept = list(inputs)  # their ids stay theirs
+        self._inputs = list(inputs)  # a reference, so that no other tensor gets their ids
         self._fault = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if not self._fault:
-            self._write(func, args, kwargs or {}, made)
-        return made
+            self._write(func, args, kwargs or {}, result)
+        return result
 
     def compile(self, results: Iterable[Tensor]) -> Replay:
-        """Inputs like those it was made with -> the results. Raises RuntimeError where they cannot be replayed."""
+        """A function: inputs of these shapes -> the results. Raises RuntimeError if the trace cannot be replayed."""
         if self._fault:
             raise RuntimeError(self._fault)
         returned = [self._name_of(result) for result in results]
@@ -128,56 +132,57 @@ class Tape(TorchDispatchMode):
         fixed = self._fixed
 
         def replay(inputs: Sequence[Tensor]) -> list[Tensor]:
-            # The backward pass is recorded too; fused operations would round otherwise. Both are a thread's settings.
+            # Below autograd, because the trace has the backward pass already; unoptimised, because fused operations
+            # round otherwise. Both settings belong to one thread.
             with torch._C._AutoDispatchBelowAutograd(), torch.jit.optimized_execution(False):
                 return unit.step(list(inputs), fixed)
 
         return replay
 
-    def _write(self, func: Any, args: Any, kwargs: dict[str, Any], made: Any) -> None:
+    def _write(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         if torch.Tag.data_dependent_output in func.tags:
-            self._fault = f"{func} gives a number to the interpreter"
+            self._fault = f"{func} returns a number to Python"
             return
         read = [self._name_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func is torch.ops.aten.detach.default:
-            self._give_name(made, read[0])
+            self._set_name(result, read[0])
         elif func.is_view and all(name.startswith("w[") for name in read):
-            for view in tree_leaves(made):
+            for view in tree_leaves(result):
                 self._fix(view)
-        elif func._schema.is_mutable and made is not args[0]:
+        elif func._schema.is_mutable and result is not args[0]:
             self._fault = f"{func} writes into several tensors"
-        elif func._schema.is_mutable:  # in place: it keeps its name
+        elif func._schema.is_mutable:  # in place: the tensor keeps its name
             self._lines.append((self._statement(func, args, kwargs), [read[0]], read))
         else:
-            self._assign(self._statement(func, args, kwargs), made, read)
+            self._assign(self._statement(func, args, kwargs), result, read)
 
     def _statement(self, func: Any, args: Any, kwargs: dict[str, Any]) -> str:
         words = [self._word(value) for value in args]
         words += [f"{name}={self._word(value)}" for name, value in kwargs.items()]
         return f"torch.ops.{func._schema.name.replace('::', '.')}({', '.join(words)})"
 
-    def _assign(self, statement: str, made: Any, read: list[str]) -> None:
+    def _assign(self, statement: str, result: Any, read: list[str]) -> None:
         number = len(self._lines)
-        if isinstance(made, list):
+        if isinstance(result, list):
             self._lines.append((f"v{number} = {statement}", [f"v{number}"], read))
-            for place, part in enumerate(made):
+            for place, part in enumerate(result):
                 self._assign(f"v{number}[{place}]", part, [f"v{number}"])
             return
-        results = made if isinstance(made, tuple) else (made,)
+        results = result if isinstance(result, tuple) else (result,)
         names = [f"v{number}_{place}" for place in range(len(results))]
-        for name, result in zip(names, results, strict=True):
-            if isinstance(result, Tensor):
-                self._give_name(result, name)
+        for name, value in zip(names, results, strict=True):
+            if isinstance(value, Tensor):
+                self._set_name(value, name)
         self._lines.append((f"{', '.join(names)} = {statement}", names, read))
 
     def _needed(self, returned: list[str]) -> list[str]:
-        """The statements without those that make nothing that is wanted."""
-        wanted, found = set(returned), []
-        for statement, makes, reads in reversed(self._lines):
-            if wanted & set(makes) or set(makes) & set(reads):  # or it writes in place
-                wanted |= set(reads)
-                found.append(statement)
-        return found[::-1]
+        """The statements that the returned names depend on, in their order."""
+        needed, statements = set(returned), []
+        for statement, writes, reads in reversed(self._lines):
+            if needed & set(writes) or set(writes) & set(reads):  # the latter writes in place
+                needed |= set(reads)
+                statements.append(statement)
+        return statements[::-1]
 
     def _word(self, value: Any) -> str:
         if isinstance(value, Tensor):
@@ -191,14 +196,14 @@ class Tape(TorchDispatchMode):
         return repr(value) if not isinstance(value, float) or math.isfinite(value) else f'float("{value}")'
 
     def _name_of(self, tensor: Tensor) -> str:
-        tape, name = vars(tensor).get(self._NAME, (None, ""))
-        if tape is self:
+        trace, name = vars(tensor).get(self._NAME, (None, ""))
+        if trace is self:
             return name
         if id(tensor) not in self._names:
             self._fix(tensor)
         return self._names[id(tensor)]
 
-    def _give_name(self, tensor: Tensor, name: str) -> None:
+    def _set_name(self, tensor: Tensor, name: str) -> None:
         vars(tensor)[self._NAME] = (self, name)
 
     def _fix(self, tensor: Tensor) -> None:
@@ -206,10 +211,10 @@ class Tape(TorchDispatchMode):
         self._fixed.append(tensor)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """To the bit; a step whose gradient is no number is one like any other."""
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal to the bit; NaN equals NaN."""
     return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-def _kind(tensor: Tensor) -> Hashable:
+def _layout(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.stride(), tensor.dtype
