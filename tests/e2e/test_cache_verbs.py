@@ -65,7 +65,7 @@ def test_a_dry_run_of_prepare_prints_the_plan_and_errors_name_their_option(
     assert main(["prepare", *flags, "--data.cache", "none"]) == 2
     assert "--data.cache none: keeps nothing" in capsys.readouterr().err
     assert main(["prepare", *flags, "--train.seed", "None", "--data.max_train_samples", "3"]) == 2
-    assert "the seed selects the rows" in capsys.readouterr().err
+    assert "selects rows by the seed" in capsys.readouterr().err
 
 
 def test_ls_shows_each_folder_the_last_used_first(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

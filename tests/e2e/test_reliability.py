@@ -162,7 +162,7 @@ def test_what_makes_another_run_needs_to_be_allowed(work: Path, change: tuple[st
     plain = Run(work, *command)
     assert plain.wait() == (0 if allowed else 2), plain.said()
     if not allowed:
-        assert re.search(r"error: --checkpoint.resume .* -> .*another run than that of checkpoint-4", plain.said())
+        assert re.search(r"error: --checkpoint.resume would mix two runs: .* -> .* since checkpoint-4", plain.said())
         assert Run(work, *command, "--allow-changed").wait() == 0
 
 

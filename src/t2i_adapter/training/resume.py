@@ -98,8 +98,8 @@ def check(found: list[Change], checkpoint: str, *, allowed: bool) -> None:
     breaking = ", ".join(str(change) for change in found if not change.is_harmless)
     if breaking and not allowed:
         raise UserError(
-            f"{breaking}: this would be another run than that of {checkpoint}. Set it back, name another "
-            f"{flag('output_dir')}, or resume in spite of it with {flag('checkpoint.allow_changed')}.",
+            f"would mix two runs: {breaking} since {checkpoint}. Set it back, name another {flag('output_dir')}, "
+            f"or resume in spite of it with {flag('checkpoint.allow_changed')}.",
             option="checkpoint.resume",
         )
 

@@ -115,7 +115,7 @@ def _check_packages(config: Config) -> None:
     """Raises UserError if an option needs a package that is not installed."""
     optim.check_available(config.optim)
     if config.train.xformers and not is_xformers_available():
-        raise UserError("xformers is not installed: pip install xformers, or omit it.", option="train.xformers")
+        raise UserError("needs a package: pip install xformers, or omit it.", option="train.xformers")
 
 
 def make_accelerator(config: Config) -> Accelerator:

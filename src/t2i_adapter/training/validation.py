@@ -59,9 +59,7 @@ def find_judge(config: Config, made_by: str | None) -> Annotator | None:
         return open_annotator(spec)
     if config.checkpoint.keep_best:
         missing = f"{flag('validation.judge')} (a condition kind)" if options.prompts else flag("validation.prompts")
-        raise UserError(
-            f"validation must score the checkpoints to find the best one: set {missing}.", option="checkpoint.keep_best"
-        )
+        raise UserError(f"needs a score of each checkpoint: set {missing}.", option="checkpoint.keep_best")
     return None
 
 

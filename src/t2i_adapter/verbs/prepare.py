@@ -18,7 +18,7 @@ def run(config: Config, *, dry_run: bool = False) -> None:
         raise UserError("none: without a cache there is nothing to prepare; omit it.", option="data.cache")
     if config.data.max_train_samples is not None and config.train.seed is None:
         raise UserError(
-            f"the seed selects the rows: set {flag('train.seed')} to the seed of the training run.",
+            f"selects rows by the seed: set {flag('train.seed')} to that of the training run.",
             option="data.max_train_samples",
         )
     inputs = open_inputs(config, make_accelerator(config), config.train.seed or 0)
