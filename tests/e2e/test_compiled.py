@@ -1,4 +1,4 @@
-"""A compiled UNet: the same numbers and gradients; and where there is no compiler, a line and a run that goes on."""
+"""A compiled UNet: the same numbers and gradients; without a compiler, a line and an uncompiled run."""
 
 from __future__ import annotations
 

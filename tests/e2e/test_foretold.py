@@ -1,4 +1,4 @@
-"""The memory that `plan` foretells, against what a run then takes."""
+"""The memory that `plan` forecasts, against what a run then takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that truly runs out: the process is given less address space than a micro-batch needs."""
+"""Memory that really runs out: the process has less address space than a micro-batch needs."""
 
 from __future__ import annotations
 

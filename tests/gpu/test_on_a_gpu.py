@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: `pytest tests/gpu`. Skipped where there is none."""
+"""Tests that need a CUDA device: `pytest tests/gpu`. They are skipped without one."""
 
 from __future__ import annotations
 

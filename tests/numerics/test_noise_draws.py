@@ -1,4 +1,4 @@
-"""Several draws of noise for each sample: the update is the mean of the updates that separate passes would give."""
+"""Several noise samples for each sample: the update is the mean of the updates of separate passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same run whatever happens to it: a step that is lost, a limit, another split, its best moment kept."""
+"""A run stays the same run: with a skipped step, a time limit, a resume, another split of its batch; and keep_best."""
 
 from __future__ import annotations
 

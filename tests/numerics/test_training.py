@@ -1,4 +1,4 @@
-"""Runs on the tiny base: what may not change a run, and what must."""
+"""Runs on the tiny base: what must not change a run's numbers, and what must."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between two log entries the host asks the device for no number: on a GPU each such question waits for all of it."""
+"""Between two log entries the host reads no number from the device: on a GPU each read waits for the device."""
 
 from __future__ import annotations
 

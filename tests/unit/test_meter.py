@@ -1,4 +1,4 @@
-"""What a run tells of its own speed."""
+"""The numbers that a run logs about its own speed."""
 
 from __future__ import annotations
 

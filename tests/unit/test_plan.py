@@ -1,4 +1,4 @@
-"""What `plan` foretells: against the bytes of real tensors, and against what a run then takes."""
+"""The forecast of `plan` against the bytes of real tensors, and its texts."""
 
 from __future__ import annotations
 

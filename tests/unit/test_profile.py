@@ -1,4 +1,4 @@
-"""A profile of a run: the parts of a step add up, the trace opens, and the run is the one that nobody looked at."""
+"""The profile of a run: its parts add up, the trace can be read, and the run's numbers do not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who hears a wish to stop, and when it is obeyed. The signals are real ones, sent to this process."""
+"""When a run stops on a signal or a limit. The signals are real ones, sent to this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from t2i_adapter.errors import Stopped
 from t2i_adapter.training.signals import Reason, Stopper
 
 HOUR = timedelta(hours=1)
-LISTENED_TO = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def send(number: signal.Signals) -> None:
@@ -29,8 +29,8 @@ def test_before_training_a_signal_ends_the_run_where_it_stands(number: signal.Si
     assert stop.value.code == code
 
 
-@pytest.mark.parametrize("number", LISTENED_TO)
-def test_in_training_it_waits_to_be_asked_for(number: signal.Signals):
+@pytest.mark.parametrize("number", HANDLED)
+def test_in_training_it_waits_for_the_end_of_the_step(number: signal.Signals):
     with Stopper() as stopper:
         stopper.begin_training(HOUR)
         assert stopper.stop_reason(1) is None
@@ -38,22 +38,22 @@ def test_in_training_it_waits_to_be_asked_for(number: signal.Signals):
         assert stopper.stop_reason(2) == number
 
 
-def test_what_would_take_long_is_cut_short():
+def test_an_action_is_cut_short_by_a_signal():
     began = time.monotonic()
     with Stopper() as stopper:
         stopper.begin_training(HOUR)
-        assert stopper.unless_stopped(lambda: "drawn") == "drawn"
+        assert stopper.unless_stopped(lambda: "done") == "done"
         threading.Timer(0.05, send, (signal.SIGTERM,)).start()
         assert stopper.unless_stopped(lambda: time.sleep(30)) is None
-        assert stopper.unless_stopped(lambda: pytest.fail("begun although a signal was heard")) is None
+        assert stopper.unless_stopped(lambda: pytest.fail("started although a signal had arrived")) is None
     assert time.monotonic() - began < 20
 
 
 def test_after_the_run_signals_mean_what_they_meant_before():
-    before = [signal.getsignal(number) for number in LISTENED_TO]
+    before = [signal.getsignal(number) for number in HANDLED]
     with Stopper():
-        assert [signal.getsignal(number) for number in LISTENED_TO] != before
-    assert [signal.getsignal(number) for number in LISTENED_TO] == before
+        assert [signal.getsignal(number) for number in HANDLED] != before
+    assert [signal.getsignal(number) for number in HANDLED] == before
 
 
 def test_a_child_process_does_not_take_the_signal_for_its_own():

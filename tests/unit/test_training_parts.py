@@ -1,4 +1,4 @@
-"""The small parts of a run: plan, learning rate, average, lock, trackers' options."""
+"""The small parts of a run: plan, learning rate, EMA, lock, trackers' options."""
 
 from __future__ import annotations
 

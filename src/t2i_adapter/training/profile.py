@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function
 
 FOLDER = "profile"
 SKIP, STEPS = 3, 5
@@ -40,10 +40,11 @@ class Profile:
     def __init__(self, modules: dict[str, Any], folder: Path, steps: int, device: torch.device) -> None:
         """modules: part -> network whose calls are that part. steps: how many the run will still make."""
         self._folder, self._device, self._steps = folder, device, min(STEPS, steps)
+        self._skip = min(SKIP, steps - self._steps)
         self._hooks = [hook for part, module in modules.items() for hook in _mark_calls(part, module)]
         self._profiler = profile(
             activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")],
-            schedule=schedule(wait=0, warmup=min(SKIP, steps - self._steps), active=self._steps, repeat=1),
+            schedule=self._action,
             on_trace_ready=self._write,
         )
         self._profiler.start()
@@ -51,6 +52,15 @@ class Profile:
     def step(self) -> None:
         """Counts a step."""
         self._profiler.step()
+
+    def _action(self, step: int) -> ProfilerAction:
+        """What torch's profiler does in a step, counted from 0."""
+        left = self._skip + self._steps - step
+        if left <= 0:
+            return ProfilerAction.NONE
+        if left == 1:
+            return ProfilerAction.RECORD_AND_SAVE
+        return ProfilerAction.RECORD if step >= self._skip else ProfilerAction.WARMUP
 
     def _write(self, trace: profile) -> None:
         for hook in self._hooks:

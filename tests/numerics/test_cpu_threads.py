@@ -1,4 +1,4 @@
-"""Threads that share a micro-batch: the same update, whatever their number."""
+"""CPU threads that share a micro-batch: the same update for any number of threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def gradients(adapter: Any) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in adapter.parameters()]
 
 
-def lanes_for(adapter: Any, frozen: FrozenModel, count: int) -> CpuThreads:
+def threads_for(adapter: Any, frozen: FrozenModel, count: int) -> CpuThreads:
     return CpuThreads(count, adapter, lambda network, samples: batch_losses(network, frozen, samples))
 
 
@@ -40,42 +40,42 @@ def test_any_number_of_threads_gives_the_gradients_of_the_whole(
     whole = batch_losses(adapter, frozen, batch).sum() * 0.1
     whole.backward()
     wanted = gradients(adapter)
-    lanes = lanes_for(adapter, frozen, count)
+    threads = threads_for(adapter, frozen, count)
     adapter.zero_grad()
-    loss = lanes.add(batch, 0.1)
+    loss = threads.add(batch, 0.1)
     torch.testing.assert_close(loss, whole.detach())
     for got, exact in zip(gradients(adapter), wanted, strict=True):
         torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
     once = gradients(adapter)
-    lanes.add(batch, 0.1)  # on top of what is there, as with accumulation
+    threads.add(batch, 0.1)  # on top of what is there, as with accumulation
     for got, first in zip(gradients(adapter), once, strict=True):
         torch.testing.assert_close(got, 2 * first, rtol=1e-5, atol=1e-6 * float(first.abs().max()))
 
 
 def test_the_sum_has_the_same_bits_each_time_and_follows_the_weights(adapter: Any, frozen: FrozenModel, batch: Batch):
-    lanes = lanes_for(adapter, frozen, 2)
+    threads = threads_for(adapter, frozen, 2)
     found = []
     for _ in range(4):
         adapter.zero_grad()
-        lanes.add(batch, 0.1)
+        threads.add(batch, 0.1)
         found.append(gradients(adapter))
     assert all(torch.equal(a, b) for later in found[1:] for a, b in zip(found[0], later, strict=True))
     with torch.no_grad():
         adapter.adapter.conv_in.weight.mul_(2)  # as an optimiser writes: in place
     adapter.zero_grad()
-    lanes.add(batch, 0.1)
+    threads.add(batch, 0.1)
     assert not torch.equal(gradients(adapter)[-1], found[0][-1])
 
 
 def test_where_a_thread_fails_nothing_is_added(adapter: Any, frozen: FrozenModel, batch: Batch):
-    lanes = lanes_for(adapter, frozen, 2)
+    threads = threads_for(adapter, frozen, 2)
     broken = replace(batch, text=torch.cat([batch.text[:4], torch.full_like(batch.text[4:], 1.0)])[:, :, :-1])
     with pytest.raises(RuntimeError):
-        lanes.add(broken, 0.1)
+        threads.add(broken, 0.1)
     assert all(parameter.grad is None for parameter in adapter.parameters())
 
 
-def test_lanes_are_for_a_cpu_and_one_process():
+def test_threads_are_for_a_cpu_and_one_process():
     cpu = torch.device("cpu")
     before = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -92,7 +92,7 @@ def test_lanes_are_for_a_cpu_and_one_process():
         torch.set_num_threads(before)
 
 
-def test_what_feeds_the_lanes_keeps_to_one_core_and_gives_the_others_back():
+def test_on_cores_sets_and_restores_the_number_of_cores():
     before = torch.get_num_threads()
     with on_cores(before + 1):
         assert torch.get_num_threads() == before + 1

@@ -1,4 +1,4 @@
-"""Operations recorded and replayed: the same bits, on several threads, for each shape; or a line and as they were."""
+"""Traces: a replay has the same bits, on several threads, for each shape; what cannot be traced logs a line."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.verbs.train import run
 
 
-def gradients(frozen: FrozenModel, adapter: Any, lanes: CpuThreads, samples: int, seed: int) -> list[Tensor]:
+def gradients(frozen: FrozenModel, adapter: Any, threads: CpuThreads, samples: int, seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
     batch = example_batch(frozen.unet.config, samples, height=64, width=64)
     adapter.zero_grad()
-    lanes.add(batch, 0.1)
+    threads.add(batch, 0.1)
     return [parameter.grad.clone() for parameter in adapter.parameters()]
 
 
 def test_replayed_on_two_threads_it_gives_the_same_bits(adapter: Any, frozen: FrozenModel):
-    said: list[str] = []
-    recorder = TraceCache(said.append)
+    lines: list[str] = []
+    traces = TraceCache(lines.append)
     plain, replaying = (
         CpuThreads(2, adapter, lambda network, part: batch_losses(network, frozen, part), chosen)
-        for chosen in (None, recorder)
+        for chosen in (None, traces)
     )
     for seed in range(TRACE_AT + 3):  # parts of two and of three samples
-        wanted, got = (gradients(frozen, adapter, lanes, 5, seed) for lanes in (plain, replaying))
+        wanted, got = (gradients(frozen, adapter, threads, 5, seed) for threads in (plain, replaying))
         assert all(map(torch.equal, wanted, got)), f"update {seed}"
         with torch.no_grad():
             adapter.adapter.conv_in.weight.mul_(1.1)  # as an optimiser writes: in place
-    assert len(recorder._replays) == 2 and not said
+    assert len(traces._replays) == 2 and not lines
     gradients(frozen, adapter, replaying, 2, 0)
-    assert len(recorder._replays) == 2, "a shape that is seldom met is not recorded"
+    assert len(traces._replays) == 2, "a rare shape is not traced"
 
 
-def test_no_more_shapes_are_recorded_than_memory_is_for():
-    recorder = TraceCache(print)
+def test_the_number_of_traced_shapes_is_limited():
+    traces = TraceCache(print)
     for side in range(1, MOST + 4):
         x = torch.ones(side)
         for _ in range(TRACE_AT + 1):
-            (got,) = recorder.call(lambda x=x: [x * 2], [x])
+            (got,) = traces.call(lambda x=x: [x * 2], [x])
             assert torch.equal(got, torch.full((side,), 2.0))
-    assert len(recorder._replays) == MOST
+    assert len(traces._replays) == MOST
 
 
 WEIGHT = torch.arange(12.0).view(4, 3)
@@ -79,19 +79,19 @@ OPERATIONS: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
 
 @pytest.mark.parametrize("function", OPERATIONS.values(), ids=OPERATIONS.keys())
 def test_any_operation_replays_on_other_numbers(function: Callable[[Tensor], Sequence[Tensor]]):
-    said: list[str] = []
-    recorder = TraceCache(said.append)
+    lines: list[str] = []
+    traces = TraceCache(lines.append)
     for seed in range(TRACE_AT + 3):
         torch.manual_seed(seed)
         x = torch.randn(2, 4)
-        got = recorder.call(lambda x=x: function(x), [x])
+        got = traces.call(lambda x=x: function(x), [x])
         for one, other in zip(got, function(x), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-    assert len(recorder._replays) == 1 and not said
+    assert len(traces._replays) == 1 and not lines
 
 
 def by_its_own_count() -> Callable[[Tensor], Sequence[Tensor]]:
-    """What it does depends on what no recording knows of."""
+    """Returns a function whose result depends on a count that no trace has."""
     calls = iter(range(1000))
     return lambda x: [x * next(calls)]
 
@@ -121,22 +121,22 @@ def by_the_numbers(x: Tensor) -> Sequence[Tensor]:
         (by_the_numbers, "does not replay to the bit"),
     ],
 )
-def test_what_cannot_be_recorded_runs_as_it_is_and_says_so_once(
+def test_what_cannot_be_traced_runs_directly_and_logs_one_line(
     function: Callable[[Tensor], Sequence[Tensor]], why: str
 ):
-    said: list[str] = []
-    recorder = TraceCache(said.append)
+    lines: list[str] = []
+    traces = TraceCache(lines.append)
     for seed in range(3 * TRACE_AT):
         torch.manual_seed(seed)
         x = torch.randn(2, 4)
-        assert recorder.call(lambda x=x: function(x), [x])
-    assert not recorder._replays
-    (line,) = said
+        assert traces.call(lambda x=x: function(x), [x])
+    assert not traces._replays
+    (line,) = lines
     assert line.startswith("The step's operations cannot be traced here (") and why in line
 
 
-def test_what_the_function_raises_while_it_is_recorded_is_raised():
-    recorder = TraceCache(print)
+def test_an_exception_during_tracing_is_raised():
+    traces = TraceCache(print)
 
     def full(x: Tensor) -> Sequence[Tensor]:
         raise torch.OutOfMemoryError("no room")
@@ -144,7 +144,7 @@ def test_what_the_function_raises_while_it_is_recorded_is_raised():
     x = torch.ones(2)
     for _ in range(TRACE_AT + 1):
         with pytest.raises(torch.OutOfMemoryError):
-            recorder.call(lambda: full(x), [x])
+            traces.call(lambda: full(x), [x])
 
 
 @pytest.mark.parametrize(
@@ -154,16 +154,16 @@ def test_what_the_function_raises_while_it_is_recorded_is_raised():
         TrainOptions(mixed_precision="bf16"),
         TrainOptions(noise_draws=2, gradient_accumulation_steps=2, ema_decay=0.9),
     ],
-    ids=["plain", "bf16", "draws, accumulated, averaged"],
+    ids=["plain", "bf16", "noise draws, accumulated, EMA"],
 )
-def test_a_recorded_run_is_the_same_run(
+def test_a_traced_run_is_the_same_run(
     train: TrainOptions, tiny_base: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Else one that stops and goes on, and so is recorded at another update, would not be the same."""
+    """A resumed run is traced at another update, and must have the same numbers."""
     found = []
-    for record_at in (3, 10**6):
+    for trace_at in (3, 10**6):
         config = Config(
-            output_dir=str(tmp_path / str(record_at)),
+            output_dir=str(tmp_path / str(trace_at)),
             base=BaseOptions(name=str(tiny_base)),
             data=DataOptions(train_data_dir=str(tiny_data), resolution=64),
             train=replace(train, batch_size=4, max_steps=5, seed=5, lanes=2),
@@ -172,28 +172,28 @@ def test_a_recorded_run_is_the_same_run(
             tracking=TrackingOptions(report_to="none", log_every=1),
         )
         with monkeypatch.context() as patch:
-            patch.setattr(trace, "TRACE_AT", record_at)
+            patch.setattr(trace, "TRACE_AT", trace_at)
             replays: list[object] = []
             patch.setattr(TraceCache, "_check", _kept(TraceCache._check, replays))
             run(config)
-        assert len(replays) == (record_at == 3)
-        found.append(load_file(tmp_path / str(record_at) / "checkpoint-5" / "training.safetensors"))
+        assert len(replays) == (trace_at == 3)
+        found.append(load_file(tmp_path / str(trace_at) / "checkpoint-5" / "training.safetensors"))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def _kept(trial: Callable[..., Any], replays: list[object]) -> Callable[..., Any]:
-    """The trial, which also lists each recording that has passed it."""
+    """`_check`, which also appends each trace that passes to `replays`."""
 
-    def trying(recorder: TraceCache, *args: Any) -> Any:
-        found = trial(recorder, *args)
-        replays.extend(recorder._replays.values())
+    def trying(traces: TraceCache, *args: Any) -> Any:
+        found = trial(traces, *args)
+        replays.extend(traces._replays.values())
         return found
 
     return trying
 
 
-def test_only_plain_operations_are_recorded():
+def test_only_plain_operations_are_traced():
     plain = Config()
     assert is_traceable(plain)
     assert not is_traceable(replace(plain, base=replace(plain.base, quantize="int8")))
