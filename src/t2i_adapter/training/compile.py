@@ -17,7 +17,8 @@ from t2i_adapter.errors import first_line
 Compile = Literal["off", "on", "graphs"]
 
 SHORT_RUN = 1_000
-"""Fewer updates hardly win back the minute or more that compiling takes (benchmarks/compiling.json)."""
+"""Fewer updates hardly win back the minute or more that compiling takes
+(benchmarks/results/compiling_2cpu_2026-11-26.json)."""
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 MAX_SHAPES = 512

@@ -37,7 +37,7 @@ def make_optimizer(options: OptimOptions, parameters: Any, lr: float) -> torch.o
     if options.name == "muon":
         return Muon(parameters, **settings)
     if options.name == "adamw":
-        # Fused into one kernel: on a CPU a quarter of the time (benchmarks/speed_options.json).
+        # Fused into one kernel: on a CPU a quarter of the time (benchmarks/results/speed_options_2cpu_2026-11-26.json).
         return torch.optim.AdamW(parameters, fused=True, **settings)
     return importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **settings)
 
