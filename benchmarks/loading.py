@@ -6,7 +6,7 @@ batch out. `new` is the usual way, as in torch's `default_collate`: each batch g
 training process uses in place. Without workers both sides run the same code, so their ratio shows the noise of the
 measurement. The consumer copies each tensor once, as a transfer to a device does.
 
-    python benchmarks/loading.py [--rounds 7] [--batches 40] [--out FILE.json]
+    python benchmarks/loading.py [--rounds 7] [--batches 40]
 
 Result file: settings, and for each number of condition channels and of workers the samples a second of every round, the
 medians, and the ratio new / slots. Each round measures both sides, in turns.
@@ -15,18 +15,14 @@ medians, and the ratio new / slots. Each round measures both sides, in turns.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import make_parser, write_result
 from torch.utils.data import get_worker_info
 
 from t2i_adapter.batches import loader
@@ -127,16 +123,12 @@ def compare(records: Records, workers: int, options: argparse.Namespace) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, default=40, help="that a rate is measured over")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": {"cpu_cores": os.cpu_count(), "processor": platform.machine(), "threads": 1},
-        "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
         "settings": {"side": SIDE, "batch": BATCH, "rounds": options.rounds, "batches": options.batches},
     }
     for channels in (1, 3):
@@ -145,8 +137,7 @@ def main() -> None:
             name = f"{channels} condition channels, {workers} workers"
             result[name] = compare(records, workers, options)
             print(name, result[name]["median"], result[name]["new / slots"], result[name]["range"], flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result("loading", result, options.out, threads=1)
 
 
 if __name__ == "__main__":
