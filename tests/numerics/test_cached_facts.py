@@ -494,11 +494,11 @@ from t2i_adapter.config.tree import BaseOptions, DataOptions
 from t2i_adapter.data import source
 from t2i_adapter.models.open import open_base
 shards.SHARD_BYTES = 1  # a shard a record
-class Slow(source.TableSource):
+class Slow(source.Source):
     def __getitem__(self, index):
         time.sleep(0.02)
         return super().__getitem__(index)
-source.TableSource = Slow
+source.Source = Slow
 data, base, root = sys.argv[1:]
 options = DataOptions(train_data_dir=data, resolution=64)
 context = PrepareContext(open_base(BaseOptions(name=base)), "cpu", torch.float32, Path(root), progress=False)
