@@ -41,8 +41,7 @@ from t2i_adapter.config.tree import AdapterOptions, Config, ObjectiveOptions, Tr
 from t2i_adapter.data.shapes import write_dataset
 from t2i_adapter.data.source import open_source
 from t2i_adapter.diffusion.objective import add_noise, losses
-from t2i_adapter.evaluation.controls import ADAPTER
-from t2i_adapter.evaluation.evaluate import evaluate
+from t2i_adapter.evaluation.evaluate import ADAPTER, evaluate
 from t2i_adapter.evaluation.pairs import Pair, read_pairs
 from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.models.adapter import build_adapter
@@ -55,7 +54,7 @@ from t2i_adapter.training.plan import make_plan
 from t2i_adapter.training.setup import make_accelerator, make_adapter, versions
 from t2i_adapter.training.step import batch_losses, predict
 from t2i_adapter.types import Batch
-from t2i_adapter.verbs.demo_options import GUIDANCE, SIZE, training
+from t2i_adapter.verbs.demo import GUIDANCE, SIZE, demo_config
 
 OUT = Path("benchmarks/sample_efficiency.json")
 NEVER = 10**6  # more updates than any arm has time for
@@ -124,7 +123,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "diffusers recipe, 1e-5": DIFFUSERS,
     "diffusers recipe, 1e-3": {**DIFFUSERS, "optim.lr": 1e-3},
 }
-"""What each arm changes of the demo's training (`demo_options.training`, recipes/nano-shapes.yaml). FIRST is no option
+"""What each arm changes of the demo's training (`verbs.demo.demo_config`, recipes/nano-shapes.yaml). FIRST is no option
 of a run: so many samples at so many pixels come before the others."""
 
 
@@ -132,7 +131,7 @@ class Bench:
     """What all arms share: base, pairs, what is measured. One process, one thread."""
 
     def __init__(self, data: Path, out: Path, options: argparse.Namespace) -> None:
-        config = training(str(data), str(out), steps=NEVER, seed=0)
+        config = demo_config(str(data), str(out), steps=NEVER, seed=0)
         self.options = options
         self.accelerator = make_accelerator(replace(config, tracking=TrackingOptions(report_to="none")))
         self.base = open_base(config.base)
@@ -302,7 +301,7 @@ def _end(drawn: list[list[dict[str, Any]]]) -> str:
 
 def arm_config(changes: dict[str, Any], data: Path, out: Path, seed: int) -> Config:
     """The demo's training with an arm's changes."""
-    plain = training(str(data), str(out), steps=NEVER, seed=seed)
+    plain = demo_config(str(data), str(out), steps=NEVER, seed=seed)
     changes = {name: value for name, value in changes.items() if name != FIRST}
     # Under a schedule that ends, an arm's rate would depend on how long the table lasts.
     return with_values(plain, {"optim.schedule": "constant_with_warmup", **changes})

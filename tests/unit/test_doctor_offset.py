@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from t2i_adapter.data.shapes import condition, render, sample_scene
-from t2i_adapter.doctor.offset import REACH, SURE, find_offset, is_coarse
+from t2i_adapter.doctor.offset import MAX_SHIFT, SURE_MARGIN, find_offset, is_mosaic
 
-SHIFTS = [(0, 0), (0, 3), (-3, 0), (5, -7), (REACH, -REACH)]
+SHIFTS = [(0, 0), (0, 3), (-3, 0), (5, -7), (MAX_SHIFT, -MAX_SHIFT)]
 
 
 def texture(size: int, seed: int = 0) -> np.ndarray:
@@ -30,7 +30,7 @@ def test_a_shifted_map_of_a_scene_is_found(kind: str, shift: tuple[int, int]) ->
     scene = sample_scene(0, 5)
     image, aside = np.asarray(render(scene, 192)), np.roll(np.asarray(condition(scene, 192, kind)), shift, (0, 1))
     offset = find_offset(first(image), first(aside))
-    assert offset is not None and offset.margin >= SURE
+    assert offset is not None and offset.margin >= SURE_MARGIN
     assert offset[:2] == pytest.approx(shift, abs=0.75)  # a line lies inside its shape's border, by half its width
 
 
@@ -42,7 +42,7 @@ def test_thick_lines_of_a_large_picture_are_told_by_a_smaller_one(shift: tuple[i
         np.roll(np.asarray(condition(scene, 1024, "outline")), shift, (0, 1)),
     )
     offset = find_offset(first(image), first(aside))
-    assert offset is not None and offset.margin >= SURE and offset.scale > 1
+    assert offset is not None and offset.margin >= SURE_MARGIN and offset.scale > 1
     assert offset[:2] == pytest.approx(shift, abs=offset.scale / 2)
 
 
@@ -52,7 +52,7 @@ def test_canny_of_a_large_textured_picture(shift: tuple[int, int]) -> None:
     lines = np.roll(cv2.Canny(image, 50, 100), shift, (0, 1))
     assert lines.any()
     offset = find_offset(first(image), first(lines))
-    assert offset is not None and offset.margin >= SURE
+    assert offset is not None and offset.margin >= SURE_MARGIN
     assert offset[:2] == pytest.approx(shift, abs=0.2)
 
 
@@ -62,7 +62,7 @@ def test_another_pictures_edges_are_not_believed() -> None:
         image, other = render(sample_scene(0, number), 128), condition(sample_scene(0, 100 + number), 128, "outline")
         offset = find_offset(first(np.asarray(image)), first(np.asarray(other)))
         margins.append(offset.margin if offset else 0.0)
-    assert sum(margin >= SURE for margin in margins) <= 1
+    assert sum(margin >= SURE_MARGIN for margin in margins) <= 1
 
 
 def test_nothing_is_told_without_edges() -> None:
@@ -74,6 +74,6 @@ def test_nothing_is_told_without_edges() -> None:
 def test_cells_of_colour_are_coarse_and_lines_are_not() -> None:
     cells = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
     mosaic = np.kron(cells, np.ones((16, 16, 1), np.uint8))
-    assert is_coarse(first(mosaic))
-    assert not is_coarse(first(np.asarray(condition(sample_scene(0, 5), 128, "outline"))))
-    assert not is_coarse(first(texture(128)))
+    assert is_mosaic(first(mosaic))
+    assert not is_mosaic(first(np.asarray(condition(sample_scene(0, 5), 128, "outline"))))
+    assert not is_mosaic(first(texture(128)))

@@ -25,8 +25,7 @@ from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.open import open_base
 from t2i_adapter.reports.sheet import SheetRow, make_sheet
 from t2i_adapter.types import Sample
-from t2i_adapter.verbs.evaluate import open_pairs, run
-from t2i_adapter.verbs.evaluate_options import EvaluateOptions
+from t2i_adapter.verbs.evaluate import EvaluateOptions, open_dataset, run
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def test_no_adapter_is_the_base_alone_and_a_trained_one_could_win(adapter: Path,
     base = open_base(BaseOptions(name=str(tiny_base)))
     network = build_adapter(AdapterOptions(), base.unet_config)
     pipeline = base.pipeline(network, "cpu", torch.float32)
-    pairs = read_pairs(open_pairs(options(adapter, shapes)), 64, channels=3)
+    pairs = read_pairs(open_dataset(options(adapter, shapes)), 64, channels=3)
     sampling = SamplingOptions(steps=1)
     everything = evaluate(pipeline, pairs, sampling=sampling)
     one_column = evaluate(pipeline, pairs, sampling=sampling, columns=("adapter",))
@@ -96,9 +95,9 @@ def test_no_adapter_is_the_base_alone_and_a_trained_one_could_win(adapter: Path,
 
 
 def test_pairs_without_a_scene_take_the_pictures_own_figure(adapter: Path, tiny_data: Path) -> None:
-    pairs = read_pairs(open_pairs(options(adapter, tiny_data)), 64, channels=1)
+    pairs = read_pairs(open_dataset(options(adapter, tiny_data)), 64, channels=1)
     assert {pair.truth_from for pair in pairs} == {"picture"}
-    assert all(pair.truth.mask.any() and pair.truth.ground is None for pair in pairs)
+    assert all(pair.truth.mask.any() and pair.truth.background is None for pair in pairs)
     assert {pair.condition.mode for pair in pairs} == {"L"}
 
 

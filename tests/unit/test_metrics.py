@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw
 
 from t2i_adapter.data.shapes import render, sample_scene, visible_masks
 from t2i_adapter.evaluation.color import ciede2000, srgb_to_lab
-from t2i_adapter.evaluation.controls import derangement, picture_seeds
-from t2i_adapter.evaluation.figure import figure_mask
+from t2i_adapter.evaluation.evaluate import derangement, picture_seeds
+from t2i_adapter.evaluation.foreground import foreground_mask
 from t2i_adapter.evaluation.metrics import (
     NamedColor,
     Truth,
@@ -82,7 +82,7 @@ def test_color_error_is_zero_for_the_very_colors_wherever_they_are() -> None:
 
 def test_measure_of_a_flat_picture_with_nothing_on_it() -> None:
     flat = np.full((128, 128, 3), 90, np.uint8)
-    assert not figure_mask(flat).any()
+    assert not foreground_mask(flat).any()
     values = measure(flat, Truth(disc(), (NamedColor((90, 90, 90), 1.0),), NamedColor((90, 90, 90), 1.0)))
     assert values["iou"] == values["edge_f1"] == 0
     assert set(measure(flat, Truth(disc()))) == {"iou", "edge_f1"}, "colours only where they are known"
@@ -100,7 +100,7 @@ def drawn(ground: str, fill: str, box: tuple[int, int, int, int] = (30, 40, 80, 
 def test_figure_of_any_colors(ground: str, fill: str) -> None:
     picture = drawn(ground, fill)
     truth = np.asarray(drawn("black", "white").convert("L")) > 127
-    found = figure_mask(np.asarray(picture))
+    found = foreground_mask(np.asarray(picture))
     if fill == "snow":  # 2 in Lab from white: not to be seen, and below the threshold by intent
         assert not found.any()
     else:
@@ -108,7 +108,7 @@ def test_figure_of_any_colors(ground: str, fill: str) -> None:
 
 
 def test_an_object_may_touch_the_frame() -> None:
-    found = figure_mask(np.asarray(drawn("white", "purple", (-30, 20, 50, 100))))
+    found = foreground_mask(np.asarray(drawn("white", "purple", (-30, 20, 50, 100))))
     truth = np.asarray(drawn("black", "white", (-30, 20, 50, 100)).convert("L")) > 127
     assert iou(found, truth) > 0.97
 
@@ -118,7 +118,7 @@ def test_specks_and_noise_are_no_figure() -> None:
     picture = np.clip(np.asarray(drawn("green", "yellow")) + noise, 0, 255).astype(np.uint8)
     picture[5:8, 5:8] = 255
     truth = np.asarray(drawn("black", "white").convert("L")) > 127
-    assert iou(figure_mask(picture), truth) > 0.97
+    assert iou(foreground_mask(picture), truth) > 0.97
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_the_segmenter_finds_the_shapes_of_true_pictures(pattern: str, mean: flo
     for index in range(40):
         scene = sample_scene(11, index, patterns=(pattern,))
         truth = visible_masks(scene, 128).any(axis=0)
-        found.append(iou(figure_mask(np.asarray(render(scene, 128))), truth))
+        found.append(iou(foreground_mask(np.asarray(render(scene, 128))), truth))
     assert np.mean(found) > mean
     assert min(found) > least
 
@@ -169,7 +169,7 @@ def test_a_single_odd_pixel_is_no_figure_and_no_fault():
     for size in (1, 2, 3, 5):
         spotted = picture.copy()
         spotted[10 : 10 + size, 12 : 12 + size] = (10, 20, 200)
-        assert figure_mask(spotted).sum() <= size * size
+        assert foreground_mask(spotted).sum() <= size * size
 
 
 def test_two_valued_conditions_agree_within_the_tolerance() -> None:

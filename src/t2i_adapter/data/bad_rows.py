@@ -15,15 +15,16 @@ MOST_TOLD = 10
 
 
 class BadRow(NamedTuple):
-    """A row's number in the source, its key, and why it cannot be used."""
+    """A row that cannot be used: its number in the source, its key, the reason, and the `UserError.kind`."""
 
     number: int
     key: str
     reason: str
+    kind: str = ""
 
     @classmethod
     def of(cls, source: Source, number: int, fault: UserError) -> BadRow:
-        return cls(number, source.key(number), str(fault))
+        return cls(number, source.key(number), str(fault), fault.kind)
 
 
 class BadRows:
