@@ -1,4 +1,4 @@
-"""The offset between a condition and its image: found to a fraction of a pixel, and not invented."""
+"""The offset between a condition and its image is found to a fraction of a pixel, and none is found by chance."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_shifted_map_of_a_scene_is_found(kind: str, shift: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("shift", SHIFTS[:4])
-def test_thick_lines_of_a_large_picture_are_told_by_a_smaller_one(shift: tuple[int, int]) -> None:
+def test_thick_lines_of_a_large_picture_are_compared_at_a_smaller_size(shift: tuple[int, int]) -> None:
     scene = sample_scene(0, 4)
     image, aside = (
         np.asarray(render(scene, 1024)),
@@ -56,7 +56,7 @@ def test_canny_of_a_large_textured_picture(shift: tuple[int, int]) -> None:
     assert offset[:2] == pytest.approx(shift, abs=0.2)
 
 
-def test_another_pictures_edges_are_not_believed() -> None:
+def test_edges_of_another_picture_are_not_sure() -> None:
     margins = []
     for number in range(20):
         image, other = render(sample_scene(0, number), 128), condition(sample_scene(0, 100 + number), 128, "outline")
@@ -65,13 +65,13 @@ def test_another_pictures_edges_are_not_believed() -> None:
     assert sum(margin >= SURE_MARGIN for margin in margins) <= 1
 
 
-def test_nothing_is_told_without_edges() -> None:
+def test_there_is_no_offset_without_edges() -> None:
     image, flat = first(texture(128)), np.zeros((3, 128, 128), np.uint8)
     assert find_offset(image, flat) is None and find_offset(flat, image) is None
-    assert find_offset(image[:, :32], image[:, :32]) is None  # smaller than what is looked for
+    assert find_offset(image[:, :32], image[:, :32]) is None  # smaller than the search range
 
 
-def test_cells_of_colour_are_coarse_and_lines_are_not() -> None:
+def test_cells_of_colour_are_a_mosaic_and_lines_are_not() -> None:
     cells = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
     mosaic = np.kron(cells, np.ones((16, 16, 1), np.uint8))
     assert is_mosaic(first(mosaic))

@@ -1,4 +1,4 @@
-"""What a condition is, and which pictures are there twice."""
+"""The content and polarity of conditions, and duplicate pictures."""
 
 from __future__ import annotations
 
@@ -74,22 +74,22 @@ def test_equal_pictures_share_a_hash_and_others_do_not() -> None:
 
 
 @pytest.mark.parametrize(
-    "save_anew",
+    "save_again",
     [
         lambda picture: jpeg(picture, 75),
         lambda picture: picture.resize((96, 96), Image.Resampling.BICUBIC),
         lambda picture: jpeg(picture.resize((200, 200), Image.Resampling.BICUBIC), 85),
     ],
 )
-def test_pictures_saved_anew_are_met_again(save_anew) -> None:
+def test_pictures_saved_again_are_near_duplicates(save_again) -> None:
     pictures = [render(sample_scene(0, number), 128) for number in range(40)]
-    pictures += [save_anew(picture) for picture in pictures[:20]]
+    pictures += [save_again(picture) for picture in pictures[:20]]
     looks = np.array([duplicates.perceptual_hash(picture) for picture in pictures], np.uint64)
     found = duplicates.confirm_pairs(duplicates.near_pairs(looks, 1000), lambda number: pictures[number])
     assert found == [(number, 40 + number) for number in range(20)]
 
 
-def test_other_pictures_of_the_same_look_are_not_the_same_view() -> None:
+def test_mirrored_and_inverted_pictures_are_not_near_duplicates() -> None:
     picture = render(sample_scene(0, 0), 128)
     turned = ImageOps.mirror(picture)
     inverted = ImageOps.invert(picture)
@@ -97,7 +97,7 @@ def test_other_pictures_of_the_same_look_are_not_the_same_view() -> None:
     assert not duplicates.is_near_duplicate(picture, turned) and not duplicates.is_near_duplicate(picture, inverted)
 
 
-def test_near_pairs_of_many_take_little_time_and_miss_few() -> None:
+def test_near_pairs_of_many_are_fast_and_miss_few() -> None:
     rng = np.random.default_rng(0)
     looks = rng.integers(0, 2**64, 100_000, np.uint64)
     bits = np.uint64(1) << rng.integers(0, 64, (3, 500), np.uint64)
@@ -107,7 +107,7 @@ def test_near_pairs_of_many_take_little_time_and_miss_few() -> None:
     assert len(found) < 600
 
 
-def test_a_set_of_one_look_is_not_compared_all_with_all() -> None:
+def test_equal_hashes_are_not_compared_all_with_all() -> None:
     pairs = duplicates.near_pairs(np.zeros(100_000, np.uint64), 1000)
     assert 1000 <= len(pairs) <= 4000
     assert (

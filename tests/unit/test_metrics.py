@@ -1,4 +1,4 @@
-"""The measures, on pictures whose answer is known."""
+"""The metrics on pictures whose answer is known, and the segmenter."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def test_edge_f1_and_its_tolerance() -> None:
     assert edge_f1(line, longer, 0.5) == pytest.approx(2 * 1 * 0.5 / 1.5)
 
 
-def test_the_frame_is_no_outline() -> None:
+def test_the_frame_is_not_part_of_an_outline() -> None:
     mask = EMPTY.copy()
     mask[:, :50] = True
-    assert outline(mask).sum() == 128, "only the side that faces the ground"
+    assert outline(mask).sum() == 128, "only the side that faces the background"
 
 
-def test_color_error_is_zero_for_the_very_colors_wherever_they_are() -> None:
+def test_color_error_is_zero_for_the_same_colors_at_any_place() -> None:
     image = np.zeros((128, 128, 3), np.uint8)
     image[:, :64], image[:, 64:] = (255, 0, 0), (0, 0, 255)
     everywhere = np.ones((128, 128), bool)
@@ -75,7 +75,7 @@ def test_color_error_is_zero_for_the_very_colors_wherever_they_are() -> None:
     wanted = (NamedColor((255, 0, 0), 1.0),)
     assert color_error(image[:, 64:], everywhere[:, 64:], wanted) == pytest.approx(float(between))
     assert color_error(image[:, 64:], np.zeros((128, 64), bool), wanted) == pytest.approx(float(between)), "no object"
-    # Red is asked for on three quarters, and covers a half: still its median pixel is red.
+    # Red should fill three quarters and fills a half: its median pixel is still red.
     assert color_error(image, everywhere, (NamedColor((255, 0, 0), 0.75),)) == pytest.approx(0, abs=1e-6)
     assert color_error(image, everywhere, (NamedColor((255, 0, 0), 1.0), blue)) > 10, "half is not enough for all"
 
@@ -97,11 +97,11 @@ def drawn(ground: str, fill: str, box: tuple[int, int, int, int] = (30, 40, 80, 
 @pytest.mark.parametrize(
     ("ground", "fill"), [("white", "black"), ("black", "navy"), ("white", "snow"), ("red", "lime"), ("gray", "pink")]
 )
-def test_figure_of_any_colors(ground: str, fill: str) -> None:
+def test_foreground_of_any_colors(ground: str, fill: str) -> None:
     picture = drawn(ground, fill)
     truth = np.asarray(drawn("black", "white").convert("L")) > 127
     found = foreground_mask(np.asarray(picture))
-    if fill == "snow":  # 2 in Lab from white: not to be seen, and below the threshold by intent
+    if fill == "snow":  # 2 in Lab from white: below the threshold on purpose
         assert not found.any()
     else:
         assert iou(found, truth) > 0.97
@@ -113,7 +113,7 @@ def test_an_object_may_touch_the_frame() -> None:
     assert iou(found, truth) > 0.97
 
 
-def test_specks_and_noise_are_no_figure() -> None:
+def test_specks_and_noise_are_background() -> None:
     noise = np.random.default_rng(0).normal(0, 4, (128, 128, 3))
     picture = np.clip(np.asarray(drawn("green", "yellow")) + noise, 0, 255).astype(np.uint8)
     picture[5:8, 5:8] = 255
@@ -141,7 +141,7 @@ def test_bootstrap_agrees_with_the_normal_interval() -> None:
     estimate = bootstrap(values.tolist(), seed=0)
     half = 1.96 * values.std(ddof=1) / 20
     assert estimate.mean == pytest.approx(values.mean())
-    # 10,000 draws leave about 1 % of the half-width on a 2.5 % quantile; 5 % is far beyond it.
+    # 10,000 resamples leave an error of about 1 % of the half-width on a 2.5 % quantile; 5 % is far beyond it.
     assert estimate.low == pytest.approx(values.mean() - half, abs=0.05 * half)
     assert estimate.high == pytest.approx(values.mean() + half, abs=0.05 * half)
     assert bootstrap(values.tolist(), seed=0) == estimate
@@ -157,14 +157,14 @@ def test_every_pair_gets_anothers_condition(count: int) -> None:
     assert derangement(count, seed=0) == others
 
 
-def test_seeds_are_apart_and_do_not_depend_on_the_count() -> None:
+def test_seeds_differ_and_do_not_depend_on_the_count() -> None:
     assert len(set(picture_seeds(100, 0))) == 100
     assert picture_seeds(100, 0)[:5] == picture_seeds(5, 0)
     assert not set(picture_seeds(5, 0)) & set(picture_seeds(5, 1))
     assert all(0 <= seed < 2**63 for seed in picture_seeds(100, 0))
 
 
-def test_a_single_odd_pixel_is_no_figure_and_no_fault():
+def test_a_single_odd_pixel_is_background_and_raises_nothing():
     picture = np.full((32, 32, 3), 200, np.uint8)
     for size in (1, 2, 3, 5):
         spotted = picture.copy()

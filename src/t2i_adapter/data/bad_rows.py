@@ -15,7 +15,7 @@ MOST_TOLD = 10
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be used: its number in the source, its key, the reason, and the `UserError.kind`."""
+    """A row's number in the source, its key, why it cannot be used, and the error's kind (`UserError.kind`)."""
 
     number: int
     key: str

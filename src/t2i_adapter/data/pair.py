@@ -99,8 +99,7 @@ def _cut_condition(sample: Sample, geometry: Geometry, in_channels: int, kind: K
     if condition is None:
         raise UserError(
             f"{sample.key}: has no condition picture, and one is needed to train. "
-            "Add it, or name an annotator that makes it from the image with --data.condition.",
-            kind="missing",
+            "Add it, or name an annotator that makes it from the image with --data.condition."
         )
     if geometry.flipped:
         condition = exchange_sides(condition, kind)  # before resampling, while colours are whole
