@@ -46,9 +46,9 @@ from PIL import Image
 
 from t2i_adapter.batches.loader import make_partial_batches
 from t2i_adapter.batches.order import Order
+from t2i_adapter.cache.context import PrepareContext
 from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
 from t2i_adapter.cache.prepare import prepare
-from t2i_adapter.cache.progress import PrepareContext
 from t2i_adapter.cache.records import pack_image, pack_text, view_keys
 from t2i_adapter.cache.shards import Shards, ShardWriter
 from t2i_adapter.cache.texts import Texts
@@ -105,7 +105,7 @@ def cached_facts(data: DataOptions, root: Path) -> CachedDataset:
     rows = found.find(np.concatenate(keys)).astype(np.int32)[None]
     numbers = np.arange(len(source), dtype=np.int32)
     return CachedDataset(
-        source, PairTransform.of(data, 3, None), numbers, rows, (numbers,), (len(source),), found, texts
+        source, PairTransform.of(data, 3, None), numbers, (numbers,), (len(source),), texts, rows, found
     )
 
 

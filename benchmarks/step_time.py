@@ -29,8 +29,8 @@ import torch
 
 from t2i_adapter.batches.encoders import Encoders
 from t2i_adapter.batches.loader import make_partial_batches
+from t2i_adapter.cache.context import PrepareContext
 from t2i_adapter.cache.prepare import prepare
-from t2i_adapter.cache.progress import PrepareContext
 from t2i_adapter.config.tree import CheckpointOptions, Config, DataOptions, TrackingOptions, TrainOptions
 from t2i_adapter.data.shapes import write_dataset
 from t2i_adapter.data.source import open_source

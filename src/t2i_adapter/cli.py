@@ -88,17 +88,17 @@ VERBS = {
     ),
     "cache ls": Verb(
         "List the cached records: number, bytes, last use.",
-        "t2i_adapter.verbs.cache_options:CacheOptions",
+        "t2i_adapter.verbs.cache:CacheOptions",
         "t2i_adapter.verbs.cache:ls",
     ),
     "cache verify": Verb(
         "Read every cached record and list the damaged files.",
-        "t2i_adapter.verbs.cache_options:CacheOptions",
+        "t2i_adapter.verbs.cache:CacheOptions",
         "t2i_adapter.verbs.cache:verify",
     ),
     "cache rm": Verb(
         "Remove cached records: some, those unused for long, or all.",
-        "t2i_adapter.verbs.cache_options:RemoveOptions",
+        "t2i_adapter.verbs.cache:RemoveOptions",
         "t2i_adapter.verbs.cache:rm",
     ),
     "push": Verb(

@@ -1,4 +1,6 @@
-"""What crosses a boundary of the system. Importing this module loads no torch.
+"""The forms in which a pair travels from its source to the training step (docs/design.md, "A sample's road").
+
+Importing this module loads no torch.
 
 Letters used everywhere: B batch; H,W pixels; h,w = H/8,W/8 latent cells; C condition channels (1 or 3);
 L = 77 tokens; D text width (SDXL 2048); P pooled width (SDXL 1280).
@@ -6,9 +8,9 @@ L = 77 tokens; D text width (SDXL 2048); P pooled width (SDXL 1280).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOKENS = 77
-"""L: tokens of a caption that SDXL's text encoders read, start and end included."""
+"""L: number of tokens that SDXL's text encoders read, start and end included."""
 
 
 def text_widths(unet_config: Mapping[str, Any]) -> tuple[int, int]:
@@ -27,15 +29,15 @@ def text_widths(unet_config: Mapping[str, Any]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training pair as its source gives it, pictures decoded and upright.
+    """One training pair as its source returns it, pictures decoded and upright.
 
     Attributes:
-        key: names the row for people ("train/00017.png", or "row 17"); unique within its source.
+        key: names the row in messages ("train/00017.png", or "row 17"); unique within its source.
         image: the target picture, RGB.
-        condition: the condition picture (RGB or L), or None where the source has none.
-        captions: one or more; the batch draws one of them.
-        digest: sha256 (hex) of the stored bytes of both pictures: what the cache is keyed by.
-        meta: further plain columns of the row, e.g. {"scene": "<json>"}.
+        condition: the condition picture (RGB or L), or None if the source has no condition pictures.
+        captions: one or more; each draw uses one of them.
+        digest: sha256 (hex) of the stored bytes of both pictures; the key in the cache is made of it.
+        meta: further columns of the row, e.g. {"scene": "<json>"}.
     """
 
     key: str
@@ -50,8 +52,8 @@ class Sample:
 class Geometry:
     """Where a training crop lies on its original picture; all in pixels, each pair (height, width).
 
-    `original` is the picture as stored (upright), `resized` the size it was scaled to, `top_left` the crop's corner
-    on the resized picture, `target` the crop's size. `flipped` mirrors left and right after the crop.
+    `original` is the size of the stored picture (upright), `resized` the size it was scaled to, `top_left` the crop's
+    corner on the resized picture, `target` the crop's size. `flipped` mirrors left and right after the crop.
     """
 
     original: tuple[int, int]
@@ -63,7 +65,7 @@ class Geometry:
     def time_ids(self) -> tuple[int, int, int, int, int, int]:
         """SDXL's micro-conditioning, in its order: original size, crop corner, target size (SDXL report, 2.2).
 
-        The corner of a mirrored crop is the one it has on the mirrored picture, which is what the model sees.
+        The corner of a mirrored crop is its corner on the mirrored picture, because the model sees that picture.
         """
         top, left = self.top_left
         if self.flipped:
@@ -71,18 +73,37 @@ class Geometry:
         return (*self.original, top, left, *self.target)
 
 
+class SampleKeys(Sequence[str]):
+    """The keys of some samples by their numbers. A key is looked up when it is used, because that may read the row."""
+
+    def __init__(self, numbers: Sequence[int], key: Callable[[int], str]) -> None:
+        self._numbers, self._key = numbers, key
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> SampleKeys: ...
+    def __getitem__(self, index: int | slice) -> str | SampleKeys:
+        if isinstance(index, slice):
+            return SampleKeys(self._numbers[index], self._key)
+        return self._key(self._numbers[index])
+
+
 @dataclass(frozen=True)
 class PartialBatch:
-    """A batch as the loader builds it: all its choices made, and what no cache holds still to be encoded.
+    """A batch as the loader builds it: all choices are made, and what is not in the cache is still to be encoded.
 
     Attributes:
-        moments: (B,8,h,w) float16, or None where `pixels` are to be encoded.
+        moments: (B,8,h,w) float16, or None if `pixels` are to be encoded.
         pixels: (B,3,H,W) uint8, or None.
-        condition: (B,C,H,W) uint8; channels that are alike may be views of one.
-        text, pooled: (B,L,D) and (B,P) float16, or None where `captions` are to be encoded.
-        captions: what each sample is told, dropped ones empty.
+        condition: (B,C,H,W) uint8; equal channels may share memory.
+        text, pooled: (B,L,D) and (B,P) float16, or None if `captions` are to be encoded.
+        captions: each sample's caption; "" if it is dropped.
         time_ids, timesteps, noise, latent_noise, keys: as in `Batch`.
-        bad: (number, reason) of each sample that could not be read and whose place another has taken.
+        bad: (number, reason) of each sample that could not be read and was replaced by another.
     """
 
     moments: Tensor | None
@@ -95,26 +116,26 @@ class PartialBatch:
     timesteps: Tensor
     noise: Tensor
     latent_noise: Tensor
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     bad: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything one micro-step needs; a batch fully determines a step.
+    """Everything that one micro-step needs: the loss is a function of the weights and the batch.
 
-    Each sample has K draws of noise, one after another: K is 1 unless `train.noise_draws` says otherwise.
+    Each sample has K noise samples (`train.noise_draws`), one after another.
 
     Attributes:
         moments: (B,8,h,w) float, mean and standard deviation of the VAE's posterior, before scaling.
         condition: (B,C,H,W) float in [0,1].
-        text: (B,L,D) float, both text encoders' penultimate states side by side.
+        text: (B,L,D) float, the last but one hidden states of both text encoders, concatenated along D.
         pooled: (B,P) float, the second text encoder's projection.
         time_ids: (B,6) int64.
         timesteps: (B K,) int64 in [0, T).
-        noise: (B K,4,h,w) float32, what is added to the latent.
-        latent_noise: (B K,4,h,w) float32, the draw from the VAE's posterior.
-        keys: the samples' keys, for messages.
+        noise: (B K,4,h,w) float32, added to the latent.
+        latent_noise: (B K,4,h,w) float32, selects the sample from the VAE's posterior.
+        keys: (B,) the samples' keys, for messages.
     """
 
     moments: Tensor
@@ -125,31 +146,29 @@ class Batch:
     timesteps: Tensor
     noise: Tensor
     latent_noise: Tensor
-    keys: tuple[str, ...]
+    keys: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
     def draws(self) -> int:
-        """K, how many draws of noise each sample has."""
+        """K, the number of noise samples of each sample."""
         return len(self.timesteps) // len(self.keys)
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """The facts of one training pair.
+    """One view of a training pair, as the cache stores it.
 
     Attributes:
-        key: names the row for people.
-        moments: (8,h,w) float16, mean and standard deviation of the VAE's posterior, before scaling;
-            None where the picture is still to be encoded.
-        condition: (C,H,W) uint8; on disk, where each draw makes its own, the crop (3,H,W).
+        moments: (8,h,w) float16, mean and standard deviation of the VAE's posterior, before scaling; None if the
+            picture is still to be encoded.
+        condition: (C,H,W) uint8; or the crop (3,H,W), if each draw makes a condition of its own.
         geometry: where the crop lies on the original picture.
-        pixels: (3,H,W) uint8, the crop itself, where there are no moments.
+        pixels: (3,H,W) uint8, the crop itself, if there are no moments.
     """
 
-    key: str
     moments: np.ndarray | None
     condition: np.ndarray
     geometry: Geometry
@@ -158,7 +177,7 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class TextRecord:
-    """The facts of one caption: states (L,D) float16 and pooled (P,) float16."""
+    """One caption, as the cache stores it: states (L,D) float16 and pooled (P,) float16."""
 
     states: np.ndarray
     pooled: np.ndarray

@@ -14,9 +14,9 @@ from PIL import Image
 from t2i_adapter.annotators.edges import Canny
 from t2i_adapter.annotators.registry import TABLE, annotate, find_plugin, open_annotator
 from t2i_adapter.data.geometry import Framing
-from t2i_adapter.data.pair import cut, redraw
+from t2i_adapter.data.pair import PairTransform
 from t2i_adapter.errors import UserError
-from t2i_adapter.types import Sample
+from t2i_adapter.types import ImageRecord, Sample
 
 LOCAL = [name for name in TABLE if not find_plugin(name).facts.weights and not find_plugin(name).facts.needs]
 
@@ -43,7 +43,7 @@ def test_every_row_makes_the_condition_of_the_cut_image(name: str, channels: int
     framing = Framing(64, "generated", 32, crop="random", flip=True, views=3)
     annotator = open_annotator(name)
     for view in range(3):
-        part = cut(sample, framing, view, channels, annotator=annotator)
+        part = PairTransform(framing, channels, annotator=annotator).crop(sample, view)
         seen = Image.fromarray(part.image.transpose(1, 2, 0))
         expected = np.asarray(annotate(annotator, seen).convert("L" if channels == 1 else "RGB"))
         assert part.condition.shape == (channels, *part.geometry.target)
@@ -78,12 +78,14 @@ def test_a_kind_tells_whether_its_options_leave_anything_to_chance(spec: str, ch
 
 def test_a_cut_keeps_the_image_where_the_condition_is_left_to_chance() -> None:
     sample = Sample("row", picture((90, 130)), None, ("",), "d")
-    part = cut(sample, Framing(64, flip=True, views=2), 1, 1, annotator=open_annotator("canny,vary=1"))
+    part = PairTransform(Framing(64, flip=True, views=2), 1, annotator=open_annotator("canny,vary=1")).crop(sample, 1)
     assert part.geometry.flipped
     assert np.array_equal(part.condition, part.image)
     seen = Image.fromarray(part.image.transpose(1, 2, 0))
     for channels in (1, 3):
-        drawn = redraw(part.condition, channels, open_annotator("canny,vary=1"), "5/17")
+        transform = PairTransform(Framing(64), channels, annotator=open_annotator("canny,vary=1"))
+        stored = ImageRecord(None, part.condition, part.geometry)
+        drawn = transform.random_condition(stored, "5/17").condition
         expected = np.asarray(annotate(open_annotator("canny,vary=1"), seen, "5/17"))
         assert drawn.shape == (channels, 64, 64) and all(np.array_equal(plane, expected) for plane in drawn)
 
@@ -183,10 +185,18 @@ def test_a_condition_of_another_size_is_refused(own: Path) -> None:
 
 def test_a_grey_condition_in_three_channels_is_one_in_memory() -> None:
     image = picture((90, 130))
-    own = cut(Sample("row", image, image.convert("L"), ("",), "d"), Framing(64), 0, 3).condition
-    made = cut(Sample("row", image, None, ("",), "d"), Framing(64), 0, 3, annotator=open_annotator("canny")).condition
+    own = PairTransform(Framing(64), 3).crop(Sample("row", image, image.convert("L"), ("",), "d"), 0).condition
+    made = (
+        PairTransform(Framing(64), 3, annotator=open_annotator("canny"))
+        .crop(Sample("row", image, None, ("",), "d"), 0)
+        .condition
+    )
     for condition in (own, made):
         assert condition.shape == (3, 64, 64)
         assert condition.strides[0] == 0
-    in_colour = cut(Sample("row", image, image.convert("L").convert("RGB"), ("",), "d"), Framing(64), 0, 3).condition
+    in_colour = (
+        PairTransform(Framing(64), 3)
+        .crop(Sample("row", image, image.convert("L").convert("RGB"), ("",), "d"), 0)
+        .condition
+    )
     assert np.array_equal(own, in_colour)

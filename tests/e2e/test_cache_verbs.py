@@ -1,4 +1,4 @@
-"""`prepare` makes what `train` finds, and `cache` lists, checks and removes it."""
+"""`prepare` fills the cache that `train` uses; `cache` lists, verifies and removes its records."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_training_finds_what_was_prepared_whatever_else_changes(
         assert stored(cache) == kept, change
 
 
-def test_prepare_says_what_it_would_do_and_what_it_cannot(
+def test_a_dry_run_of_prepare_prints_the_plan_and_errors_name_their_option(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["prepare", *flags, "--dry-run"]) == 0
@@ -86,7 +86,7 @@ def test_verify_names_damaged_files_and_exits_with_1(
     flags: list[str], cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cache", "verify", "--prepared_dir", str(cache)]) == 0
-    assert "2 files are whole" in capsys.readouterr().out
+    assert "2 files are undamaged" in capsys.readouterr().out
     [path] = cache.glob("images/*/*.shard")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -102,14 +102,14 @@ def test_verify_names_damaged_files_and_exits_with_1(
     assert "8 pairs (8 new)" in capsys.readouterr().out
 
 
-def test_rm_takes_what_is_named(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rm_removes_the_named_folders(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ("--prepared_dir", str(cache))
     [images], [texts] = (cache / "images").iterdir(), (cache / "texts").iterdir()
     for wrong, said in (
-        ((), "nothing is named"),
-        (("--all", "--unused_days", "1"), "more than one is named"),
+        ((), "nothing to remove is named"),
+        (("--all", "--unused_days", "1"), "more than one choice is named"),
         (("--all",), "2 folders .* add --yes"),
-        (("nonsense",), "no folders have it; there are: .*" + images.name[:12]),
+        (("nonsense",), "no folders begin with it. Known: .*" + images.name[:12]),
     ):
         assert main(["cache", "rm", *wrong, *where]) == 2
         assert re.search(said, capsys.readouterr().err)
@@ -140,5 +140,5 @@ def test_bad_rows_are_listed_in_the_run_s_folder(
     (data / "train" / "00002.png").write_bytes(b"")
     skip = ("--data.on_bad_sample", "skip", "--data.max_bad_share", "0.2", "--data.train_data_dir", str(data))
     assert main(["prepare", *flags, *skip]) == 0
-    assert f"1 of 8 rows cannot be used and are left out; listed in {tmp_path / 'run'}" in capsys.readouterr().out
+    assert f"1 of 8 rows cannot be used and are skipped; listed in {tmp_path / 'run'}" in capsys.readouterr().out
     assert "00002.png" in (tmp_path / "run" / "bad_samples.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""What the cache gives is what would be computed now, for as long as its inputs are the same."""
+"""Cached records equal what the encoders compute, and a changed input makes new records."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from support.tiny import write_circles, write_tiny_sdxl
 
-from t2i_adapter.cache import layout as folders
+from t2i_adapter.cache import context as folders
 from t2i_adapter.cache import texts
+from t2i_adapter.cache.context import PrepareContext
 from t2i_adapter.cache.dataset import CachedDataset
 from t2i_adapter.cache.prepare import prepare
-from t2i_adapter.cache.progress import PrepareContext
 from t2i_adapter.cache.shards import Shards
 from t2i_adapter.config.tree import BaseOptions, DataOptions
 from t2i_adapter.data.source import open_source
@@ -38,7 +38,7 @@ HALF = 2**-10  # float16 keeps 11 bits; encoding in another batch size moves flo
 
 
 class NothingToEncode(Base):
-    """The base, but loading an encoder is an error: for runs that should find everything."""
+    """A base whose encoders may not be loaded: for runs that should find everything in the cache."""
 
     def text_encoder(self, device: Any, dtype: Any) -> Any:
         raise AssertionError("the text encoders were loaded")
@@ -53,13 +53,13 @@ def data(tmp_path: Path) -> Path:
 
 
 def make(data: Path, base: Base | Path, root: Path, **options: Any) -> CachedDataset:
-    """`prepare` with the options of data, machine and call mixed, as each is named but once."""
+    """`prepare` with the fields of DataOptions and PrepareContext and its own arguments in one call."""
     base = base if isinstance(base, Base) else open_base(BaseOptions(name=str(base)))
 
     def named(cls: type) -> dict[str, Any]:
         return {name: options.pop(name) for name in list(options) if name in cls.__dataclass_fields__}
 
-    machine = PrepareContext(
+    context = PrepareContext(
         **{
             "base": base,
             "device": "cpu",
@@ -70,7 +70,7 @@ def make(data: Path, base: Base | Path, root: Path, **options: Any) -> CachedDat
         }
     )
     data_options = DataOptions(**{"train_data_dir": str(data), "resolution": 64, **named(DataOptions)})
-    facts = prepare(open_source(data_options, 0), data_options, machine, **{"in_channels": 3, **options})
+    facts = prepare(open_source(data_options, 0), data_options, context, **{"in_channels": 3, **options})
     assert isinstance(facts, CachedDataset)
     return facts
 
@@ -96,7 +96,7 @@ def stored_bytes(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in root.rglob("*.shard")}
 
 
-def test_cached_facts_are_what_the_encoders_give(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_cached_records_are_what_the_encoders_compute(data: Path, tiny_base: Path, tmp_path: Path) -> None:
     prepared = make(data, tiny_base, tmp_path / "root")
     base = open_base(BaseOptions(name=str(tiny_base)))
     encoder, text = base.latent_encoder("cpu"), base.text_encoder("cpu", torch.float32)
@@ -303,19 +303,19 @@ def spoil(data: Path, *numbers: int) -> None:
         path.write_bytes(path.read_bytes()[:100])
 
 
-def test_bad_rows_are_told_together(tiny_base: Path, tmp_path: Path) -> None:
+def test_one_error_reports_several_bad_rows(tiny_base: Path, tmp_path: Path) -> None:
     data = write_circles(tmp_path / "many", num=30, size=64)
     spoil(data, 7, 12)
-    with pytest.raises(UserError, match="2 rows found that cannot be used: .*00007.png.*00012.png.*sample skip"):
+    with pytest.raises(UserError, match="2 rows that cannot be used: .*00007.png.*00012.png.*sample skip"):
         make(data, tiny_base, tmp_path / "root")
     for number in range(2, 14):
         (data / "train" / f"{number:05d}.png").unlink()
-    with pytest.raises(UserError, match="The first 10 rows found") as fault:
+    with pytest.raises(UserError, match="The first 10 rows that cannot be used") as fault:
         make(data, tiny_base, tmp_path / "root")
     assert str(fault.value).count("no such file") == 10
 
 
-def test_bad_rows_are_left_out_and_listed(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_rows_are_skipped_and_listed(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, listed = write_circles(tmp_path / "many", num=20, size=64), tmp_path / "run" / "bad_samples.jsonl"
     spoil(data, 7)
     (data / "train" / "00012.png").unlink()
@@ -327,8 +327,8 @@ def test_bad_rows_are_left_out_and_listed(tiny_base: Path, tmp_path: Path, capsy
         prepared = make(data, tiny_base, tmp_path / "root", **skip, max_bad_share=0.1)
         assert len(prepared) == 18
         assert prepared.shards == (18,)
-        assert "2 of 20 rows cannot be used and are left out" in capsys.readouterr().out
-    keys = [prepared.fetch(number, 0).key for number in range(18)]
+        assert "2 of 20 rows cannot be used and are skipped" in capsys.readouterr().out
+    keys = [prepared.key(number) for number in range(18)]
     assert keys == [f"train/{number:05d}.png (line {number + 1})" for number in range(20) if number not in (7, 12)]
     rows = [json.loads(line) for line in listed.read_text().splitlines()]
     assert [row["key"] for row in rows] == ["train/00007.png (line 8)", "train/00012.png (line 13)"], "once each"
@@ -345,10 +345,10 @@ def test_rows_that_hold_the_pictures_of_a_bad_row_are_bad_too(tiny_base: Path, t
     assert prepared.numbers.tolist() == [0, 2, 3, 5]
 
 
-def test_processes_tell_each_other_of_bad_rows(tiny_base: Path, tmp_path: Path) -> None:
+def test_processes_exchange_bad_rows(tiny_base: Path, tmp_path: Path) -> None:
     data, root = write_circles(tmp_path / "many", num=8, size=64), tmp_path / "root"
     spoil(data, 3)
-    together = {"world": 2, "meeting": "m", "patience": 60, "on_bad_sample": "skip", "max_bad_share": 0.2}
+    together = {"world": 2, "run_id": "m", "timeout": 60, "on_bad_sample": "skip", "max_bad_share": 0.2}
     fork = multiprocessing.get_context("fork")
     runs = [
         fork.Process(target=make, args=(data, tiny_base, root), kwargs={"rank": rank, **together}) for rank in (0, 1)
@@ -360,7 +360,7 @@ def test_processes_tell_each_other_of_bad_rows(tiny_base: Path, tmp_path: Path) 
     assert [run.exitcode for run in runs] == [0, 0], "nobody waited for the record that cannot be"
 
 
-def test_what_the_first_batch_lets_expect_is_said_and_refused(
+def test_size_is_estimated_from_the_first_batch_and_checked(
     data: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(data, tiny_base, tmp_path / "root")
@@ -369,14 +369,14 @@ def test_what_the_first_batch_lets_expect_is_said_and_refused(
     stored = sum(map(len, stored_bytes(tmp_path / "root" / "images").values()))
     assert float(said[1]) == pytest.approx(stored / 1e3, rel=0.2)
     moments_alone = 6 * 16 * 8 * 8
-    free = SimpleNamespace(free=folders.ROOM_TO_LEAVE + moments_alone)
+    free = SimpleNamespace(free=folders.SPARE_BYTES + moments_alone)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     with pytest.raises(UserError, match="--data.prepared_dir .* are needed .* are free"):
         make(data, tiny_base, tmp_path / "full")
     assert stored_bytes(tmp_path / "full" / "images"), "what was made is kept"
 
 
-def test_captions_are_kept_where_that_is_little_and_encoded_as_they_come_where_it_is_much(
+def test_captions_are_cached_up_to_a_size_and_encoded_when_drawn_beyond_it(
     data: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     each = 2 * (77 * 48 + 32)
@@ -387,7 +387,7 @@ def test_captions_are_kept_where_that_is_little_and_encoded_as_they_come_where_i
         ({"text_cache": "live"}, 100 * each, False, "--data.text_cache live"),
         ({"shuffle_tags": True}, 100 * each, False, "tags are shuffled"),
     ):
-        monkeypatch.setattr(texts, "MOST_KEPT_BYTES", limit)
+        monkeypatch.setattr(texts, "MAX_AUTO_BYTES", limit)
         prepared = make(data, tiny_base, tmp_path / "root", **options)
         assert (prepared.text("") is not None) == kept, options
         assert said in capsys.readouterr().out
@@ -406,7 +406,7 @@ def test_each_sample_keeps_its_own_captions(data: Path, tiny_base: Path, tmp_pat
     assert [prepared.captions(number) for number in range(6)] == told
 
 
-def test_captions_are_kept_as_they_are_told_with_their_prefix(data: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_captions_are_cached_with_their_prefix(data: Path, tiny_base: Path, tmp_path: Path) -> None:
     prepared = make(data, tiny_base, tmp_path / "root", caption_prefix="floral ")
     [caption] = prepared.captions(0)
     assert prepared.text(caption) is None
@@ -440,7 +440,7 @@ def test_a_million_rows_take_arrays(data: Path, tiny_base: Path, tmp_path: Path)
     assert again.captions(3) == prepared.captions(3)
 
 
-def test_a_crop_is_told_truly(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_crop_is_where_its_geometry_says(tiny_base: Path, tmp_path: Path) -> None:
     data = write_circles(tmp_path / "wide", num=1, size=80)
     for name in ("00000.png", "00000_outline.png"):
         path = data / "train" / name
@@ -453,7 +453,7 @@ def test_a_crop_is_told_truly(tiny_base: Path, tmp_path: Path) -> None:
 
 def test_processes_share_the_work(data: Path, tiny_base: Path, tmp_path: Path) -> None:
     root, alone = tmp_path / "root", make(data, tiny_base, tmp_path / "alone")
-    together = {"world": 2, "meeting": "m", "patience": 60}
+    together = {"world": 2, "run_id": "m", "timeout": 60}
     fork = multiprocessing.get_context("fork")  # a fresh interpreter would spend its time on imports
     runs = [
         fork.Process(target=make, args=(data, tiny_base, root), kwargs={"rank": rank, **together}) for rank in (0, 1)
@@ -472,13 +472,13 @@ def test_processes_share_the_work(data: Path, tiny_base: Path, tmp_path: Path) -
 
 def test_waiting_for_a_process_that_never_comes_ends(data: Path, tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="3 records that other processes should make did not appear"):
-        make(data, tiny_base, tmp_path / "root", rank=0, world=2, patience=0.1)
+        make(data, tiny_base, tmp_path / "root", rank=0, world=2, timeout=0.1)
     assert len(make(data, tiny_base, tmp_path / "root")) == 6
 
 
 def test_a_folder_that_cannot_be_made_is_named(data: Path, tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--data.prepared_dir: .* cannot be made"):
+    with pytest.raises(UserError, match="--data.prepared_dir .*: the folder cannot be created"):
         make(data, tiny_base, tmp_path / "file")
 
 
@@ -489,24 +489,24 @@ import torch
 torch.set_num_threads(1)
 from t2i_adapter.cache import shards
 from t2i_adapter.cache.prepare import prepare
-from t2i_adapter.cache.progress import PrepareContext
+from t2i_adapter.cache.context import PrepareContext
 from t2i_adapter.config.tree import BaseOptions, DataOptions
-from t2i_adapter.models.base import open_base
-from t2i_adapter.data import table
+from t2i_adapter.data import source
+from t2i_adapter.models.open import open_base
 shards.SHARD_BYTES = 1  # a shard a record
-class Slow(table.TableSource):
+class Slow(source.TableSource):
     def __getitem__(self, index):
         time.sleep(0.02)
         return super().__getitem__(index)
-table.TableSource = Slow
+source.TableSource = Slow
 data, base, root = sys.argv[1:]
 options = DataOptions(train_data_dir=data, resolution=64)
-machine = PrepareContext(open_base(BaseOptions(name=base)), "cpu", torch.float32, Path(root), progress=False)
-prepare(table.open_source(options, 0), options, machine, in_channels=3)
+context = PrepareContext(open_base(BaseOptions(name=base)), "cpu", torch.float32, Path(root), progress=False)
+prepare(source.open_source(options, 0), options, context, in_channels=3)
 """
 
 
-def test_a_killed_build_is_taken_up_where_it_was(
+def test_a_killed_build_continues_from_its_finished_records(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, root = write_circles(tmp_path / "data", num=200, size=64), tmp_path / "root"

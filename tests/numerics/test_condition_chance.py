@@ -15,9 +15,9 @@ from PIL import Image
 from t2i_adapter.annotators.registry import annotate, open_annotator
 from t2i_adapter.batches.loader import make_partial_batches
 from t2i_adapter.batches.order import Order
+from t2i_adapter.cache.context import PrepareContext
 from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
 from t2i_adapter.cache.prepare import prepare
-from t2i_adapter.cache.progress import PrepareContext
 from t2i_adapter.config.tree import BaseOptions, Config, DataOptions, TrainOptions
 from t2i_adapter.data.source import open_source
 from t2i_adapter.models.open import open_base
@@ -58,8 +58,8 @@ def options_of(base: Path, data: Path, root: Path, *, seed: int = 5, spec: str =
 def facts_of(config: Config) -> CachedDataset | LiveDataset:
     assert config.data.prepared_dir
     root = Path(config.data.prepared_dir)
-    machine = PrepareContext(open_base(config.base), "cpu", torch.float32, root, progress=False)
-    return prepare(open_source(config.data, 0), config.data, machine, in_channels=3)
+    context = PrepareContext(open_base(config.base), "cpu", torch.float32, root, progress=False)
+    return prepare(open_source(config.data, 0), config.data, context, in_channels=3)
 
 
 def drafts(config: Config, *, start: int = 0) -> list[PartialBatch]:

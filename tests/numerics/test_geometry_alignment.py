@@ -13,7 +13,7 @@ from PIL import Image
 from t2i_adapter.annotators.mirror import exchange_sides
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.geometry import Framing, Resample, apply, aspect_gap, cover
-from t2i_adapter.data.pair import cut
+from t2i_adapter.data.pair import PairTransform
 from t2i_adapter.errors import UserError
 from t2i_adapter.types import Sample
 
@@ -226,7 +226,7 @@ def test_the_size_conditioning_is_the_true_position_of_the_crop(
     framing = Framing(128, crop="random", flip=True, views=8, **sizes)
     seen = set()
     for view in range(8):
-        part = cut(Sample("row", ramp(original), ramp(original), ("",), "d"), framing, view, 3)
+        part = PairTransform(framing, 3).crop(Sample("row", ramp(original), ramp(original), ("",), "d"), view)
         height, width, top, left, *target = part.geometry.time_ids()
         assert ((height, width), tuple(target)) == (original, part.image.shape[1:])
         red, green = (part.image[channel].astype(float) for channel in (0, 1))
@@ -276,7 +276,7 @@ def test_image_and_condition_align_through_every_path(
     framing = Framing(160, crop=crop, flip=flip, views=3, **sizes)
     sample = board_sample(original, scale)
     for view in range(framing.count):
-        part = cut(sample, framing, view, 1)
+        part = PairTransform(framing, 1).crop(sample, view)
         grey = np.asarray(Image.fromarray(part.image.transpose(1, 2, 0)).convert("L"))
         assert displacement(grey, part.condition[0]) < 0.15  # pixels
 
@@ -285,14 +285,14 @@ def test_image_and_condition_align_through_every_path(
 def test_the_measure_sees_one_pixel(view: int) -> None:
     framing = Framing(160, flip=True)
     for pixels in (-2, 2):
-        part = cut(board_sample((320, 320), 1.0, shifted=pixels), framing, view, 1)  # of 320; one of 160
+        part = PairTransform(framing, 1).crop(board_sample((320, 320), 1.0, shifted=pixels), view)  # of 320; one of 160
         assert 0.8 < displacement(part.image[0], part.condition[0]) < 1.2
 
 
 def test_the_mirrored_view_is_the_plain_one_mirrored() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8)
     sample = Sample("row", Image.fromarray(noise), Image.fromarray(noise[::-1]), ("",), "d")
-    plain, mirrored = (cut(sample, Framing(64, flip=True), view, 3) for view in range(2))
+    plain, mirrored = (PairTransform(Framing(64, flip=True), 3).crop(sample, view) for view in range(2))
     assert np.array_equal(mirrored.image, plain.image[..., ::-1])
     assert np.array_equal(mirrored.condition, plain.condition[..., ::-1])
 
@@ -304,8 +304,8 @@ def test_labels_are_never_blended(channels: int) -> None:
     sample = Sample("row", image, image, ("",), "d")
     framing = Framing(64, crop="random", flip=True, views=4)
     for view in range(4):
-        assert set(np.unique(cut(sample, framing, view, channels, "labels").condition)) == {0, 7, 200}
-    assert len(np.unique(cut(sample, framing, 0, channels, "map").condition)) > 3
+        assert set(np.unique(PairTransform(framing, channels, "labels").crop(sample, view).condition)) == {0, 7, 200}
+    assert len(np.unique(PairTransform(framing, channels, "map").crop(sample, 0).condition)) > 3
 
 
 def test_a_normal_map_s_x_changes_its_sign_with_the_picture() -> None:
@@ -317,10 +317,11 @@ def test_a_normal_map_s_x_changes_its_sign_with_the_picture() -> None:
     ball = Image.fromarray(np.rint((normals + 1) * 127.5).astype(np.uint8))
     sample = Sample("row", ball, ball, ("",), "d")
     plain, mirrored = (
-        cut(sample, Framing(128, flip=True), view, 3, "normal").condition.astype(int) for view in range(2)
+        PairTransform(Framing(128, flip=True), 3, "normal").crop(sample, view).condition.astype(int)
+        for view in range(2)
     )
     assert np.abs(plain - mirrored).max() <= 2  # 127.5 has no whole level: 127 and 128 change places
-    as_it_was = cut(sample, Framing(128, flip=True), 1, 3, "map").condition.astype(int)
+    as_it_was = PairTransform(Framing(128, flip=True), 3, "map").crop(sample, 1).condition.astype(int)
     assert np.abs(plain - as_it_was).max() > 200
 
 
@@ -362,11 +363,11 @@ def test_a_mirrored_pose_is_the_drawing_of_the_mirrored_body(dim: float) -> None
     mirrored_body = {twin[name]: (255 - x, y) for name, (x, y) in WALKER.items()}
     drawing, expected = (draw_pose(body, dim) for body in (WALKER, mirrored_body))
     sample = Sample("row", Image.fromarray(drawing), Image.fromarray(drawing), ("",), "d")
-    got = cut(sample, Framing(256, flip=True), 1, 3, "pose").condition.transpose(1, 2, 0)
+    got = PairTransform(Framing(256, flip=True), 3, "pose").crop(sample, 1).condition.transpose(1, 2, 0)
     drawn = expected.any(-1) | got.any(-1)
     wrong = (np.abs(got.astype(int) - expected.astype(int)).max(-1) > 2)[drawn].mean()
     assert wrong < 0.02, "the rims of lines, which OpenCV does not draw alike on both sides"
-    unchanged = cut(sample, Framing(256, flip=True), 1, 3, "map").condition.transpose(1, 2, 0)
+    unchanged = PairTransform(Framing(256, flip=True), 3, "map").crop(sample, 1).condition.transpose(1, 2, 0)
     assert (np.abs(unchanged.astype(int) - expected.astype(int)).max(-1) > 2)[drawn].mean() > 0.6
 
 
@@ -384,4 +385,4 @@ def test_pose_colours_turn_back_by_a_second_mirroring_and_others_never_turn() ->
 def test_a_sample_without_a_condition_is_an_error_that_names_it() -> None:
     sample = Sample("train/00017.png", Image.new("RGB", (64, 64)), None, ("",), "d")
     with pytest.raises(UserError, match=r"train/00017.png: has no condition picture.*--data.condition"):
-        cut(sample, Framing(64), 0, 3)
+        PairTransform(Framing(64), 3).crop(sample, 0)

@@ -1,4 +1,4 @@
-"""Encoding within the step gives what the cache gives."""
+"""Encoding within the step equals the cache."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from support.tiny import write_circles
 
 from t2i_adapter.batches.encoders import Encoders
 from t2i_adapter.batches.loader import make_partial_batches
+from t2i_adapter.cache.context import PrepareContext
 from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
 from t2i_adapter.cache.prepare import prepare
-from t2i_adapter.cache.progress import PrepareContext
 from t2i_adapter.config.tree import (
     BaseOptions,
     CheckpointOptions,
@@ -34,8 +34,8 @@ from t2i_adapter.types import Batch
 from t2i_adapter.verbs.train import run
 
 HALF = 2**-10
-"""One step of float16, relative: where the encoders' batches differ in size, float32 sums differ by 1e-6, which
-rounding to 11 bits hides but for values that lie on an edge; those move by one step."""
+"""One step of float16, relative. Encoders' batches of another size change float32 sums by 1e-6. Rounding to 11 bits
+hides that, except for values near a rounding edge, which move by one step."""
 FIELDS = ("moments", "condition", "text", "pooled", "time_ids", "timesteps", "noise", "latent_noise")
 
 
@@ -61,8 +61,8 @@ def config(base: Path, data: Path, root: Path, **options: Any) -> Config:
 def facts_of(options: Config, base: Base | None = None) -> CachedDataset | LiveDataset:
     base = base or open_base(options.base)
     assert options.data.prepared_dir
-    machine = PrepareContext(base, "cpu", torch.float32, Path(options.data.prepared_dir), progress=False)
-    return prepare(open_source(options.data, 0), options.data, machine, in_channels=3)
+    context = PrepareContext(base, "cpu", torch.float32, Path(options.data.prepared_dir), progress=False)
+    return prepare(open_source(options.data, 0), options.data, context, in_channels=3)
 
 
 def batches(options: Config, base: Base | None = None) -> list[Batch]:
@@ -82,12 +82,14 @@ def test_live_batches_are_the_cached_ones(
     live = batches(config(tiny_base, tiny_data, tmp_path, cache="none", **options))
     assert len(cached) == len(live) == 4
     for one, other in zip(cached, live, strict=True):
-        assert one.keys == other.keys
+        assert list(one.keys) == list(other.keys)
         for name in FIELDS:
             a, b = getattr(one, name), getattr(other, name)
             assert a.dtype == b.dtype, name
             if name in ("moments", "text", "pooled"):
-                torch.testing.assert_close(a, b, rtol=HALF, atol=1e-4, msg=lambda told, name=name: f"{name}: {told}")
+                torch.testing.assert_close(
+                    a, b, rtol=HALF, atol=1e-4, msg=lambda message, name=name: f"{name}: {message}"
+                )
                 assert torch.equal(a, a.half().float()), f"{name} is rounded as it is stored"
                 assert torch.equal(b, b.half().float()), f"{name} is rounded as if it were stored"
             else:
@@ -106,7 +108,7 @@ def test_a_live_run_has_the_losses_of_a_cached_one(tiny_base: Path, tiny_data: P
     assert live == pytest.approx(cached, rel=1e-4)
 
 
-def test_nothing_is_kept_and_nothing_encoded_before_it_is_needed(
+def test_without_a_cache_nothing_is_stored_and_nothing_encoded_early(
     tiny_base: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     class NothingToEncode(Base):
@@ -129,13 +131,11 @@ def test_nothing_is_kept_and_nothing_encoded_before_it_is_needed(
         batches(options, base)
 
 
-def test_what_one_process_leaves_is_the_other_s_share_however_late_it_looks(
-    tiny_base: Path, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_shares_of_processes_do_not_depend_on_when_they_look(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
     options = config(tiny_base, tiny_data, tmp_path, cache="none", text_cache="disk").data
     source, base = open_source(options, 0), open_base(BaseOptions(name=str(tiny_base)))
     cpu: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "root": tmp_path / "cache", "progress": False}
-    early, late = (PrepareContext(base, **cpu, rank=rank, world=2, meeting="m", patience=0.1) for rank in (0, 1))
+    early, late = (PrepareContext(base, **cpu, rank=rank, world=2, run_id="m", timeout=0.1) for rank in (0, 1))
     with pytest.raises(UserError, match="records that other processes should make"):
         prepare(source, options, early, in_channels=3)
     facts = prepare(source, options, late, in_channels=3)
@@ -178,7 +178,7 @@ def test_states_that_were_used_last_are_kept_and_no_more(tiny_base: Path, monkey
     assert len(encoders._texts) == 3
 
 
-def test_a_caption_that_is_too_long_is_told_once(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_caption_is_reported_once(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoders = Encoders(open_base(BaseOptions(name=str(tiny_base))), "cpu", torch.float32)
     for words in (10, 80, 90):
         encoders.states(["circle " * words])
@@ -203,6 +203,6 @@ def test_pixels_are_those_that_would_be_encoded(tiny_base: Path, tiny_data: Path
     cached = facts_of(config(tiny_base, tiny_data, tmp_path))
     for number in range(len(live)):
         one, other = live.fetch(number, 0), cached.fetch(number, 0)
-        assert (one.key, one.geometry) == (other.key, other.geometry)
+        assert (live.key(number), one.geometry) == (cached.key(number), other.geometry)
         assert np.array_equal(one.condition, other.condition)
         assert live.captions(number) == cached.captions(number)

@@ -20,8 +20,7 @@ from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.source import open_source
 from t2i_adapter.errors import UserError
 from t2i_adapter.models.record import Metadata
-from t2i_adapter.verbs.cache import rm
-from t2i_adapter.verbs.cache_options import RemoveOptions
+from t2i_adapter.verbs.cache import RemoveOptions, rm
 from t2i_adapter.verbs.make_data import EmojiOptions, make_emoji
 
 

@@ -1,4 +1,4 @@
-"""A run's choices belong to its draws: not to processes, loader workers, or the cutting of a global batch."""
+"""The random choices of a run do not depend on processes, loader workers, or how a global batch is divided."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_adapter.batches.item import MAX_BAD_ROWS, choose, choose_view
+from t2i_adapter.batches.choices import MAX_BAD_ROWS, choose, choose_view
 from t2i_adapter.batches.loader import MicroBatches, make_partial_batches
 from t2i_adapter.batches.packing import Packed, unpack
 from t2i_adapter.config.read import with_values
@@ -52,6 +52,9 @@ class Memory:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def key(self, number: int) -> str:
+        return f"row {number}"
+
     def fetch(self, number: int, view: int, draw: str = "") -> ImageRecord:
         if number in self.bad:
             raise UserError(f"row {number}: damaged picture")
@@ -59,10 +62,9 @@ class Memory:
         height, width = self.sizes[number]
         condition = generator.integers(0, 256, (1 if self.grey else 3, height, width), dtype=np.uint8)
         return ImageRecord(
-            key=f"row {number}, view {view}",
             moments=generator.random((8, height // 8, width // 8)).astype(np.float16) if self.encoded else None,
             condition=np.broadcast_to(condition, (3, height, width)),
-            geometry=Geometry((height * 2, width * 3), (height, width + 10), (0, 4), (height, width)),
+            geometry=Geometry((height * 2, width * 3), (height, width + 10), (view, 4), (height, width)),
             pixels=None if self.encoded else generator.integers(0, 256, (3, height, width), dtype=np.uint8),
         )
 
@@ -84,14 +86,14 @@ def config(*, workers: int = 0, batch_size: int = 4, accumulate: int = 1, seed: 
 
 
 def drafts(
-    facts: Memory, options: Config, *, rank: int = 0, world: int = 1, start: int = 0, stop: int = 3
+    dataset: Memory, options: Config, *, rank: int = 0, world: int = 1, start: int = 0, stop: int = 3
 ) -> list[PartialBatch]:
     steps = {"start_step": start, "stop_step": stop}
-    return list(make_partial_batches(facts, options, rank=rank, world=world, num_timesteps=1000, **steps))
+    return list(make_partial_batches(dataset, options, rank=rank, world=world, num_timesteps=1000, **steps))
 
 
 def rows(parts: list[PartialBatch]) -> list[dict[str, Any]]:
-    """The samples one by one, wherever one batch ends and the next begins."""
+    """The samples of all batches, one by one."""
     return [
         {name: value[index] for name, value in vars(part).items() if value is not None and name != "bad"}
         for part in parts
@@ -126,10 +128,10 @@ def test_shapes_and_types_are_those_that_are_stored() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("grey", [False, True])
-def test_every_sample_carries_its_own_facts(workers: int, grey: bool) -> None:
+def test_every_sample_carries_its_own_records(workers: int, grey: bool) -> None:
     facts = Memory(sizes=[(64, 64), (32, 128), (64, 64), (32, 128), (64, 64)], views=2, grey=grey)
     for row in rows(drafts(facts, config(workers=workers), stop=8)):
-        number, view = (int(part.split()[-1]) for part in row["keys"].split(","))
+        number, view = int(row["keys"].split()[-1]), int(row["time_ids"][2])
         record, text = facts.fetch(number, view), facts.text(row["captions"])
         assert record.moments is not None and text is not None
         assert np.array_equal(row["moments"].numpy(), record.moments)
@@ -147,7 +149,7 @@ def test_a_grey_condition_travels_as_one_channel() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_any_number_of_workers_gives_the_same_batches_also_where_all_are_kept(workers: int) -> None:
+def test_batches_do_not_depend_on_the_number_of_workers(workers: int) -> None:
     facts = Memory(sizes=[(64, 64), (64, 64), (96, 32), (32, 128)] * 3, views=3, shards=(5, 7))
     options = config(proportion_empty_prompts=0.3, shuffle_tags=True)
     many = replace(options, data=replace(options.data, num_workers=workers))
@@ -169,12 +171,12 @@ def test_a_run_that_starts_later_gets_what_the_straight_run_got() -> None:
     assert same(drafts(facts, options, stop=6)[8:], drafts(facts, options, start=4, stop=6))
 
 
-def test_what_builds_batches_goes_to_processes_that_start_afresh() -> None:
+def test_the_batch_builder_can_be_pickled() -> None:
     builder = MicroBatches(Memory(views=2, shards=(3, 4)), config(), 4, 1000, pin=False)
     sent = pickle.loads(pickle.dumps(builder))
     one, other = (part[range(8, 12)] for part in (builder, sent))
     assert isinstance(one, Packed) and isinstance(other, Packed)
-    assert same([unpack(one, {}, pin=False)], [unpack(other, {}, pin=False)])
+    assert same([unpack(one, {}, Memory().key, pin=False)], [unpack(other, {}, Memory().key, pin=False)])
 
 
 def test_another_seed_is_another_run_and_lr_is_not() -> None:
@@ -226,8 +228,8 @@ def test_choices_are_a_function_of_seed_and_draw_alone() -> None:
     assert choose_view(1, 7) == choose_view(1, 7) != choose_view(1, 8)
 
 
-def test_a_run_without_the_newer_options_draws_what_it_drew_before_there_were_any() -> None:
-    """The numbers themselves, by the rule that earlier releases had."""
+def test_a_run_without_newer_options_draws_the_numbers_of_earlier_releases() -> None:
+    """Compares the numbers with the rule of earlier releases."""
     facts = Memory()
     for draw, row in enumerate(rows(drafts(facts, config(), stop=4))):
         generator = np.random.Generator(np.random.PCG64([1, 5, draw]))
@@ -235,7 +237,7 @@ def test_a_run_without_the_newer_options_draws_what_it_drew_before_there_were_an
         generator.standard_normal((4, 1, 1), dtype=np.float32)
         noise, latent_noise = generator.standard_normal((2, 4, 8, 8), dtype=np.float32)
         number = np.random.default_rng([0, 5, draw // 7]).permutation(7)[draw % 7]
-        assert row["keys"] == f"row {number}, view 0"
+        assert row["keys"] == f"row {number}"
         assert row["captions"] == facts.captions(number)[int(caption * 2)]
         assert row["timesteps"] == int((1 - timestep**3) * 1000)
         assert np.array_equal(row["noise"].numpy(), noise)
@@ -247,13 +249,13 @@ def test_the_newer_options_leave_all_other_choices_as_they_are() -> None:
     changed = rows(drafts(Memory(views=4), config(shuffle_tags=True, caption_prefix="sks, ")))
     for name in ("noise", "latent_noise", "timesteps"):
         assert all(torch.equal(a[name], b[name]) for a, b in zip(plain, changed, strict=True))
-    rows_drawn = [[row["keys"].split(",")[0] for row in part] for part in (plain, changed)]
+    rows_drawn = [[row["keys"] for row in part] for part in (plain, changed)]
     assert rows_drawn[0] == rows_drawn[1]
 
 
 def test_every_view_is_drawn_as_often() -> None:
-    views = Counter(row["keys"][-1] for row in rows(drafts(Memory(views=4), config(batch_size=50), stop=40)))
-    assert set(views) == {"0", "1", "2", "3"}
+    views = Counter(int(row["time_ids"][2]) for row in rows(drafts(Memory(views=4), config(batch_size=50), stop=40)))
+    assert set(views) == {0, 1, 2, 3}
     assert max(abs(count - 500) for count in views.values()) < 5 * np.sqrt(2000 * 0.25 * 0.75)
 
 
@@ -296,7 +298,7 @@ def drawing(draws: int, *, stratify: bool = False, timesteps: str = "uniform", *
 def test_several_draws_of_noise_follow_the_first_and_share_its_sample(workers: int) -> None:
     single, several = drafts(Memory(), drawing(1)), drafts(Memory(), drawing(3, workers=workers))
     for one, many in zip(single, several, strict=True):
-        assert many.keys == one.keys and many.captions == one.captions
+        assert list(many.keys) == list(one.keys) and many.captions == one.captions
         assert many.moments is not None and many.moments.shape == (4, 8, 8, 8)
         assert many.timesteps.shape == (12,) and many.noise.shape == many.latent_noise.shape == (12, 4, 8, 8)
         for name in ("timesteps", "noise", "latent_noise"):
@@ -352,7 +354,7 @@ def test_captions_are_drawn_and_dropped_draw_by_draw() -> None:
     assert all(a in ("", b) for a, b in zip(told, kept, strict=True)), "dropping changes no other choice"
 
 
-def test_what_one_sample_lacks_is_left_to_be_encoded_for_all() -> None:
+def test_a_field_that_one_sample_does_not_have_is_encoded_for_all() -> None:
     options = config(batch_size=14)
     [draft] = drafts(Memory(live=frozenset(["row 3"])), options, stop=1)
     assert "row 3" in draft.captions
@@ -385,7 +387,7 @@ def test_a_bad_row_s_place_is_taken_by_the_next_of_its_group_and_it_is_reported(
     expected, got = drafts(good, options, stop=10), drafts(bad, options, stop=10)
     reported = []
     for a, b in zip(rows(expected), rows(got), strict=True):
-        row, taken = (int(part["keys"].split()[1].strip(",")) for part in (a, b))
+        row, taken = (int(part["keys"].split()[1]) for part in (a, b))
         assert taken == {2: 4, 3: 1}.get(row, row)
         assert torch.equal(a["noise"], b["noise"])
         if row in (2, 3):
@@ -397,14 +399,12 @@ def test_a_bad_row_s_place_is_taken_by_the_next_of_its_group_and_it_is_reported(
 
 @pytest.mark.parametrize("options", [{}, {"on_bad_sample": "skip"}, {"cache": "none"}])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_row_that_cannot_be_read_ends_the_run_where_it_may_not_be_skipped(
-    options: dict[str, Any], workers: int
-) -> None:
+def test_a_row_that_cannot_be_read_ends_the_run_if_it_may_not_be_skipped(options: dict[str, Any], workers: int) -> None:
     with pytest.raises(UserError, match="^row 2: damaged picture$"):
         drafts(Memory(bad=frozenset([2])), config(workers=workers, **options))
 
 
 def test_a_source_that_is_gone_is_not_searched_to_its_end() -> None:
     facts = Memory(sizes=(SQUARE,) * 1000, bad=frozenset(range(1000)))
-    with pytest.raises(UserError, match=f"{MAX_BAD_ROWS} rows one after another cannot be read, the last of them: row"):
+    with pytest.raises(UserError, match=f"{MAX_BAD_ROWS} rows one after another cannot be read. The last of them: row"):
         drafts(facts, config(**SKIP))

@@ -1,4 +1,4 @@
-"""Shards are whole or not there, damage is found and named, and a million records are found in arrays."""
+"""Shards are written atomically, damage is found and named, and the index of a million records lies in arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from t2i_adapter.cache import shards as shards_module
-from t2i_adapter.cache.layout import check_room
+from t2i_adapter.cache.context import check_room
 from t2i_adapter.cache.records import (
     pack_condition,
     pack_image,
@@ -92,7 +92,7 @@ def test_what_was_added_before_an_error_is_kept(tmp_path: Path) -> None:
     assert key(1) in Shards(tmp_path)
 
 
-def test_a_shard_that_was_cut_off_is_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_shard_is_skipped_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, 1)
     write(tmp_path, 2)
     first = files(tmp_path)[0]
@@ -236,11 +236,11 @@ def test_an_image_record_comes_back_whole() -> None:
     geometry = Geometry((80, 64), (80, 64), (8, 0), (64, 48), flipped=True)
     packed = pack_image(moments, condition, geometry, name="x")
     assert size_of_tag(packed.tag) == (64, 48)
-    read = unpack_image(shards_module.unpack(memoryview(b"".join(shards_module.pack(packed))), check=True), "x")
+    read = unpack_image(shards_module.unpack(memoryview(b"".join(shards_module.pack(packed))), check=True))
     assert np.array_equal(read.condition, condition)
     assert read.moments is not None
     assert np.array_equal(read.moments, moments.astype(np.float16))
-    assert (read.geometry, read.key) == (geometry, "x")
+    assert read.geometry == geometry
 
 
 def test_each_view_of_a_picture_has_a_key_of_its_own() -> None:
@@ -251,7 +251,7 @@ def test_each_view_of_a_picture_has_a_key_of_its_own() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
 def test_numbers_beyond_half_precision_are_an_error_by_name(value: float) -> None:
-    with pytest.raises(UserError, match="caption 'x': its encoder gave numbers"):
+    with pytest.raises(UserError, match="caption 'x': the encoder returned NaN, inf or numbers beyond 65504"):
         pack_text(np.full((2, 2), value, np.float32), np.zeros(2, np.float32), tokens=3, name="caption 'x'")
     assert to_half(np.float32([65504]), "x") == 65504
 

@@ -1,4 +1,4 @@
-"""A stamp leads to the digest that was made of it, and damage costs no more than reading again."""
+"""A stamp leads to the digest of its row; a damaged file of stamps only makes rows be read again."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def digests(*values: int) -> np.ndarray:
     return np.array([[value] * 32 for value in values], np.uint8)
 
 
-def remember(folder: Path, told: list[str | None], *values: int) -> None:
+def remember(folder: Path, names: list[str | None], *values: int) -> None:
     stamps = Stamps(folder)
-    stamps.add(told, digests(*values))
+    stamps.add(names, digests(*values))
     stamps.save()
 
 
@@ -38,7 +38,7 @@ def test_a_folder_that_is_not_there_knows_nothing_and_is_not_made_for_nothing(tm
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-9], lambda data: b"\1" + data[1:], lambda data: b""])
-def test_a_damaged_file_is_passed_over(tmp_path: Path, spoil: object) -> None:
+def test_a_damaged_file_is_skipped(tmp_path: Path, spoil: object) -> None:
     remember(tmp_path, ["a"], 1)
     [file] = tmp_path.iterdir()
     assert callable(spoil)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.data.geometry import Framing
-from t2i_adapter.data.pair import cut
+from t2i_adapter.data.pair import PairTransform
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.flags import parse_flags
@@ -50,7 +50,7 @@ def options(folder: Path, picture: Path, **changes: Any) -> GenerateOptions:
 def test_a_square_is_cropped_as_in_training(original: tuple[int, int]) -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*original, 3), np.uint8))
     for channels in (1, 3):
-        trained = cut(Sample("x", picture, picture, ("",), "0"), Framing(64), 0, channels).condition
+        trained = PairTransform(Framing(64), channels).crop(Sample("x", picture, picture, ("",), "0"), 0).condition
         ours = np.asarray(fit_condition(picture, (64, 64), channels)).reshape(64, 64, -1).transpose(2, 0, 1)
         assert np.array_equal(ours, trained)
 

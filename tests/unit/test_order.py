@@ -1,4 +1,4 @@
-"""Which sample a draw takes: every row once an epoch, near its neighbours in storage, and any draw found at once."""
+"""The order of a run: every row once an epoch, few shards at a time, and any draw found in constant time."""
 
 from __future__ import annotations
 

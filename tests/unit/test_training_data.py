@@ -1,4 +1,4 @@
-"""Batches made ahead of the step that wants them: the same, in their order, and no fault before its turn."""
+"""Batches that are built ahead of the step: the same batches in the same order, and an error only at its place."""
 
 from __future__ import annotations
 

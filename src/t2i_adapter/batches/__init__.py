@@ -1,1 +1,1 @@
-"""Choices: which sample, caption, timestep and noise make each draw of a run, and the batches they form."""
+"""Batches: which sample, caption, timestep and noise each draw of a run takes, and how the draws form batches."""

@@ -1,4 +1,4 @@
-"""Encodes on the device what no cache holds, and completes a batch with it."""
+"""Completes a batch on the device: encodes the pictures and captions that are not in the cache."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from t2i_adapter.models.base import Base
 from t2i_adapter.models.encoders import LatentEncoder, TextEncoder, encode_pixels
 from t2i_adapter.types import TOKENS, Batch, PartialBatch
 
-KEPT_TEXT_BYTES = 256 * 2**20
-"""Of captions' states on the device, the last used: 850 captions of an SDXL."""
+TEXT_STATE_BYTES = 256 * 2**20
+"""Text states that stay on the device, the last used ones: 850 captions of SDXL."""
 
 
 class Encoders:
-    """What encodes on the device what no cache holds. Each encoder is loaded when the first batch needs it."""
+    """The VAE's encoder and the text encoders on the device. Each is loaded when the first batch needs it."""
 
-    def __init__(self, base: Base, device: torch.device | str, dtype: torch.dtype, keep: int = KEPT_TEXT_BYTES) -> None:
-        """dtype: arithmetic of the text encoders; the VAE runs in float32. keep: bytes of states that are kept."""
+    def __init__(
+        self, base: Base, device: torch.device | str, dtype: torch.dtype, keep: int = TEXT_STATE_BYTES
+    ) -> None:
+        """dtype: of the text encoders; the VAE runs in float32. keep: bytes of text states that stay on the device."""
         self._base, self._device, self._dtype, self._keep = base, device, dtype, keep
         self._texts: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
-        self._told_of_long = False
+        self._has_warned = False
 
     @cached_property
     def _vae(self) -> LatentEncoder:
@@ -36,60 +38,61 @@ class Encoders:
     def _text(self) -> TextEncoder:
         return self._base.text_encoder(self._device, self._dtype)
 
-    def complete(self, draft: PartialBatch) -> Batch:
-        """The batch of a draft whose tensors are on the device: what is missing encoded, everything in float32.
+    def complete(self, partial: PartialBatch) -> Batch:
+        """The complete batch, in float32, of a partial batch whose tensors are on the device.
 
-        Encoded numbers are rounded as stored ones are, so that a cache changes nothing.
+        Encoded numbers are rounded to float16 like cached ones, so that the cache does not change the run.
         """
-        if draft.moments is not None:
-            moments = draft.moments
+        if partial.moments is not None:
+            moments = partial.moments
         else:
-            assert draft.pixels is not None
-            moments = encode_pixels(self._vae, draft.pixels)
-        if draft.text is not None and draft.pooled is not None:
-            text, pooled = draft.text, draft.pooled
+            assert partial.pixels is not None
+            moments = encode_pixels(self._vae, partial.pixels)
+        if partial.text is not None and partial.pooled is not None:
+            text, pooled = partial.text, partial.pooled
         else:
-            text, pooled = self.states(draft.captions)
+            text, pooled = self.states(partial.captions)
         return Batch(
             moments=moments.float(),
-            condition=draft.condition.float().div_(255),
+            condition=partial.condition.float().div_(255),
             text=text.float(),
             pooled=pooled.float(),
-            time_ids=draft.time_ids,
-            timesteps=draft.timesteps,
-            noise=draft.noise,
-            latent_noise=draft.latent_noise,
-            keys=draft.keys,
+            time_ids=partial.time_ids,
+            timesteps=partial.timesteps,
+            noise=partial.noise,
+            latent_noise=partial.latent_noise,
+            keys=partial.keys,
         )
 
     def states(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """N captions -> states (N,L,D) and pooled (N,P), float16, on the device; those used last are kept."""
+        """N captions -> states (N,L,D) and pooled (N,P), float16, on the device."""
         here = {caption: self._texts[caption] for caption in captions if caption in self._texts}
         new = [caption for caption in dict.fromkeys(captions) if caption not in here]
         for first in range(0, len(new), TEXT_BATCH):
             some = new[first : first + TEXT_BATCH]
             states, pooled = (part.float().half() for part in self._text.encode(some))
             here.update(zip(some, zip(states, pooled, strict=True), strict=True))
-            self._tell_of_long(some)
+            self._warn_of_long(some)
         self._keep_used(here)
         return torch.stack([here[c][0] for c in captions]), torch.stack([here[c][1] for c in captions])
 
     def _keep_used(self, used: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Stores the states for later batches and drops those that were used longest ago."""
         for caption, parts in used.items():
-            kept = self._texts.get(caption) or (parts[0].clone(), parts[1].clone())  # not the whole batch's memory
+            kept = self._texts.get(caption) or (parts[0].clone(), parts[1].clone())  # frees the batch's tensor
             self._texts[caption] = kept
             self._texts.move_to_end(caption)
         each = sum(part.nbytes for part in next(iter(used.values()))) if used else 1
         while len(self._texts) * each > self._keep and self._texts:
             self._texts.popitem(last=False)
 
-    def _tell_of_long(self, captions: Sequence[str]) -> None:
-        """One line a run: how many there are is known only of captions that are on disk."""
-        if self._told_of_long:
+    def _warn_of_long(self, captions: Sequence[str]) -> None:
+        """Warns once a run: the number of long captions is known only with a cache."""
+        if self._has_warned:
             return
         for caption in captions:
             tokens = self._text.count_tokens(caption)
             if tokens > TOKENS:
-                self._told_of_long = True
+                self._has_warned = True
                 print(long_captions(1, len(captions), caption, tokens), file=sys.stderr, flush=True)
                 return

@@ -1,4 +1,4 @@
-"""A batch of random content, for what only needs a step's shapes: estimates, benchmarks, tests."""
+"""Makes a batch of random numbers, for estimates, benchmarks and tests that need only a step's shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def example_batch(
     draws: int = 1,
     device: Any = "cpu",
 ) -> Batch:
-    """`size` samples of random content for a UNet, their pictures height x width pixels, with `draws` of noise each."""
+    """`size` random samples for a UNet, of height x width pixels, with `draws` noise samples each."""
     h, w = height // 8, width // 8
     text, pooled = text_widths(unet_config)
     place = torch.device(device)

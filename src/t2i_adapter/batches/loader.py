@@ -1,4 +1,4 @@
-"""The micro-batches of one process, in order, built by loader workers."""
+"""Builds the micro-batches of one process in order, in loader processes (`data.num_workers`) or in this one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from t2i_adapter.batches.item import Item, make_item
+from t2i_adapter.batches.choices import DrawnSample, draw_sample
 from t2i_adapter.batches.order import Order, draws_of
 from t2i_adapter.batches.packing import PREFETCH, Packed, SharedSlots, pack, unpack
 from t2i_adapter.cache.dataset import PairDataset
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def make_partial_batches(
-    facts: PairDataset,
+    dataset: PairDataset,
     config: Config,
     *,
     rank: int,
@@ -32,11 +32,12 @@ def make_partial_batches(
     stop_step: int,
     device: torch.device = CPU,
 ) -> Iterator[PartialBatch]:
-    """Yields (stop_step - start_step) * gradient_accumulation_steps micro-batches, on the CPU, pinned where there is
-    CUDA. They are the same for any number of workers, and a run that starts at step k gets what one that came there
-    got. `config.train.seed` must be set. Raises UserError where a row cannot be read or a prepared file is damaged.
+    """Yields (stop_step - start_step) * gradient_accumulation_steps micro-batches in CPU memory, pinned if CUDA is
+    available.
 
-    device: where they will be trained on.
+    They do not depend on the number of workers, and a run that starts at step k gets the batches that an uninterrupted
+    run gets from step k on. `config.train.seed` must be set. `device` is where they are trained on. Raises UserError if
+    a row or a file of the cache cannot be read.
     """
     train = config.train
     accumulate = train.gradient_accumulation_steps
@@ -48,71 +49,72 @@ def make_partial_batches(
     pin = torch.cuda.is_available()
     workers = count_workers(config.data.num_workers, device)
     loader = DataLoader(
-        MicroBatches(facts, config, train.batch_size * accumulate * world, num_timesteps, pin=pin),
+        MicroBatches(dataset, config, train.batch_size * accumulate * world, num_timesteps, pin=pin),
         batch_size=None,
-        sampler=plan,  # any iterable of indices will do; ours are ranges of draws
+        sampler=plan,  # DataLoader accepts any iterable of indices; ours are ranges of draws
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
-        collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_the_trainer,
-        generator=torch.Generator(),  # else it takes a number from torch's global generator
+        collate_fn=_identity,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # otherwise it draws from torch's global generator
     )
     slots: dict[tuple[int, int], Tensor] = {}
     for packed in loader:
-        if isinstance(packed, str):
-            raise UserError(packed)
-        yield unpack(packed, slots, pin=pin)
+        if isinstance(packed, UserError):
+            raise packed
+        yield unpack(packed, slots, dataset.key, pin=pin)
 
 
 def count_workers(wanted: int | None, device: torch.device) -> int:
-    """How many processes build batches for a device: `wanted`, or one, or on a CPU none."""
+    """Number of loader processes: `wanted`, or if that is None 1, and 0 if training is on a CPU."""
     if wanted is None:
         return 0 if device.type == "cpu" else 1
     return wanted
 
 
 class MicroBatches(Dataset[Any]):
-    """Indexed by a range of draws, gives their batch, or the message of a UserError: an exception that crosses a
-    worker's border becomes a page of traceback."""
+    """Maps a range of draws to their batch, or to a UserError, which the training process raises: DataLoader would
+    turn an exception that a worker raises into a page of traceback."""
 
-    def __init__(self, facts: PairDataset, config: Config, global_batch: int, num_timesteps: int, *, pin: bool) -> None:
+    def __init__(
+        self, dataset: PairDataset, config: Config, global_batch: int, num_timesteps: int, *, pin: bool
+    ) -> None:
         seed = config.train.seed
         assert seed is not None, "the seed is drawn before the run starts"
-        self._facts = facts
+        self._dataset = dataset
         self._config = config
         self._seed = seed
-        self._order = Order(facts.groups, facts.shards, seed, global_batch)
+        self._order = Order(dataset.groups, dataset.shards, seed, global_batch)
         self._num_timesteps = num_timesteps
         self._pin = pin
         self._slots: SharedSlots | None = None
 
-    def __getitem__(self, draws: range) -> Packed | str:
+    def __getitem__(self, draws: range) -> Packed | UserError:
         try:
-            items = [self._item(draw) for draw in draws]
-            return self._pack(items)
+            return self._pack([self._sample(draw) for draw in draws])
         except UserError as fault:
-            return str(fault)
+            return fault
 
-    def _item(self, draw: int) -> Item:
-        return make_item(
-            self._facts, self._order, self._config, draw, seed=self._seed, num_timesteps=self._num_timesteps
+    def _sample(self, draw: int) -> DrawnSample:
+        return draw_sample(
+            self._dataset, self._order, self._config, draw, seed=self._seed, num_timesteps=self._num_timesteps
         )
 
-    def _pack(self, items: list[Item]) -> Packed:
+    def _pack(self, samples: list[DrawnSample]) -> Packed:
         worker = get_worker_info()
         if worker is None:
-            return pack(items, pin=self._pin)
+            return pack(samples, pin=self._pin)
         if self._slots is None:
             self._slots = SharedSlots(worker.id)
-        return self._slots.pack(items)
+        return self._slots.pack(samples)
 
 
-def _as_it_is(parts: Any) -> Any:
+def _identity(parts: Any) -> Any:
     return parts
 
 
-def _leave_signals_to_the_trainer(_: int) -> None:
-    """A scheduler signals every process of a job, and the step that is then finished still needs its batches. A worker
-    ends with the process that it works for."""
+def _ignore_signals(_: int) -> None:
+    """Schedulers signal every process of a job, but the training process still needs batches to finish its step. A
+    worker ends with the training process."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -1,9 +1,16 @@
-"""Which sample each draw of a run takes, and which draws form a micro-batch.
+"""The order of a run: which sample each draw takes, and which draws form a micro-batch.
 
-A run is one endless row of draws, numbered from 0; step s takes the `global_batch` draws from s * global_batch on. All
-samples of a step have one crop size, so a step belongs to one group of samples. The draws of a group's steps, one step
-after another, form endless epochs, each a permutation of the group. Everything is a function of (seed, draw): nothing
-depends on processes, loader workers or how a global batch is cut up, and a run that goes on needs its step alone.
+A run is one endless sequence of draws, numbered from 0. Step s takes the `global_batch` draws from s * global_batch on.
+All samples of a step have one crop size, so each step belongs to one group of samples. The draws of a group's steps,
+one step after another, form epochs, and each epoch is a permutation of the group:
+
+    draws     0 1 2 3 | 4 5 6 7 | 8 9 ...      global_batch = 4
+    step      0       | 1       | 2            each step belongs to one group (`turn_of`)
+    group A   0 1 2 3           | 4 5 ...      its places: the turn times global_batch, plus the place in the step
+    epoch     0 0 0 0           | 0 1 ...      five samples: place 5 is the first of epoch 1
+
+Everything is a function of (seed, draw). Nothing depends on the number of processes or loader workers, or on how a
+global batch is divided between them, and a resumed run needs only its step.
 """
 
 from __future__ import annotations
@@ -16,15 +23,15 @@ from typing import NamedTuple
 import numpy as np
 
 EPOCH_STREAM, DRAW_STREAM, VIEW_STREAM, GROUP_STREAM, SHARD_STREAM, AGAIN_STREAM, STRATA_STREAM = range(7)
-"""First word of every generator's key, so that no two purposes ever share a row of numbers."""
+"""First word of every generator's key, so that no two purposes share random numbers."""
 
 BLOCK_ROWS = 1024
-"""Rows of a shard that are read one after another, in an order of their own."""
+"""Consecutive rows of a shard that are permuted among themselves and read together."""
 WINDOW_SHARDS = 8
-"""Shards whose blocks are mixed: so many are read from at a time."""
+"""Number of shards that are read from at a time: their blocks are mixed."""
 BLOCK_STEPS = 64
-"""Steps among which the groups' turns are shuffled; over the run no group is ever more than about one such block's
-worth of steps ahead of its share."""
+"""Number of steps within which the groups' turns are shuffled. During the run no group is more than about one such
+block of steps ahead of its share."""
 
 
 class Order:
@@ -32,10 +39,10 @@ class Order:
 
     Args:
         groups: sample numbers by crop size, each ascending, as in `PairDataset`.
-        shards: rows that lie together in storage, in order. With one, an epoch permutes its group freely; with
-            several it goes from block to block, so that few shards are read at a time.
-        seed: draws everything.
-        global_batch: draws a step.
+        shards: numbers of samples that are stored together, in storage order. With one shard an epoch is any
+            permutation of its group; with several it goes from block to block, so that few shards are read at a time.
+        seed: of all random numbers.
+        global_batch: number of draws of a step.
     """
 
     def __init__(self, groups: Sequence[np.ndarray], shards: Sequence[int], seed: int, global_batch: int) -> None:
@@ -61,8 +68,11 @@ class Order:
         return int(self._groups[group][index])
 
     def stratified(self, draw: int, quantiles: Sequence[float]) -> list[float]:
-        """The draw's numbers in [0,1), each moved into a part of [0,1) of its own: a step has as many equal parts as
-        numbers, and gives them out by chance, so that each number alone is as evenly spread as before."""
+        """The draw's numbers in [0,1), each moved into its own interval.
+
+        [0,1) is divided into as many equal intervals as a step has numbers, and a random permutation assigns them. So
+        each number alone is still uniform in [0,1).
+        """
         step, within = divmod(draw, self._global_batch)
         count = len(quantiles)
         parts = strata(step, self._global_batch * count, self._seed)
@@ -70,7 +80,7 @@ class Order:
         return [(int(part) + quantile) / len(parts) for part, quantile in zip(mine, quantiles, strict=True)]
 
     def _epoch(self, group: int, epoch: int) -> np.ndarray | ShardwisePermutation:
-        """The last few are kept: a step may reach over an epoch's end, and groups take turns."""
+        """The permutation of an epoch. The last few are kept: a step may span two epochs, and groups take turns."""
         key = group, epoch
         if key not in self._epochs:
             self._epochs[key] = self._permutation(group, epoch)
@@ -87,13 +97,14 @@ class Order:
 
 
 class ShardwisePermutation:
-    """Shards permuted, each cut into blocks, the blocks of a window of shards permuted, and the rows of each block.
+    """A permutation that reads few shards at a time.
 
-    Keeps arrays as long as the shards are many, one window's blocks, and one block's rows.
+    The shards are permuted and divided into blocks. The blocks of a window of WINDOW_SHARDS shards are permuted, and so
+    are the rows of each block. Memory: arrays over the shards, the blocks of one window, and the rows of one block.
     """
 
     def __init__(self, sizes: np.ndarray, key: list[int]) -> None:
-        """sizes: rows of each shard, in storage order. key: of the generators."""
+        """sizes: number of rows of each shard, in storage order. key: start of the generators' keys."""
         self._key = key
         self._order = np.random.default_rng([*key, 0]).permutation(len(sizes))
         self._sizes = sizes[self._order]
@@ -112,7 +123,7 @@ class ShardwisePermutation:
         return int(blocks.starts[block] + row)
 
     def _blocks(self, window: int) -> Blocks:
-        """A window's blocks in their order."""
+        """The blocks of a window, permuted."""
         if self._kept_window is None or self._kept_window[0] != window:
             shards = range(len(self._order))[window * WINDOW_SHARDS : (window + 1) * WINDOW_SHARDS]
             cuts = [np.arange(0, self._sizes[shard], BLOCK_ROWS) for shard in shards]
@@ -125,7 +136,7 @@ class ShardwisePermutation:
         return self._kept_window[1]
 
     def _rows(self, window: int, block: int) -> np.ndarray:
-        """Order of a block's rows."""
+        """The rows of a block, permuted."""
         if self._kept_rows is None or self._kept_rows[0] != (window, block):
             ends = self._blocks(window).ends
             length = ends[block] - (ends[block - 1] if block else 0)
@@ -135,17 +146,18 @@ class ShardwisePermutation:
 
 
 class Blocks(NamedTuple):
-    """Blocks one after another: each one's first row in its group, and its end counted from the first one's start."""
+    """The blocks of a window in order: the first row of each in the group, and its end, counted from the window's
+    start."""
 
     starts: np.ndarray
     ends: np.ndarray
 
 
 def turn_of(step: int, sizes: tuple[int, ...], seed: int) -> tuple[int, int]:
-    """Group that step `step` belongs to, and how many steps before it were that group's.
+    """The group of step `step`, and the number of earlier steps of that group.
 
-    Group g has a share p of all samples, so its turns are due at the times (k + offset) / p for k = 0, 1, ...; in
-    the order of all groups' times they make the steps, shuffled within blocks of BLOCK_STEPS.
+    Group g has a share p of all samples, so its turns are due at the times (k + offset) / p for k = 0, 1, ... The
+    turns of all groups, sorted by time, are the steps; they are shuffled within blocks of BLOCK_STEPS.
     """
     if len(sizes) == 1:
         return 0, step
@@ -156,19 +168,19 @@ def turn_of(step: int, sizes: tuple[int, ...], seed: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=4)
 def _turns(block: int, sizes: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Group and turn of each step of a block: (BLOCK_STEPS,) each. Costs the same for any block."""
+    """Group and turn of each step of a block: (BLOCK_STEPS,) each. The cost does not depend on the block."""
     shares = np.array(sizes) / sum(sizes)
     offsets = np.random.default_rng([GROUP_STREAM, seed]).random(len(sizes))
     first, count = block * BLOCK_STEPS, len(sizes)
-    # Before time t there are between t - count and t + count turns: none before `begin` is of this block, none after
-    # `end`. One turn more on either side covers rounding.
+    # Between t - count and t + count turns lie before time t. So all turns of this block lie between `begin` and `end`;
+    # one more turn on each side covers rounding.
     begin = np.floor((first - count - 1) * shares - offsets).astype(int).clip(min=1) - 1
     end = np.ceil((first + BLOCK_STEPS + count + 1) * shares - offsets).astype(int).clip(min=0) + 1
     group = np.repeat(np.arange(count), end - begin)
     turn = np.concatenate([np.arange(b, e) for b, e in zip(begin, end, strict=True)])
     due = np.lexsort((group, (turn + offsets[group]) / shares[group]))
     mine = due[first - begin.sum() :][:BLOCK_STEPS]
-    # Shuffled are the groups; a group's turns stay in order.
+    # The groups are shuffled; the turns of a group stay in order.
     mixed = np.random.default_rng([GROUP_STREAM, seed, block]).permutation(group[mine])
     turns = np.empty_like(mixed)
     for g in np.unique(mixed):
@@ -178,18 +190,18 @@ def _turns(block: int, sizes: tuple[int, ...], seed: int) -> tuple[np.ndarray, n
 
 @lru_cache(maxsize=4)
 def strata(step: int, count: int, seed: int) -> np.ndarray:
-    """The parts, 0 to count - 1, in the order in which a step's numbers take them, (count,)."""
+    """(count,): a permutation of the intervals 0 to count - 1, one for each number of a step."""
     return np.random.default_rng([STRATA_STREAM, seed, step]).permutation(count)
 
 
 def draws_of(step: int, micro: int, rank: int, *, batch_size: int, accumulate: int, world: int) -> range:
-    """Draws of one process's micro-batch. A step takes the `accumulate * world * batch_size` draws after those of the
-    step before, so a global batch holds the same draws however it is spread."""
+    """Draws of one process's micro-batch. A step takes the next `accumulate * world * batch_size` draws, so a global
+    batch holds the same draws however it is divided."""
     device_batches = (step * accumulate + micro) * world + rank
     return range(device_batches * batch_size, (device_batches + 1) * batch_size)
 
 
 def _shares(numbers: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """How many of the ascending `numbers` lie in each shard, empty ones left out."""
+    """How many of the ascending `numbers` lie in each shard; empty shards are skipped."""
     counts = np.diff(np.searchsorted(numbers, ends), prepend=0)
     return counts[counts > 0]

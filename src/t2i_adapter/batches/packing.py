@@ -1,12 +1,15 @@
-"""A batch in one piece of memory, and how loader processes hand it over.
+"""Packs the samples of a batch into one block of memory, and hands it from a loader process to the training process.
 
-Fresh shared memory costs a page fault every 4 KiB, in both processes, which is more than all the rest of a batch. So
-a loader process writes its batches into a few slots, over and over, and the training process copies each one out.
+A loader process reuses a few slots of shared memory for its batches, and the training process copies each batch out.
+New shared memory for every batch costs page faults in both processes: at SDXL's record size one loader process then
+builds 0.44 to 0.74 times as many samples a second (`benchmarks/loading.py`,
+benchmarks/results/loading_2cpu_2026-11-29.json). Without loader processes nothing is shared: a batch is packed into
+memory of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2i_adapter.batches.item import Item
-from t2i_adapter.types import PartialBatch
+from t2i_adapter.batches.choices import DrawnSample
+from t2i_adapter.types import PartialBatch, SampleKeys
 
 PREFETCH = 2
-"""Batches a loader process is asked for ahead of the one that is used."""
+"""Batches that a loader process builds ahead."""
 SLOTS = PREFETCH + 1
-"""A batch is asked for while the one PREFETCH before it is handed out, so that one may still be read."""
+"""The training process may still copy one batch while PREFETCH others are built."""
 ALIGNMENT = 64
+ARRAYS = ("moments", "pixels", "condition", "text", "pooled", "noise", "latent_noise")
+PER_NOISE = ("noise", "latent_noise")
+"""Arrays with K rows a sample, one for each noise sample."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Where a field's (B, ...) array lies in the batch's memory. `channels` is set where axis 1 is one channel that
-    stands for so many alike."""
+    """Where the (B,...) array of a field lies in the batch's memory. If `channels` is set, axis 1 holds one channel
+    that stands for this many equal ones."""
 
     name: str
     offset: int
@@ -42,12 +48,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch: the first `size` bytes of `memory` hold `columns`; `fields` are the rest of a `PartialBatch`.
+    """A batch: `columns` lie in `memory`, and `fields` are the other fields of a `PartialBatch`.
 
-    Of a loader process `slot` tells which memory that is, and `memory` is None where it was sent before.
+    `slot` names the shared memory (loader process, slot), or is None. `memory` is None if this slot was sent before.
     """
 
-    size: int
     columns: tuple[Column, ...]
     fields: dict[str, Any]
     memory: Tensor | None
@@ -55,101 +60,99 @@ class Packed:
 
 
 class SharedSlots:
-    """The shared memory of a loader process, a slot for each batch that is on its way."""
+    """The slots of shared memory of one loader process."""
 
     def __init__(self, worker: int) -> None:
         self._worker = worker
         self._memory: list[Tensor | None] = [None] * SLOTS
         self._turn = 0
 
-    def pack(self, items: Sequence[Item]) -> Packed:
+    def pack(self, samples: Sequence[DrawnSample]) -> Packed:
         self._turn = (self._turn + 1) % SLOTS
-        columns, size = _lay_out(items)
+        columns = _lay_out(samples)
         memory = self._memory[self._turn]
-        is_new = memory is None or len(memory) < size
+        is_new = memory is None or len(memory) < columns[-1].end
         if memory is None or is_new:
-            memory = torch.empty(size, dtype=torch.uint8).share_memory_()
+            memory = torch.empty(columns[-1].end, dtype=torch.uint8).share_memory_()
             self._memory[self._turn] = memory
-        _write(items, columns, memory)
+        _write(samples, columns, memory)
         slot = self._worker, self._turn
-        return Packed(size, columns, _fields(items), memory if is_new else None, slot)
+        return Packed(columns, _fields(samples), memory if is_new else None, slot)
 
 
-def pack(items: Sequence[Item], *, pin: bool) -> Packed:
+def pack(samples: Sequence[DrawnSample], *, pin: bool) -> Packed:
     """A batch in memory of its own."""
-    columns, size = _lay_out(items)
-    memory = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-    _write(items, columns, memory)
-    return Packed(size, columns, _fields(items), memory)
+    columns = _lay_out(samples)
+    memory = torch.empty(columns[-1].end, dtype=torch.uint8, pin_memory=pin)
+    _write(samples, columns, memory)
+    return Packed(columns, _fields(samples), memory)
 
 
-def unpack(packed: Packed, slots: dict[tuple[int, int], Tensor], *, pin: bool) -> PartialBatch:
-    """The batch, in memory that nobody writes to again. `slots` keeps what loader processes have sent."""
+def unpack(
+    packed: Packed, slots: dict[tuple[int, int], Tensor], key: Callable[[int], str], *, pin: bool
+) -> PartialBatch:
+    """The batch, copied out of shared memory.
+
+    Args:
+        slots: the shared memory that loader processes have sent; new slots are added.
+        key: returns the key of a sample by its number.
+        pin: whether to copy into pinned memory.
+    """
     memory = packed.memory
     if packed.slot is not None:
-        memory = slots[packed.slot] = slots[packed.slot] if memory is None else memory
-        memory = torch.empty(packed.size, dtype=torch.uint8, pin_memory=pin).copy_(memory[: packed.size])
+        shared = slots[packed.slot] = slots[packed.slot] if memory is None else memory
+        size = packed.columns[-1].end
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=pin).copy_(shared[:size])
     assert memory is not None
     arrays: dict[str, Any] = dict.fromkeys(ARRAYS)
     arrays |= {column.name: _tensor(memory, column) for column in packed.columns}
-    arrays |= {name: arrays[name].flatten(0, 1) for name in DRAWN}
+    arrays |= {name: arrays[name].flatten(0, 1) for name in PER_NOISE}
     fields = dict(packed.fields)
-    whole = {name: torch.tensor(fields.pop(name)) for name in ("time_ids", "timesteps")}
-    return PartialBatch(**arrays, **whole, **fields)
+    keys = SampleKeys(fields.pop("numbers"), key)
+    ints = {name: torch.tensor(fields.pop(name)) for name in ("time_ids", "timesteps")}
+    return PartialBatch(**arrays, **ints, **fields, keys=keys)
 
 
-def _arrays(item: Item) -> Mapping[str, np.ndarray | None]:
+def _array(sample: DrawnSample, name: str) -> np.ndarray | None:
+    if name in ("text", "pooled"):
+        return sample.text and (sample.text.states if name == "text" else sample.text.pooled)
+    return getattr(sample if name in PER_NOISE else sample.record, name)
+
+
+def _fields(samples: Sequence[DrawnSample]) -> dict[str, Any]:
     return {
-        "moments": item.record.moments,
-        "pixels": item.record.pixels,
-        "condition": item.record.condition,
-        "text": item.text and item.text.states,
-        "pooled": item.text and item.text.pooled,
-        "noise": item.noise,
-        "latent_noise": item.latent_noise,
+        "captions": tuple(sample.caption for sample in samples),
+        "time_ids": [sample.time_ids for sample in samples],
+        "timesteps": [timestep for sample in samples for timestep in sample.timesteps],
+        "numbers": tuple(sample.number for sample in samples),
+        "bad": tuple(bad for sample in samples for bad in sample.bad),
     }
 
 
-DRAWN = ("noise", "latent_noise")
-"""Of these every sample has a row for each of its draws of noise."""
-ARRAYS = ("moments", "pixels", "condition", "text", "pooled", "noise", "latent_noise")
-
-
-def _fields(items: Sequence[Item]) -> dict[str, Any]:
-    return {
-        "captions": tuple(item.caption for item in items),
-        "time_ids": [item.time_ids for item in items],
-        "timesteps": [timestep for item in items for timestep in item.timesteps],
-        "keys": tuple(item.record.key for item in items),
-        "bad": tuple(bad for item in items for bad in item.bad),
-    }
-
-
-def _lay_out(items: Sequence[Item]) -> tuple[tuple[Column, ...], int]:
-    """Place of every field that all items have, and the bytes of all. A field that one of them lacks is still to be
-    made for all."""
+def _lay_out(samples: Sequence[DrawnSample]) -> tuple[Column, ...]:
+    """A column for every field that all samples have. A field that one sample does not have is encoded later for all
+    samples."""
     columns: list[Column] = []
     end = 0
-    every = [_arrays(item) for item in items]
     for name in ARRAYS:
-        rows = [row for arrays in every if (row := arrays[name]) is not None]
-        if len(rows) < len(items):
+        rows = [row for sample in samples if (row := _array(sample, name)) is not None]
+        if len(rows) < len(samples):
             continue
         shape, channels = rows[0].shape, None
         if name == "condition" and all(row.strides[0] == 0 for row in rows):
             shape, channels = (1, *shape[1:]), shape[0]
         start = -(-end // ALIGNMENT) * ALIGNMENT
-        columns.append(Column(name, start, (len(items), *shape), rows[0].dtype, channels))
+        columns.append(Column(name, start, (len(samples), *shape), rows[0].dtype, channels))
         end = columns[-1].end
-    return tuple(columns), end
+    return tuple(columns)
 
 
-def _write(items: Sequence[Item], columns: Sequence[Column], memory: Tensor) -> None:
+def _write(samples: Sequence[DrawnSample], columns: Sequence[Column], memory: Tensor) -> None:
     data = memory.numpy()
     for column in columns:
         whole = data[column.offset : column.end].view(column.dtype).reshape(column.shape)
-        for row, item in zip(whole, items, strict=True):
-            array = _arrays(item)[column.name]
+        for row, sample in zip(whole, samples, strict=True):
+            array = _array(sample, column.name)
             assert array is not None
             row[...] = array[:1] if column.channels else array
 

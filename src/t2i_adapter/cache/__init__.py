@@ -1,1 +1,1 @@
-"""Facts about pictures and captions, computed once and kept on disk, keyed by content."""
+"""The cache: moments, conditions and text states of a dataset, computed once and stored by content."""

@@ -1,4 +1,5 @@
-"""What batches draw from, however it is kept: on disk (`cache.prepare`) or not at all (`cache.live`)."""
+"""The dataset that batches are built from: records in the cache (`CachedDataset`), or pairs read when they are drawn
+(`LiveDataset`). `prepare` returns one of them."""
 
 from __future__ import annotations
 
@@ -9,23 +10,20 @@ import numpy as np
 
 from t2i_adapter.cache.records import unpack_image
 from t2i_adapter.cache.shards import Shards
-from t2i_adapter.cache.texts import (
-    CaptionTable,
-    Texts,
-)
+from t2i_adapter.cache.texts import CaptionTable, Texts
 from t2i_adapter.data.pair import PairTransform
 from t2i_adapter.data.source import Source
 from t2i_adapter.types import ImageRecord, TextRecord
 
 
 class PairDataset(Protocol):
-    """What is known of a run's samples, by number. It can be sent to loader processes.
+    """Samples by number, from 0. A dataset can be pickled, so that loader processes can use it.
 
     Attributes:
-        groups: sample numbers by crop size, each an ascending integer array; all samples of a group have one size.
-            Every number is in one group.
-        shards: how many samples lie together in storage, in order; they sum to the number of samples.
-        views: how many crops there are of each sample.
+        groups: sample numbers by crop size, each an ascending integer array. All samples of a group have one size, and
+            every number is in one group.
+        shards: numbers of samples that are stored together, in storage order; they sum to the number of samples.
+        views: number of crops of each sample.
     """
 
     @property
@@ -39,106 +37,89 @@ class PairDataset(Protocol):
 
     def __len__(self) -> int: ...
 
+    def key(self, number: int) -> str:
+        """Names the sample's row in messages. This may read the row."""
+        ...
+
     def fetch(self, number: int, view: int, draw: str = "") -> ImageRecord:
-        """One view of a sample: `moments`, or `pixels` where they are still to be encoded. What chance decides about
-        its condition is a function of `draw`. Raises UserError naming the row, or the damaged file."""
+        """One view of a sample, with `moments`, or with `pixels` that are still to be encoded. A random condition is a
+        function of `draw`. Raises UserError that names the row or the damaged file."""
         ...
 
     def captions(self, number: int) -> tuple[str, ...]:
-        """The sample's captions, one or more. Raises UserError naming the row."""
+        """The sample's captions, one or more. Raises UserError that names the row."""
         ...
 
     def text(self, caption: str) -> TextRecord | None:
-        """What the text encoders made of a caption; None where it is still to be encoded. Raises UserError naming the
-        damaged file."""
+        """The states of a caption; None if they are still to be encoded. Raises UserError that names the damaged
+        file."""
         ...
 
 
-def prefixed(caption: str, prefix: str) -> str:
-    """What the text encoders are given for a caption; the empty one stays empty."""
-    return prefix + caption if caption else ""
-
-
 @dataclass(frozen=True)
-class LiveDataset:
-    """The pairs of a source, read, cut and annotated when they are drawn (`cache.facts.PairDataset`).
+class _SourceDataset:
+    """What both datasets share; methods as in `PairDataset`.
 
     Attributes:
-        numbers: (N,) which of the source's rows these are.
+        numbers: (N,) rows of the source that the samples are.
         groups, shards: as in `PairDataset`.
-        texts: the captions that are on disk; None encodes them all as they come.
+        texts: captions whose states are in the cache; None encodes all captions when they are drawn.
     """
 
     source: Source
-    stage: PairTransform
+    transform: PairTransform
     numbers: np.ndarray
     groups: tuple[np.ndarray, ...]
     shards: tuple[int, ...]
     texts: Texts | None
-
-    @property
-    def views(self) -> int:
-        return self.stage.framing.count
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def fetch(self, number: int, view: int, draw: str = "") -> ImageRecord:
-        """Raises UserError naming the row."""
-        cut = self.stage.cut(self.source[int(self.numbers[number])], view)
-        record = ImageRecord(cut.key, None, cut.condition, cut.geometry, pixels=cut.image)
-        return self.stage.drawn(record, draw)
+    def key(self, number: int) -> str:
+        return self.source.key(int(self.numbers[number]))
 
     def captions(self, number: int) -> tuple[str, ...]:
-        """Raises UserError naming the row."""
         return self.source.identify(int(self.numbers[number]), "").captions
 
     def text(self, caption: str) -> TextRecord | None:
-        """Raises UserError where its file is damaged."""
         return self.texts.get(caption) if self.texts else None
 
 
 @dataclass(frozen=True)
-class CachedDataset:
-    """The prepared pairs of a source (`cache.facts.PairDataset`); reading is memory-mapped, and it holds arrays only.
+class LiveDataset(_SourceDataset):
+    """Pairs that are read, cropped and annotated when they are drawn."""
+
+    @property
+    def views(self) -> int:
+        return self.transform.framing.count
+
+    def fetch(self, number: int, view: int, draw: str = "") -> ImageRecord:
+        pair = self.transform.crop(self.source[int(self.numbers[number])], view)
+        record = ImageRecord(None, pair.condition, pair.geometry, pixels=pair.image)
+        return self.transform.random_condition(record, draw)
+
+
+@dataclass(frozen=True)
+class CachedDataset(_SourceDataset):
+    """Pairs whose records are in the cache. Records are read by memory map, and the object itself holds arrays only.
 
     Attributes:
-        numbers: (N,) which of the source's rows these are.
-        rows: (views,N) where each view's record is in `images`.
-        groups, shards: as in `PairDataset`.
-        texts: the captions that are on disk; None encodes them all as they come.
-        table: what each sample's captions are; None asks the source.
+        rows: (views,N) row of each view's record in `images`.
+        table: each sample's captions; None asks the source.
     """
 
-    source: Source
-    stage: PairTransform
-    numbers: np.ndarray
     rows: np.ndarray
-    groups: tuple[np.ndarray, ...]
-    shards: tuple[int, ...]
     images: Shards
-    texts: Texts | None
     table: CaptionTable | None = None
 
     @property
     def views(self) -> int:
         return len(self.rows)
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
     def fetch(self, number: int, view: int, draw: str = "") -> ImageRecord:
-        """Raises UserError where the record's file is damaged."""
-        key = self.source.key(int(self.numbers[number]))
-        record = unpack_image(self.images.read(int(self.rows[view, number])), key)
-        return self.stage.drawn(record, draw)
+        record = unpack_image(self.images.read(int(self.rows[view, number])))
+        return self.transform.random_condition(record, draw)
 
     def captions(self, number: int) -> tuple[str, ...]:
-        """Raises UserError naming the row."""
-        if self.table:
-            return self.table.of(number)
-        return self.source.identify(int(self.numbers[number]), "").captions
-
-    def text(self, caption: str) -> TextRecord | None:
-        """Raises UserError where its file is damaged."""
-        return self.texts.get(caption) if self.texts else None
+        return self.table.of(number) if self.table else super().captions(number)

@@ -1,4 +1,5 @@
-"""Pictures to records: which are known by their bytes, which are lacking, and how those are made."""
+"""Makes the image records of a source: finds what is in the cache by the pictures' bytes, and encodes what is
+missing."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
-from t2i_adapter.cache.layout import STAMPS, check_room
-from t2i_adapter.cache.progress import PrepareContext, bar, batched, batched_alike, run_ahead
+from t2i_adapter.cache.context import STAMPS, PrepareContext, check_room, in_batches, run_ahead
 from t2i_adapter.cache.records import PackedCondition, image_record, pack_condition, view_keys
 from t2i_adapter.cache.shards import Keys, Shards, ShardWriter
 from t2i_adapter.cache.stamps import Stamps
@@ -29,50 +30,59 @@ from t2i_adapter.models.encoders import LatentEncoder, batch_size, encode_pixels
 CHUNK = 4096
 """Rows whose stamps are looked up at once."""
 SAVE_SECONDS = 30.0
-"""A killed start has so much to read again."""
+"""Seconds between saves of the stamps: a killed run reads at most this much again."""
 LOOK_ON = 256
-"""Rows that are still looked at after a bad one, so that its like are told together."""
+"""Rows that are still checked after the first bad one, so that one error reports several."""
+
+Packed: TypeAlias = tuple[CroppedPair, PackedCondition]
+"""A cropped pair, and its condition as it is stored."""
 
 
-def identify(pool: Executor, source: Source, machine: PrepareContext, bad: BadRows) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers (N,) of the rows that can be read, ascending, and their digests (N,32) uint8.
+def read_digests(
+    pool: Executor, source: Source, context: PrepareContext, bad: BadRows
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers (N,) of the good rows, ascending, and their digests (N,32) uint8.
 
-    Only rows whose files are not known, or have changed, are read. Raises UserError, of up to ten bad rows together.
+    Only rows whose files are new or have changed are read. Raises UserError with up to ten bad rows.
     """
-    stamps = Stamps(machine.root / STAMPS)
+    stamps = Stamps(context.root / STAMPS)
     digests = np.zeros((len(source), 32), np.uint8)
     saved = time.monotonic()
-    rows = bar(range(len(source)), len(source), "reading", machine.show)
     try:
-        for chunk in batched(rows, CHUNK):
-            told = [source.stamp(number) for number in chunk]
-            found, known = stamps.digests(told)
-            if bad.skips:
-                known &= [_has_captions(source, number, bad) for number in chunk]
-            fresh = [place for place in np.flatnonzero(~known) if chunk[place] not in bad.found]
-            answers = run_ahead(pool, lambda number: _digest(source, number), (chunk[place] for place in fresh), 256)
-            good = []
-            for place, answer in zip(fresh, answers, strict=True):
-                if isinstance(answer, BadRow):
-                    bad.add(answer)
-                else:
-                    found[place] = np.frombuffer(answer, np.uint8)
-                    good.append(place)
-            stamps.add([told[place] for place in good], found[good])
-            digests[chunk[0] : chunk[0] + len(chunk)] = found
+        for chunk in in_batches(context.bar(range(len(source)), len(source), "reading"), CHUNK):
+            digests[chunk[0] : chunk[0] + len(chunk)] = _read_chunk(pool, source, chunk, stamps, bad)
             if time.monotonic() - saved > SAVE_SECONDS:
                 stamps.save()
                 saved = time.monotonic()
     finally:
-        with contextlib.suppress(OSError):  # what is not remembered is read again
+        with contextlib.suppress(OSError):  # rows whose stamps are not saved are read again
             stamps.save()
     bad.settle()
-    kept = ~np.isin(np.arange(len(source)), list(bad.found))
-    return np.flatnonzero(kept).astype(np.int32), digests[kept]
+    good = ~np.isin(np.arange(len(source)), list(bad.found))
+    return np.flatnonzero(good).astype(np.int32), digests[good]
+
+
+def _read_chunk(pool: Executor, source: Source, chunk: list[int], stamps: Stamps, bad: BadRows) -> np.ndarray:
+    """Digests (n,32) of the rows of a chunk, zeros for bad rows."""
+    names = [source.stamp(number) for number in chunk]
+    digests, known = stamps.digests(names)
+    if bad.skips:
+        known &= [_has_captions(source, number, bad) for number in chunk]
+    unread = [place for place in np.flatnonzero(~known) if chunk[place] not in bad.found]
+    answers = run_ahead(pool, lambda number: _digest(source, number), (chunk[place] for place in unread), 256)
+    good = []
+    for place, answer in zip(unread, answers, strict=True):
+        if isinstance(answer, BadRow):
+            bad.add(answer)
+        else:
+            digests[place] = np.frombuffer(answer, np.uint8)
+            good.append(place)
+    stamps.add([names[place] for place in good], digests[good])
+    return digests
 
 
 def _has_captions(source: Source, number: int, bad: BadRows) -> bool:
-    """Captions change without their pictures, so those of known pictures may have become bad."""
+    """Captions can change while the pictures stay, so a row with a known digest may have become bad."""
     try:
         return bool(source.identify(number, "").captions)
     except UserError as fault:
@@ -87,8 +97,8 @@ def _digest(source: Source, number: int) -> bytes | BadRow:
         return BadRow.of(source, number, fault)
 
 
-def rows_of(images: Shards, digests: np.ndarray, views: int) -> np.ndarray:
-    """(views,N) int32 rows of the pictures' records, from their digests (N,32); -1 where there is none yet."""
+def find_rows(images: Shards, digests: np.ndarray, views: int) -> np.ndarray:
+    """(views,N) int32 rows of the pictures' records, from their digests (N,32); -1 if a record is missing."""
     return np.stack([images.find(view_keys(digests, view)).astype(np.int32) for view in range(views)])
 
 
@@ -101,28 +111,19 @@ class MissingRecord:
     views: tuple[int, ...]
 
 
-def lacking(rows: np.ndarray, numbers: np.ndarray, digests: np.ndarray) -> list[MissingRecord]:
-    """What is to be made, by number; of rows that hold the same pictures the first."""
+def find_missing(rows: np.ndarray, numbers: np.ndarray, digests: np.ndarray) -> list[MissingRecord]:
+    """The missing records, by number. Of rows with the same pictures only the first is listed."""
     found: dict[str, MissingRecord] = {}
     for place in np.flatnonzero((rows < 0).any(axis=0)).tolist():
         digest = digests[place].tobytes().hex()
         if digest not in found:
-            found[digest] = MissingRecord(
-                int(numbers[place]), digest, tuple(np.flatnonzero(rows[:, place] < 0).tolist())
-            )
+            views = tuple(np.flatnonzero(rows[:, place] < 0).tolist())
+            found[digest] = MissingRecord(int(numbers[place]), digest, views)
     return list(found.values())
 
 
-@dataclass(frozen=True)
-class PackedPair:
-    """A crop, and its condition packed as it is stored."""
-
-    cut: CroppedPair
-    condition: PackedCondition
-
-
-def same_as_bad(digests: np.ndarray, numbers: np.ndarray, bad: BadRows) -> np.ndarray:
-    """(N,) bool: which of the rows are bad, or hold the same pictures as one that is, which alone was looked at."""
+def is_bad(digests: np.ndarray, numbers: np.ndarray, bad: BadRows) -> np.ndarray:
+    """(N,) bool: the row is bad, or has the same pictures as a bad row. Only one of such rows was decoded."""
     found = np.isin(numbers, list(bad.found))
     return Keys(digests[found]).find(digests) >= 0 if found.any() else found
 
@@ -130,74 +131,73 @@ def same_as_bad(digests: np.ndarray, numbers: np.ndarray, bad: BadRows) -> np.nd
 def build_images(
     pool: Executor,
     source: Source,
-    work: Sequence[MissingRecord],
-    stage: PairTransform,
-    machine: PrepareContext,
+    missing: Sequence[MissingRecord],
+    transform: PairTransform,
+    context: PrepareContext,
     bad: BadRows,
     folder: Path,
     *,
     crops: int,
 ) -> None:
-    """Encodes what is lacking and appends the records; decoding runs ahead of the encoder.
+    """Encodes the missing crops and appends their records. The pool decodes ahead of the encoder.
 
-    `crops` are made by all processes together. Raises UserError where a row is bad and may not be left out, where
-    there are too many, and where the disk has no room for what the first batch lets expect.
+    `crops` is the number that all processes together make. Raises UserError if a row is bad and may not be skipped, if
+    too many rows are bad, and if the disk has too little room, as estimated from the first batch.
     """
-    encoder = machine.base.latent_encoder(machine.device)
-    size = batch_size(stage.framing.resolution**2, machine.device)
-    results = run_ahead(pool, lambda lack: _ready(source, stage, lack), work, 2 * size)
-    ready = _good(bar(results, len(work), "encoding pictures", machine.show), bad)
+    encoder = context.base.latent_encoder(context.device)
+    size = batch_size(transform.framing.resolution**2, context.device)
+    results = run_ahead(pool, lambda one: _crop(source, transform, one), missing, 2 * size)
+    pairs = _good(context.bar(results, len(missing), "encoding pictures"), bad)
     is_first, started = True, time.monotonic()
-    batches = batched_alike(ready, lambda one: one.cut.geometry.target, size)
-    lanes = cores_of(machine.device)
-    with ShardWriter(folder) as writer, sharing_cores(lanes) as encoding:
-        for batch, moments in run_ahead(encoding, partial(_encoded, encoder), batches, lanes):
-            for one, moment in zip(batch, moments, strict=True):
-                record = image_record(moment, one.condition, one.cut.geometry, name=one.cut.key)
-                writer.add(view_keys(_row(one.cut.digest), one.cut.view).tobytes(), record)
+    batches = in_batches(pairs, size, lambda packed: packed[0].geometry.target)
+    threads = cores_of(context.device)
+    with ShardWriter(folder) as writer, sharing_cores(threads) as encoding:
+        for batch, moments in run_ahead(encoding, partial(_encoded, encoder), batches, threads):
+            for (pair, condition), moment in zip(batch, moments, strict=True):
+                record = image_record(moment, condition, pair.geometry, name=pair.key)
+                digest = np.frombuffer(bytes.fromhex(pair.digest), np.uint8)
+                writer.add(view_keys(digest[None], pair.view).tobytes(), record)
             if is_first:
                 share, is_first = crops / len(batch), False
-                _predict(machine, crops, writer.written * share, (time.monotonic() - started) * share / lanes)
+                _estimate(context, crops, writer.written * share, (time.monotonic() - started) * share / threads)
     del encoder
-    release(machine.device)
+    release(context.device)
     bad.settle()
 
 
-def _encoded(encoder: LatentEncoder, batch: Sequence[PackedPair]) -> tuple[Sequence[PackedPair], np.ndarray]:
+def _encoded(encoder: LatentEncoder, batch: Sequence[Packed]) -> tuple[Sequence[Packed], np.ndarray]:
     """The batch with its moments (B,8,h,w) float16."""
-    pixels = torch.from_numpy(np.stack([one.cut.image for one in batch])).to(encoder.device)
+    pixels = torch.from_numpy(np.stack([pair.image for pair, _ in batch])).to(encoder.device)
     return batch, encode_pixels(encoder, pixels).cpu().numpy()
 
 
-def _predict(machine: PrepareContext, crops: int, size: float, seconds: float) -> None:
-    """Says what the pictures will take, as the first batch lets expect; refuses what the disk has no room for."""
-    seconds /= machine.world
-    took = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
-    machine.say(f"pictures: {crops:,} new, about {show_bytes(size)} and {took}")
-    check_room(machine.root, int(size))
+def _estimate(context: PrepareContext, crops: int, size: float, seconds: float) -> None:
+    """Logs the size and time of all crops, estimated from the first batch. Raises UserError if the disk has too little
+    room."""
+    seconds /= context.world
+    duration = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+    context.log(f"pictures: {crops:,} new, about {show_bytes(size)} and {duration}")
+    check_room(context.root, int(size))
 
 
-def _row(digest: str) -> np.ndarray:
-    return np.frombuffer(bytes.fromhex(digest), np.uint8)[None]
-
-
-def _ready(source: Source, stage: PairTransform, lack: MissingRecord) -> list[PackedPair] | BadRow:
-    """The lacking views of a row. Packing is done here too, in the pool: it takes as long as the encoder does."""
+def _crop(source: Source, transform: PairTransform, missing: MissingRecord) -> list[Packed] | BadRow:
+    """The missing views of a row. The pool packs the conditions too: that takes as long as encoding."""
     try:
-        sample = source[lack.number]
-        if sample.digest != lack.digest:
+        sample = source[missing.number]
+        if sample.digest != missing.digest:
             raise UserError(
-                f"{sample.key}: its files have changed just now, or in a way that left their size and date as they "
-                "were. Give them a new date (touch), and start again."
+                f"{sample.key}: its files have changed during this start, or they changed without a new size or date. "
+                "Set a new date (touch) and start again."
             )
-        cuts = [stage.cut(sample, view) for view in lack.views]
+        pairs = [transform.crop(sample, view) for view in missing.views]
     except UserError as fault:
-        return BadRow.of(source, lack.number, fault)
-    return [PackedPair(cut, pack_condition(cut.condition)) for cut in cuts]
+        return BadRow.of(source, missing.number, fault)
+    return [(pair, pack_condition(pair.condition)) for pair in pairs]
 
 
-def _good(results: Iterable[list[PackedPair] | BadRow], bad: BadRows) -> Iterator[PackedPair]:
-    """The crops of good rows. Where a bad row may not be left out it is the last, but for others close behind it."""
+def _good(results: Iterable[list[Packed] | BadRow], bad: BadRows) -> Iterator[Packed]:
+    """The pairs of good rows. If bad rows may not be skipped, the pairs end at the first bad row, but up to LOOK_ON
+    more rows are checked for others."""
     stops, looked_on = False, 0
     for result in results:
         if isinstance(result, BadRow):
@@ -208,8 +208,3 @@ def _good(results: Iterable[list[PackedPair] | BadRow], bad: BadRows) -> Iterato
         looked_on += stops
         if looked_on > LOOK_ON:
             return
-
-
-def moments_bytes(resolution: int) -> int:
-    """What one crop's moments take at least: 8 numbers of 2 bytes a latent cell."""
-    return 16 * (resolution // 8) ** 2

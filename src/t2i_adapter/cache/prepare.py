@@ -1,9 +1,9 @@
-"""Finds what is known of a source's pairs and makes what is missing, then hands out a reader.
+"""Prepares a dataset for training: finds which records are in the cache, makes the missing ones, returns the dataset.
 
-Records lie under ROOT/images/FINGERPRINT and ROOT/texts/FINGERPRINT (`folders`). The fingerprint covers the weights and
-the options of that stage alone; within a folder an image record is keyed by its pictures' bytes and its view, and a
-text record by its caption. So other weights at the same path are a miss, and another learning rate, output folder,
-caption dropout or batch size is a hit.
+Records lie under ROOT/images/FINGERPRINT and ROOT/texts/FINGERPRINT (`context`). The fingerprint covers the weights and
+the options that the stage depends on, and no others. Within a folder the key of an image record is made of its
+pictures' bytes and its view, and the key of a text record of its caption. So other weights at the same path are a miss,
+and another learning rate, output folder, caption dropout or batch size is a hit.
 """
 
 from __future__ import annotations
@@ -18,20 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from t2i_adapter.cache.dataset import CachedDataset, LiveDataset, prefixed
-from t2i_adapter.cache.images import build_images, identify, lacking, moments_bytes, rows_of, same_as_bad
-from t2i_adapter.cache.layout import NOTES, check_room, open_folder
-from t2i_adapter.cache.progress import PrepareContext, bar, count_absent, run_ahead, wait_for
+from t2i_adapter.cache.context import NOTES, PrepareContext, check_room, open_folder, run_ahead, wait_for
+from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
+from t2i_adapter.cache.images import build_images, find_missing, find_rows, is_bad, read_digests
+from t2i_adapter.cache.records import add_prefix, caption_bytes, picture_bytes
 from t2i_adapter.cache.shards import Shards
-from t2i_adapter.cache.texts import (
-    CaptionTable,
-    Texts,
-    build_texts,
-    caption_bytes,
-    choose_captions,
-    open_texts,
-    tell_long,
-)
+from t2i_adapter.cache.texts import CaptionTable, Texts, build_texts, choose_captions, open_texts, warn_of_long
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.bad_rows import BadRow, BadRows, list_bad_rows
 from t2i_adapter.data.pair import PairTransform
@@ -43,84 +35,84 @@ from t2i_adapter.files import sweep
 def prepare(
     source: Source,
     options: DataOptions,
-    machine: PrepareContext,
+    context: PrepareContext,
     *,
     in_channels: int,
     extra_captions: Sequence[str] = ("",),
     bad_list: Path | None = None,
 ) -> CachedDataset | LiveDataset:
-    """Everything a run needs of its pairs: from the cache where it is there, and made where it is not.
+    """The dataset of a run; its missing records are made first.
 
     Args:
         in_channels: of the condition, 1 (grey) or 3.
-        extra_captions: captions to have besides the source's, "" for dropped ones.
-        bad_list: file that takes a line for each row left out (`on_bad_sample skip`).
+        extra_captions: captions to encode besides the source's; "" is for dropped captions.
+        bad_list: file that gets a line for each skipped row (`on_bad_sample skip`).
 
-    With a cache every row's files are looked at, and those read that are new or have changed, so a damaged or missing
-    picture is found here; with `cache none` nothing is read but what the options cannot do without. Raises UserError.
+    With a cache, files that are new or have changed are read, so a damaged or missing picture is found here. With
+    `cache none` the pictures are opened only if they must be sorted by crop size. Raises UserError.
     """
     started = time.monotonic()
-    stage = PairTransform.of(options, in_channels, source.annotate)
-    notes = machine.root / NOTES / machine.meeting if machine.world > 1 else None
-    sweep(machine.root / NOTES, "*")
-    bad = BadRows(options, len(source), notes, machine.rank)
+    transform = PairTransform.of(options, in_channels, source.annotate)
+    notes = context.root / NOTES / context.run_id if context.world > 1 else None
+    sweep(context.root / NOTES, "*")
+    bad = BadRows(options, len(source), notes, context.rank)
+    make = _live if options.cache == "none" else _cached
     try:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            if options.cache == "none":
-                pairs, new = _live(pool, source, stage, bad, machine), " read as they come"
-            else:
-                pairs, new = _prepared(pool, source, stage, bad, machine)
-        texts, table, told = _texts(source, pairs.numbers, options, machine, extra_captions)
+            dataset, new = make(pool, source, transform, bad, context)
+        texts, table, captions = _texts(source, dataset.numbers, options, context, extra_captions)
     finally:
-        if bad_list and machine.rank == 0 and bad.found:
+        if bad_list and context.rank == 0 and bad.found:
             list_bad_rows(bad_list, [(row.key, row.reason) for _, row in sorted(bad.found.items())])
     if bad.found:
-        listed = f"; listed in {bad_list}" if bad_list else ""
-        machine.say(f"{len(bad.found)} of {len(source)} rows cannot be used and are left out{listed}")
-    machine.say(f"prepared: {len(pairs)} pairs{new}, {told} in {time.monotonic() - started:.0f} s at {machine.root}")
-    return replace(pairs, texts=texts, table=table) if isinstance(pairs, CachedDataset) else replace(pairs, texts=texts)
+        where = f"; listed in {bad_list}" if bad_list else ""
+        context.log(f"{len(bad.found)} of {len(source)} rows cannot be used and are skipped{where}")
+    seconds = time.monotonic() - started
+    context.log(f"prepared: {len(dataset)} pairs ({new}), {captions} in {seconds:.0f} s at {context.root}")
+    return replace(dataset, texts=texts, **({"table": table} if isinstance(dataset, CachedDataset) else {}))
 
 
-def _prepared(
-    pool: Executor, source: Source, stage: PairTransform, bad: BadRows, machine: PrepareContext
+def _cached(
+    pool: Executor, source: Source, transform: PairTransform, bad: BadRows, context: PrepareContext
 ) -> tuple[CachedDataset, str]:
-    """The pairs whose pictures are on disk by now, and how many of them were not before."""
-    made_by = stage.fingerprint(machine.base.vae_fingerprint)
-    folder = open_folder(machine.root, "images", made_by, {"base": machine.base.name, **stage.about()})
-    numbers, digests = identify(pool, source, machine, bad)
-    images, views = Shards(folder), stage.framing.count
-    rows = rows_of(images, digests, views)
-    missing = lacking(rows, numbers, digests)
+    """The pairs with all their image records in the cache; and how many pairs are new, in words."""
+    made_by = transform.fingerprint(context.base.vae_fingerprint)
+    folder = open_folder(context.root, "images", made_by, {"base": context.base.name, **transform.about()})
+    numbers, digests = read_digests(pool, source, context, bad)
+    images, views = Shards(folder), transform.framing.count
+    rows = find_rows(images, digests, views)
+    missing = find_missing(rows, numbers, digests)
     if missing:
-        crops = sum(len(lack.views) for lack in missing)
-        check_room(machine.root, crops * moments_bytes(stage.framing.resolution))
-        share = [lack for lack in missing if lack.number % machine.world == machine.rank]
+        crops = sum(len(one.views) for one in missing)
+        check_room(context.root, crops * picture_bytes(transform.framing.resolution))
+        share = [one for one in missing if one.number % context.world == context.rank]
         if share:
-            build_images(pool, source, share, stage, machine, bad, folder, crops=crops)
+            build_images(pool, source, share, transform, context, bad, folder, crops=crops)
 
-        def absent() -> int:
+        def count_missing() -> int:
             bad.exchange()
-            return int((rows_of(images, digests[~same_as_bad(digests, numbers, bad)], views) < 0).sum())
+            return int((find_rows(images, digests[~is_bad(digests, numbers, bad)], views) < 0).sum())
 
-        wait_for(absent, images, machine.patience)
-        lost = same_as_bad(digests, numbers, bad)
+        wait_for(count_missing, images, context.timeout)
+        lost = is_bad(digests, numbers, bad)
         for number in numbers[lost].tolist():
-            bad.add(BadRow.of(source, number, UserError("holds the same pictures as another row that is bad.")))
-        rows, numbers = rows_of(images, digests[~lost], views), numbers[~lost]
+            bad.add(BadRow.of(source, number, UserError("has the same pictures as another row, which is bad.")))
+        rows, numbers = find_rows(images, digests[~lost], views), numbers[~lost]
     _check_any(numbers, source)
-    groups = groups_of(images.tags[rows[0]])
-    shards = shards_of(source.shards, numbers)
-    return CachedDataset(source, stage, numbers, rows, groups, shards, images, None), f" ({len(missing)} new)"
+    groups, shards = groups_of(images.tags[rows[0]]), shards_of(source.shards, numbers)
+    return CachedDataset(source, transform, numbers, groups, shards, None, rows, images), f"{len(missing)} new"
 
 
-def _live(pool: Executor, source: Source, stage: PairTransform, bad: BadRows, machine: PrepareContext) -> LiveDataset:
-    """The pairs as they are. Only to sort them by crop size is each picture opened, once."""
+def _live(
+    pool: Executor, source: Source, transform: PairTransform, bad: BadRows, context: PrepareContext
+) -> tuple[LiveDataset, str]:
+    """The pairs without records. Pictures are opened, once, only to sort them by crop size."""
     numbers = np.arange(len(source), dtype=np.int32)
     groups: tuple[np.ndarray, ...] = (numbers,)
-    if len(stage.framing.targets()) > 1:
-        answers = run_ahead(pool, lambda number: _crop_size(source, stage, number), range(len(source)), 64)
+    if len(transform.framing.targets()) > 1:
+        answers = run_ahead(pool, lambda number: _crop_size(source, transform, number), range(len(source)), 64)
         tags = np.zeros(len(source), np.int64)
-        for number, answer in enumerate(bar(answers, len(source), "measuring pictures", machine.show)):
+        for number, answer in enumerate(context.bar(answers, len(source), "measuring pictures")):
             if isinstance(answer, BadRow):
                 bad.add(answer)
             else:
@@ -129,32 +121,32 @@ def _live(pool: Executor, source: Source, stage: PairTransform, bad: BadRows, ma
         numbers = numbers[~np.isin(numbers, list(bad.found))]
         groups = groups_of(tags[numbers])
     _check_any(numbers, source)
-    return LiveDataset(source, stage, numbers, groups, shards_of(source.shards, numbers), None)
+    return LiveDataset(source, transform, numbers, groups, shards_of(source.shards, numbers), None), "read when drawn"
 
 
-def _crop_size(source: Source, stage: PairTransform, number: int) -> int | BadRow:
+def _crop_size(source: Source, transform: PairTransform, number: int) -> int | BadRow:
     try:
         image = source[number].image
     except UserError as fault:
         return BadRow.of(source, number, fault)
-    height, width = stage.framing.target((image.height, image.width))
+    height, width = transform.framing.target((image.height, image.width))
     return height << 16 | width
 
 
 def _check_any(numbers: np.ndarray, source: Source) -> None:
     if not len(numbers):
-        raise UserError(f"{source.describe()}: none of the rows can be used.")
+        raise UserError(f"{source.describe()}: all rows are bad.")
 
 
 def groups_of(tags: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Numbers of the samples by crop size, from each one's tag (`records.size_of_tag`), sizes ascending."""
+    """Sample numbers by crop size, from each sample's tag (`records.size_of_tag`), sizes ascending."""
     return tuple(np.flatnonzero(tags == tag).astype(np.int32) for tag in np.unique(tags))
 
 
 def _texts(
-    source: Source, numbers: np.ndarray, options: DataOptions, machine: PrepareContext, extra: Sequence[str]
+    source: Source, numbers: np.ndarray, options: DataOptions, context: PrepareContext, extra: Sequence[str]
 ) -> tuple[Texts | None, CaptionTable | None, str]:
-    """The captions on disk, made where they were not; whose they are; and what a person is told of them."""
+    """The text states in the cache, missing ones made; each sample's captions; and words for the log."""
     distinct: dict[str, int] = {}
     places, ends = array("i"), array("q")
 
@@ -163,23 +155,23 @@ def _texts(
         for number in numbers.tolist():
             for caption in source.identify(number, "").captions:
                 places.append(distinct.setdefault(caption, len(distinct)))
-                yield prefixed(caption, options.caption_prefix)
+                yield add_prefix(caption, options.caption_prefix)
             ends.append(len(places))
 
-    captions, why = choose_captions(all_captions(), options, caption_bytes(machine.base))
-    machine.say(why)
+    captions, why = choose_captions(all_captions(), options, caption_bytes(context.base))
+    context.log(why)
     if captions is None:
-        return None, None, "captions as they come"
-    texts = open_texts(machine.root, machine.base, machine.dtype)
+        return None, None, "captions encoded when drawn"
+    texts = open_texts(context.root, context.base, context.dtype)
     keys = texts.keys(captions)
     missing = np.flatnonzero(texts.shards.find(keys) < 0)
-    check_room(machine.root, len(missing) * caption_bytes(machine.base))
-    # By the key, for what is missing is not the same for a process that looks later
-    share = [captions[place] for place in missing if int(keys[place, 0]) % machine.world == machine.rank]
+    check_room(context.root, len(missing) * caption_bytes(context.base))
+    # Shares by key, not by place in `missing`: a process that looks later finds fewer missing.
+    share = [captions[place] for place in missing if int(keys[place, 0]) % context.world == context.rank]
     if share:
-        build_texts(share, texts, machine)
-    wait_for(lambda: count_absent(texts.shards, keys), texts.shards, machine.patience)
-    for line in tell_long(texts, captions):
-        machine.say(line)
+        build_texts(share, texts, context)
+    wait_for(lambda: int((texts.shards.find(keys) < 0).sum()), texts.shards, context.timeout)
+    for line in warn_of_long(texts, captions):
+        context.log(line)
     table = CaptionTable(tuple(distinct), np.array(places, np.int32), np.array(ends, np.int64))
     return texts, table, f"{len(captions)} captions ({len(missing)} new)"

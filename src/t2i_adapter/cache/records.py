@@ -1,34 +1,48 @@
-"""What is kept of a picture and of a caption, and how it lies in a shard."""
+"""How the moments of a picture, its condition and the states of a caption are laid out as records of a shard.
+
+Also: the keys by which records are found, and how many bytes a record takes.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lz4.block
 import numpy as np
 
-from t2i_adapter.cache.shards import Record
-from t2i_adapter.errors import UserError
-from t2i_adapter.types import Geometry, ImageRecord, TextRecord
+from t2i_adapter.cache.shards import INDEX, Record, pack
+from t2i_adapter.errors import UserError, flag
+from t2i_adapter.types import TOKENS, Geometry, ImageRecord, TextRecord, text_widths
+
+if TYPE_CHECKING:
+    from t2i_adapter.models.base import Base
 
 TEXT_VERSION = 2
-"""Raised when the numbers that a stage computes, or the way they lie in a record, change, so that older records are not
-taken for its own."""
+"""Raise it if the numbers of a text record or their layout change: then older records are not used any more."""
 
-WORTH_PACKING = 0.9  # of its size, or it is kept as it is and read without a copy
+MAX_PACKED = 0.9
+"""LZ4 is used if it reaches this share of the size. Otherwise the bytes are stored as they are and read without a
+copy."""
+
+
+def add_prefix(caption: str, prefix: str) -> str:
+    """The caption as the text encoders read it: the empty caption gets no prefix."""
+    return prefix + caption if caption else ""
 
 
 def text_key(caption: str, text_fingerprint: str) -> bytes:
-    """32 bytes that name a caption's record."""
+    """Key (32 bytes) of a caption's record."""
     return hashlib.sha256(f"{text_fingerprint}\0{caption}".encode()).digest()
 
 
 def view_keys(digests: np.ndarray, view: int) -> np.ndarray:
-    """Keys (N,32) of one view's image records, from the pictures' digests (N,32) uint8: the view takes the place of
-    the last byte, and 31 bytes of a sha256 tell pictures apart as well as 32 do."""
+    """Keys (N,32) of one view's image records, from the digests (N,32) uint8 of the pictures.
+
+    The view replaces the last byte: the other 31 bytes of a sha256 are enough to tell pictures apart.
+    """
     keys = digests.copy()
     keys[:, -1] = view
     return keys
@@ -40,17 +54,17 @@ def pack_image(moments: np.ndarray, condition: np.ndarray, geometry: Geometry, *
 
 
 def image_record(moments: np.ndarray, condition: PackedCondition, geometry: Geometry, *, name: str) -> Record:
-    """As `pack_image`, of a condition that is packed already. The tag is the crop's size (`size_of_tag`)."""
+    """`pack_image` for a condition that is packed already. The tag is the crop's size (`size_of_tag`)."""
     height, width = geometry.target
     facts = {"geometry": asdict(geometry), "condition": condition.packing}
     return Record({"moments": to_half(moments, name), "condition": condition.stored}, facts, tag=height << 16 | width)
 
 
-def unpack_image(record: Record, key: str) -> ImageRecord:
+def unpack_image(record: Record) -> ImageRecord:
     facts = record.facts["geometry"]
     pairs = {name: tuple(value) for name, value in facts.items() if name != "flipped"}
     condition = unpack_condition(record.arrays["condition"], record.facts["condition"])
-    return ImageRecord(key, record.arrays["moments"], condition, Geometry(**pairs, flipped=facts["flipped"]))
+    return ImageRecord(record.arrays["moments"], condition, Geometry(**pairs, flipped=facts["flipped"]))
 
 
 def size_of_tag(tag: int) -> tuple[int, int]:
@@ -59,17 +73,17 @@ def size_of_tag(tag: int) -> tuple[int, int]:
 
 
 class PackedCondition(NamedTuple):
-    """Bytes (n,) u8, and what `unpack_condition` must know of them."""
+    """Bytes (n,) u8, and what `unpack_condition` needs to read them."""
 
     stored: np.ndarray
     packing: dict[str, Any]
 
 
 def pack_condition(condition: np.ndarray) -> PackedCondition:
-    """Of a condition (C,H,W) u8, lossless.
+    """Packs a condition (C,H,W) u8 without loss.
 
-    Made to be read fast: what is grey in three channels is kept as one, what has two values as bits, and the rest goes
-    through LZ4 where that makes it smaller.
+    The packing is fast to read: three equal channels are stored as one, two values as bits, and the bytes are
+    compressed by LZ4 if that makes them smaller.
     """
     channels, height, width = condition.shape
     is_grey = channels == 3 and all(np.array_equal(condition[0], other) for other in condition[1:])
@@ -78,7 +92,7 @@ def pack_condition(condition: np.ndarray) -> PackedCondition:
     levels = [low, high] if ((plane == low) | (plane == high)).all() else None
     plain = np.packbits(plane == high) if levels and low < high else plane.reshape(-1)
     packed = np.frombuffer(lz4.block.compress(plain, store_size=False), np.uint8)
-    is_packed = packed.nbytes < WORTH_PACKING * plain.nbytes
+    is_packed = packed.nbytes < MAX_PACKED * plain.nbytes
     packing = {
         "shape": [len(plane), height, width],
         "channels": channels,
@@ -89,7 +103,7 @@ def pack_condition(condition: np.ndarray) -> PackedCondition:
 
 
 def unpack_condition(stored: np.ndarray, packing: Mapping[str, Any]) -> np.ndarray:
-    """(C,H,W) u8, read-only. Three equal channels are one in memory."""
+    """(C,H,W) u8, read-only. Three equal channels share one channel's memory."""
     if packing["unpacked_bytes"] is not None:
         plain = lz4.block.decompress(stored, uncompressed_size=packing["unpacked_bytes"])
         stored = np.frombuffer(plain, np.uint8)
@@ -115,12 +129,28 @@ def unpack_text(record: Record) -> TextRecord:
 
 
 def to_half(values: np.ndarray, name: str) -> np.ndarray:
-    """float16: the same values to 11 bits. Sound encoders stay far inside its range."""
+    """The values in float16, which keeps 11 bits. Raises UserError if one is NaN, inf or beyond float16's range."""
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if not np.isfinite(half).all():
         raise UserError(
-            f"{name}: its encoder gave numbers that are not finite or beyond 65504. The base's weights are damaged, or "
-            "they overflow in fp16: take another --mixed_precision or another VAE."
+            f"{name}: the encoder returned NaN, inf or numbers beyond 65504. Either the base's weights are damaged, or "
+            f"they overflow in fp16: use another {flag('train.mixed_precision')} or another {flag('base.vae')}."
         )
     return half
+
+
+def picture_bytes(resolution: int, channels: int = 0) -> int:
+    """Bytes of one crop of `resolution` squared pixels: moments, and a condition of `channels` before it is packed."""
+    return 2 * 8 * (resolution // 8) ** 2 + channels * resolution**2
+
+
+def caption_bytes(base: Base) -> int:
+    """Bytes of one caption's states (L,D) and pooled vector (P,) in float16."""
+    text, pooled = text_widths(base.unet_config)
+    return 2 * (TOKENS * text + pooled)
+
+
+def stored_bytes(record: Record) -> int:
+    """Bytes that a record takes on the disk, its entry in the index included."""
+    return sum(map(len, pack(record))) + INDEX.itemsize

@@ -1,11 +1,12 @@
-"""Records of arrays in append-only shard files: written whole or not at all, read by memory map.
+"""The cache's file format: records of arrays in append-only shard files, written atomically and read by memory map.
 
-A shard is one file: records one after another, then the index (each record's key, place, size and tag, column by
-column), then a tail of fixed size (number of records, crc32 of the index, magic). It appears under its name by one
-rename, after it has reached the disk, so a killed writer leaves no more than a `.tmp` file behind, and several
-processes may add to a folder at once: each writes shards of its own, and a record that two of them made is simply
-there twice. A record is its own length and crc32, a JSON header, and its arrays' bytes; its place starts at a multiple
-of 16 bytes.
+A shard is one file: records one after another, then the index (each record's key, place, size and tag), then a tail of
+fixed size (number of records, crc32 of the index, magic). A record is its length and crc32, a JSON header, and the
+bytes of its arrays. It starts at a multiple of 16 bytes.
+
+A shard gets its name by one rename, after its bytes are on the disk. So a killed writer leaves at most a `.tmp` file.
+Several processes can add to a folder at once: each writes shards of its own, and a record that two processes made is
+stored twice.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.files import parse_json, sweep, write_atomic
 
 KEY_BYTES = 32
-BLOCK = 2**16  # keys that are compared at once, which bounds the memory that takes
+BLOCK = 2**16  # keys that are looked up at once; bounds the memory of a look-up
 
 
 class Keys:
     """Finds rows of a table of keys, (N,K) uint8 with K at least 8. Of equal keys the first is found.
 
-    Keys are hashes, so their first 8 bytes alone tell nearly all apart: those are sorted, and the rest is compared.
+    Keys are hashes, so nearly all of them differ in their first 8 bytes. The table is sorted by these, and the other
+    bytes are compared.
     """
 
     def __init__(self, keys: np.ndarray) -> None:
@@ -51,12 +53,12 @@ class Keys:
         return len(self._keys)
 
     def find(self, wanted: np.ndarray) -> np.ndarray:
-        """(M,K) uint8 -> (M,) int64 numbers of the rows that are equal; -1 where there is none."""
+        """(M,K) uint8 -> (M,) int64 rows of these keys; -1 for a key that is not in the table."""
         blocks = range(0, len(wanted), BLOCK)
         return np.concatenate([np.empty(0, np.int64), *(self._find(wanted[at : at + BLOCK]) for at in blocks)])
 
     def find_one(self, wanted: bytes) -> int:
-        """As `find`, of one key, without an array for it."""
+        """`find` for one key, without an array."""
         head = np.uint64(int.from_bytes(wanted[:8], "little"))
         place = int(self._heads.searchsorted(head))
         while place < len(self._heads) and self._heads[place] == head:
@@ -71,7 +73,7 @@ class Keys:
         heads = _heads(wanted)
         place = np.searchsorted(self._heads, heads)
         left = np.arange(len(wanted))
-        while True:  # once, but for different keys whose heads are equal
+        while True:  # runs once, unless different keys have equal heads
             left = left[place[left] < len(self._heads)]
             left = left[self._heads[place[left]] == heads[left]]
             if not len(left):
@@ -95,16 +97,16 @@ ALIGN = 16
 INDEX = np.dtype([("key", "u1", KEY_BYTES), ("place", "<u8"), ("size", "<u4"), ("tag", "<u4")])
 SHARD_BYTES = 64 * 2**20
 SHARD_SECONDS = 30.0
-"""A shard is written when either is reached."""
+"""A shard is written when it has this size or this age."""
 
-MAX_OPEN = 64  # maps held open at once; each holds a file descriptor
+MAX_OPEN = 64  # open memory maps; each holds a file descriptor
 
 
 @dataclass(frozen=True)
 class Record:
-    """Named arrays and a few plain facts about them. Arrays that were read are read-only views of the file.
+    """Named arrays, and JSON values that describe them. Arrays that were read are read-only views of the file.
 
-    `tag` is a number below 2^32 that the index holds too, so that it is known of all records without reading them.
+    `tag` is a number below 2^32. The index holds it too, so that the tags of all records are read at once.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -113,14 +115,14 @@ class Record:
 
 
 class DamagedShardError(Exception):
-    """A shard file whose content is not what was written."""
+    """A shard file is damaged."""
 
 
 class Shards:
-    """A folder of shards, seen as one read-only table of records: `find` gives rows to keys, `read` reads a row.
+    """A folder of shards as one read-only table of records: `find` returns the rows of keys, `read` reads a row.
 
-    The index lies in arrays (52 bytes a record, and 16 to find it), for there may be millions. A record is checked
-    against its checksum the first time that this process reads it.
+    There may be millions of records, so the index is kept in arrays: 52 bytes a record, and 16 to find it. The checksum
+    of a record is verified the first time that this process reads it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -133,7 +135,7 @@ class Shards:
         self.refresh()
 
     def _fresh(self) -> None:
-        """What follows from the index, and what belongs to this process alone."""
+        """Sets what follows from the index, and what each process has of its own."""
         self._keys = Keys(self._index["key"])
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
         self._checked = np.zeros(len(self._index), bool)
@@ -145,14 +147,14 @@ class Shards:
         return self._keys.find_one(key) >= 0
 
     def __getitem__(self, key: bytes) -> Record:
-        """Raises KeyError, and UserError where the file is damaged."""
+        """Raises KeyError, and UserError if the file is damaged."""
         record = self.get(key)
         if record is None:
             raise KeyError(key.hex())
         return record
 
     def get(self, key: bytes) -> Record | None:
-        """None where there is none. Raises UserError where the file is damaged."""
+        """None if there is no such record. Raises UserError if the file is damaged."""
         row = self._keys.find_one(key)
         return self.read(row) if row >= 0 else None
 
@@ -162,19 +164,19 @@ class Shards:
         return self._index["tag"]
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """Rows (N,) int64 of keys (N,32) uint8; -1 where there is none. A row stays what it is after `refresh`."""
+        """Rows (N,) int64 of keys (N,32) uint8; -1 for a missing key. `refresh` does not change the rows."""
         return self._keys.find(keys)
 
     def read(self, row: int) -> Record:
-        """Raises UserError where the record's file is damaged or gone."""
+        """Raises UserError if the record's file is damaged or missing."""
         entry, name = self._index[row], self._names[self._shard[row]]
         try:
             data = memoryview(self._map(int(self._shard[row])))
             record = unpack(data[int(entry["place"]) :][: int(entry["size"])], check=not self._checked[row])
-        except (OSError, ValueError, DamagedShardError) as fault:  # ValueError: the file is empty by now
+        except (OSError, ValueError, DamagedShardError) as fault:  # ValueError: mmap of an empty file
             raise UserError(
-                f"{self.folder / name}: a prepared record cannot be read ({fault}). "
-                "Delete that file and start again: what it held is made anew."
+                f"{self.folder / name}: a record of the cache cannot be read ({fault}). "
+                "Delete that file and start again: its records are made again."
             ) from fault
         self._checked[row] = True
         return record
@@ -187,7 +189,7 @@ class Shards:
         self._fresh()
 
     def refresh(self) -> None:
-        """Takes in the shards that have appeared since; a damaged one is left out, and said so."""
+        """Adds new shards to the table. A damaged shard is skipped, with a warning."""
         found = [self._index]
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             if path.name in self._seen:
@@ -196,7 +198,7 @@ class Shards:
             try:
                 found.append(read_index(path))
             except (OSError, DamagedShardError) as fault:
-                print(f"{path} is damaged ({fault}): left out, what it held is made anew.", file=sys.stderr)
+                print(f"{path} is damaged ({fault}): skipped; its records are made again.", file=sys.stderr)
                 continue
             self._names.append(path.name)
         if len(found) > 1:
@@ -210,15 +212,15 @@ class Shards:
             with (self.folder / self._names[shard]).open("rb") as file:
                 self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if len(self._maps) > MAX_OPEN:
-                self._maps.popitem(last=False)  # views that are still held keep their map alive
+                self._maps.popitem(last=False)  # arrays that are still in use keep their map alive
         self._maps.move_to_end(shard)
         return self._maps[shard]
 
 
 class ShardWriter:
-    """Gathers records and writes them as shards: `with ShardWriter(folder) as writer: writer.add(key, record)`.
+    """Collects records and writes them as shards: `with ShardWriter(folder) as writer: writer.add(key, record)`.
 
-    What was added is on disk when the block is left, also by an exception; a killed process loses at most the
+    All added records are on the disk when the block ends, also by an exception. A killed process loses at most the
     records since the last shard. `written` counts the bytes of records so far.
     """
 
@@ -254,7 +256,7 @@ class ShardWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was gathered as one shard. Raises UserError where the disk is full."""
+        """Writes the collected records as one shard. Raises UserError if the disk is full."""
         if self._index:
             index = np.empty(len(self._index), INDEX)
             keys, index["place"], index["size"], index["tag"] = zip(*self._index, strict=True)
@@ -271,7 +273,7 @@ class ShardWriter:
 
 
 def pack(record: Record) -> list[bytes]:
-    """The bytes of a record, in pieces, their length a multiple of ALIGN."""
+    """The bytes of a record, in pieces; their sum is a multiple of ALIGN."""
     specs, pieces, size = {}, [], 0
     for name, array in record.arrays.items():
         data = np.ascontiguousarray(array).tobytes()
@@ -287,7 +289,7 @@ def pack(record: Record) -> list[bytes]:
 
 
 def unpack(data: memoryview, *, check: bool) -> Record:
-    """The record whose bytes `data` are, its arrays views of them. Raises DamagedShardError."""
+    """The record in `data`; its arrays are views of `data`. Raises DamagedShardError."""
     if len(data) < HEAD.size:
         raise DamagedShardError("its end is missing")
     length, checksum = HEAD.unpack_from(data)
@@ -296,11 +298,11 @@ def unpack(data: memoryview, *, check: bool) -> Record:
     try:
         return _read_record(data, HEAD.size + length)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as fault:
-        raise DamagedShardError(f"its header is none ({fault})") from fault
+        raise DamagedShardError(f"its header cannot be read ({fault})") from fault
 
 
 def _read_record(data: memoryview, start: int) -> Record:
-    """The header lies before `start`, the arrays behind it. A checksum is no seal: a header may hold anything."""
+    """The header lies before `start`, the arrays after it. A header with a right checksum may still hold anything."""
     header = parse_json(bytes(data[HEAD.size : start]))
     arrays = {}
     for name, (dtype, shape, place) in header["arrays"].items():
@@ -315,12 +317,12 @@ def read_index(path: Path) -> np.ndarray:
     with path.open("rb") as file:
         size = file.seek(0, 2)
         if size < TAIL.size:
-            raise DamagedShardError(f"{size} bytes are too few")
+            raise DamagedShardError(f"it has only {size} bytes")
         file.seek(size - TAIL.size)
         count, checksum, magic = TAIL.unpack(file.read(TAIL.size))
         length = count * INDEX.itemsize
         if magic != MAGIC or length > size - TAIL.size:
-            raise DamagedShardError("its end is missing, or of another version")
+            raise DamagedShardError("its end is missing, or has another version")
         file.seek(size - TAIL.size - length)
         data = file.read(length)
     if zlib.crc32(data) != checksum:
@@ -329,7 +331,7 @@ def read_index(path: Path) -> np.ndarray:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a shard file, every record of it read; None where it is whole."""
+    """Reads every record of a shard file. Returns what is wrong with it, or None."""
     try:
         index = read_index(path)
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
-"""Digests of files that were read before, so that a start over unchanged files reads none of them.
+"""Remembers the digests of files, so that unchanged files are not read again at the next start.
 
-A row's stamp (paths, sizes, times of change) leads to the digest that its bytes had then. What the cache is keyed by
-stays the digest: a stamp that is not known, or has changed, costs one reading.
+A row's stamp is made of its files' paths, sizes and times of change. It leads to the digest of the row's bytes, which
+is the key in the cache. If a stamp is new or has changed, the row is read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from t2i_adapter.files import write_atomic
 STAMP_BYTES = 16
 ENTRY = np.dtype([("stamp", "u1", STAMP_BYTES), ("digest", "u1", KEY_BYTES)])
 SUFFIX = ".stamps"
-MAX_FILES = 16  # more are made one
+MAX_FILES = 16  # more are merged into one
 
 
 class Stamps:
-    """Stamp -> digest, kept in `folder`; several processes may add to it at once."""
+    """The table stamp -> digest, stored in `folder`. Several processes can add to it at once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -35,7 +35,7 @@ class Stamps:
         self._new: list[np.ndarray] = []
 
     def digests(self, stamps: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
-        """Digests (N,32) uint8 of rows by their stamps, and (N,) bool which of them are known."""
+        """Digests (N,32) uint8 of rows by their stamps, and (N,) bool: whether the stamp was found."""
         found = self._keys.find(_hashes(stamps))
         known = found >= 0
         digests = np.zeros((len(stamps), KEY_BYTES), np.uint8)
@@ -43,7 +43,7 @@ class Stamps:
         return digests, known
 
     def add(self, stamps: Sequence[str | None], digests: np.ndarray) -> None:
-        """Remembers rows whose digests (N,32) were just made; those without a stamp are passed over."""
+        """Adds rows and their digests (N,32). Rows whose stamp is None are skipped."""
         has_one = np.array([stamp is not None for stamp in stamps], bool)
         entries = np.empty(int(has_one.sum()), ENTRY)
         entries["stamp"] = _hashes(stamps)[has_one]
@@ -51,7 +51,7 @@ class Stamps:
         self._new.append(entries)
 
     def save(self) -> None:
-        """Writes what was added, whole or not at all. Raises OSError."""
+        """Writes the added rows to a new file, atomically. Raises OSError."""
         entries = np.concatenate([np.empty(0, ENTRY), *self._new])
         if not len(entries):
             return
@@ -65,7 +65,7 @@ class Stamps:
 
 
 def _read(file: Path) -> np.ndarray:
-    """A file's entries; none where it is damaged, or another process has just made it part of a larger one."""
+    """A file's entries; an empty array if it is damaged, or another process has just merged it into a larger one."""
     try:
         content = memoryview(file.read_bytes())
     except OSError:

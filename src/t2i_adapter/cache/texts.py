@@ -1,4 +1,4 @@
-"""Captions' states: whether they are kept on disk or encoded as they come, and how they are made."""
+"""The text states of captions in the cache: whether to store them, how they are encoded, how they are read."""
 
 from __future__ import annotations
 
@@ -11,32 +11,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from t2i_adapter.cache.layout import open_folder
-from t2i_adapter.cache.progress import PrepareContext, bar, batched, run_ahead
+from t2i_adapter.cache.context import PrepareContext, in_batches, open_folder, run_ahead
 from t2i_adapter.cache.records import TEXT_VERSION, pack_text, text_key, unpack_text
 from t2i_adapter.cache.shards import Shards, ShardWriter
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.devices import cores_of, release, sharing_cores
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import fingerprint, show_bytes
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.encoders import TextEncoder
-from t2i_adapter.types import TOKENS, TextRecord, text_widths
+from t2i_adapter.types import TOKENS, TextRecord
 
 TEXT_BATCH = 32
-MOST_KEPT_BYTES = 16 * 2**30
-"""`text_cache auto` keeps captions' states on disk up to this size, 54,000 captions of an SDXL."""
+MAX_AUTO_BYTES = 16 * 2**30
+"""`text_cache auto` stores text states up to this size: 54,000 captions of SDXL."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The captions whose states are on disk."""
+    """Reads the text states in the cache by caption."""
 
     shards: Shards
     fingerprint: str
 
     def get(self, caption: str) -> TextRecord | None:
-        """None where it is not there. Raises UserError where its file is damaged."""
+        """None if the caption has no record. Raises UserError if its file is damaged."""
         record = self.shards.get(text_key(caption, self.fingerprint))
         return None if record is None else unpack_text(record)
 
@@ -48,12 +47,12 @@ class Texts:
 
 @dataclass(frozen=True)
 class CaptionTable:
-    """Every sample's captions as numbers into the distinct ones, so that a draw need not ask the source.
+    """Every sample's captions, as indices into the distinct captions, so that a draw need not read the source.
 
     Attributes:
-        distinct: as the source has them.
-        numbers: (M,) int32, of all samples one after another.
-        ends: (N,) int64, where each sample's end in `numbers`.
+        distinct: captions as in the source, without the prefix.
+        numbers: (M,) int32, the captions of all samples one after another.
+        ends: (N,) int64, where each sample's captions end in `numbers`.
     """
 
     distinct: tuple[str, ...]
@@ -66,62 +65,57 @@ class CaptionTable:
 
 
 def open_texts(root: Path, base: Base, dtype: torch.dtype) -> Texts:
-    """The folder of states made by this base's text encoders in this arithmetic."""
+    """Opens the folder of states made by this base's text encoders in this dtype."""
     made_by = fingerprint(weights=base.text_fingerprint, dtype=dtype, version=TEXT_VERSION)
     folder = open_folder(root, "texts", made_by, {"base": base.name, "arithmetic": str(dtype).removeprefix("torch.")})
     return Texts(Shards(folder), made_by)
 
 
-def caption_bytes(base: Base) -> int:
-    """What one caption's states take: 77 x D and P numbers of 2 bytes."""
-    text, pooled = text_widths(base.unet_config)
-    return 2 * (TOKENS * text + pooled)
-
-
 def choose_captions(captions: Iterable[str], options: DataOptions, each: int) -> tuple[list[str] | None, str]:
-    """The distinct captions to keep on disk, or None where they are encoded as they come; and why, in one line.
+    """The distinct captions to store, or None if captions are encoded when they are drawn; and a line for the log.
 
     Args:
-        captions: read no further than the answer needs.
-        each: bytes that one caption's states take.
+        captions: read only as far as needed for the decision.
+        each: bytes of one caption's states.
 
-    Raises UserError where the options contradict each other.
+    Raises UserError if the options contradict each other.
     """
     if options.text_cache == "live":
-        return None, "captions: encoded as they come (--data.text_cache live)"
+        return None, "captions: encoded when drawn (--data.text_cache live)"
     if options.shuffle_tags:
         if options.text_cache == "disk":
             raise UserError(
-                "--data.text_cache disk: shuffled tags make a new caption at nearly every draw, and none would be "
-                "found again. Take live or auto, or leave out --data.shuffle_tags."
+                "disk: shuffled tags make a new caption at nearly every draw, which is never in the cache. Use live or "
+                f"auto, or switch off {flag('data.shuffle_tags')}.",
+                option="data.text_cache",
             )
-        return None, "captions: encoded as they come, for their tags are shuffled; the text encoders stay loaded"
+        return None, "captions: encoded when drawn, because their tags are shuffled; the text encoders stay loaded"
     is_auto = options.text_cache == "auto"
     if is_auto and options.cache == "none":
-        return None, "captions: encoded as they come, as pictures are (--data.cache none)"
+        return None, "captions: encoded when drawn, like the pictures (--data.cache none)"
     distinct: dict[str, None] = {}
     for caption in captions:
         distinct[caption] = None
-        if is_auto and len(distinct) * each > MOST_KEPT_BYTES:
+        if is_auto and len(distinct) * each > MAX_AUTO_BYTES:
             return None, (
-                f"captions: encoded as they come, for more than {len(distinct) - 1:,} at {show_bytes(each)} each would "
-                f"take over {show_bytes(MOST_KEPT_BYTES)}; the text encoders stay loaded"
+                f"captions: encoded when drawn, because more than {len(distinct) - 1:,} captions at {show_bytes(each)} "
+                f"would take over {show_bytes(MAX_AUTO_BYTES)} of disk; the text encoders stay loaded"
             )
     return list(distinct), f"captions: {len(distinct):,} distinct, {show_bytes(len(distinct) * each)} of states on disk"
 
 
-def build_texts(captions: Sequence[str], texts: Texts, machine: PrepareContext) -> None:
+def build_texts(captions: Sequence[str], texts: Texts, context: PrepareContext) -> None:
     """Encodes the captions and appends their records."""
-    encoder = machine.base.text_encoder(machine.device, machine.dtype)
-    waiting = batched(bar(captions, len(captions), "encoding captions", machine.show), TEXT_BATCH)
-    lanes = cores_of(machine.device)
-    with ShardWriter(texts.shards.folder) as writer, sharing_cores(lanes) as encoding:
-        for batch, states, pooled in run_ahead(encoding, partial(_encoded, encoder), waiting, lanes):
-            for caption, state, pool in zip(batch, states, pooled, strict=True):
+    encoder = context.base.text_encoder(context.device, context.dtype)
+    batches = in_batches(context.bar(captions, len(captions), "encoding captions"), TEXT_BATCH)
+    threads = cores_of(context.device)
+    with ShardWriter(texts.shards.folder) as writer, sharing_cores(threads) as pool:
+        for batch, states, pooled in run_ahead(pool, partial(_encoded, encoder), batches, threads):
+            for caption, state, vector in zip(batch, states, pooled, strict=True):
                 tokens, name = encoder.count_tokens(caption), f"caption {caption!r}"
-                writer.add(text_key(caption, texts.fingerprint), pack_text(state, pool, tokens=tokens, name=name))
+                writer.add(text_key(caption, texts.fingerprint), pack_text(state, vector, tokens=tokens, name=name))
     del encoder
-    release(machine.device)
+    release(context.device)
 
 
 def _encoded(encoder: TextEncoder, captions: Sequence[str]) -> tuple[Sequence[str], np.ndarray, np.ndarray]:
@@ -130,8 +124,8 @@ def _encoded(encoder: TextEncoder, captions: Sequence[str]) -> tuple[Sequence[st
     return captions, states, pooled
 
 
-def tell_long(texts: Texts, captions: Sequence[str]) -> Iterator[str]:
-    """A line about the captions whose end the model does not see, where there are any."""
+def warn_of_long(texts: Texts, captions: Sequence[str]) -> Iterator[str]:
+    """A line for the log if some captions are cut off at 77 tokens."""
     tokens = texts.shards.tags[texts.shards.find(texts.keys(captions))]
     places = np.flatnonzero(tokens > TOKENS)
     if len(places):
@@ -139,9 +133,9 @@ def tell_long(texts: Texts, captions: Sequence[str]) -> Iterator[str]:
         yield long_captions(len(places), len(captions), longest, int(tokens.max()))
 
 
-def long_captions(count: int, of: int, example: str, tokens: int) -> str:
-    """What a person should know of captions that are too long."""
+def long_captions(count: int, total: int, longest: str, tokens: int) -> str:
+    """The line about captions that are cut off."""
     return (
-        f"captions: {count:,} of {of:,} have more than {TOKENS} tokens, and what lies beyond is not seen. The longest "
-        f"has {tokens}: {json.dumps(example[:60] + '...', ensure_ascii=False)}"
+        f"captions: {count:,} of {total:,} have more than {TOKENS} tokens; the rest is cut off. The longest has "
+        f"{tokens}: {json.dumps(longest[:60] + '...', ensure_ascii=False)}"
     )

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: one after another ends the run, or is left out and listed."""
+"""Collects the rows that cannot be used. They end the run, or they are skipped and listed (`data.on_bad_sample`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.source import Source
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, flag
 
-MOST_TOLD = 10
+MAX_REPORTED = 10
 
 
 class BadRow(NamedTuple):
@@ -28,17 +28,17 @@ class BadRow(NamedTuple):
 
 
 class BadRows:
-    """The bad rows of a source, as they are found, by this process or by those that share its work."""
+    """The bad rows of a source, found by this process or by the others that share its work."""
 
     def __init__(self, options: DataOptions, total: int, notes: Path | None = None, rank: int = 0) -> None:
-        """`notes` names the files by which processes tell each other ("NOTES.RANK"); None where there is but one."""
+        """`notes` names the files through which processes exchange bad rows ("NOTES.RANK"); None for one process."""
         self.skips = options.on_bad_sample == "skip"
         self.total, self.max_share = total, options.max_bad_share
         self.found: dict[int, BadRow] = {}
         self._notes, self._rank = notes, rank
 
     def add(self, row: BadRow) -> None:
-        """Raises UserError where there are too many by now."""
+        """Raises UserError if there are too many bad rows now."""
         if row.number in self.found:
             return
         self.found[row.number] = row
@@ -46,30 +46,30 @@ class BadRows:
             self._notes.parent.mkdir(parents=True, exist_ok=True)
             with self._notes.with_name(f"{self._notes.name}.{self._rank}").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        if not self.skips and len(self.found) >= MOST_TOLD:
+        if not self.skips and len(self.found) >= MAX_REPORTED:
             self.settle()
         if self.skips:
             self._check_share()
 
     def settle(self) -> None:
-        """Raises UserError with the rows found so far, unless bad rows are left out."""
+        """Raises UserError with the bad rows found so far, unless bad rows are skipped."""
         if self.skips or not self.found:
             return
-        reasons = [row.reason for row in self.found.values()][:MOST_TOLD]
+        reasons = [row.reason for row in self.found.values()][:MAX_REPORTED]
         if len(reasons) == 1:
             raise UserError(reasons[0])
         raise UserError(
-            f"{'The first ' if len(reasons) == MOST_TOLD else ''}{len(reasons)} rows found that cannot be used: "
-            f"{' | '.join(reasons)} Mend them, or leave them out with --data.on_bad_sample skip."
+            f"{'The first ' if len(reasons) == MAX_REPORTED else ''}{len(reasons)} rows that cannot be used: "
+            f"{' | '.join(reasons)} Repair them, or skip them with {flag('data.on_bad_sample')} skip."
         )
 
     def exchange(self) -> None:
-        """Takes in what other processes have found. Raises UserError where that makes too many."""
+        """Reads the bad rows that other processes have found. Raises UserError if there are too many now."""
         if self._notes is None:
             return
         for path in self._notes.parent.glob(f"{self._notes.name}.*"):
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):  # else it is being written
+                if line.endswith("\n"):  # otherwise it is being written
                     row = BadRow(*json.loads(line))
                     self.found.setdefault(row.number, row)
         if self.skips:
@@ -81,16 +81,16 @@ class BadRows:
             return
         first = next(iter(self.found.values())).reason
         raise UserError(
-            f"{len(self.found)} of {self.total} rows cannot be used, and --data.max_bad_share {self.max_share:g} "
-            f"allows {int(self.max_share * self.total)}. The first: {first}"
+            f"{len(self.found)} of {self.total} rows cannot be used, and {flag('data.max_bad_share')} "
+            f"{self.max_share:g} allows {int(self.max_share * self.total)}. The first: {first}"
         )
 
 
 def list_bad_rows(file: Path, rows: Iterable[tuple[str, str]]) -> None:
     """Appends (key, reason) of bad rows to a run's bad_samples.jsonl, each once."""
-    told = set(file.read_text(encoding="utf-8").split("\n")) if file.is_file() else set()
+    listed = set(file.read_text(encoding="utf-8").split("\n")) if file.is_file() else set()
     lines = [json.dumps({"key": key, "reason": reason}, ensure_ascii=False) for key, reason in rows]
-    new = [line for line in dict.fromkeys(lines) if line not in told]
+    new = [line for line in dict.fromkeys(lines) if line not in listed]
     if new:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as out:

@@ -1,6 +1,6 @@
-"""Preprocessing of one pair: both pictures cropped by one map, and the condition made or converted.
+"""Turns a decoded pair into a training crop: both pictures cropped by one map, the condition made or converted.
 
-With the bytes of the pictures, the options of a `PairTransform` determine a cached record.
+The bytes of the pictures and the options of a `PairTransform` determine a record of the cache.
 """
 
 from __future__ import annotations
@@ -15,21 +15,26 @@ from t2i_adapter.annotators.mirror import Kind, exchange_sides
 from t2i_adapter.annotators.registry import Annotator, annotate, open_annotator
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.geometry import Framing, Resample, apply
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import fingerprint
 from t2i_adapter.types import Geometry, ImageRecord, Sample
 
 IMAGE_FILTER: Resample = "bicubic"
 LABEL_FILTER: Resample = "nearest"
 CONDITION_FILTER: Resample = "bilinear"
+IMAGE_VERSION = 2
+"""Raise it if the numbers of an image record or their layout change: then older records are not used any more."""
+PER_DRAW = "drawn each time"
+"""Stands for the condition in `about` and `fingerprint` if the record holds the crop instead: all random annotators
+share these records."""
 
 
 @dataclass(frozen=True)
 class CroppedPair:
-    """A pair ready for the encoder: image (3,H,W) u8 and condition (C,H,W) u8 of one view of a sample.
+    """One view of a sample, ready for the encoder: image (3,H,W) u8 and condition (C,H,W) u8.
 
-    The condition is read-only; a grey one in three channels is one in memory. Where it is left to chance the image
-    stands in its place, for `redraw`.
+    The condition is read-only; the three channels of a grey one share memory. If the annotator is random, the image
+    stands in its place, and `PairTransform.random_condition` makes the condition.
     """
 
     key: str
@@ -40,81 +45,16 @@ class CroppedPair:
     geometry: Geometry
 
 
-def cut(
-    sample: Sample,
-    framing: Framing,
-    view: int,
-    in_channels: int,
-    kind: Kind = "map",
-    annotator: Annotator | None = None,
-) -> CroppedPair:
-    """View `view` of a sample, cut as `framing` says.
-
-    Args:
-        view: in range(framing.count).
-        in_channels: of the condition, 1 (grey) or 3.
-        kind: what the condition's colours mean (`DataOptions.condition_kind`).
-        annotator: makes the condition from the cut image; None takes the sample's own condition picture.
-
-    Raises UserError naming the sample where it has no condition picture and needs one.
-    """
-    assert in_channels in (1, 3)
-    size = sample.image.height, sample.image.width
-    geometry = framing.plan(size, sample.digest, view)
-    image = apply(sample.image, geometry, IMAGE_FILTER)
-    pixels = channels_first(image)
-    if annotator is None:
-        condition = _as_condition(_cut_condition(sample, geometry, in_channels, kind), in_channels)
-    elif annotator.chance:
-        condition = pixels
-    else:
-        condition = _as_condition(annotate(annotator, image), in_channels)
-    return CroppedPair(sample.key, sample.digest, view, pixels, condition, geometry)
-
-
-def redraw(pixels: np.ndarray, in_channels: int, annotator: Annotator, draw: str) -> np.ndarray:
-    """The condition (C,H,W) u8, read-only, of a cut image (3,H,W) u8, by an annotator with chance: what is drawn is a
-    function of `draw`."""
-    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    return _as_condition(annotate(annotator, image, draw), in_channels)
-
-
-def _as_condition(picture: Image.Image, in_channels: int) -> np.ndarray:
-    values = channels_first(picture.convert("L") if in_channels == 1 else picture)
-    return np.broadcast_to(values, (in_channels, picture.height, picture.width))
-
-
-def channels_first(picture: Image.Image) -> np.ndarray:
-    """(H,W) or (H,W,C) u8 -> (C,H,W) u8, contiguous.
-
-    Not a transposed view: torch would take it for channels_last, whose GroupNorm on the CPU forms the variance as
-    E[x^2] - E[x]^2 and is off by 1e-3 where a picture is flat.
-    """
-    values = np.asarray(picture)
-    return values[None] if values.ndim == 2 else np.ascontiguousarray(values.transpose(2, 0, 1))
-
-
-def _cut_condition(sample: Sample, geometry: Geometry, in_channels: int, kind: Kind) -> Image.Image:
-    condition = sample.condition
-    if condition is None:
-        raise UserError(
-            f"{sample.key}: has no condition picture, and one is needed to train. "
-            "Add it, or name an annotator that makes it from the image with --data.condition."
-        )
-    if geometry.flipped:
-        condition = exchange_sides(condition, kind)  # before resampling, while colours are whole
-    if in_channels == 1:
-        condition = condition.convert("L")
-    return apply(condition, geometry, LABEL_FILTER if kind == "labels" else CONDITION_FILTER)
-
-
-DRAWN = "drawn each time"
-"""What a record tells of its condition where it keeps the crop instead: kinds and options share it."""
-
-
 @dataclass(frozen=True)
 class PairTransform:
-    """How pairs are cut and, where an annotator is named, given their condition."""
+    """Crops pairs and makes their conditions.
+
+    Attributes:
+        in_channels: of the condition, 1 (grey) or 3.
+        kind: what the condition's colours mean (`DataOptions.condition_kind`).
+        annotator: makes the condition from the cropped image; None takes the sample's own condition picture.
+        background: colour behind transparent pixels. The source has used it already; records depend on it.
+    """
 
     framing: Framing
     in_channels: int
@@ -122,52 +62,92 @@ class PairTransform:
     annotator: Annotator | None = None
     background: str = "white"
 
+    def __post_init__(self) -> None:
+        assert self.in_channels in (1, 3)
+
     @classmethod
     def of(cls, options: DataOptions, in_channels: int, annotate: str | None) -> PairTransform:
-        """`annotate` names the annotator that makes the conditions, None where the source has them. Raises UserError
-        where there is no such annotator."""
-        assert options.resolution % 8 == 0 and in_channels in (1, 3)
+        """`annotate` names the annotator that makes the conditions; None if the source has them. Raises UserError if
+        there is no such annotator."""
+        assert options.resolution % 8 == 0
         annotator = open_annotator(annotate) if annotate else None
         return cls(Framing.of(options), in_channels, options.condition_kind, annotator, options.background)
 
-    def about(self) -> dict[str, Any]:
-        """The stage for people, and for `fingerprint`: no more than what a record depends on.
+    def crop(self, sample: Sample, view: int) -> CroppedPair:
+        """View `view` of a sample, in range(framing.count). Raises UserError if its condition picture is missing."""
+        geometry = self.framing.plan((sample.image.height, sample.image.width), sample.digest, view)
+        image = apply(sample.image, geometry, IMAGE_FILTER)
+        pixels = _channels_first(image)
+        if self.annotator is None:
+            condition = self._to_condition(self._crop_condition(sample, geometry))
+        elif self.annotator.chance:
+            condition = pixels
+        else:
+            condition = self._to_condition(annotate(self.annotator, image))
+        return CroppedPair(sample.key, sample.digest, view, pixels, condition, geometry)
 
-        Views have records of their own, so their number does not matter; and of centred crops view 1 is the mirrored
-        one, whether it is asked for or not.
+    def random_condition(self, record: ImageRecord, draw: str) -> ImageRecord:
+        """The record of one draw. A random annotator makes the condition from the crop that the record holds in its
+        place, as a function of `draw`; otherwise the record is returned unchanged."""
+        if self._random is None:
+            return record
+        image = Image.fromarray(np.ascontiguousarray(record.condition.transpose(1, 2, 0)))
+        return replace(record, condition=self._to_condition(annotate(self._random, image, draw)))
+
+    def about(self) -> dict[str, Any]:
+        """The options that a record depends on, for people and for `fingerprint`.
+
+        Views have records of their own, so their number does not matter. View 1 of a centred crop is the mirrored one,
+        so `flip` does not matter there.
         """
         framing = replace(self.framing, views=1, flip=self.framing.flip and self.framing.crop == "random")
-        told = {**asdict(framing), "background": self.background}
-        if self._drawn is not None:
-            return {**told, "condition": DRAWN}
+        options = {**asdict(framing), "background": self.background}
+        if self._random is not None:
+            return {**options, "condition": PER_DRAW}
         condition = self.annotator.spec if self.annotator else f"picture, {self.kind}"
-        return {**told, "condition": condition, "in_channels": self.in_channels}
+        return {**options, "condition": condition, "in_channels": self.in_channels}
 
     def fingerprint(self, vae_fingerprint: str) -> str:
+        """Names the folder of records that this transform and this VAE make."""
         filters = IMAGE_FILTER, LABEL_FILTER if self.kind == "labels" else CONDITION_FILTER
         condition = self.annotator.fingerprint if self.annotator else self.kind
         return fingerprint(
-            **{**self.about(), "condition": condition if self._drawn is None else DRAWN},
+            **{**self.about(), "condition": condition if self._random is None else PER_DRAW},
             vae=vae_fingerprint,
             filters=",".join(filters),
             version=IMAGE_VERSION,
         )
 
-    def cut(self, sample: Sample, view: int) -> CroppedPair:
-        """Raises UserError naming the row."""
-        return cut(sample, self.framing, view, self.in_channels, self.kind, self.annotator)
-
-    def drawn(self, record: ImageRecord, draw: str) -> ImageRecord:
-        """The record of one draw: its condition made of the crop that stands in its place where chance has a part in
-        it, else as it is."""
-        if self._drawn is None:
-            return record
-        return replace(record, condition=redraw(record.condition, self.in_channels, self._drawn, draw))
-
     @property
-    def _drawn(self) -> Annotator | None:
-        """What makes each draw's condition anew; None where a picture has but one."""
+    def _random(self) -> Annotator | None:
+        """The annotator if it is random: then each draw gets a condition of its own."""
         return self.annotator if self.annotator and self.annotator.chance else None
 
+    def _crop_condition(self, sample: Sample, geometry: Geometry) -> Image.Image:
+        condition = sample.condition
+        if condition is None:
+            raise UserError(
+                f"{sample.key}: has no condition picture, and training needs one. Add it, or name an annotator that "
+                f"makes it from the image with {flag('data.condition')}.",
+                kind="missing",
+            )
+        if geometry.flipped:
+            condition = exchange_sides(condition, self.kind)  # before resampling mixes the colours
+        if self.in_channels == 1:
+            condition = condition.convert("L")
+        return apply(condition, geometry, LABEL_FILTER if self.kind == "labels" else CONDITION_FILTER)
 
-IMAGE_VERSION = 2
+    def _to_condition(self, picture: Image.Image) -> np.ndarray:
+        """(C,H,W) u8, read-only; C is `in_channels`."""
+        values = _channels_first(picture.convert("L") if self.in_channels == 1 else picture)
+        return np.broadcast_to(values, (self.in_channels, picture.height, picture.width))
+
+
+def _channels_first(picture: Image.Image) -> np.ndarray:
+    """(H,W) or (H,W,C) u8 -> (C,H,W) u8, contiguous.
+
+    A transposed view would be channels_last for torch. Its GroupNorm on the CPU then computes the variance as
+    E[x^2] - E[x]^2, which is off by 1e-3 on flat pictures.
+    """
+    values = np.asarray(picture)
+    return values[None] if values.ndim == 2 else np.ascontiguousarray(values.transpose(2, 0, 1))

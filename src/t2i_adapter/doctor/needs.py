@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from t2i_adapter.cache.records import pack_text
-from t2i_adapter.cache.shards import INDEX, pack
-from t2i_adapter.cache.texts import caption_bytes, choose_captions
+from t2i_adapter.cache.records import caption_bytes, pack_text, stored_bytes
+from t2i_adapter.cache.texts import choose_captions
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.devices import release
 from t2i_adapter.doctor.scan import Scan
@@ -94,8 +93,7 @@ def caption_record_bytes(base: Base) -> int:
     """Bytes of one caption's record in the cache, with its entry in the index."""
     width, pooled = text_widths(base.unet_config)
     states = np.zeros((TOKENS, width), np.float16)
-    record = pack_text(states, np.zeros(pooled, np.float16), tokens=TOKENS, name="caption")
-    return sum(map(len, pack(record))) + INDEX.itemsize
+    return stored_bytes(pack_text(states, np.zeros(pooled, np.float16), tokens=TOKENS, name="caption"))
 
 
 def time_encoders(base: Base, crops: Sequence[np.ndarray], captions: Sequence[str]) -> Measured:

@@ -79,7 +79,7 @@ def _measure(scan: Scan, source: Source, transform: PairTransform, base: Base, c
     if not numbers:
         return None
     samples = [source[number] for number in numbers]
-    crops = [transform.cut(sample, 0).image for sample in samples]
+    crops = [transform.crop(sample, 0).image for sample in samples]
     return time_encoders(base, crops, [sample.captions[0] for sample in samples])
 
 

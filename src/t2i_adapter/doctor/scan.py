@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from t2i_adapter.cache.dataset import prefixed
-from t2i_adapter.cache.records import pack_image, text_key
-from t2i_adapter.cache.shards import INDEX, pack
+from t2i_adapter.cache.context import run_ahead
+from t2i_adapter.cache.records import add_prefix, pack_image, stored_bytes, text_key
 from t2i_adapter.data.bad_rows import BadRow
 from t2i_adapter.data.pair import CroppedPair, PairTransform
 from t2i_adapter.data.source import Source
@@ -105,7 +104,7 @@ class Examiner:
 
     def _measure(self, sample: Sample, row: np.void) -> None:
         """Fills in a row of ROW. Raises UserError if the pair cannot be cropped."""
-        crops = [self.transform.cut(sample, view) for view in range(self.transform.framing.count)]
+        crops = [self.transform.crop(sample, view) for view in range(self.transform.framing.count)]
         row["size"] = sample.image.height, sample.image.width
         row["digest"] = int(sample.digest[:16], 16)
         row["pixel_hash"], row["perceptual_hash"] = hash_pixels(sample.image), perceptual_hash(sample.image)
@@ -129,8 +128,7 @@ def record_bytes(crop: CroppedPair) -> int:
     """Bytes of one view's record in the cache, with its entry in the index."""
     height, width = crop.geometry.target
     moments = np.zeros((8, height // 8, width // 8), np.float16)
-    record = pack_image(moments, crop.condition, crop.geometry, name=crop.key)
-    return sum(map(len, pack(record))) + INDEX.itemsize
+    return stored_bytes(pack_image(moments, crop.condition, crop.geometry, name=crop.key))
 
 
 @dataclass
@@ -176,7 +174,7 @@ def _add_captions(result: Scan, chunk: Chunk, count_tokens: Callable[[str], int]
     """Writes the captions' columns of a chunk into `result`; returns the hashes of its distinct captions."""
     distinct: set[str] = set()
     for number, captions in enumerate(chunk.captions, start=chunk.start):
-        prompts = [prefixed(caption, prefix) for caption in captions]
+        prompts = [add_prefix(caption, prefix) for caption in captions]
         long = [prompt for prompt in prompts if len(prompt.encode()) > SHORT_BYTES]
         result.rows["tokens"][number] = max(map(count_tokens, long), default=0)
         result.rows["has_empty_caption"][number] = any(not caption.strip() for caption in captions)
@@ -195,8 +193,6 @@ def _chunks(examiner: Examiner, total: int, workers: int | None) -> Iterator[Chu
     if processes == 0:
         yield from map(examiner.examine, ranges)
         return
-    from t2i_adapter.cache.progress import run_ahead  # imports torch, which the worker processes do not need
-
     # Spawned, not forked: a fork would copy the locks of this process's threads, some of them held.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(examiner,)) as pool:

@@ -16,9 +16,9 @@ from accelerate.utils import broadcast_object_list
 
 from t2i_adapter.batches.encoders import Encoders
 from t2i_adapter.batches.loader import count_workers, make_partial_batches
+from t2i_adapter.cache.context import PrepareContext
 from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
 from t2i_adapter.cache.prepare import prepare
-from t2i_adapter.cache.progress import PrepareContext
 from t2i_adapter.config.tree import Config
 from t2i_adapter.data.bad_rows import BadRow, BadRows, list_bad_rows
 from t2i_adapter.data.source import Source
@@ -40,9 +40,9 @@ def prepare_data(
 
     dtype: arithmetic of the text encoders. prompts: captions to have besides the source's and the empty one.
     """
-    meeting = [secrets.token_hex(8)]
-    broadcast_object_list(meeting)
-    machine = PrepareContext(
+    run_id = [secrets.token_hex(8)]
+    broadcast_object_list(run_id)
+    context = PrepareContext(
         base,
         accelerator.device,
         dtype,
@@ -50,12 +50,12 @@ def prepare_data(
         # Each machine prepares for itself: they may not share a disk.
         rank=accelerator.local_process_index,
         world=int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes),
-        meeting=meeting[0],
+        run_id=run_id[0],
     )
     return prepare(
         source,
         config.data,
-        machine,
+        context,
         in_channels=config.adapter.in_channels,
         extra_captions=("", *prompts),
         bad_list=Path(config.output_dir) / BAD_SAMPLES,

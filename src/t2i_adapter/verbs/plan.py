@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from t2i_adapter.batches.example import example_batch
-from t2i_adapter.cache.texts import caption_bytes
+from t2i_adapter.cache.records import caption_bytes, picture_bytes
 from t2i_adapter.config.tree import Config
 from t2i_adapter.devices import on_cores
 from t2i_adapter.training.frozen_model import load_frozen_model
@@ -184,10 +184,9 @@ def _cache_bytes(setup: Setup) -> int:
     config = setup.config
     if config.data.cache == "none":
         return 0
-    side, samples = config.data.resolution, setup.plan.samples
-    view = 2 * 8 * (side // 8) ** 2 + config.adapter.in_channels * side**2
-    text = caption_bytes(setup.base)
-    return samples * (config.data.views * view + (0 if config.data.text_cache == "live" else text))
+    view = picture_bytes(config.data.resolution, config.adapter.in_channels)
+    text = 0 if config.data.text_cache == "live" else caption_bytes(setup.base)
+    return setup.plan.samples * (config.data.views * view + text)
 
 
 def _output_bytes(config: Config, trained: int) -> int:

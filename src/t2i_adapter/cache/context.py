@@ -1,0 +1,162 @@
+"""What preparing a cache works with: the device, the cache folder, disk space, other processes, progress bars.
+
+A cache folder ROOT holds
+
+    images/FINGERPRINT/    image records and about.json
+    texts/FINGERPRINT/     text records and about.json
+    stamps/                digests of files that were read before (`stamps`)
+    notes/                 bad rows that the processes of one run report to each other
+
+Importing this module loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tqdm import tqdm
+
+from t2i_adapter.cache.shards import Shards
+from t2i_adapter.errors import UserError, flag
+from t2i_adapter.files import show_bytes, write_atomic
+
+if TYPE_CHECKING:
+    import torch
+
+    from t2i_adapter.models.base import Base
+
+ABOUT = "about.json"
+KINDS = ("images", "texts")
+STAMPS, NOTES = "stamps", "notes"
+SPARE_BYTES = 256 * 2**20
+"""Disk space that a cache leaves free."""
+TIMEOUT_SECONDS = 1800.0
+"""How long a process waits for the next record of another process."""
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+@dataclass(frozen=True)
+class PrepareContext:
+    """The device that encodes, the cache folder, and the processes that share the work.
+
+    Attributes:
+        dtype: dtype of the text encoders; the VAE runs in float32.
+        root: the cache folder, shared by all runs.
+        rank, world: this process and the number of processes that share `root` and prepare together: those of one
+            machine. Each makes its share and waits for the others by looking at the files, so that no collective call
+            can time out.
+        run_id: names the files through which the processes of this run report bad rows.
+        timeout: seconds without a new record from another process after which waiting ends in an error.
+        progress: whether rank 0 shows progress bars.
+    """
+
+    base: Base
+    device: torch.device | str
+    dtype: torch.dtype
+    root: Path
+    rank: int = 0
+    world: int = 1
+    run_id: str = ""
+    timeout: float = TIMEOUT_SECONDS
+    progress: bool = True
+
+    def log(self, line: str) -> None:
+        """Prints on rank 0."""
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def bar(self, items: Iterable[In], total: int, title: str) -> Iterable[In]:
+        """The items, with a progress bar on rank 0."""
+        return bar(items, total, title, is_shown=self.progress and self.rank == 0)
+
+
+def open_folder(root: Path, kind: str, fingerprint: str, about: Mapping[str, Any]) -> Path:
+    """Creates the folder ROOT/KIND/FINGERPRINT if it is missing, and marks it as used now.
+
+    `about` describes its records to people. Raises UserError if the folder cannot be created or written.
+    """
+    folder = root / kind / fingerprint
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / ABOUT).is_file():
+            os.utime(folder / ABOUT)
+        else:
+            write_atomic(folder / ABOUT, [json.dumps(about, indent=1).encode()])
+    except OSError as fault:
+        raise UserError(
+            f"{folder}: the folder cannot be created ({fault.strerror}). Name a folder that you can write to.",
+            option="data.prepared_dir",
+        ) from fault
+    return folder
+
+
+def check_room(root: Path, need: int, free: int | None = None) -> None:
+    """Raises UserError if `need` bytes do not fit on the disk of `root`."""
+    free = shutil.disk_usage(root).free if free is None else free
+    if need and need + SPARE_BYTES > free:
+        raise UserError(
+            f"{root}: at least {show_bytes(need)} are needed for the cache and {show_bytes(SPARE_BYTES)} to spare, but "
+            f"{show_bytes(free)} are free. Make room, name a folder on another disk, or cache nothing "
+            f"({flag('data.cache')} none).",
+            option="data.prepared_dir",
+        )
+
+
+def run_ahead(pool: Executor, function: Callable[[In], Out], items: Iterable[In], ahead: int) -> Iterator[Out]:
+    """map() in the pool, in order, with at most `ahead` results waiting."""
+    waiting: deque[Any] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def in_batches(items: Iterable[In], size: int, key: Callable[[In], Any] = lambda _: None) -> Iterator[list[In]]:
+    """Lists of up to `size` items that have one key. At most `size - 1` items of each key wait."""
+    waiting: dict[Any, list[In]] = {}
+    for item in items:
+        batch = waiting.setdefault(key(item), [])
+        batch.append(item)
+        if len(batch) == size:
+            yield waiting.pop(key(item))
+    yield from waiting.values()
+
+
+def bar(items: Iterable[In], total: int, title: str, *, is_shown: bool = True) -> Iterable[In]:
+    """The items, with a progress bar."""
+    return tqdm(items, total=total, desc=title, disable=not is_shown, leave=False, delay=0.5)
+
+
+def wait_for(count_missing: Callable[[], int], shards: Shards, timeout: float) -> None:
+    """Returns when `count_missing()` is 0, whichever process makes the records.
+
+    Raises UserError after `timeout` seconds without a new record.
+    """
+    pause, left, last_news = 0.05, None, time.monotonic()
+    while True:
+        shards.refresh()
+        count = count_missing()
+        if not count:
+            return
+        if count != left:
+            left, last_news = count, time.monotonic()
+        if time.monotonic() - last_news > timeout:
+            raise UserError(
+                f"{shards.folder}: {count} records that other processes should make did not appear in "
+                f"{timeout:.0f} s. Read the other processes' messages, then start again: finished records are kept."
+            )
+        time.sleep(pause)
+        pause = min(2.0, pause * 1.5)
