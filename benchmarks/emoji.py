@@ -18,8 +18,8 @@ from common import make_parser, write_result
 
 from t2i_adapter.verbs import evaluate as evaluation
 from t2i_adapter.verbs import train as trainer
-from t2i_adapter.verbs.demo_options import GUIDANCE, SIZE, training
-from t2i_adapter.verbs.evaluate_options import EvaluateOptions
+from t2i_adapter.verbs.demo import GUIDANCE, SIZE, demo_config
+from t2i_adapter.verbs.evaluate import EvaluateOptions
 from t2i_adapter.verbs.make_data import EmojiOptions, make_emoji
 
 OUT = Path("runs/emoji")
@@ -35,7 +35,7 @@ def main() -> None:
     shutil.rmtree(adapter, ignore_errors=True)
     make_emoji(EmojiOptions(out=OUT / "data", package=options.package, size=SIZE))
     began = time.monotonic()
-    trainer.run(training(str(OUT / "data"), str(adapter), steps=options.steps, seed=0))
+    trainer.run(demo_config(str(OUT / "data"), str(adapter), steps=options.steps, seed=0))
     seconds = time.monotonic() - began
     evaluation.run(
         EvaluateOptions(adapter=str(adapter), data=str(OUT / "data"), num=options.num, guidance=GUIDANCE, out=str(OUT))

@@ -29,9 +29,9 @@ from common import make_parser, write_result
 from PIL import Image
 
 from t2i_adapter.cli import main as command
+from t2i_adapter.evaluation.report import picture_sheet
 from t2i_adapter.models import nano
-from t2i_adapter.verbs.evaluate import run, sheet
-from t2i_adapter.verbs.evaluate_options import EvaluateOptions
+from t2i_adapter.verbs.evaluate import EvaluateOptions, run
 from t2i_adapter.verbs.make_data import ShapesOptions, make_shapes
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -118,7 +118,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
             out=str(folder / "evaluation"),
         )
     )
-    sheet(evaluation, SHOWN).save(folder / PICTURES)
+    picture_sheet(evaluation, SHOWN).save(folder / PICTURES)
     row = {"training": training, "metric": arm.metric, "metrics": evaluation.to_json()["metrics"]}
     (folder / RESULT).write_text(json.dumps(row, indent=1) + "\n")
 

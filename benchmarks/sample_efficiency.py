@@ -39,8 +39,7 @@ from t2i_adapter.config.tree import AdapterOptions, Config, ObjectiveOptions, Tr
 from t2i_adapter.data.shapes import write_dataset
 from t2i_adapter.data.source import open_source
 from t2i_adapter.diffusion.objective import add_noise, losses
-from t2i_adapter.evaluation.controls import ADAPTER
-from t2i_adapter.evaluation.evaluate import evaluate
+from t2i_adapter.evaluation.evaluate import ADAPTER, evaluate
 from t2i_adapter.evaluation.pairs import Pair, read_pairs
 from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.models.adapter import build_adapter
@@ -53,7 +52,7 @@ from t2i_adapter.training.plan import make_plan
 from t2i_adapter.training.setup import make_accelerator, make_adapter
 from t2i_adapter.training.step import batch_losses, predict
 from t2i_adapter.types import Batch
-from t2i_adapter.verbs.demo_options import GUIDANCE, SIZE, training
+from t2i_adapter.verbs.demo import GUIDANCE, SIZE, demo_config
 
 NEVER = 10**6  # updates; more than any arm has time for
 HELD_OUT = 32
@@ -121,7 +120,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "diffusers recipe, 1e-5": DIFFUSERS,
     "diffusers recipe, 1e-3": {**DIFFUSERS, "optim.lr": 1e-3},
 }
-"""Arm -> the options it changes of the demo's training (`demo_options.training`, recipes/nano-shapes.yaml).
+"""Arm -> the options it changes of the demo's training (`verbs.demo.demo_config`, recipes/nano-shapes.yaml).
 
 FIRST is an option of this benchmark: (samples, pixels) of smaller batches at the beginning.
 """
@@ -131,7 +130,7 @@ class Bench:
     """What all arms share: base, dataset and measurements. One process, one thread."""
 
     def __init__(self, data: Path, out: Path, options: argparse.Namespace) -> None:
-        config = training(str(data), str(out), steps=NEVER, seed=0)
+        config = demo_config(str(data), str(out), steps=NEVER, seed=0)
         self.options = options
         self.accelerator = make_accelerator(replace(config, tracking=TrackingOptions(report_to="none")))
         self.base = open_base(config.base)
@@ -303,7 +302,7 @@ def _end(drawn: list[list[dict[str, Any]]]) -> str:
 
 def arm_config(changes: dict[str, Any], data: Path, out: Path, seed: int) -> Config:
     """The demo's training with an arm's changes."""
-    plain = training(str(data), str(out), steps=NEVER, seed=seed)
+    plain = demo_config(str(data), str(out), steps=NEVER, seed=seed)
     changes = {name: value for name, value in changes.items() if name != FIRST}
     # With a schedule that ends, an arm's learning rate would depend on the largest number of --at.
     return with_values(plain, {"optim.schedule": "constant_with_warmup", **changes})

@@ -15,7 +15,7 @@ import numpy as np
 from common import make_parser, write_result
 
 from t2i_adapter.data.shapes import render, sample_scene, visible_masks
-from t2i_adapter.evaluation.figure import figure_mask
+from t2i_adapter.evaluation.foreground import foreground_mask
 from t2i_adapter.evaluation.metrics import iou
 
 SIZE, SCENES, SEED = 128, 400, 11
@@ -36,8 +36,8 @@ def measure() -> dict[str, dict[str, dict[str, float]]]:
         scene = sample_scene(SEED, index)
         picture, mask = np.asarray(render(scene, SIZE)), visible_masks(scene, SIZE).any(axis=0)
         rows = found[scene.background.pattern]
-        rows["true"].append(iou(figure_mask(picture), mask))
-        rows["soft"].append(iou(figure_mask(soft(picture, rng)), mask))
+        rows["true"].append(iou(foreground_mask(picture), mask))
+        rows["soft"].append(iou(foreground_mask(soft(picture, rng)), mask))
     return {
         pattern: {
             name: {"scenes": len(values), "mean": round(float(np.mean(values)), 4), "worst": round(min(values), 4)}

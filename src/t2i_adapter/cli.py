@@ -30,7 +30,7 @@ class Verb(NamedTuple):
 VERBS = {
     "demo": Verb(
         "Make data, train on the embedded base, generate and evaluate, in minutes.",
-        "t2i_adapter.verbs.demo_options:DemoOptions",
+        "t2i_adapter.verbs.demo:DemoOptions",
         "t2i_adapter.verbs.demo:run",
     ),
     "make-data shapes": Verb(
@@ -45,7 +45,7 @@ VERBS = {
     ),
     "doctor": Verb(
         "Check a dataset before training and list what is wrong, row by row.",
-        "t2i_adapter.verbs.doctor_options:DoctorOptions",
+        "t2i_adapter.verbs.doctor:DoctorOptions",
         "t2i_adapter.verbs.doctor:run",
     ),
     "conditions": Verb(
@@ -83,7 +83,7 @@ VERBS = {
     ),
     "evaluate": Verb(
         "Measure on held-out pairs how well an adapter controls.",
-        "t2i_adapter.verbs.evaluate_options:EvaluateOptions",
+        "t2i_adapter.verbs.evaluate:EvaluateOptions",
         "t2i_adapter.verbs.evaluate:run",
     ),
     "cache ls": Verb(

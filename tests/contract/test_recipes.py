@@ -12,7 +12,7 @@ from t2i_adapter.config.recipe import dump, load
 from t2i_adapter.config.tree import Config
 from t2i_adapter.flags import parse_train
 from t2i_adapter.script import parse
-from t2i_adapter.verbs.demo_options import DemoOptions, training
+from t2i_adapter.verbs.demo import DemoOptions, demo_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*"))
 
@@ -84,7 +84,7 @@ def test_its_condition_is_a_kind_that_there_is(file: Path) -> None:
 
 def test_nano_shapes_is_the_demos_training() -> None:
     ours, demo = recipe("nano-shapes"), DemoOptions()
-    theirs = training("data", "out", steps=demo.steps, seed=demo.seed)
+    theirs = demo_config("data", "out", steps=demo.steps, seed=demo.seed)
     for part in ("base", "adapter", "objective", "optim", "train"):
         assert getattr(ours, part) == getattr(theirs, part), part
     assert ours.data.resolution == theirs.data.resolution

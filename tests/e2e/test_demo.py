@@ -1,4 +1,4 @@
-"""The demo in small: every part runs, and the results lie where the README says."""
+"""A small demo: every part runs, and the results are where the README says."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def demo(cwd: Path) -> str:
     return done.stdout
 
 
-def test_the_demo_leaves_what_it_promises_and_can_be_run_again(tmp_path: Path):
+def test_the_demo_writes_its_results_and_can_be_repeated(tmp_path: Path):
     first = demo(tmp_path)
     out = tmp_path / "runs" / "demo"
     result = json.loads((out / "evaluation.json").read_text())

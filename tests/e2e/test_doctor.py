@@ -1,4 +1,4 @@
-"""`doctor` finds every fault that is planted in a good data set, at its row, and none in the good one."""
+"""`doctor` finds every fault that is planted in a good dataset, at its row, and none in the good dataset."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from t2i_adapter.cli import main
 from t2i_adapter.data.shapes import CONDITIONS, write_dataset
-from t2i_adapter.doctor.offset import SURE, find_offset
+from t2i_adapter.doctor.offset import SURE_MARGIN, find_offset
 
 ROWS = 48
 SIZE = 128
@@ -30,7 +30,7 @@ Rows = list[Any]
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set without faults. Read only."""
+    """A dataset without faults. Read only."""
     folder = tmp_path_factory.mktemp("good")
     write_dataset(folder, num=ROWS, size=SIZE)
     return folder
@@ -63,11 +63,11 @@ def test_a_good_set_has_no_finding(condition: str, tmp_path: Path, capsys: pytes
     assert (code, report["findings"]) == (0, [])
     assert crops_of(report) == {(128, 128): 120}
     assert capsys.readouterr().out.endswith("nothing is wrong\n")
-    if condition != "palette":  # its cells' borders are no edges of the image, and nothing is told by them
+    if condition != "palette":  # the borders of its cells are not edges of the image, so there is no offset
         assert report["offset"]["median"] == pytest.approx([0, 0], abs=0.1)
 
 
-def test_it_measures_and_reads_with_several_processes(good: Path, tmp_path: Path) -> None:
+def test_it_measures_and_reads_with_several_workers(good: Path, tmp_path: Path) -> None:
     code, report = look_over(good, tmp_path, "--measure", "2", workers=2)
     alone = look_over(good, tmp_path)[1]
     measured, needs = report["needs"].pop("measured"), report["needs"]
@@ -79,7 +79,7 @@ def test_it_measures_and_reads_with_several_processes(good: Path, tmp_path: Path
     assert {**report, "seconds": 0} == {**alone, "seconds": 0}
 
 
-def test_the_disk_that_it_tells_is_what_the_cache_takes(good: Path, tmp_path: Path) -> None:
+def test_the_predicted_disk_is_the_size_of_the_cache(good: Path, tmp_path: Path) -> None:
     needs = look_over(good, tmp_path)[1]["needs"]
     flags = ["--data.resolution", str(SIZE), "--data.prepared_dir", str(tmp_path / "cache")]
     assert main(["prepare", "--data.train_data_dir", str(good), *flags]) == 0
@@ -91,7 +91,7 @@ def test_the_disk_that_it_tells_is_what_the_cache_takes(good: Path, tmp_path: Pa
 
 
 class Spoiler:
-    """A copy of a data set, with the faults that were planted in it."""
+    """A copy of a dataset, with the faults that were planted in it."""
 
     def __init__(self, source: Path, folder: Path) -> None:
         shutil.copytree(source, folder)
@@ -147,7 +147,7 @@ def bomb(data: bytes) -> bytes:
 
 
 def copy_of(other: int, quality: int | None = None) -> Callable[[Spoiler, int], None]:
-    """Another row's pair, its image saved anew as a smaller JPEG where a quality is given."""
+    """Another row's pair; with a quality, its image is saved again as a smaller JPEG."""
 
     def spoil(data: Spoiler, number: int) -> None:
         shutil.copy(data.file(other, 1), data.file(number, 1))
@@ -161,14 +161,14 @@ def copy_of(other: int, quality: int | None = None) -> Callable[[Spoiler, int], 
 
 
 def sure_rows(data: Spoiler) -> list[int]:
-    """Rows whose edges are plain enough to tell an offset by."""
+    """Rows whose edges are clear enough for a sure offset."""
 
     def margin(number: int) -> float:
         image, condition = (np.asarray(Image.open(data.file(number, which))).transpose(2, 0, 1) for which in (0, 1))
         offset = find_offset(image, condition)
         return offset.margin if offset else 0.0
 
-    return [number for number in range(40, ROWS) if margin(number) > 1.5 * SURE]
+    return [number for number in range(40, ROWS) if margin(number) > 1.5 * SURE_MARGIN]
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def spoilt(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Spoiler:
     data.plant("tiny", 16, smaller)
     data.plant("tiny_condition", 17, paint(1, lambda picture: picture.resize((48, 48), Image.Resampling.BILINEAR)))
     data.plant("long_caption", 18, say("<script>alert(1)</script> " + "a red circle and a blue star, " * 12))
-    data.plant("mute_caption", 19, say(["a caption", " "]))
+    data.plant("empty_caption", 19, say(["a caption", " "]))
     data.plant("offset_row", sure_rows(data)[0], paint(1, shift))
     data.write()
     return data
@@ -210,9 +210,9 @@ def test_a_spoilt_set_has_just_the_planted_findings(
     assert code == 1
     assert planted(report) == spoilt.expected
     assert (report["errors"], report["warnings"]) == (7, 10)
-    told = capsys.readouterr().out
-    assert "error: a picture is not there: 2 rows (train/00001.png (line 2), train/../../x.png (line 3))" in told
-    assert "3 px right" in told and told.endswith("7 errors, 10 warnings\n")
+    printed = capsys.readouterr().out
+    assert "error: a picture is missing: 2 rows (train/00001.png (line 2), train/../../x.png (line 3))" in printed
+    assert "3 px right" in printed and printed.endswith("7 errors, 10 warnings\n")
     page = (tmp_path / "page.html").read_text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
@@ -220,18 +220,18 @@ def test_a_spoilt_set_has_just_the_planted_findings(
     assert page.count("data:image/png;base64,") > 40
 
 
-def test_its_list_leaves_out_what_is_not_to_be_trained_on(spoilt: Spoiler, tmp_path: Path) -> None:
+def test_its_skip_list_removes_the_rows_that_should_not_be_trained_on(spoilt: Spoiler, tmp_path: Path) -> None:
     skip = tmp_path / "skip.txt"
     look_over(spoilt.folder, tmp_path, "--skip_list", str(skip))
     code, report = look_over(spoilt.folder, tmp_path, "--data.skip", str(skip))
-    kept = {"tiny", "tiny_condition", "long_caption", "mute_caption"}
-    left_out = [key for kind, keys in spoilt.expected.items() if kind not in kept for key in keys]
-    assert sorted(skip.read_text().splitlines()) == sorted(left_out)
+    kept = {"tiny", "tiny_condition", "long_caption", "empty_caption"}
+    skipped = [key for kind, keys in spoilt.expected.items() if kind not in kept for key in keys]
+    assert sorted(skip.read_text().splitlines()) == sorted(skipped)
     assert code == 0
     assert set(planted(report)) == kept
 
 
-def test_a_set_whose_conditions_all_lie_aside_is_told_as_a_whole(good: Path, tmp_path: Path) -> None:
+def test_a_dataset_whose_conditions_are_all_shifted_has_one_finding(good: Path, tmp_path: Path) -> None:
     data = Spoiler(good, tmp_path / "data")
     for number in range(ROWS):
         paint(1, shift)(data, number)
@@ -256,24 +256,24 @@ def test_buckets_views_and_annotators_are_as_in_training(good: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "text"),
     [
         ([], "DATA: required, and not given"),
         (["nowhere"], "nowhere"),
-        (["data", "--data.train_data_dir", "x"], "DATA names the data already"),
-        (["data", "--json", "no/such/folder.json"], "--json no/such/folder.json: there is no such folder"),
-        (["data", "--measure", "-1"], "--measure -1: 0 or more"),
+        (["data", "--data.train_data_dir", "x"], "DATA names the dataset already"),
+        (["data", "--json", "no/such/folder.json"], "--json no/such/folder.json: the folder no/such does not exist"),
+        (["data", "--measure", "-1"], "--measure -1: allowed is 0 or more"),
         (["data", "--data.resolution", "100"], "--data.resolution 100: allowed are multiples of 8"),
         (["data", "--wrokers", "1"], "--wrokers: no such flag; did you mean --workers?"),
     ],
 )
-def test_mistakes_are_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", *words]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1 and said in told
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and text in printed
 
 
-def test_processes_that_read_load_no_torch() -> None:
+def test_worker_processes_load_no_torch() -> None:
     code = "import sys, t2i_adapter.doctor.scan, t2i_adapter.data.source; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr

@@ -1,4 +1,4 @@
-"""The evaluation as a whole, on the tiny base: columns, files, escaping, and faults by name."""
+"""A whole evaluation on the tiny base: columns, files, escaping, and errors that name the cause."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.open import open_base
 from t2i_adapter.reports.sheet import SheetRow, make_sheet
 from t2i_adapter.types import Sample
-from t2i_adapter.verbs.evaluate import open_pairs, run
-from t2i_adapter.verbs.evaluate_options import EvaluateOptions
+from t2i_adapter.verbs.evaluate import EvaluateOptions, open_dataset, run
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +69,7 @@ def test_the_verb_writes_the_agreed_files(
     assert content["settings"]["edge_tolerance_px"] == 1
     assert Image.open(tmp_path / "sheet.png").width > 4 * 64
     assert "no adapter" in capsys.readouterr().out
-    # The same again gives the same numbers.
+    # A second run gives the same numbers.
     run(options(adapter, shapes, out=str(tmp_path / "again")))
     assert json.loads((tmp_path / "again" / "evaluation.json").read_text())["metrics"] == content["metrics"]
 
@@ -79,12 +78,14 @@ def test_no_adapter_is_the_base_alone_and_a_trained_one_could_win(adapter: Path,
     base = open_base(BaseOptions(name=str(tiny_base)))
     network = build_adapter(AdapterOptions(), base.unet_config)
     pipeline = base.pipeline(network, "cpu", torch.float32)
-    pairs = read_pairs(open_pairs(options(adapter, shapes)), 64, channels=3)
+    pairs = read_pairs(open_dataset(options(adapter, shapes)), 64, channels=3)
     sampling = SamplingOptions(steps=1)
     everything = evaluate(pipeline, pairs, sampling=sampling)
     one_column = evaluate(pipeline, pairs, sampling=sampling, columns=("adapter",))
     assert set(one_column.pictures) == {"adapter"}
-    assert one_column.values["iou"]["adapter"] == everything.values["iou"]["adapter"], "columns do not disturb another"
+    assert one_column.values["iou"]["adapter"] == everything.values["iou"]["adapter"], (
+        "columns do not influence each other"
+    )
     for parameter in network.parameters():
         parameter.data.zero_()
     silent = evaluate(pipeline, pairs, sampling=sampling)
@@ -95,14 +96,14 @@ def test_no_adapter_is_the_base_alone_and_a_trained_one_could_win(adapter: Path,
         assert not np.array_equal(np.asarray(everything.pictures["adapter"][i]), without)
 
 
-def test_pairs_without_a_scene_take_the_pictures_own_figure(adapter: Path, tiny_data: Path) -> None:
-    pairs = read_pairs(open_pairs(options(adapter, tiny_data)), 64, channels=1)
+def test_pairs_without_a_scene_take_the_pictures_own_foreground(adapter: Path, tiny_data: Path) -> None:
+    pairs = read_pairs(open_dataset(options(adapter, tiny_data)), 64, channels=1)
     assert {pair.truth_from for pair in pairs} == {"picture"}
-    assert all(pair.truth.mask.any() and pair.truth.ground is None for pair in pairs)
+    assert all(pair.truth.mask.any() and pair.truth.background is None for pair in pairs)
     assert {pair.condition.mode for pair in pairs} == {"L"}
 
 
-def test_faults_are_named(adapter: Path, shapes: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_errors_name_the_cause(adapter: Path, shapes: Path, tiny_data: Path, tmp_path: Path) -> None:
     for changes, named in [
         ({"num": 9}, "--num 9.*5 pairs.*--num 5"),
         ({"split": "validation"}, "validation"),
@@ -149,7 +150,7 @@ def test_the_report_escapes_and_needs_nothing_else() -> None:
     assert "0.500 <small>[0.500, 0.500]</small>" in page
 
 
-def test_the_sheets_size_and_places() -> None:
+def test_the_size_of_a_sheet_and_the_places_of_its_pictures() -> None:
     red, blue = Image.new("RGB", (32, 32), "red"), Image.new("L", (32, 32), 200)
     rows = [SheetRow([red, blue], "a caption that is much too long for two small pictures " * 3)] * 5
     sheet = make_sheet(["one", "two"], rows, blocks=2)
@@ -157,4 +158,4 @@ def test_the_sheets_size_and_places() -> None:
     assert sheet.getpixel((12 + 5, 28 + 5)) == (255, 0, 0)
     assert sheet.getpixel((12 + 38 + 5, 28 + 5)) == (200, 200, 200)
     big = make_sheet(["one"], [SheetRow([Image.new("RGB", (1024, 512))], "x")])
-    assert big.height == 16 + 12 + 128 + 16 + 6, "large pictures are shown smaller"
+    assert big.height == 16 + 12 + 128 + 16 + 6, "large pictures are scaled down"

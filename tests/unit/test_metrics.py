@@ -1,4 +1,4 @@
-"""The measures, on pictures whose answer is known."""
+"""The metrics on pictures whose answer is known, and the segmenter."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw
 
 from t2i_adapter.data.shapes import render, sample_scene, visible_masks
 from t2i_adapter.evaluation.color import ciede2000, srgb_to_lab
-from t2i_adapter.evaluation.controls import derangement, picture_seeds
-from t2i_adapter.evaluation.figure import figure_mask
+from t2i_adapter.evaluation.evaluate import derangement, picture_seeds
+from t2i_adapter.evaluation.foreground import foreground_mask
 from t2i_adapter.evaluation.metrics import (
     NamedColor,
     Truth,
@@ -58,13 +58,13 @@ def test_edge_f1_and_its_tolerance() -> None:
     assert edge_f1(line, longer, 0.5) == pytest.approx(2 * 1 * 0.5 / 1.5)
 
 
-def test_the_frame_is_no_outline() -> None:
+def test_the_frame_is_not_part_of_an_outline() -> None:
     mask = EMPTY.copy()
     mask[:, :50] = True
-    assert outline(mask).sum() == 128, "only the side that faces the ground"
+    assert outline(mask).sum() == 128, "only the side that faces the background"
 
 
-def test_color_error_is_zero_for_the_very_colors_wherever_they_are() -> None:
+def test_color_error_is_zero_for_the_same_colors_at_any_place() -> None:
     image = np.zeros((128, 128, 3), np.uint8)
     image[:, :64], image[:, 64:] = (255, 0, 0), (0, 0, 255)
     everywhere = np.ones((128, 128), bool)
@@ -75,14 +75,14 @@ def test_color_error_is_zero_for_the_very_colors_wherever_they_are() -> None:
     wanted = (NamedColor((255, 0, 0), 1.0),)
     assert color_error(image[:, 64:], everywhere[:, 64:], wanted) == pytest.approx(float(between))
     assert color_error(image[:, 64:], np.zeros((128, 64), bool), wanted) == pytest.approx(float(between)), "no object"
-    # Red is asked for on three quarters, and covers a half: still its median pixel is red.
+    # Red should fill three quarters and fills a half: its median pixel is still red.
     assert color_error(image, everywhere, (NamedColor((255, 0, 0), 0.75),)) == pytest.approx(0, abs=1e-6)
     assert color_error(image, everywhere, (NamedColor((255, 0, 0), 1.0), blue)) > 10, "half is not enough for all"
 
 
 def test_measure_of_a_flat_picture_with_nothing_on_it() -> None:
     flat = np.full((128, 128, 3), 90, np.uint8)
-    assert not figure_mask(flat).any()
+    assert not foreground_mask(flat).any()
     values = measure(flat, Truth(disc(), (NamedColor((90, 90, 90), 1.0),), NamedColor((90, 90, 90), 1.0)))
     assert values["iou"] == values["edge_f1"] == 0
     assert set(measure(flat, Truth(disc()))) == {"iou", "edge_f1"}, "colours only where they are known"
@@ -97,28 +97,28 @@ def drawn(ground: str, fill: str, box: tuple[int, int, int, int] = (30, 40, 80, 
 @pytest.mark.parametrize(
     ("ground", "fill"), [("white", "black"), ("black", "navy"), ("white", "snow"), ("red", "lime"), ("gray", "pink")]
 )
-def test_figure_of_any_colors(ground: str, fill: str) -> None:
+def test_foreground_of_any_colors(ground: str, fill: str) -> None:
     picture = drawn(ground, fill)
     truth = np.asarray(drawn("black", "white").convert("L")) > 127
-    found = figure_mask(np.asarray(picture))
-    if fill == "snow":  # 2 in Lab from white: not to be seen, and below the threshold by intent
+    found = foreground_mask(np.asarray(picture))
+    if fill == "snow":  # 2 in Lab from white: below the threshold on purpose
         assert not found.any()
     else:
         assert iou(found, truth) > 0.97
 
 
 def test_an_object_may_touch_the_frame() -> None:
-    found = figure_mask(np.asarray(drawn("white", "purple", (-30, 20, 50, 100))))
+    found = foreground_mask(np.asarray(drawn("white", "purple", (-30, 20, 50, 100))))
     truth = np.asarray(drawn("black", "white", (-30, 20, 50, 100)).convert("L")) > 127
     assert iou(found, truth) > 0.97
 
 
-def test_specks_and_noise_are_no_figure() -> None:
+def test_specks_and_noise_are_background() -> None:
     noise = np.random.default_rng(0).normal(0, 4, (128, 128, 3))
     picture = np.clip(np.asarray(drawn("green", "yellow")) + noise, 0, 255).astype(np.uint8)
     picture[5:8, 5:8] = 255
     truth = np.asarray(drawn("black", "white").convert("L")) > 127
-    assert iou(figure_mask(picture), truth) > 0.97
+    assert iou(foreground_mask(picture), truth) > 0.97
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_the_segmenter_finds_the_shapes_of_true_pictures(pattern: str, mean: flo
     for index in range(40):
         scene = sample_scene(11, index, patterns=(pattern,))
         truth = visible_masks(scene, 128).any(axis=0)
-        found.append(iou(figure_mask(np.asarray(render(scene, 128))), truth))
+        found.append(iou(foreground_mask(np.asarray(render(scene, 128))), truth))
     assert np.mean(found) > mean
     assert min(found) > least
 
@@ -141,7 +141,7 @@ def test_bootstrap_agrees_with_the_normal_interval() -> None:
     estimate = bootstrap(values.tolist(), seed=0)
     half = 1.96 * values.std(ddof=1) / 20
     assert estimate.mean == pytest.approx(values.mean())
-    # 10,000 draws leave about 1 % of the half-width on a 2.5 % quantile; 5 % is far beyond it.
+    # 10,000 resamples leave an error of about 1 % of the half-width on a 2.5 % quantile; 5 % is far beyond it.
     assert estimate.low == pytest.approx(values.mean() - half, abs=0.05 * half)
     assert estimate.high == pytest.approx(values.mean() + half, abs=0.05 * half)
     assert bootstrap(values.tolist(), seed=0) == estimate
@@ -157,19 +157,19 @@ def test_every_pair_gets_anothers_condition(count: int) -> None:
     assert derangement(count, seed=0) == others
 
 
-def test_seeds_are_apart_and_do_not_depend_on_the_count() -> None:
+def test_seeds_differ_and_do_not_depend_on_the_count() -> None:
     assert len(set(picture_seeds(100, 0))) == 100
     assert picture_seeds(100, 0)[:5] == picture_seeds(5, 0)
     assert not set(picture_seeds(5, 0)) & set(picture_seeds(5, 1))
     assert all(0 <= seed < 2**63 for seed in picture_seeds(100, 0))
 
 
-def test_a_single_odd_pixel_is_no_figure_and_no_fault():
+def test_a_single_odd_pixel_is_background_and_raises_nothing():
     picture = np.full((32, 32, 3), 200, np.uint8)
     for size in (1, 2, 3, 5):
         spotted = picture.copy()
         spotted[10 : 10 + size, 12 : 12 + size] = (10, 20, 200)
-        assert figure_mask(spotted).sum() <= size * size
+        assert foreground_mask(spotted).sum() <= size * size
 
 
 def test_two_valued_conditions_agree_within_the_tolerance() -> None:

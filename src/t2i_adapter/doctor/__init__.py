@@ -1,1 +1,1 @@
-"""What is wrong with a data set, found before anyone pays for a GPU."""
+"""Finds what is wrong with a dataset before a training run is paid for."""

@@ -1,46 +1,46 @@
-"""From what was read to what is wrong: one finding a kind, with its rows, its reason for each and what to do."""
+"""Turns the measurements of a scan into findings: what is wrong, in which rows, and what to do about it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from t2i_adapter.doctor.alike import confirmed, equal_groups, near_pairs
 from t2i_adapter.doctor.content import BLACK_ON_WHITE, CONTENTS, WHITE_ON_BLACK
-from t2i_adapter.doctor.offset import SURE
+from t2i_adapter.doctor.duplicates import confirm_pairs, equal_groups, near_pairs
+from t2i_adapter.doctor.offset import SURE_MARGIN
 from t2i_adapter.doctor.scan import Scan
 from t2i_adapter.types import TOKENS
 
 TINY = 0.5
-"""Share of the resolution below which a picture's shorter side is tiny: it would be scaled up to twice its size."""
+"""A picture is tiny if its shorter side is below this share of the resolution: it would be enlarged more than twice."""
 
-STRAY = 0.1
-"""Coloured conditions are out of place where they are at most this share of a set of grey ones."""
+MAX_COLOURED_SHARE = 0.1
+"""Coloured conditions are a finding if they are at most this share of the dataset's conditions."""
 
-OFFSET = 1.0
-"""Pixels that the median offset of a set may reach before it is one."""
+DATASET_OFFSET = 1.0
+"""Pixels from which the median offset of the dataset is a finding."""
 
-OFFSET_ROW = 2.0
-"""Pixels from the set's median from which on a row stands out; where it was told at a smaller scale, a pixel of that at
-least."""
+ROW_OFFSET = 2.0
+"""Pixels from the median from which a row's offset is a finding; at least one pixel of the scale it was found at."""
 
-FEWEST = 5
-"""Rows whose offset must be sure before anything is said of the set's."""
+MIN_SURE_ROWS = 5
+"""Rows with a sure offset that a statement on the dataset's offset needs."""
 
-AGREEING = 0.5
-"""Share of the sure rows that must lie about a pixel from the median at most; else their edges are not the image's."""
+MIN_AGREEING = 0.5
+"""Share of the sure rows that must lie about one pixel from the median; below it, the conditions' edges are not those
+of the images, and offsets mean nothing."""
 
-MAX_LOOKS = 1000
-"""Pairs of pictures that look alike and are opened to be compared, about as many at most."""
+MAX_NEAR_PAIRS = 1000
+"""Pairs with similar perceptual hashes that are opened and compared, about."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of finding. `skip`: its rows are better left out of training."""
+class FindingKind:
+    """Describes one kind of finding. `skip`: its rows are better skipped in training."""
 
     level: Literal["error", "warning"]
     what: str
@@ -48,75 +48,86 @@ class Kind:
     skip: bool
 
 
-KINDS: Mapping[str, Kind] = {
-    "row": Kind("error", "a row of the table cannot be read", "mend the line, or leave the row out", True),
-    "missing": Kind("error", "a picture is not there", "add the file, mend its path, or leave the row out", True),
-    "empty": Kind("error", "a picture's file is empty", "write it again, or leave the row out", True),
-    "unreadable": Kind("error", "a picture cannot be read", "write it again, or leave the row out", True),
-    "huge": Kind("error", "a picture has more pixels than are decoded", "scale it down, or leave the row out", True),
-    "caption": Kind("error", "there is no caption", 'add one ("" is allowed), or leave the row out', True),
-    "aspect": Kind(
-        "error", "the condition has another aspect than its image", "make it at its image's size again", True
+FINDING_KINDS: Mapping[str, FindingKind] = {
+    "row": FindingKind("error", "a row of the table cannot be read", "fix the line or skip the row", True),
+    "missing": FindingKind("error", "a picture is missing", "add the file, fix its path or skip the row", True),
+    "empty": FindingKind("error", "a picture's file is empty", "write it again or skip the row", True),
+    "unreadable": FindingKind("error", "a picture cannot be read", "write it again or skip the row", True),
+    "huge": FindingKind("error", "a picture has too many pixels to decode", "scale it down or skip the row", True),
+    "caption": FindingKind("error", "a caption is missing", 'add one ("" is allowed) or skip the row', True),
+    "aspect": FindingKind(
+        "error", "the condition and its image differ in aspect ratio", "make it again at its image's size", True
     ),
-    "offset": Kind(
-        "error", "the conditions lie beside their images", "make them again from these very images, uncropped", False
+    "offset": FindingKind(
+        "error", "the conditions are shifted against their images", "make them again from these images", False
     ),
-    "offset_row": Kind("warning", "the condition lies beside its image", "make it from this very image", True),
-    "polarity": Kind("warning", "lines in the reverse of the other rows' black and white", "invert it", True),
-    "constant": Kind("warning", "the condition is one flat colour and controls nothing", "make it again", True),
-    "coloured": Kind("warning", "a coloured condition in a set of grey ones", "see if it is another kind of map", True),
-    "duplicate": Kind("warning", "the same picture as in an earlier row", "leave it out, or keep it on purpose", True),
-    "near_duplicate": Kind("warning", "an earlier row's picture, saved anew", "leave it out, or keep it", True),
-    "tiny": Kind("warning", "the image is less than half the resolution", "find it larger, or train smaller", False),
-    "tiny_condition": Kind("warning", "the condition is less than half the resolution", "make it larger", False),
-    "long_caption": Kind("warning", f"a caption is over {TOKENS} tokens; the rest is not seen", "shorten it", False),
-    "mute_caption": Kind("warning", "a caption says nothing", "caption it, or leave it to be unprompted", False),
+    "offset_row": FindingKind("warning", "the condition is shifted against its image", "make it again", True),
+    "polarity": FindingKind("warning", "black and white are inverted compared with most rows", "invert it", True),
+    "constant": FindingKind("warning", "the condition is one flat colour and controls nothing", "make it again", True),
+    "coloured": FindingKind(
+        "warning", "a coloured condition in a dataset of grey ones", "check that it is the right kind of map", True
+    ),
+    "duplicate": FindingKind(
+        "warning", "the same picture as in an earlier row", "skip it, or keep it on purpose", True
+    ),
+    "near_duplicate": FindingKind("warning", "an earlier row's picture, saved again", "skip it, or keep it", True),
+    "tiny": FindingKind(
+        "warning", "the image is less than half the resolution", "find a larger one or lower the resolution", False
+    ),
+    "tiny_condition": FindingKind(
+        "warning", "the condition is less than half the resolution", "make a larger one", False
+    ),
+    "long_caption": FindingKind(
+        "warning", f"a caption has more than {TOKENS} tokens; the model does not see the rest", "shorten it", False
+    ),
+    "empty_caption": FindingKind("warning", "an empty caption", "write one, or keep it on purpose", False),
 }
-"""In the order of telling."""
+"""Every kind of finding, in the order of the report. The first seven are also kinds of `UserError` (`BadRow.kind`)."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, and where: rows' numbers, ascending, each with its reason; none where it is the whole set."""
+    """What is wrong and where: row number -> reason, ascending. A finding on the whole dataset has `whole` instead."""
 
     kind: str
     reasons: Mapping[int, str] = field(default_factory=dict)
     whole: str = ""
 
     @property
-    def level(self) -> str:
-        return KINDS[self.kind].level
+    def about(self) -> FindingKind:
+        return FINDING_KINDS[self.kind]
 
 
 def find(scan: Scan, resolution: int, open_image: Callable[[int], Image.Image]) -> list[Finding]:
-    """All findings, in the order of KINDS. `open_image` gives the image of a row that can be read."""
+    """Returns all findings, in the order of FINDING_KINDS. open_image: number of a readable row -> its image."""
     found = [
-        *_faults(scan),
+        *_bad_rows(scan),
         *_offsets(scan),
         *_conditions(scan),
-        *_copies(scan, open_image),
+        *_duplicates(scan, open_image),
         *_small(scan, resolution),
         *_captions(scan),
     ]
-    order = list(KINDS)
+    order = list(FINDING_KINDS)
     return sorted(found, key=lambda finding: order.index(finding.kind))
 
 
-def skip_keys(scan: Scan, findings: list[Finding]) -> list[str]:
-    """Keys of the rows that are better left out, in the data's order."""
-    numbers = {number for finding in findings if KINDS[finding.kind].skip for number in finding.reasons}
+def skip_keys(scan: Scan, findings: Sequence[Finding]) -> list[str]:
+    """Returns the keys of the rows that are better skipped, in the order of the dataset."""
+    numbers = {number for finding in findings if finding.about.skip for number in finding.reasons}
     return [scan.keys[number] for number in sorted(numbers)]
 
 
 def median_offset(scan: Scan) -> tuple[np.ndarray, np.ndarray] | None:
-    """(down, right) of the set's median and the numbers of the rows it is told by; None where it cannot be told."""
-    sure = np.flatnonzero(scan.rows["margin"] >= SURE)
-    if len(sure) < FEWEST:
+    """Returns the dataset's median offset (down, right) and the numbers of the rows it comes from; None if too few rows
+    have a sure offset or they disagree."""
+    sure = np.flatnonzero(scan.rows["margin"] >= SURE_MARGIN)
+    if len(sure) < MIN_SURE_ROWS:
         return None
     offsets = scan.rows["offset"][sure]
     median = np.median(offsets, axis=0)
     agree = (np.abs(offsets - median).max(axis=1) <= np.maximum(1, scan.rows["scale"][sure] / 2)).mean()
-    return (median, sure) if agree >= AGREEING else None
+    return (median, sure) if agree >= MIN_AGREEING else None
 
 
 def _finding(kind: str, reasons: Mapping[int, str]) -> Iterator[Finding]:
@@ -124,25 +135,29 @@ def _finding(kind: str, reasons: Mapping[int, str]) -> Iterator[Finding]:
         yield Finding(kind, dict(sorted(reasons.items())))
 
 
-def _faults(scan: Scan) -> Iterator[Finding]:
-    for kind in {fault.kind for fault in scan.faults.values()}:
-        yield from _finding(kind, {n: fault.reason for n, fault in scan.faults.items() if fault.kind == kind})
+def _bad_rows(scan: Scan) -> Iterator[Finding]:
+    reasons: dict[str, dict[int, str]] = {}
+    for number, bad in scan.bad.items():
+        kind = bad.kind if bad.kind in FINDING_KINDS else "unreadable"
+        reasons.setdefault(kind, {})[number] = bad.reason
+    for kind in reasons:
+        yield from _finding(kind, reasons[kind])
 
 
 def _offsets(scan: Scan) -> Iterator[Finding]:
-    told = median_offset(scan)
-    if told is None:
+    found = median_offset(scan)
+    if found is None:
         return
-    median, sure = told
-    if np.abs(median).max() >= OFFSET:
-        yield Finding("offset", whole=f"{_words(median)} of their images: the median of {len(sure)} rows")
-    aside = scan.rows["offset"][sure] - median
-    rows = sure[np.abs(aside).max(axis=1) >= np.maximum(OFFSET_ROW, scan.rows["scale"][sure])]
-    yield from _finding("offset_row", {int(n): _words(scan.rows["offset"][n]) for n in rows})
+    median, sure = found
+    if np.abs(median).max() >= DATASET_OFFSET:
+        yield Finding("offset", whole=f"{_describe(median)} of their images: the median of {len(sure)} rows")
+    deviation = scan.rows["offset"][sure] - median
+    rows = sure[np.abs(deviation).max(axis=1) >= np.maximum(ROW_OFFSET, scan.rows["scale"][sure])]
+    yield from _finding("offset_row", {int(n): _describe(scan.rows["offset"][n]) for n in rows})
 
 
-def _words(offset: np.ndarray) -> str:
-    """ "3 px right, 1 px above"."""
+def _describe(offset: np.ndarray) -> str:
+    """Formats (down, right) as "3 px right, 1 px above"."""
     down, right = (round(float(value)) for value in offset)
     parts = [f"{abs(right)} px {'right' if right > 0 else 'left'}"] if right else []
     parts += [f"{abs(down)} px {'below' if down > 0 else 'above'}"] if down else []
@@ -154,26 +169,27 @@ def _conditions(scan: Scan) -> Iterator[Finding]:
     flat = np.flatnonzero(rows["content"] == CONTENTS.index("constant"))
     yield from _finding("constant", dict.fromkeys(flat.tolist(), "one flat colour"))
     coloured = np.flatnonzero(rows["content"] == CONTENTS.index("colour"))
-    if len(coloured) <= STRAY * np.count_nonzero(rows["content"]):
+    if len(coloured) <= MAX_COLOURED_SHARE * np.count_nonzero(rows["content"]):
         yield from _finding("coloured", dict.fromkeys(coloured.tolist(), "has colours"))
     white, black = (np.flatnonzero(rows["polarity"] == value) for value in (WHITE_ON_BLACK, BLACK_ON_WHITE))
-    fewer, words = (black, "black on white") if len(black) <= len(white) else (white, "white on black")
-    yield from _finding("polarity", dict.fromkeys(fewer.tolist(), words))
+    fewer, reason = (black, "black on white") if len(black) <= len(white) else (white, "white on black")
+    yield from _finding("polarity", dict.fromkeys(fewer.tolist(), reason))
 
 
-def _copies(scan: Scan, open_image: Callable[[int], Image.Image]) -> Iterator[Finding]:
+def _duplicates(scan: Scan, open_image: Callable[[int], Image.Image]) -> Iterator[Finding]:
     readable = np.flatnonzero(scan.rows["is_read"])
     same = {
         int(readable[place]): f"the picture of {scan.keys[readable[group[0]]]}"
-        for group in equal_groups(scan.rows["pixels"][readable])
+        for group in equal_groups(scan.rows["pixel_hash"][readable])
         for place in group[1:]
     }
     yield from _finding("duplicate", same)
     single = np.array([number for number in readable if int(number) not in same], int)
-    pairs = [(int(single[a]), int(single[b])) for a, b in near_pairs(scan.rows["look"][single], MAX_LOOKS)]
+    hashes = scan.rows["perceptual_hash"][single]
+    pairs = [(int(single[a]), int(single[b])) for a, b in near_pairs(hashes, MAX_NEAR_PAIRS)]
     near: dict[int, str] = {}
-    for first, second in confirmed(pairs, open_image):
-        near.setdefault(second, f"the picture of {scan.keys[first]}, saved anew")
+    for first, second in confirm_pairs(pairs, open_image):
+        near.setdefault(second, f"the picture of {scan.keys[first]}, saved again")
     yield from _finding("near_duplicate", near)
 
 
@@ -189,5 +205,5 @@ def _captions(scan: Scan) -> Iterator[Finding]:
     tokens = scan.rows["tokens"]
     long = np.flatnonzero(tokens > TOKENS)
     yield from _finding("long_caption", {int(n): f"{tokens[n]} tokens" for n in long})
-    mute = np.flatnonzero(scan.rows["is_mute"])
-    yield from _finding("mute_caption", dict.fromkeys(mute.tolist(), "an empty caption"))
+    empty = np.flatnonzero(scan.rows["has_empty_caption"])
+    yield from _finding("empty_caption", dict.fromkeys(empty.tolist(), "an empty caption"))

@@ -1,4 +1,7 @@
-"""What a run over the data would take: disk by the sizes of its records, time and memory by doing a little of it."""
+"""Predicts what a training run over the dataset takes: disk from the sizes of its records, time and memory by a test.
+
+The test encodes a few rows with the base on this machine.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,19 @@ from t2i_adapter.models.base import Base
 from t2i_adapter.models.encoders import LatentEncoder, TextEncoder, encode_pixels
 from t2i_adapter.types import TOKENS, text_widths
 
-MOST_SECONDS = 30.0
-"""What timing one encoder may take; no further picture is begun after it."""
+MAX_SECONDS = 30.0
+"""After so long no further item is encoded."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Encoding as it went on this machine.
+    """Time and memory of encoding on this machine.
 
     Attributes:
-        device: where it ran.
-        picture_seconds: for one crop, by the VAE.
-        caption_seconds: for one caption, by both text encoders.
-        peak_bytes: most memory that was in use: the device's, or on the CPU this whole process's.
+        device: "cpu" or "cuda".
+        picture_seconds: the VAE's time for one crop.
+        caption_seconds: the text encoders' time for one caption.
+        peak_bytes: peak memory of the GPU, or on the CPU of the whole process.
     """
 
     device: str
@@ -43,14 +46,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run takes, and how it is known.
+    """What a run over all readable rows takes.
 
     Attributes:
-        picture_bytes: of the cache's records of pictures, 0 where none are kept.
-        caption_bytes: of captions' states, 0 where they are encoded as they come.
-        captions_why: whether captions are kept, in words.
-        crops: how many the VAE must encode.
-        measured: None where nothing was encoded.
+        picture_bytes: size of the pictures' records in the cache; 0 if there is no cache.
+        caption_bytes: size of the captions' records; 0 if captions are encoded in each step.
+        captions_why: a sentence that explains whether captions are cached.
+        crops: crops that the VAE encodes.
+        captions: captions that the text encoders encode.
+        measured: None if nothing was encoded.
     """
 
     picture_bytes: int
@@ -62,23 +66,22 @@ class Needs:
 
     @property
     def seconds(self) -> float | None:
-        """To prepare the data, of which nothing is there yet; without reading and cutting pictures."""
+        """Seconds to encode the dataset with an empty cache, without reading and cropping; None if not measured."""
         if self.measured is None:
             return None
         return self.crops * self.measured.picture_seconds + self.captions * self.measured.caption_seconds
 
 
-def find_needs(scan: Scan, base: Base, options: DataOptions, views: int, measured: Measured | None) -> Needs:
-    """Of all rows that can be read. `views` crops are kept of each picture."""
+def predict_needs(scan: Scan, base: Base, options: DataOptions, views: int, measured: Measured | None) -> Needs:
+    """Predicts for all readable rows. views: crops that are cached of each picture."""
     _, first = np.unique(scan.rows["digest"], return_index=True)
     distinct = scan.rows[first]
     distinct = distinct[distinct["is_read"]]
     count = len(scan.captions)
-    kept, why = choose_captions(map(str, range(count)), options, caption_bytes(base))
-    is_kept = options.cache == "disk"
+    cached, why = choose_captions(map(str, range(count)), options, caption_bytes(base))
     return Needs(
-        picture_bytes=int(distinct["bytes"].sum()) if is_kept else 0,
-        caption_bytes=0 if kept is None else count * caption_record_bytes(base),
+        picture_bytes=int(distinct["bytes"].sum()) if options.cache == "disk" else 0,
+        caption_bytes=0 if cached is None else count * caption_record_bytes(base),
         captions_why=why,
         crops=len(distinct) * views,
         captions=count,
@@ -87,18 +90,18 @@ def find_needs(scan: Scan, base: Base, options: DataOptions, views: int, measure
 
 
 def caption_record_bytes(base: Base) -> int:
-    """What the cache keeps of one caption, its entry in the index included."""
-    text, pooled = text_widths(base.unet_config)
-    states = np.zeros((TOKENS, text), np.float16)
+    """Bytes of one caption's record in the cache, with its entry in the index."""
+    width, pooled = text_widths(base.unet_config)
+    states = np.zeros((TOKENS, width), np.float16)
     return stored_bytes(pack_text(states, np.zeros(pooled, np.float16), tokens=TOKENS, name="caption"))
 
 
-def measure(base: Base, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> Measured:
-    """Encodes a few crops, each (3,H,W) uint8, and captions, on the GPU where there is one. At least one of each."""
+def time_encoders(base: Base, crops: Sequence[np.ndarray], captions: Sequence[str]) -> Measured:
+    """Encodes crops, each (3,H,W) uint8, and captions, on the GPU if there is one. It needs at least one of each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    picture_seconds = _time_pictures(base.latent_encoder(device), pictures)
+    picture_seconds = _time_pictures(base.latent_encoder(device), crops)
     release(device)
     caption_seconds = _time_captions(base.text_encoder(device, torch.float32), captions)
     release(device)
@@ -106,22 +109,21 @@ def measure(base: Base, pictures: Sequence[np.ndarray], captions: Sequence[str])
     return Measured(device, picture_seconds, caption_seconds, peak)
 
 
-def _time_pictures(vae: LatentEncoder, pictures: Sequence[np.ndarray]) -> float:
-    return _each(pictures, lambda crop: encode_pixels(vae, torch.from_numpy(crop)[None].to(vae.device)).cpu())
+def _time_pictures(vae: LatentEncoder, crops: Sequence[np.ndarray]) -> float:
+    return _seconds_each(crops, lambda crop: encode_pixels(vae, torch.from_numpy(crop)[None].to(vae.device)).cpu())
 
 
 def _time_captions(text: TextEncoder, captions: Sequence[str]) -> float:
-    return _each(captions, lambda caption: text.encode([caption])[0].cpu())
+    return _seconds_each(captions, lambda caption: text.encode([caption])[0].cpu())
 
 
-def _each(items: Sequence[np.ndarray] | Sequence[str], do: Callable[..., object]) -> float:
-    """Seconds for one."""
-    do(items[0])  # warms up
+def _seconds_each(items: Sequence[np.ndarray] | Sequence[str], encode: Callable[..., object]) -> float:
+    encode(items[0])  # warm-up
     start, done = time.monotonic(), 0
     for item in items:
-        do(item)
+        encode(item)
         done += 1
-        if time.monotonic() - start > MOST_SECONDS:
+        if time.monotonic() - start > MAX_SECONDS:
             break
     return (time.monotonic() - start) / done
 

@@ -1,4 +1,4 @@
-"""How far a condition lies beside its image, told by where their edges agree."""
+"""Measures how far a condition is shifted against its image, by a phase correlation of their edges."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-REACH = 16
-"""Pixels of a scale, up and down, left and right, within which an offset is looked for."""
+MAX_SHIFT = 16
+"""Pixels of a scale, up, down, left and right, within which an offset is searched."""
 
 SCALES = (1, 2, 4)
-"""Looked at one after another until one is sure, each this many times smaller: thick lines and soft edges agree at a
-smaller one only."""
+"""The pictures are compared at these reductions, one after another, until an offset is sure: thick lines and soft edges
+agree at a smaller size only."""
 
 WINDOW = 512
-"""Side of the middle part that is compared, in pixels of a scale; more costs time and tells no more."""
+"""Side of the central part that is compared, in pixels of a scale; a larger one is slower and finds no more."""
 
-SURE = 4.0
-"""Margin from which on an offset is believed. Conditions whose edges are the image's reach 5 to 10, unrelated ones
+SURE_MARGIN = 4.0
+"""Margin from which an offset counts as sure. Conditions with the edges of their image reach 5 to 10, unrelated ones
 mostly less than 3."""
 
-_BLUR = 1.0  # pixels: a line's own width must not decide
-_WHITENING = 0.8  # 1 is phase correlation; a little less leaves noise behind. Stripes and grids then hardly count
-_COARSE = 3  # pixels: the borders of a mosaic's cells are no wider, antialiased or not
-_STEP = 8  # grey levels, above what lossy compression leaves of a flat area
+_BLUR = 1.0  # pixels of sigma, so that the width of a line does not decide
+_WHITENING = (
+    0.8  # exponent; 1 is phase correlation, a little less suppresses noise. Periodic patterns hardly count then
+)
+_MAX_GRID_LINE = 3  # pixels: the borders of a mosaic's cells are at most so wide, with antialiasing
+_MIN_STEP = 8  # grey levels, more than lossy compression adds in a flat area
 
 
 class Offset(NamedTuple):
     """How far the condition lies below and to the right of its image, in pixels of the crop.
 
-    `margin` is the height of the best agreement over the next, in standard deviations of all within reach; `scale` how
-    many times smaller the pictures were when it was found.
+    `margin` is the height of the correlation's peak over the next one, in standard deviations of the correlation;
+    `scale` is the reduction at which the offset was found.
     """
 
     down: float
@@ -42,69 +44,69 @@ class Offset(NamedTuple):
 
 
 def find_offset(image: np.ndarray, condition: np.ndarray) -> Offset | None:
-    """image (C,H,W) and condition (C',H,W), both uint8; None where there are no edges to tell it by."""
+    """image (C,H,W) and condition (C',H,W), both uint8. Returns None if one of them has no edges to compare."""
     best: Offset | None = None
     for scale in SCALES:
         found = _offset_at(scale, image, condition)
         if found and (best is None or found.margin > best.margin):
             best = found
-        if best and best.margin >= SURE:
+        if best and best.margin >= SURE_MARGIN:
             break
     return best
 
 
 def _offset_at(scale: int, image: np.ndarray, condition: np.ndarray) -> Offset | None:
-    image, condition = _middle(image, scale), _middle(condition, scale)
-    if min(image.shape[1:]) < 4 * REACH or is_coarse(image) or is_coarse(condition):
+    image, condition = _center(image, scale), _center(condition, scale)
+    if min(image.shape[1:]) < 4 * MAX_SHIFT or is_mosaic(image) or is_mosaic(condition):
         return None
-    agreement = _agreement(edges(image), edges(condition))
-    top, left = map(int, np.unravel_index(agreement.argmax(), agreement.shape))
-    others = agreement.copy()
+    correlation = _correlation(edge_map(image), edge_map(condition))
+    top, left = map(int, np.unravel_index(correlation.argmax(), correlation.shape))
+    others = correlation.copy()
     others[max(0, top - 3) : top + 4, max(0, left - 3) : left + 4] = -np.inf
-    margin = (agreement[top, left] - others.max()) / max(float(agreement.std()), 1e-12)
-    down = top - REACH + _between(agreement[:, left], top)
-    right = left - REACH + _between(agreement[top], left)
+    margin = (correlation[top, left] - others.max()) / max(float(correlation.std()), 1e-12)
+    down = top - MAX_SHIFT + _subpixel(correlation[:, left], top)
+    right = left - MAX_SHIFT + _subpixel(correlation[top], left)
     return Offset(scale * down, scale * right, float(margin), scale)
 
 
-def _between(values: np.ndarray, place: int) -> float:
-    """How far beside `place`, -0.5 to 0.5, a parabola through it and its neighbours is highest; 0 at the border."""
-    if not 0 < place < len(values) - 1:
+def _subpixel(values: np.ndarray, peak: int) -> float:
+    """The vertex, -0.5 to 0.5 beside `peak`, of the parabola through the peak and its neighbours; 0 at the border."""
+    if not 0 < peak < len(values) - 1:
         return 0.0
-    before, here, after = (float(value) for value in values[place - 1 : place + 2])
+    before, here, after = (float(value) for value in values[peak - 1 : peak + 2])
     bend = 2 * here - before - after
     return (after - before) / (2 * bend) if bend > 0 else 0.0
 
 
-def edges(picture: np.ndarray) -> np.ndarray:
-    """(C,H,W) uint8 -> (H,W) float32: the greatest step of any channel within 3 x 3 pixels, softened.
+def edge_map(picture: np.ndarray) -> np.ndarray:
+    """(C,H,W) uint8 -> (H,W) float32: the largest step of any channel within 3 x 3 pixels, blurred.
 
-    Symmetric about a line as about the border of an area, so that either may stand for the other.
+    It is symmetric about a line and about the border of an area, so that either may correspond to the other.
     """
     square = np.ones((3, 3), np.uint8)
     lines = [cv2.morphologyEx(np.ascontiguousarray(plane), cv2.MORPH_GRADIENT, square) for plane in picture]
     return cv2.GaussianBlur(reduce(cv2.max, lines).astype(np.float32), (0, 0), _BLUR)
 
 
-def is_coarse(picture: np.ndarray) -> bool:
-    """Whether (C,H,W) uint8 is flat, or made of rectangles on a grid: borders of cells are no edges of the image."""
-    across = reduce(cv2.max, [_greatest_steps(plane) for plane in picture]) > _STEP  # columns that anything changes at
-    down = reduce(cv2.max, [_greatest_steps(plane.T) for plane in picture]) > _STEP
-    return max(_longest_run(across), _longest_run(down)) <= _COARSE
+def is_mosaic(picture: np.ndarray) -> bool:
+    """Whether (C,H,W) uint8 is flat or consists of rectangles on a grid, whose borders are not edges of the image."""
+    columns = reduce(cv2.max, [_largest_steps(plane) for plane in picture]) > _MIN_STEP  # where any row changes
+    rows = reduce(cv2.max, [_largest_steps(plane.T) for plane in picture]) > _MIN_STEP
+    return max(_longest_run(columns), _longest_run(rows)) <= _MAX_GRID_LINE
 
 
-def _agreement(image: np.ndarray, condition: np.ndarray) -> np.ndarray:
-    """(2 REACH + 1, 2 REACH + 1): how well two edge maps agree when the condition's is moved back by each offset."""
+def _correlation(image: np.ndarray, condition: np.ndarray) -> np.ndarray:
+    """(2 MAX_SHIFT + 1, 2 MAX_SHIFT + 1): the correlation of two edge maps (H,W) at every offset of the condition."""
     window = np.outer(*(np.sqrt(np.hanning(side + 2)[1:-1]) for side in image.shape)).astype(np.float32)
     spectra = [np.fft.rfft2((part - part.mean()) * window) for part in (image, condition)]
     cross = np.conj(spectra[0]) * spectra[1]
     size = np.abs(cross)
     whole = np.fft.irfft2(cross / (size + 1e-3 * size.max() + 1e-12) ** _WHITENING, image.shape)
-    return np.roll(whole, (REACH, REACH), (0, 1))[: 2 * REACH + 1, : 2 * REACH + 1]
+    return np.roll(whole, (MAX_SHIFT, MAX_SHIFT), (0, 1))[: 2 * MAX_SHIFT + 1, : 2 * MAX_SHIFT + 1]
 
 
-def _middle(picture: np.ndarray, scale: int) -> np.ndarray:
-    """(C,H,W) uint8, `scale` times smaller: the middle, whole pixels of the scale."""
+def _center(picture: np.ndarray, scale: int) -> np.ndarray:
+    """(C,H,W) uint8 -> the central part, reduced `scale` times."""
     side = WINDOW * scale
     top, left = ((max(0, length - side)) // 2 for length in picture.shape[1:])
     height, width = (min(length, side) // scale for length in picture.shape[1:])
@@ -115,13 +117,13 @@ def _middle(picture: np.ndarray, scale: int) -> np.ndarray:
     return np.stack(planes)
 
 
-def _greatest_steps(plane: np.ndarray) -> np.ndarray:
-    """(H,W) uint8 -> (W-1,) uint8: the greatest step from each column to the next."""
+def _largest_steps(plane: np.ndarray) -> np.ndarray:
+    """(H,W) uint8 -> (W-1,) uint8: the largest step from each column to the next."""
     steps = cv2.absdiff(np.ascontiguousarray(plane[:, 1:]), np.ascontiguousarray(plane[:, :-1]))
     return cv2.reduce(steps, 0, cv2.REDUCE_MAX)[0]
 
 
 def _longest_run(flags: np.ndarray) -> int:
-    """How many True stand side by side, at most."""
+    """Length of the longest run of True."""
     ends = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
     return int((ends[1::2] - ends[::2]).max(initial=0))

@@ -1,30 +1,38 @@
-"""What was found, for people on a terminal and as plain data."""
+"""The doctor's report: made from a dataset (`diagnose`), printed as text and written as JSON."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.geometry import Framing
+from t2i_adapter.data.pair import PairTransform
+from t2i_adapter.data.source import Source
 from t2i_adapter.doctor.content import BLACK_ON_WHITE, CONTENTS, WHITE_ON_BLACK
-from t2i_adapter.doctor.findings import KINDS, Finding, median_offset
-from t2i_adapter.doctor.needs import Needs
-from t2i_adapter.doctor.scan import Scan
+from t2i_adapter.doctor.findings import Finding, find, median_offset
+from t2i_adapter.doctor.needs import Measured, Needs, predict_needs, time_encoders
+from t2i_adapter.doctor.scan import Examiner, Scan, scan
 from t2i_adapter.files import show_bytes
+from t2i_adapter.models.base import Base
+from t2i_adapter.models.encoders import count_tokens
 
 VERSION = 1
-"""Of the JSON's form."""
+"""Version of the JSON's form."""
 
-_NAMED = 3  # rows a line
+_NAMED_ROWS = 3
+_MAX_REASON = 40  # characters
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that is told of a data set; `seconds` is what reading it took."""
+    """What the doctor found. `place` names the dataset; `seconds` is the time that reading took."""
 
     place: str
     scan: Scan
@@ -34,20 +42,49 @@ class Report:
     seconds: float
 
     def count(self, level: str) -> int:
-        """Findings of a level, "error" or "warning"."""
-        return sum(finding.level == level for finding in self.findings)
+        """Number of findings of a level, "error" or "warning"."""
+        return sum(finding.about.level == level for finding in self.findings)
 
     @property
     def verdict(self) -> str:
-        """ "2 errors, 1 warning"."""
+        """For example "2 errors, 1 warning"."""
         if not self.findings:
             return "nothing is wrong"
         counts = {level: self.count(level) for level in ("error", "warning")}
         return ", ".join(f"{n} {level}{'s' * (n > 1)}" for level, n in counts.items() if n)
 
 
+def diagnose(
+    source: Source, transform: PairTransform, base: Base, data: DataOptions, *, timed_rows: int, workers: int | None
+) -> Report:
+    """Reads every row, finds what is wrong and predicts what a run takes.
+
+    Args:
+        timed_rows: readable rows, from the first on, that are encoded to measure time and memory.
+        workers: as in `scan`.
+    """
+    started = time.monotonic()
+    count = partial(count_tokens, base.tokenizers()[0])
+    scanned = scan(Examiner(source, transform), count, data.caption_prefix, workers)
+    seconds = time.monotonic() - started
+    findings = find(scanned, data.resolution, lambda number: source[number].image)
+    measured = _measure(scanned, source, transform, base, timed_rows)
+    needs = predict_needs(scanned, base, data, transform.framing.count, measured)
+    return Report(source.describe(), scanned, findings, needs, transform.framing, seconds)
+
+
+def _measure(scan: Scan, source: Source, transform: PairTransform, base: Base, count: int) -> Measured | None:
+    """Encodes the first `count` readable rows."""
+    numbers: Sequence[Any] = np.flatnonzero(scan.rows["is_read"])[:count].tolist()
+    if not numbers:
+        return None
+    samples = [source[number] for number in numbers]
+    crops = [transform.crop(sample, 0).image for sample in samples]
+    return time_encoders(base, crops, [sample.captions[0] for sample in samples])
+
+
 def to_json(report: Report) -> dict[str, Any]:
-    """Plain JSON types; offsets are [down, right] and sizes [height, width], in pixels."""
+    """Returns plain JSON types; offsets are [down, right] and sizes [height, width], in pixels."""
     scan = report.scan
     offset = median_offset(scan)
     return {
@@ -70,7 +107,7 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def _finding_json(finding: Finding, scan: Scan) -> dict[str, Any]:
-    kind = KINDS[finding.kind]
+    kind = finding.about
     rows = [{"number": n, "key": scan.keys[n], "reason": reason} for n, reason in finding.reasons.items()]
     return {
         "kind": finding.kind,
@@ -84,45 +121,44 @@ def _finding_json(finding: Finding, scan: Scan) -> dict[str, Any]:
 
 
 def to_text(report: Report) -> str:
-    """A screenful: a line a finding, then what the data is and what it takes."""
-    rows = len(report.scan.rows)
-    pace = rows / max(report.seconds, 1e-9)
+    """Returns one screen of text: a line per finding, then the summary and the verdict."""
+    rows_per_second = len(report.scan.rows) / max(report.seconds, 1e-9)
     findings = [finding_line(finding, report.scan) for finding in report.findings]
-    facts = facts_lines(report)
+    facts = summary(report)
     width = max(map(len, facts))
-    told = [f"  {name:<{width}}  {words}" for name, words in facts.items()]
-    top = f"{report.place}: read in {report.seconds:.1f} s ({pace:.0f} rows/s)"
-    return "\n".join([top, *findings, *told, report.verdict])
+    lines = [f"  {name:<{width}}  {text}" for name, text in facts.items()]
+    top = f"{report.place}: read in {report.seconds:.1f} s ({rows_per_second:.0f} rows/s)"
+    return "\n".join([top, *findings, *lines, report.verdict])
 
 
 def finding_line(finding: Finding, scan: Scan) -> str:
-    """ "error: a picture cannot be read: 2 rows (train/3.png, train/7.png). What to do: write it again"."""
-    kind = KINDS[finding.kind]
+    """For example "error: a picture is missing: 2 rows (train/3.png, train/7.png). What to do: add the file"."""
+    kind = finding.about
     if finding.whole:
         return f"{kind.level}: {kind.what}: {finding.whole}. What to do: {kind.advice}"
-    named = [f"{_one_line(scan.keys[n])}{_detail(finding, n)}" for n in list(finding.reasons)[:_NAMED]]
-    named += ["..."] * (len(finding.reasons) > _NAMED)
+    named = [f"{_one_line(scan.keys[n])}{_reason(finding, n)}" for n in list(finding.reasons)[:_NAMED_ROWS]]
+    named += ["..."] * (len(finding.reasons) > _NAMED_ROWS)
     count = f"{len(finding.reasons)} row{'s' * (len(finding.reasons) > 1)}"
     return f"{kind.level}: {kind.what}: {count} ({', '.join(named)}). What to do: {kind.advice}"
 
 
-def facts_lines(report: Report) -> dict[str, str]:
-    """What the data is and what it takes, in words."""
+def summary(report: Report) -> dict[str, str]:
+    """Name -> text: what the dataset holds and what a run over it takes."""
     scan, framing = report.scan, report.framing
     counted = crops(scan, framing)
-    kinds = [f"{words} {n}" for words, n in conditions(scan).items()]
+    contents = [f"{name} {n}" for name, n in conditions(scan).items()]
     return {
-        "images": _size_words(scan),
+        "images": _describe_sizes(scan),
         "crops": ", ".join(f"{w}x{h}: {n}" for (h, w), n in counted.items()) or "none",
-        "conditions": ", ".join(kinds) or "made from the images",
-        "offset": _offset_words(scan),
-        "captions": _caption_words(report),
-        **_needs_words(report.needs),
+        "conditions": ", ".join(contents) or "made from the images",
+        "offset": _describe_offset(scan),
+        "captions": _describe_captions(report),
+        **_describe_needs(report.needs),
     }
 
 
 def crops(scan: Scan, framing: Framing) -> dict[tuple[int, int], int]:
-    """(height, width) of crops -> how many pictures are cut so, most first."""
+    """Returns size of a crop (height, width) -> number of pictures, most frequent first."""
     sizes = scan.rows["size"][scan.rows["is_read"]]
     distinct, counts = np.unique(sizes, axis=0, return_counts=True)
     found: Counter[tuple[int, int]] = Counter()
@@ -132,11 +168,11 @@ def crops(scan: Scan, framing: Framing) -> dict[tuple[int, int], int]:
 
 
 def conditions(scan: Scan) -> dict[str, int]:
-    """What conditions hold -> how many do."""
-    counts = {words: int((scan.rows["content"] == n).sum()) for n, words in enumerate(CONTENTS) if n}
-    for words, value in (("lines white on black", WHITE_ON_BLACK), ("lines black on white", BLACK_ON_WHITE)):
-        counts[words] = int((scan.rows["polarity"] == value).sum())
-    return {words: count for words, count in counts.items() if count}
+    """Returns content of a condition -> number of rows."""
+    counts = {name: int((scan.rows["content"] == n).sum()) for n, name in enumerate(CONTENTS) if n}
+    for name, value in (("lines white on black", WHITE_ON_BLACK), ("lines black on white", BLACK_ON_WHITE)):
+        counts[name] = int((scan.rows["polarity"] == value).sum())
+    return {name: count for name, count in counts.items() if count}
 
 
 def _sizes(scan: Scan) -> dict[str, list[int]] | None:
@@ -147,7 +183,7 @@ def _sizes(scan: Scan) -> dict[str, list[int]] | None:
     return {name: order[place].tolist() for name, place in (("least", 0), ("median", len(order) // 2), ("most", -1))}
 
 
-def _size_words(scan: Scan) -> str:
+def _describe_sizes(scan: Scan) -> str:
     sizes = _sizes(scan)
     readable = int(scan.rows["is_read"].sum())
     if sizes is None:
@@ -156,42 +192,46 @@ def _size_words(scan: Scan) -> str:
     return f"{readable} of {len(scan.rows)} rows can be read; width x height {least} to {most}, median {median}"
 
 
-def _offset_words(scan: Scan) -> str:
-    told = median_offset(scan)
-    if told is None:
-        return "not told: too few conditions whose edges are their image's"
-    down, right = (round(float(value), 1) + 0.0 for value in told[0])  # no "-0.0"
-    return f"median {right:+.1f} px right, {down:+.1f} px down, by {len(told[1])} rows"
+def _describe_offset(scan: Scan) -> str:
+    found = median_offset(scan)
+    if found is None:
+        return "unknown: too few conditions have the edges of their image"
+    down, right = (round(float(value), 1) + 0.0 for value in found[0])  # + 0.0 turns -0.0 into 0.0
+    return f"median {right:+.1f} px right, {down:+.1f} px down, of {len(found[1])} rows"
 
 
-def _caption_words(report: Report) -> str:
+def _describe_captions(report: Report) -> str:
     most = int(report.scan.rows["tokens"].max(initial=0))
-    longest = f"the longest has {most} tokens" if most else "all short"
-    return f"{report.needs.captions} distinct with the empty one; {longest}"
+    longest = f"the longest has {most} tokens" if most else "all are short"
+    return f"{report.needs.captions} distinct, with the empty one; {longest}"
 
 
-def _needs_words(needs: Needs) -> dict[str, str]:
+def _describe_needs(needs: Needs) -> dict[str, str]:
     measured = needs.measured
-    kept = needs.picture_bytes + needs.caption_bytes
-    disk = f"{show_bytes(kept)}: pictures {show_bytes(needs.picture_bytes)}, captions {show_bytes(needs.caption_bytes)}"
+    total = needs.picture_bytes + needs.caption_bytes
+    pictures, captions = show_bytes(needs.picture_bytes), show_bytes(needs.caption_bytes)
+    disk = f"{show_bytes(total)}: pictures {pictures}, captions {captions}"
     if measured is None or needs.seconds is None:
         return {"disk": disk, "time": "not measured", "memory": "not measured"}
-    where = "the GPU" if measured.device == "cuda" else "this process, on the CPU"
+    where = "on the GPU" if measured.device == "cuda" else "in this process, on the CPU"
     return {
         "disk": disk,
         "time": (
-            f"encoding everything about {needs.seconds:.0f} s on {measured.device}: {measured.picture_seconds:.3f} s a "
-            f"crop, {measured.caption_seconds:.3f} s a caption; training not measured"
+            f"encoding the dataset takes about {needs.seconds:.0f} s on {measured.device}: "
+            f"{measured.picture_seconds:.3f} s a crop, {measured.caption_seconds:.3f} s a caption; "
+            "training not measured"
         ),
-        "memory": f"encoding took {show_bytes(measured.peak_bytes)} of {where}; training not measured",
+        "memory": f"encoding took {show_bytes(measured.peak_bytes)} {where}; training not measured",
     }
 
 
-def _detail(finding: Finding, number: int) -> str:
-    """The reason, where it is short and differs from row to row."""
-    reasons = set(finding.reasons.values())
+def _reason(finding: Finding, number: int) -> str:
+    """The row's reason if it is short and adds something to the finding's text."""
+    is_same = len(set(finding.reasons.values())) == 1
     reason = _one_line(finding.reasons[number])
-    return f": {reason}" if len(reason) <= 40 and (len(reasons) > 1 or reason not in KINDS[finding.kind].what) else ""
+    if len(reason) > _MAX_REASON or (is_same and reason in finding.about.what):
+        return ""
+    return f": {reason}"
 
 
 def _one_line(text: str) -> str:

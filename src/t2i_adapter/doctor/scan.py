@@ -1,4 +1,8 @@
-"""Every row of a source read once, by several processes, in bounded memory."""
+"""Reads and measures every row of a dataset once, in several processes and in bounded memory.
+
+A row's measurements are numbers of a fixed size (`ROW`); text is stored only for bad rows. Worker processes import this
+module, so it loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -12,34 +16,135 @@ import numpy as np
 from tqdm import tqdm
 
 from t2i_adapter.cache.context import run_ahead
-from t2i_adapter.cache.records import add_prefix, text_key
-from t2i_adapter.doctor.row import ROW, Chunk, Examiner, Fault
+from t2i_adapter.cache.records import add_prefix, pack_image, stored_bytes, text_key
+from t2i_adapter.data.bad_rows import BadRow
+from t2i_adapter.data.pair import CroppedPair, PairTransform
+from t2i_adapter.data.source import Source
+from t2i_adapter.doctor.content import find_content, find_polarity
+from t2i_adapter.doctor.duplicates import hash_pixels, perceptual_hash
+from t2i_adapter.doctor.offset import find_offset
+from t2i_adapter.errors import UserError
+from t2i_adapter.types import Sample
 
-CHUNK = 8
-"""Rows that a process is given at a time."""
+CHUNK_ROWS = 8
+"""Rows in one task of a worker process."""
 
-AHEAD = 4
-"""Chunks a process that may wait to be taken in."""
+CHUNKS_AHEAD = 4
+"""Chunks per process that may be finished before they are collected."""
 
-SHORTEST_LONG = 40
-"""Bytes of UTF-8 up to which a caption cannot exceed 77 tokens, as each token takes at least one: 75 without start and
-end, and room for what lowering its case adds."""
+SHORT_BYTES = 40
+"""A caption of at most so many UTF-8 bytes is not tokenized: it cannot exceed 77 tokens. Each of the 75 tokens besides
+start and end takes at least one byte, and lower-casing may lengthen the text."""
+
+ROW = np.dtype(
+    [
+        ("is_read", "?"),
+        ("size", "<i4", 2),  # of the image, (height, width)
+        ("condition_size", "<i4", 2),  # (height, width); (0, 0) if the row has no condition picture
+        ("digest", "<u8"),  # first 64 bits of the pair's digest
+        ("pixel_hash", "<u8"),
+        ("perceptual_hash", "<u8"),
+        ("content", "u1"),  # index into CONTENTS
+        ("polarity", "i1"),
+        ("offset", "<f4", 2),  # (down, right), pixels of the crop
+        ("margin", "<f4"),  # of the offset; 0 if none was found
+        ("scale", "u1"),  # of the offset
+        ("bytes", "<u8"),  # of the pair's records in the cache, all views together
+        ("tokens", "<i4"),  # of the longest caption; 0 if all are short
+        ("has_empty_caption", "?"),
+    ]
+)
+"""The measurements of one row, 69 bytes. The main process, which has the tokenizer, fills in the last two."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The rows of one task.
+
+    Attributes:
+        start: number of the first row.
+        rows: (n,) of ROW.
+        keys: (n,)
+        captions: (n,); a row's captions, () if it cannot be read.
+        bad: number -> the bad row.
+    """
+
+    start: int
+    rows: np.ndarray
+    keys: tuple[str, ...]
+    captions: tuple[tuple[str, ...], ...]
+    bad: dict[int, BadRow]
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Reads rows, crops them as training does and measures them. It is pickled to the worker processes."""
+
+    source: Source
+    transform: PairTransform
+
+    def examine(self, numbers: range) -> Chunk:
+        """Reads the rows of a range. A bad row is recorded and does not stop the others."""
+        rows = np.zeros(len(numbers), ROW)
+        keys: list[str] = []
+        captions: list[tuple[str, ...]] = []
+        bad: dict[int, BadRow] = {}
+        for row, number in zip(rows, numbers, strict=True):
+            try:
+                sample = self.source[number]
+                self._measure(sample, row)
+            except UserError as fault:
+                bad[number] = BadRow.of(self.source, number, fault)
+                keys.append(bad[number].key)
+                captions.append(())
+            else:
+                keys.append(sample.key)
+                captions.append(sample.captions)
+        return Chunk(numbers.start, rows, tuple(keys), tuple(captions), bad)
+
+    def _measure(self, sample: Sample, row: np.void) -> None:
+        """Fills in a row of ROW. Raises UserError if the pair cannot be cropped."""
+        crops = [self.transform.crop(sample, view) for view in range(self.transform.framing.count)]
+        row["size"] = sample.image.height, sample.image.width
+        row["digest"] = int(sample.digest[:16], 16)
+        row["pixel_hash"], row["perceptual_hash"] = hash_pixels(sample.image), perceptual_hash(sample.image)
+        row["bytes"] = sum(map(record_bytes, crops))
+        if sample.condition is not None and self.transform.annotator is None:
+            _measure_condition(np.asarray(sample.condition.convert("RGB")), crops[0], row)
+        row["is_read"] = True
+
+
+def _measure_condition(picture: np.ndarray, crop: CroppedPair, row: np.void) -> None:
+    """picture: the stored condition, (H,W,3) uint8."""
+    row["condition_size"] = picture.shape[:2]
+    row["content"], row["polarity"] = find_content(picture), find_polarity(picture)
+    offset = find_offset(crop.image, crop.condition)
+    if offset is not None:
+        row["offset"] = offset.down, offset.right
+        row["margin"], row["scale"] = offset.margin, offset.scale
+
+
+def record_bytes(crop: CroppedPair) -> int:
+    """Bytes of one view's record in the cache, with its entry in the index."""
+    height, width = crop.geometry.target
+    moments = np.zeros((8, height // 8, width // 8), np.float16)
+    return stored_bytes(pack_image(moments, crop.condition, crop.geometry, name=crop.key))
 
 
 @dataclass
 class Scan:
-    """All that was read of a data set.
+    """The measurements of a whole dataset.
 
     Attributes:
         rows: (N,) of ROW.
         keys: (N,); each names its row.
-        faults: number -> why the row cannot be used.
-        captions: distinct captions as 64-bit hashes, the empty one among them.
+        bad: number -> the bad row.
+        captions: hashes (uint64) of the distinct captions, with the empty one among them.
     """
 
     rows: np.ndarray
     keys: list[str]
-    faults: dict[int, Fault] = field(default_factory=dict)
+    bad: dict[int, BadRow] = field(default_factory=dict)
     captions: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
@@ -47,32 +152,34 @@ def scan(examiner: Examiner, count_tokens: Callable[[str], int], prefix: str, wo
     """Examines every row of the examiner's source.
 
     Args:
-        count_tokens: of a caption, start and end included.
-        prefix: what training puts before every caption that is not empty.
-        workers: processes; None takes one a core, 0 reads in this one.
+        count_tokens: caption -> its tokens, with start and end.
+        prefix: text that training puts before every caption that is not empty.
+        workers: processes; None starts one a core, 0 reads in the main process.
     """
     total = len(examiner.source)
-    found = Scan(np.zeros(total, ROW), [])
-    hashes = [_hashes([""])]  # for dropped ones
+    result = Scan(np.zeros(total, ROW), [])
+    hashes = [_hashes([""])]  # the empty caption, which training uses for dropped captions
     with tqdm(total=total, desc="reading", leave=False, delay=0.5, unit="row") as bar:
         for chunk in _chunks(examiner, total, workers):
-            found.rows[chunk.start : chunk.start + len(chunk.rows)] = chunk.rows
-            found.keys += chunk.keys
-            found.faults |= chunk.faults
-            hashes.append(_take_captions(found, chunk, count_tokens, prefix))
+            result.rows[chunk.start : chunk.start + len(chunk.rows)] = chunk.rows
+            result.keys += chunk.keys
+            result.bad |= chunk.bad
+            hashes.append(_add_captions(result, chunk, count_tokens, prefix))
             bar.update(len(chunk.rows))
-    found.captions = np.unique(np.concatenate(hashes))
-    return found
+    result.captions = np.unique(np.concatenate(hashes))
+    return result
 
 
-def _take_captions(found: Scan, chunk: Chunk, count_tokens: Callable[[str], int], prefix: str) -> np.ndarray:
-    """Counts the captions of a chunk into `found`; gives the hashes of its distinct ones."""
+def _add_captions(result: Scan, chunk: Chunk, count_tokens: Callable[[str], int], prefix: str) -> np.ndarray:
+    """Writes the captions' columns of a chunk into `result`; returns the hashes of its distinct captions."""
+    distinct: set[str] = set()
     for number, captions in enumerate(chunk.captions, start=chunk.start):
-        told = [add_prefix(caption, prefix) for caption in captions]
-        long = [caption for caption in told if len(caption.encode()) > SHORTEST_LONG]
-        found.rows["tokens"][number] = max(map(count_tokens, long), default=0)
-        found.rows["is_mute"][number] = any(not caption.strip() for caption in captions)
-    return _hashes({add_prefix(caption, prefix) for captions in chunk.captions for caption in captions})
+        prompts = [add_prefix(caption, prefix) for caption in captions]
+        long = [prompt for prompt in prompts if len(prompt.encode()) > SHORT_BYTES]
+        result.rows["tokens"][number] = max(map(count_tokens, long), default=0)
+        result.rows["has_empty_caption"][number] = any(not caption.strip() for caption in captions)
+        distinct.update(prompts)
+    return _hashes(distinct)
 
 
 def _hashes(captions: Iterable[str]) -> np.ndarray:
@@ -80,28 +187,27 @@ def _hashes(captions: Iterable[str]) -> np.ndarray:
 
 
 def _chunks(examiner: Examiner, total: int, workers: int | None) -> Iterator[Chunk]:
-    """Chunks in the rows' order."""
-    ranges = (range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK))
-    processes = min(_cores() if workers is None else workers, -(-total // CHUNK))
+    """Yields the chunks in the order of the rows."""
+    ranges = (range(start, min(start + CHUNK_ROWS, total)) for start in range(0, total, CHUNK_ROWS))
+    processes = min(_cores() if workers is None else workers, -(-total // CHUNK_ROWS))
     if processes == 0:
         yield from map(examiner.examine, ranges)
         return
-
-    # Started afresh, not forked: by now this process has threads, whose locks a fork would copy as they happen to be.
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, fresh, initializer=_begin, initargs=(examiner,)) as pool:
-        yield from run_ahead(pool, _examine, ranges, AHEAD * processes)
-
-
-_examiner: Examiner | None = None  # of a worker process
+    # Spawned, not forked: a fork would copy the locks of this process's threads, some of them held.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(examiner,)) as pool:
+        yield from run_ahead(pool, _examine, ranges, CHUNKS_AHEAD * processes)
 
 
-def _begin(examiner: Examiner) -> None:
+_examiner: Examiner | None = None  # set in worker processes only
+
+
+def _start_worker(examiner: Examiner) -> None:
     global _examiner
     _examiner = examiner
     import cv2
 
-    cv2.setNumThreads(1)  # there is a process a core already
+    cv2.setNumThreads(1)  # there is one process a core
 
 
 def _examine(numbers: range) -> Chunk:

@@ -1,1 +1,1 @@
-"""Measures of what an adapter does: metrics, controls, report."""
+"""Measures how well generated pictures follow their conditions."""

@@ -1,8 +1,9 @@
-"""Colour difference as people see it: sRGB to CIELAB, and CIEDE2000.
+"""Measures how different two colours look: sRGB to CIELAB, and the CIEDE2000 difference.
 
 Sharma, Wu, Dalal, "The CIEDE2000 Color-Difference Formula: Implementation Notes, Supplementary Test Data, and
-Mathematical Observations", Color Research & Application 30(1), 2005. Equation numbers below are that paper's.
-About 1 is just noticeable side by side; 8 is the same colour in other light; unrelated colours differ by 30 and more.
+Mathematical Observations", Color Research & Application 30(1), 2005. Equation numbers below are those of the paper.
+A difference of 1 is just noticeable side by side; 8 is the same colour in other light; unrelated colours differ by 30
+and more.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _chroma_hue(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mean_hue(h1: np.ndarray, h2: np.ndarray, chroma_product: np.ndarray) -> np.ndarray:
-    """(14): halfway along the shorter arc; the sum where one of the two is grey and has no hue."""
+    """(14): halfway along the shorter arc; the sum if one of the two is grey and has no hue."""
     far = np.abs(h1 - h2) > 180
     mean = np.where(far, np.where(h1 + h2 < 360, h1 + h2 + 360, h1 + h2 - 360), h1 + h2) / 2
     return np.where(chroma_product == 0, h1 + h2, mean)

@@ -1,4 +1,7 @@
-"""Draw every pair three times and measure each picture: a function of a pipeline and pairs, no files."""
+"""Generates pictures of held-out pairs, with the adapter and two controls, and measures them.
+
+`evaluate` takes a pipeline and pairs in memory and writes no files; `report.py` writes its result.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,32 @@ from diffusers import StableDiffusionXLAdapterPipeline
 from PIL import Image
 
 from t2i_adapter.annotators.registry import Annotator, annotate
-from t2i_adapter.evaluation.controls import DRAWN, NO_ADAPTER, OTHER_CONDITION, TARGET, derangement, picture_seeds
 from t2i_adapter.evaluation.metrics import Estimate, bootstrap, condition_agreement, measure
 from t2i_adapter.evaluation.pairs import Pair
 from t2i_adapter.generation.generate import encode_prompts, generate
 from t2i_adapter.generation.options import SamplingOptions
 
+ADAPTER = "adapter"
+OTHER_CONDITION = "other_condition"
+"""Control: the adapter with the condition of another pair."""
+NO_ADAPTER = "no_adapter"
+"""Control: the prompt alone."""
+TARGET = "target"
+"""The pair's true picture, which is measured but not generated: the best value that a generated picture can reach."""
+GENERATED = (ADAPTER, OTHER_CONDITION, NO_ADAPTER)
+"""Columns of an evaluation that are generated, in this order."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Pictures and numbers of an evaluation; columns are ADAPTER, OTHER_CONDITION, NO_ADAPTER and TARGET.
+    """Pictures and metrics of an evaluation; the columns are ADAPTER, OTHER_CONDITION, NO_ADAPTER and TARGET.
 
     Attributes:
-        pairs: what was measured.
-        seeds: each pair's noise.
-        others: for each pair the index of the pair that lent it its condition in OTHER_CONDITION.
+        pairs: the measured pairs.
+        seeds: seed of each pair's noise.
+        others: for each pair, the index of the pair whose condition OTHER_CONDITION uses.
         pictures: column -> one picture a pair (without TARGET).
-        values: metric -> column -> one value a pair.
+        values: metric -> column -> one value a pair; None if the pair's truth does not define the metric.
         estimates: metric -> column -> mean and interval over the pairs that have the metric.
     """
 
@@ -39,7 +51,7 @@ class Evaluation:
     estimates: Mapping[str, Mapping[str, Estimate]]
 
     def to_json(self) -> dict[str, Any]:
-        """`num`, `metrics` (the same form for every evaluation) and `pairs`, as plain JSON types."""
+        """Returns `num`, `metrics` (which has the same form in every evaluation) and `pairs`, as plain JSON types."""
         return {
             "num": len(self.pairs),
             "metrics": {
@@ -70,13 +82,14 @@ def evaluate(
     *,
     sampling: SamplingOptions,
     seed: int = 0,
-    columns: Sequence[str] = DRAWN,
+    columns: Sequence[str] = GENERATED,
     judge: Annotator | None = None,
 ) -> Evaluation:
-    """Draws each pair once for each column and measures all pictures against the pair's own truth.
+    """Generates each pair once for each column and measures every picture against its own pair's truth.
 
-    `columns` leaves out controls that are not wanted; the target row costs no drawing and is always there. `judge`
-    makes each picture's own condition, which is compared with the pair's.
+    Args:
+        columns: columns to generate; TARGET is always measured.
+        judge: makes the condition of every picture, which is compared with the pair's condition; None skips that.
     """
     seeds, others = picture_seeds(len(pairs), seed), derangement(len(pairs), seed)
     own = [pair.condition for pair in pairs]
@@ -87,7 +100,7 @@ def evaluate(
         column: generate(pipeline, texts, conditions.get(column, own), seeds, size=size, sampling=sampling)
         for column in columns
     }
-    values = _measured({**pictures, TARGET: [pair.target for pair in pairs]}, pairs, judge)
+    values = _measure_columns({**pictures, TARGET: [pair.target for pair in pairs]}, pairs, judge)
     estimates = {
         metric: {column: bootstrap([v for v in row if v is not None], seed) for column, row in rows.items()}
         for metric, rows in values.items()
@@ -95,12 +108,26 @@ def evaluate(
     return Evaluation(pairs, seeds, others, pictures, values, estimates)
 
 
-def _measured(
+def derangement(count: int, seed: int) -> list[int]:
+    """Returns, for each of `count` pairs, the index of another pair. Each index occurs once (one random cycle)."""
+    assert count >= 2, "a single pair has no other pair"
+    order = np.random.default_rng(seed).permutation(count)
+    other = np.empty(count, int)
+    other[order] = np.roll(order, 1)
+    return other.tolist()
+
+
+def picture_seeds(count: int, seed: int) -> list[int]:
+    """Returns a seed for each pair; all columns of a pair start from the same noise."""
+    return [int(s.generate_state(1, np.uint64)[0] >> 1) for s in np.random.SeedSequence(seed).spawn(count)]
+
+
+def _measure_columns(
     pictures: Mapping[str, Sequence[Image.Image]], pairs: Sequence[Pair], judge: Annotator | None
 ) -> dict[str, dict[str, list[float | None]]]:
-    """metric -> column -> one value a pair; None where the pair's truth does not tell (a colour that is not known)."""
+    """Returns metric -> column -> one value a pair, as in `Evaluation.values`."""
     measured = {
-        column: [_measure(image, pair, judge) for image, pair in zip(row, pairs, strict=True)]
+        column: [_measure_picture(image, pair, judge) for image, pair in zip(row, pairs, strict=True)]
         for column, row in pictures.items()
     }
     metrics = dict.fromkeys(metric for row in measured.values() for values in row for metric in values)
@@ -110,7 +137,7 @@ def _measured(
     }
 
 
-def _measure(image: Image.Image, pair: Pair, judge: Annotator | None) -> dict[str, float]:
+def _measure_picture(image: Image.Image, pair: Pair, judge: Annotator | None) -> dict[str, float]:
     values = measure(np.asarray(image), pair.truth)
     if judge is None:
         return values

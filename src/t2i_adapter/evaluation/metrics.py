@@ -1,4 +1,4 @@
-"""How well a picture follows its condition: pure functions on arrays, each picture against its own pair's truth."""
+"""Metrics of how well a picture follows its condition: pure functions that compare it with its own pair's truth."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import cv2
 import numpy as np
 
 from t2i_adapter.evaluation.color import ciede2000, srgb_to_lab
-from t2i_adapter.evaluation.figure import figure_mask
+from t2i_adapter.evaluation.foreground import foreground_mask
 
-TOLERANCE = 2 / 128  # of the picture's shorter side: two pixels at 128
+TOLERANCE = 2 / 128
+"""Tolerance of outlines and lines, as a share of the picture's shorter side: two pixels at 128."""
 
 
 @dataclass(frozen=True)
 class NamedColor:
-    """A colour that the prompt asks for: sRGB 0 to 255, and the share of its region that it should fill, (0, 1]."""
+    """A colour that the prompt names: sRGB 0 to 255, and the share of its region that it should fill, (0, 1]."""
 
     rgb: tuple[int, int, int]
     share: float
@@ -24,49 +25,49 @@ class NamedColor:
 
 @dataclass(frozen=True)
 class Truth:
-    """What a pair's picture should show.
+    """What a picture of a pair should show.
 
     Attributes:
-        mask: (H,W) bool, True where an object is to be.
-        objects: the objects' colours, shares of the figure; empty where they are not known.
-        ground: the background's main colour; None where it is not known.
+        mask: (H,W) bool, True for the pixels of objects.
+        objects: the objects' colours, with their shares of the mask; empty if unknown.
+        background: the background's main colour; None if unknown.
     """
 
     mask: np.ndarray
     objects: tuple[NamedColor, ...] = ()
-    ground: NamedColor | None = None
+    background: NamedColor | None = None
 
 
 def measure(image: np.ndarray, truth: Truth) -> dict[str, float]:
-    """All metrics of one picture, (H,W,3) uint8 sRGB; colour errors only where the truth knows the colours."""
-    figure = figure_mask(image)
+    """Returns all metrics of one picture, (H,W,3) uint8 sRGB; colour errors only if the truth has colours."""
+    foreground = foreground_mask(image)
     tolerance = TOLERANCE * min(truth.mask.shape)
-    values = {"iou": iou(figure, truth.mask), "edge_f1": edge_f1(figure, truth.mask, tolerance)}
+    values = {"iou": iou(foreground, truth.mask), "edge_f1": edge_f1(foreground, truth.mask, tolerance)}
     if truth.objects:
-        values["object_color"] = color_error(image, figure, truth.objects)
-    if truth.ground:
-        values["background_color"] = color_error(image, ~figure, (truth.ground,))
+        values["object_color"] = color_error(image, foreground, truth.objects)
+    if truth.background:
+        values["background_color"] = color_error(image, ~foreground, (truth.background,))
     return values
 
 
 def iou(got: np.ndarray, truth: np.ndarray) -> float:
-    """Intersection over union of two (H,W) bool masks, 0 to 1; two empty masks agree."""
+    """Intersection over union of two (H,W) bool masks, 0 to 1; 1 for two empty masks."""
     union = np.count_nonzero(got | truth)
     return np.count_nonzero(got & truth) / union if union else 1.0
 
 
 def edge_f1(got: np.ndarray, truth: np.ndarray, tolerance: float) -> float:
-    """F1 of two masks' outlines, 0 to 1: an outline's pixel counts where the other outline is within `tolerance` px.
+    """F1 of two masks' outlines, 0 to 1. A pixel matches if the other outline is within `tolerance` px.
 
-    Precision is the share of `got`'s outline that lies near `truth`'s, recall the share of `truth`'s near `got`'s.
+    Precision is the share of `got`'s outline that matches, recall the share of `truth`'s outline that matches.
     """
     return lines_f1(outline(got), outline(truth), tolerance)
 
 
 def lines_f1(a: np.ndarray, b: np.ndarray, tolerance: float) -> float:
-    """F1 of two (H,W) bool drawings, 0 to 1: what is set in one counts where the other is set within `tolerance` px.
+    """F1 of the True pixels of two (H,W) bool maps, 0 to 1; 1 for two empty maps.
 
-    Two empty drawings agree.
+    A pixel matches if the other map has a True pixel within `tolerance` px.
     """
     if not a.any() or not b.any():
         return float(a.any() == b.any())
@@ -76,8 +77,10 @@ def lines_f1(a: np.ndarray, b: np.ndarray, tolerance: float) -> float:
 
 
 def condition_agreement(got: np.ndarray, wanted: np.ndarray, levels: int) -> dict[str, float]:
-    """How near two condition maps are, both (H,W) or (H,W,3) uint8: `condition_f1` of two-valued maps, of others
-    `condition_error`, the root of the mean squared difference, 0 to 1."""
+    """Compares two condition maps, both (H,W) or (H,W,3) uint8.
+
+    Returns `condition_f1` for maps of two levels, else `condition_error`, the root mean squared difference, 0 to 1.
+    """
     if levels == 2:
         a, b = (np.asarray(np.atleast_3d(values).max(axis=2) >= 128) for values in (got, wanted))
         return {"condition_f1": lines_f1(a, b, TOLERANCE * min(a.shape))}
@@ -85,22 +88,22 @@ def condition_agreement(got: np.ndarray, wanted: np.ndarray, levels: int) -> dic
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """(H,W) bool -> (H,W) bool: a mask's outermost pixels. The picture's own frame is no outline."""
+    """(H,W) bool -> (H,W) bool: the outermost pixels of a mask. The picture's frame is not part of an outline."""
     inner = cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=1)
     return mask & (inner == 0)
 
 
 def _distance_to(mask: np.ndarray) -> np.ndarray:
-    """(H,W) float: distance in pixels to the mask's nearest pixel."""
+    """(H,W) bool -> (H,W) float: distance in pixels to the nearest True pixel."""
     return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
 
 
 def color_error(image: np.ndarray, region: np.ndarray, colors: Sequence[NamedColor]) -> float:
-    """Mean over `colors` of the CIEDE2000 difference to the region's pixels, 0 (the very colour) to about 100.
+    """Mean over `colors` of the CIEDE2000 difference to the region's pixels, 0 (the same colour) to about 100.
 
-    Each colour claims its share of the region: the pixels that are nearest to it; their median difference counts.
-    So it does not matter where an object stands, only whether something in its colour is there, as large as asked.
-    Without a region (no object was drawn) the whole picture is taken: the error is then the ground's, and large.
+    Each colour is compared with the pixels nearest to it, as many as its share of the region; the difference is their
+    median. So the position of an object does not matter, only whether its colour is present in the wanted amount. If
+    the region is empty (no object was generated), the whole picture stands in for it and the error is large.
     """
     pixels = srgb_to_lab(image[region] if region.any() else image.reshape(-1, 3))
     errors = []
@@ -114,7 +117,7 @@ def color_error(image: np.ndarray, region: np.ndarray, colors: Sequence[NamedCol
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over pairs with the ends of its 95 % interval."""
+    """A mean over pairs with the bounds of its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -125,8 +128,8 @@ class Estimate:
 
 
 def bootstrap(values: Sequence[float], seed: int, resamples: int = 10_000) -> Estimate:
-    """The mean of one value a pair, and its percentile bootstrap interval: pairs are redrawn with replacement."""
+    """Returns the mean of one value a pair and its percentile bootstrap interval; `seed` decides the resamples."""
     array = np.asarray(values, np.float64)
-    draws = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
-    low, high = np.quantile(array[draws].mean(axis=1), [0.025, 0.975])
+    indices = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
+    low, high = np.quantile(array[indices].mean(axis=1), [0.025, 0.975])
     return Estimate(float(array.mean()), float(low), float(high))

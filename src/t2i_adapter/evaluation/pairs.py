@@ -1,4 +1,4 @@
-"""Held-out pairs as they are measured: cut to size as in training, each with the truth for its pictures."""
+"""Reads held-out pairs for an evaluation: cropped as in training, each with the truth that pictures are measured by."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from t2i_adapter.annotators.registry import Annotator, open_annotator
+from t2i_adapter.annotators.registry import Annotator, open_annotator, open_recorded
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.formats import located
 from t2i_adapter.data.pair import IMAGE_FILTER
 from t2i_adapter.data.shapes import COLORS, Scene, visible_masks
-from t2i_adapter.data.source import Source
-from t2i_adapter.errors import UserError
+from t2i_adapter.data.source import Source, open_source
+from t2i_adapter.errors import UserError, flag
 from t2i_adapter.evaluation.color import srgb_to_lab
-from t2i_adapter.evaluation.figure import figure_mask
+from t2i_adapter.evaluation.foreground import foreground_mask
 from t2i_adapter.evaluation.metrics import NamedColor, Truth
 from t2i_adapter.files import parse_json
 from t2i_adapter.generation.condition import fit, fit_condition, make_condition
+from t2i_adapter.models.record import read_metadata
 from t2i_adapter.types import Sample
 
-SCENE = "scene"  # column of the row's Scene as JSON, which `make-data shapes` writes
+SCENE = "scene"
+"""Column with a row's Scene as JSON, which `make-data shapes` writes."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,11 @@ class Pair:
 
     Attributes:
         key: names the row.
-        prompt: its first caption.
-        condition: as the adapter takes it (L or RGB), cut to the size that is drawn.
-        target: RGB, cut alike.
-        truth: what a picture of it should show.
-        truth_from: "scene" where the exact scene is known, "picture" where the mask is the target's own figure.
+        prompt: the row's first caption.
+        condition: L or RGB, as the adapter takes it, cropped to the size of the pictures.
+        target: the true picture, RGB, cropped to the same size.
+        truth: what a picture of this pair should show.
+        truth_from: "scene" if the row holds the exact scene; "picture" if the mask is the target's own foreground.
     """
 
     key: str
@@ -45,23 +49,50 @@ class Pair:
     truth_from: Literal["scene", "picture"]
 
 
-def read_pairs(source: Source, resolution: int, channels: int) -> list[Pair]:
-    """All pairs of a source at resolution x resolution pixels, for an adapter of so many condition channels.
+def open_pairs(location: str, options: DataOptions, count: int, seed: int) -> Source:
+    """Opens `count` pairs of a split, chosen by the seed. Raises UserError if the split has fewer."""
+    source = open_source(located(location, options), seed)
+    if len(source) < count:
+        raise UserError(
+            f"{count}: {location} has {len(source)} pairs in its split {options.split}; "
+            f"use {flag('num')} {len(source)} or less.",
+            option="num",
+        )
+    return source
 
-    Raises UserError naming the row that is at fault.
+
+def condition_spec(named: str | None, adapter: str) -> str | None:
+    """Returns the spec of the annotator that makes the pairs' conditions; None if they come from their column.
+
+    named: a spec, "none" for the column, or None for what the record of the adapter's training names.
+    """
+    if named:
+        return None if named == "none" else named
+    metadata = read_metadata(adapter)
+    if metadata is None or "options" not in metadata.condition:
+        return None
+    return open_recorded(metadata.condition).spec
+
+
+def read_pairs(source: Source, resolution: int, channels: int) -> list[Pair]:
+    """Returns all pairs of a source at resolution x resolution pixels, their conditions with `channels` channels.
+
+    Raises UserError that names the bad row.
     """
     annotator = open_annotator(source.annotate) if source.annotate else None
     return [make_pair(source[i], resolution, channels, annotator) for i in range(len(source))]
 
 
 def make_pair(sample: Sample, resolution: int, channels: int, annotator: Annotator | None = None) -> Pair:
-    """Cuts a sample to size, makes its condition where `annotator` is to, and finds its truth."""
+    """Crops a sample and finds its truth. The annotator makes the condition; None takes the sample's own."""
     size = (resolution, resolution)
     if annotator is None and sample.condition is None:
-        raise UserError(f"{sample.key}: there is no condition picture, and nothing to measure without one.")
+        raise UserError(
+            f"{sample.key}: has no condition picture. Add one, or use {flag('condition')} to make it from the image."
+        )
     target = fit(sample.image, size, IMAGE_FILTER)
     scene = sample.meta.get(SCENE)
-    truth = Truth(figure_mask(np.asarray(target))) if scene is None else _scene_truth(sample, target)
+    truth = Truth(foreground_mask(np.asarray(target))) if scene is None else _scene_truth(sample, target)
     if annotator is not None:
         condition = make_condition(sample.image, size, channels, annotator)
     else:
@@ -77,14 +108,15 @@ def _scene_truth(sample: Sample, target: Image.Image) -> Truth:
         raise UserError(f"{sample.key}: column {SCENE!r} does not hold the JSON of a scene: {fault}.") from fault
     if sample.image.width != sample.image.height:
         size = f"{sample.image.width}x{sample.image.height}"
-        raise UserError(f"{sample.key}: column {SCENE!r} describes a square picture; this one is {size}.")
+        raise UserError(f"{sample.key}: column {SCENE!r} describes a square picture, and the image is {size}.")
     masks = visible_masks(scene, target.width)
     return Truth(
-        np.asarray(masks.any(axis=0)), _object_colors(scene, masks), _ground_color(scene, masks, np.asarray(target))
+        np.asarray(masks.any(axis=0)), _object_colors(scene, masks), _background_color(scene, masks, np.asarray(target))
     )
 
 
 def _object_colors(scene: Scene, masks: np.ndarray) -> tuple[NamedColor, ...]:
+    """masks: (K,H,W) bool, the visible pixels of each shape."""
     areas = masks.sum(axis=(1, 2))
     shares = areas / max(1, areas.sum())
     return tuple(
@@ -94,12 +126,14 @@ def _object_colors(scene: Scene, masks: np.ndarray) -> tuple[NamedColor, ...]:
     )
 
 
-def _ground_color(scene: Scene, masks: np.ndarray, target: np.ndarray) -> NamedColor:
-    """The background's main colour; its share is what the pattern's accent leaves of the ground."""
-    ground = scene.background
-    if ground.pattern == "plain":
-        return NamedColor(COLORS[ground.color], 1.0)
+def _background_color(scene: Scene, masks: np.ndarray, target: np.ndarray) -> NamedColor:
+    """Returns the background's main colour; a pattern's accent colour takes the rest of its share."""
+    background = scene.background
+    if background.pattern == "plain":
+        return NamedColor(COLORS[background.color], 1.0)
     pixels = srgb_to_lab(target[~masks.any(axis=0)])
-    colors: Sequence[Any] = [srgb_to_lab(np.asarray(COLORS[name], np.uint8)) for name in (ground.color, ground.accent)]
+    colors: Sequence[Any] = [
+        srgb_to_lab(np.asarray(COLORS[name], np.uint8)) for name in (background.color, background.accent)
+    ]
     main, accent = (np.linalg.norm(pixels - color, axis=-1) for color in colors)
-    return NamedColor(COLORS[ground.color], float(np.mean(main <= accent)))
+    return NamedColor(COLORS[background.color], float(np.mean(main <= accent)))

@@ -1,1 +1,1 @@
-"""Pages and sheets of pictures that other parts write: HTML in one file, and PNG."""
+"""Makes HTML pages and sheets of pictures for the other parts."""

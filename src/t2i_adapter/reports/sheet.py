@@ -1,4 +1,4 @@
-"""A sheet of pictures: one row a pair, one column a way of drawing it."""
+"""Makes a sheet of pictures as one image: a row for each pair, a column for each kind of picture."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-MAX_CELL = 256  # pixels; larger pictures are shown smaller
-_GAP = 6
+MAX_CELL = 256  # pixels of a side; larger pictures are scaled down
+_GAP = 6  # pixels
 _TEXT = 12  # font size in pixels
 _INK, _PAPER, _FAINT = (20, 20, 20), (255, 255, 255), (110, 110, 110)
 
 
 @dataclass(frozen=True)
 class SheetRow:
-    """The pictures of one pair, and a line of text under them."""
+    """The pictures of one pair, and the line of text below them."""
 
     pictures: Sequence[Image.Image]
     caption: str
 
 
 def make_sheet(headings: Sequence[str], rows: Sequence[SheetRow], blocks: int = 2) -> Image.Image:
-    """Rows below each other in `blocks` blocks side by side, each block with the headings on top.
+    """Lays the rows out in `blocks` columns of rows, each under its own headings.
 
-    All pictures have one size, and each row has one for each heading.
+    All pictures have the same size, and each row has one picture for each heading.
     """
     blocks = min(blocks, len(rows))
     cell = thumbnail(rows[0].pictures[0]).size
@@ -42,7 +42,7 @@ def make_sheet(headings: Sequence[str], rows: Sequence[SheetRow], blocks: int = 
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
-    """The picture, no larger than MAX_CELL, RGB."""
+    """Returns the picture as RGB, scaled down to at most MAX_CELL pixels a side."""
     smaller = picture.convert("RGB")
     smaller.thumbnail((MAX_CELL, MAX_CELL), Image.Resampling.LANCZOS)
     return smaller
@@ -56,7 +56,7 @@ def _draw_row(sheet: Image.Image, row: SheetRow, left: int, top: int, cell: tupl
 
 
 def _write(sheet: Image.Image, text: str, left: int, top: int, width: int, color: tuple[int, int, int]) -> None:
-    """One line, cut off with an ellipsis where it is wider than `width` pixels."""
+    """Draws one line of text; a line wider than `width` pixels is shortened and ends in "..."."""
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT)
     shown = line = " ".join(text.split())
     while line and draw.textlength(shown, font) > width:

@@ -1,89 +1,111 @@
-"""The verb `doctor`: reads a data set once, tells what is wrong with it, and ends with 1 where there are errors."""
+"""The verb `doctor`: reads a whole dataset once and reports what is wrong with it.
+
+The exit code is 1 if there are errors. Importing this module loads no torch.
+"""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
+import tyro
 
-from t2i_adapter.config.tree import DataOptions
-from t2i_adapter.data.formats import located
-from t2i_adapter.data.pair import PairTransform
-from t2i_adapter.data.source import Source, open_source
-from t2i_adapter.doctor.findings import find, skip_keys
-from t2i_adapter.doctor.needs import Measured, find_needs, measure
-from t2i_adapter.doctor.page import make_html
-from t2i_adapter.doctor.report import Report, to_json, to_text
-from t2i_adapter.doctor.row import Examiner
-from t2i_adapter.doctor.scan import Scan, scan
+from t2i_adapter.config.tree import BaseOptions, DataOptions
 from t2i_adapter.errors import UserError
-from t2i_adapter.files import write_atomic
-from t2i_adapter.models.base import Base
-from t2i_adapter.models.encoders import count_tokens
-from t2i_adapter.models.open import open_base
-from t2i_adapter.verbs.doctor_options import DoctorOptions
 
-CUT_MULTIPLE = 8  # pixels: what the VAE makes one cell of
+if TYPE_CHECKING:
+    from t2i_adapter.data.source import Source
+    from t2i_adapter.doctor.report import Report
+
+CELL = 8
+"""Side in pixels of the square that the VAE encodes into one latent cell."""
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Read a whole dataset once and report what is wrong with it. The exit code is 1 if there are errors."""
+
+    location: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    """The dataset, as training takes it: a folder, manifest, shards or hub id."""
+    data: DataOptions = field(default_factory=DataOptions)
+    """How the dataset is read and cropped, as in training."""
+    base: BaseOptions = field(default_factory=BaseOptions)
+    """The base model: its tokenizer counts the captions' tokens, and its encoders are timed."""
+    in_channels: Literal[1, 3] = 3
+    """Channels of the adapter's condition; the size of the cache depends on them."""
+    measure: int = 4
+    """Rows that are encoded with the base to measure time and memory; 0 leaves both unmeasured."""
+    workers: int | None = None
+    """Processes that read rows; None starts one a core, 0 reads in the main process."""
+    json: Path | None = None
+    """File for all findings, as JSON."""
+    html: Path | None = None
+    """File for an HTML page with the worst rows and a random sample; it needs no network."""
+    skip_list: Path | None = None
+    """File for the keys of the rows to skip, one a line; --data.skip reads it."""
+    seed: int = 0
+    """Chooses the rows if --data.max_train_samples is set, and the page's random sample."""
+
+    def __post_init__(self) -> None:
+        for name in ("measure", "workers", "seed"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{value}: allowed is 0 or more.", option=name)
+        for name in ("train_data_dir", "dataset_name"):
+            if named := getattr(self.data, name):
+                raise UserError(f"{named}: DATA names the dataset already; remove this flag.", option=f"data.{name}")
+        for name in ("json", "html", "skip_list"):
+            file = getattr(self, name)
+            if file is not None and not file.parent.is_dir():
+                raise UserError(f"{file}: the folder {file.parent} does not exist; create it first.", option=name)
+            if file is not None and file.is_dir():
+                raise UserError(f"{file}: is a folder; name a file.", option=name)
 
 
 def run(options: DoctorOptions) -> None:
-    """Prints what was found and writes the files asked for. Raises SystemExit(1) where there are errors."""
-    # Rows that are at fault must not keep the data from being opened: each is told when it is read.
+    """Prints the report and writes the files that the options name. Raises SystemExit(1) if there are errors."""
+    from t2i_adapter.data.formats import located
+    from t2i_adapter.data.pair import PairTransform
+    from t2i_adapter.data.source import open_source
+    from t2i_adapter.doctor.report import diagnose, to_text
+    from t2i_adapter.models.open import open_base
+
+    # "skip" lets a dataset with bad rows be opened: each bad row is reported when it is read.
     data = replace(located(options.location, options.data), on_bad_sample="skip")
-    if data.resolution % CUT_MULTIPLE:
-        raise UserError(f"--data.resolution {data.resolution}: allowed are multiples of {CUT_MULTIPLE}")
+    if data.resolution % CELL:
+        raise UserError(f"{data.resolution}: allowed are multiples of {CELL}.", option="data.resolution")
     source = open_source(data, options.seed)
-    stage = PairTransform.of(data, options.in_channels, source.annotate)
+    transform = PairTransform.of(data, options.in_channels, source.annotate)
     base = open_base(options.base)
-    report = look_over(source, stage, base, data, options)
+    report = diagnose(source, transform, base, data, timed_rows=options.measure, workers=options.workers)
     print(to_text(report))
-    write(report, source, options)
+    _write_files(report, source, options)
     if report.count("error"):
         raise SystemExit(1)
 
 
-def look_over(source: Source, stage: PairTransform, base: Base, data: DataOptions, options: DoctorOptions) -> Report:
-    """Reads every row, and finds what is wrong and what a run takes."""
-    started = time.monotonic()
-    count = partial(count_tokens, base.tokenizers()[0])
-    found = scan(Examiner(source, stage), count, data.caption_prefix, options.workers)
-    seconds = time.monotonic() - started
-    findings = find(found, data.resolution, lambda number: source[number].image)
-    measured = _measure(found, source, stage, base, options.measure)
-    needs = find_needs(found, base, data, stage.framing.count, measured)
-    return Report(source.describe(), found, findings, needs, stage.framing, seconds)
+def _write_files(report: Report, source: Source, options: DoctorOptions) -> None:
+    import json
 
+    from t2i_adapter.doctor.findings import skip_keys
+    from t2i_adapter.doctor.html import make_html
+    from t2i_adapter.doctor.report import to_json
 
-def write(report: Report, source: Source, options: DoctorOptions) -> None:
-    """The files that the options ask for."""
     if options.json:
-        _write(options.json, json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        _write("json", options.json, json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     if options.html:
-        _write(options.html, make_html(report, source, options.seed))
+        _write("html", options.html, make_html(report, source, options.seed))
     if options.skip_list:
-        keys = skip_keys(report.scan, list(report.findings))
-        _write(options.skip_list, "".join(f"{key}\n" for key in keys))
-        print(f"{options.skip_list}: {len(keys)} rows; leave them out with --data.skip {options.skip_list}")
+        keys = skip_keys(report.scan, report.findings)
+        _write("skip_list", options.skip_list, "".join(f"{key}\n" for key in keys))
+        print(f"{options.skip_list}: {len(keys)} rows; to skip them, train with --data.skip {options.skip_list}")
 
 
-def _measure(found: Scan, source: Source, stage: PairTransform, base: Base, count: int) -> Measured | None:
-    """Encodes the first few rows that can be read."""
-    numbers: Sequence[Any] = np.flatnonzero(found.rows["is_read"])[:count].tolist()
-    if not numbers:
-        return None
-    samples = [source[number] for number in numbers]
-    crops = [stage.crop(sample, 0).image for sample in samples]
-    return measure(base, crops, [sample.captions[0] for sample in samples])
+def _write(option: str, file: Path, text: str) -> None:
+    from t2i_adapter.files import write_atomic
 
-
-def _write(file: Path, text: str) -> None:
     try:
         write_atomic(file, [text.encode()])
     except OSError as fault:
-        raise UserError(f"{file}: cannot be written: {fault.strerror}") from fault
+        raise UserError(f"{file}: cannot be written: {fault.strerror}.", option=option) from fault

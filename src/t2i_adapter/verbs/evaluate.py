@@ -1,93 +1,112 @@
-"""The verb `evaluate`: evaluation.json, report.html and sheet.png."""
+"""The verb `evaluate`: measures an adapter on held-out pairs; writes evaluation.json, report.html and sheet.png.
+
+Importing this module loads no torch.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from t2i_adapter.annotators.registry import Annotator, open_annotator, open_recorded
 from t2i_adapter.config.tree import DataOptions, to_dict
-from t2i_adapter.data.formats import located
-from t2i_adapter.data.source import Source, open_source
 from t2i_adapter.errors import UserError
-from t2i_adapter.evaluation.controls import ADAPTER, NO_ADAPTER
-from t2i_adapter.evaluation.evaluate import Evaluation, evaluate
-from t2i_adapter.evaluation.metrics import TOLERANCE
-from t2i_adapter.evaluation.pairs import read_pairs
-from t2i_adapter.evaluation.report import COLUMNS, make_report
-from t2i_adapter.files import output_folder
-from t2i_adapter.generation.pipeline import Models, open_models
-from t2i_adapter.models.adapter import check_resolution
-from t2i_adapter.models.record import read_metadata
-from t2i_adapter.reports.sheet import SheetRow, make_sheet
-from t2i_adapter.verbs.evaluate_options import EvaluateOptions
-from t2i_adapter.verbs.generate import LIBRARIES
+from t2i_adapter.generation.options import ModelOptions, SamplingOptions, check
 
-_SHEET_ROWS = 16
+if TYPE_CHECKING:
+    from t2i_adapter.data.source import Source
+    from t2i_adapter.evaluation.evaluate import Evaluation
+    from t2i_adapter.generation.pipeline import Models
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ModelOptions, SamplingOptions):
+    """Measure how well pictures follow their conditions, on held-out pairs and with two controls."""
+
+    data: str
+    """Dataset of pairs that the adapter was not trained on: a folder, manifest, shards or hub id, as for `train`."""
+    split: str = "test"
+    """Split of the dataset."""
+    num: int = 64
+    """Pairs to measure, chosen by the seed. Three pictures are generated of each."""
+    resolution: int | None = None
+    """Side of the pictures in pixels. None: the resolution of the adapter's training."""
+    steps: int = 20
+    """Denoising steps (Euler ancestral)."""
+    seed: int = 0
+    """Decides the pairs, the noise of each, and the other condition of each."""
+    image_column: str = "image"
+    """Column of the target picture."""
+    conditioning_image_column: str = "conditioning_image"
+    """Column of the condition picture."""
+    caption_column: str = "text"
+    """Column of the caption; the first of a list of captions is the prompt."""
+    condition: str | None = None
+    """Kind of condition to make from the pairs' images (see `t2i-adapter conditions`), options after commas. None does
+    what the adapter's training did, by its t2i_adapter.json: the recorded kind, or the column. `none` takes the column.
+    """
+    judge: str | None = None
+    """Kind of condition to make of every generated picture, too, and compare with the pair's condition. None takes the
+    kind that made the pairs' conditions, if they were made; `none` skips the comparison."""
+    out: str = "evaluation"
+    """Folder for evaluation.json, report.html and sheet.png."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("num", self.num >= 2, self.num, "2 or more: each pair needs another one's condition as control")
+        check("seed", 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
 
 
 def run(options: EvaluateOptions) -> Evaluation:
-    """Measures the adapter on held-out pairs, writes the three files to `out` and prints the means."""
-    source = open_pairs(options)
+    """Measures the adapter, writes the three files to `out`, and prints the means."""
+    from t2i_adapter.annotators.registry import open_annotator
+    from t2i_adapter.evaluation.evaluate import evaluate
+    from t2i_adapter.evaluation.pairs import read_pairs
+    from t2i_adapter.evaluation.report import to_text, write_files
+    from t2i_adapter.files import output_folder
+    from t2i_adapter.generation.pipeline import open_models
+    from t2i_adapter.models.adapter import check_resolution
+
+    source = open_dataset(options)
     models = open_models(options)
     resolution = options.resolution or models.resolution
     if resolution is None:
-        raise UserError(f"--resolution is needed: {options.adapter} does not tell at which size it was trained.")
+        raise UserError(
+            f"is needed: {options.adapter} does not record the resolution of its training.", option="resolution"
+        )
     check_resolution(resolution, resolution, models.adapter_config)
     pairs = read_pairs(source, resolution, models.channels)
-    judge = find_judge(options, source)
+    spec = options.judge or source.annotate
+    judge = None if spec in (None, "none") else open_annotator(spec)
     out = output_folder(options.out)
     evaluation = evaluate(models.pipeline(), pairs, sampling=options, seed=options.seed, judge=judge)
-    write(out, evaluation, {**settings(options, models, resolution), "judge": judge.record() if judge else None})
-    print(summary(evaluation))
-    for name in ("evaluation.json", "report.html", "sheet.png"):
-        print(out / name)
+    settings = {**_settings(options, models, resolution), "judge": judge.record() if judge else None}
+    files = write_files(out, evaluation, settings)
+    print("\n".join([to_text(evaluation), *map(str, files)]))
     return evaluation
 
 
-def open_pairs(options: EvaluateOptions) -> Source:
-    """The pairs that are measured, `num` of the split. Raises UserError where there are not as many."""
+def open_dataset(options: EvaluateOptions) -> Source:
+    """Opens the pairs to measure. Raises UserError if the split has fewer than `num`."""
+    from t2i_adapter.evaluation.pairs import condition_spec, open_pairs
+
     data = DataOptions(
         split=options.split,
         image_column=options.image_column,
         conditioning_image_column=options.conditioning_image_column,
         caption_column=options.caption_column,
         max_train_samples=options.num,
-        condition=_made_by(options),
+        condition=condition_spec(options.condition, options.adapter),
     )
-    source = open_source(located(options.data, data), options.seed)
-    if len(source) < options.num:
-        raise UserError(
-            f"--num {options.num}: {options.data} has {len(source)} pairs in its split {options.split}; "
-            f"use --num {len(source)} or less."
-        )
-    return source
+    return open_pairs(options.data, data, options.num, options.seed)
 
 
-def find_judge(options: EvaluateOptions, source: Source) -> Annotator | None:
-    """What makes the drawn pictures' own conditions. Raises UserError."""
-    spec = options.judge or source.annotate
-    return None if spec in (None, "none") else open_annotator(spec)
+def _settings(options: EvaluateOptions, models: Models, resolution: int) -> dict[str, Any]:
+    """Everything that the numbers depend on, as plain JSON types."""
+    from importlib.metadata import version
 
+    from t2i_adapter.evaluation.metrics import TOLERANCE
+    from t2i_adapter.verbs.generate import LIBRARIES
 
-def _made_by(options: EvaluateOptions) -> str | None:
-    """What makes the pairs' conditions; None where they come with the data."""
-    if options.condition:
-        return None if options.condition == "none" else options.condition
-    metadata = read_metadata(options.adapter)
-    if metadata is None or "options" not in metadata.condition:
-        return None
-    return open_recorded(metadata.condition).spec
-
-
-def settings(options: EvaluateOptions, models: Models, resolution: int) -> dict[str, Any]:
-    """All that the numbers depend on. Plain JSON types."""
     return {
         **asdict(options),
         "base": to_dict(models.base.options),
@@ -98,35 +117,3 @@ def settings(options: EvaluateOptions, models: Models, resolution: int) -> dict[
         "adapter_sha256": models.digest,
         "versions": {name: version(name) for name in LIBRARIES},
     }
-
-
-def write(out: Path, evaluation: Evaluation, settings: Mapping[str, Any]) -> None:
-    """evaluation.json, report.html and sheet.png in an existing folder."""
-    content = {**evaluation.to_json(), "settings": dict(settings)}
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    (out / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    (out / "report.html").write_text(make_report(evaluation, settings), encoding="utf-8")
-    sheet(evaluation).save(out / "sheet.png")
-
-
-def sheet(evaluation: Evaluation, count: int = _SHEET_ROWS) -> Image.Image:
-    """condition | no adapter | adapter | target for the first pairs."""
-    drawn = [column for column in (NO_ADAPTER, ADAPTER) if column in evaluation.pictures]
-    rows = [
-        SheetRow([pair.condition, *(evaluation.pictures[column][i] for column in drawn), pair.target], pair.prompt)
-        for i, pair in enumerate(evaluation.pairs[:count])
-    ]
-    return make_sheet(["condition", *(COLUMNS[column] for column in drawn), "target"], rows)
-
-
-def summary(evaluation: Evaluation) -> str:
-    """One line a metric and column, for people."""
-    width = max(map(len, COLUMNS.values()))
-    lines = []
-    for metric, columns in evaluation.estimates.items():
-        lines.append(metric)
-        for column, label in COLUMNS.items():
-            if column in columns:
-                e = columns[column]
-                lines.append(f"  {label:{width}}  {e.mean:7.3f}  [{e.low:.3f}, {e.high:.3f}]")
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""HTML in one file that needs nothing else: it loads and runs nothing, and a policy in its head forbids both."""
+"""Makes self-contained HTML pages: pictures are inline, and a policy in the head forbids scripts and loading."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ small { color: #666; } img { display: block; max-width: 100%; } code { overflow-
 
 
 def make_page(title: str, body: str) -> str:
-    """A whole document. The title is text, the body HTML already."""
+    """Returns a whole document. `title` is text and is escaped; `body` is HTML."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -39,14 +39,14 @@ def make_page(title: str, body: str) -> str:
 
 
 def table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML already."""
+    """Returns an HTML table. Headings and cells are HTML."""
     head = "".join(f"<th>{heading}</th>" for heading in headings)
     body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
 
 
-def inline(picture: Image.Image) -> str:
-    """The picture as a thumbnail, in the page itself."""
+def inline_image(picture: Image.Image) -> str:
+    """Returns an <img> element that holds the picture's thumbnail as PNG."""
     buffer = io.BytesIO()
     thumbnail(picture).save(buffer, "PNG", optimize=True)
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
