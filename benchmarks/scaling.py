@@ -37,7 +37,7 @@ def run(processes: int, data: Path, folder: Path, options: argparse.Namespace) -
         "train.batch_size": options.batch // processes,
         "train.max_steps": options.steps,
         "train.seed": 0,
-        "train.lanes": 1,
+        "train.cpu_threads": 1,
         "optim.lr": 1e-3,
         "tracking.report_to": "none",
         "tracking.log_every": LOG_EVERY,

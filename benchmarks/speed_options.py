@@ -142,9 +142,9 @@ def arms(bench: Bench, threads: int, *, with_compile: bool) -> Iterator[Arm]:
     yield Arm("a batch on all cores", "each operation on all cores", threads, lambda: bench.step(bench.size))
     if bench.device.type == "cpu":
         count, group = min(threads, bench.size), "a batch on all cores"
-        yield Arm(group, "train.lanes, not recorded", threads, lambda: bench.cpu_threads(count, replay=False))
-        yield Arm(group, "train.lanes", threads, lambda: bench.cpu_threads(count, replay=True))
-    step = "a lane's step"
+        yield Arm(group, "train.cpu_threads, not recorded", threads, lambda: bench.cpu_threads(count, replay=False))
+        yield Arm(group, "train.cpu_threads", threads, lambda: bench.cpu_threads(count, replay=True))
+    step = "a CPU thread's step"
     yield Arm(step, "as it is", 1, lambda: bench.step(half))
     yield Arm(step, "channels last, UNet", 1, lambda: bench.step(half, lambda unet: unet.to(memory_format=last)))
     yield Arm(step, "channels last, adapter", 1, lambda: bench.step(half, None, lambda net: net.to(memory_format=last)))

@@ -215,7 +215,7 @@ def test_the_guides_command_line() -> None:
             "xformers": False,
             "compile": "off",
             "channels_last": False,
-            "lanes": None,
+            "cpu_threads": None,
             "ema_decay": 0.0,
             "max_time": None,
             "on_nonfinite": "stop",

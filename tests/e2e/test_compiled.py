@@ -38,8 +38,8 @@ plain = gradient()
 said = []
 assert compile_unet(unet, torch.device("cpu"), "off", None, said.append) == 0
 assert compile_unet(unet, torch.device("cpu"), KIND, SHORT_RUN, said.append) == 1
-with sharing_cores(2) as lanes:
-    found = list(lanes.map(gradient, range(4)))
+with sharing_cores(2) as threads:
+    found = list(threads.map(gradient, range(4)))
 for got in found:
     torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-5)
 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

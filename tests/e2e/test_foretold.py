@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-RUN = "--data.resolution 128 --data.num_workers 0 --tracking.report_to none --train.seed 0 --train.lanes 1"
+RUN = "--data.resolution 128 --data.num_workers 0 --tracking.report_to none --train.seed 0 --train.cpu_threads 1"
 PEAK = "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
 """Of this program alone: getrusage's peak is inherited from whoever started it."""
 

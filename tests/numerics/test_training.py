@@ -70,7 +70,12 @@ def random_batch(base_config: dict[str, Any], size: int = 2) -> Batch:
 EFFICIENT = {"optim.name": "muon", "train.noise_draws": 2, "objective.stratify": True}
 
 
-CHANGES = {"plain": {}, "average": {"train.ema_decay": 0.9}, "efficient": EFFICIENT, "lanes": {"train.lanes": 2}}
+CHANGES = {
+    "plain": {},
+    "average": {"train.ema_decay": 0.9},
+    "efficient": EFFICIENT,
+    "cpu_threads": {"train.cpu_threads": 2},
+}
 
 
 @pytest.mark.parametrize("changes", list(CHANGES.values()), ids=list(CHANGES))

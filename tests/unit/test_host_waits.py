@@ -32,7 +32,7 @@ class Listener(TorchDispatchMode):
 
 
 def asked(tiny_base: Path, tiny_data: Path, folder: Path, *, steps: int) -> int:
-    changes = {"data.num_workers": 1, "train.max_steps": steps, "train.lanes": 1, "train.ema_decay": 0.9}
+    changes = {"data.num_workers": 1, "train.max_steps": steps, "train.cpu_threads": 1, "train.ema_decay": 0.9}
     config = tiny_config(tiny_base, tiny_data, folder, {**changes, "tracking.log_every": steps})
     folder.mkdir()
     setup = set_up(config)

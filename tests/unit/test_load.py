@@ -221,3 +221,11 @@ def test_describe_every_kind_of_option() -> None:
     assert describe(int | None) == "a whole number or None"
     assert describe(tuple[str, ...]) == "a list, each text"
     assert describe(Literal["a", "b"]) == "one of a, b"
+
+
+def test_a_recipe_with_the_former_name_of_an_option_is_read(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text("train: {lanes: 2}\n")
+    assert load(tmp_path / "old.yaml", Config()).train.cpu_threads == 2
+    (tmp_path / "both.yaml").write_text("train: {lanes: 2, cpu_threads: 3}\n")
+    with pytest.raises(UserError, match="train.cpu_threads: is given twice"):
+        load(tmp_path / "both.yaml", Config())

@@ -23,7 +23,7 @@ from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.verbs.plan import PlanOptions
 
 MIB = 2**20
-RUN = "--data.resolution 128 --data.num_workers 0 --tracking.report_to none --train.seed 0 --train.lanes 1"
+RUN = "--data.resolution 128 --data.num_workers 0 --tracking.report_to none --train.seed 0 --train.cpu_threads 1"
 
 
 def shapes(kind: str = "none", blocks: str | None = None) -> Shapes:

@@ -19,7 +19,9 @@ def config(tiny_data: Path, tmp_path: Path) -> Config:
     return Config(
         output_dir=str(tmp_path / "run"),
         data=DataOptions(train_data_dir=str(tiny_data), resolution=64, num_workers=0),
-        train=TrainOptions(batch_size=2, max_steps=profile.SKIP + profile.STEPS + 1, seed=5, lanes=1, profile=True),
+        train=TrainOptions(
+            batch_size=2, max_steps=profile.SKIP + profile.STEPS + 1, seed=5, cpu_threads=1, profile=True
+        ),
         checkpoint=CheckpointOptions(every=100),
         tracking=TrackingOptions(report_to="none"),
     )

@@ -33,6 +33,8 @@ _PLAIN_TAGS = {
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")
 }
 _NULL = "tag:yaml.org,2002:null"
+_RENAMED = {"train.lanes": "train.cpu_threads"}
+"""Former path of an option -> its path, for recipes written before."""
 _MAX_DEPTH = 50
 _OPENING = (
     *(yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken),
@@ -94,8 +96,8 @@ def _read_section(node: yaml.Node, cls: type, prefix: str, file: Path) -> Iterat
     secret = {f.name for f in fields(cls) if f.metadata.get(SECRET)}
     seen: set[str] = set()
     for key, value in node.value:
-        name = str(key.value)
-        path = prefix + name
+        path = _RENAMED.get(f"{prefix}{key.value}", f"{prefix}{key.value}")
+        name = path.removeprefix(prefix)
         if name not in hints:
             raise _error(file, key, path, f"no such option{_suggest(name, cls, prefix)}")
         if name in seen:

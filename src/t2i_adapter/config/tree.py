@@ -306,7 +306,7 @@ class TrainOptions:
     If compiling fails, the run prints that and continues without."""
     channels_last: bool = False
     """Use the channels_last memory format for the UNet: no difference on a CPU, not measured on a GPU."""
-    lanes: int | None = None
+    cpu_threads: int | None = None
     """On a CPU, the number of threads that share each micro-batch; each has an equal part of the cores. None is one a
     core, at most one a sample. Another number changes only the last bits of a run's numbers."""
     ema_decay: float = 0.0
@@ -328,8 +328,8 @@ class TrainOptions:
         _allow("train.max_steps", self.max_steps is None or self.max_steps >= 1, self.max_steps, "1 or more")
         _allow("train.epochs", self.epochs >= 1, self.epochs, "1 or more")
         _allow("train.seed", self.seed is None or 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
-        threads = self.lanes
-        _allow("train.lanes", threads is None or threads >= 1, threads, "1 or more")
+        threads = self.cpu_threads
+        _allow("train.cpu_threads", threads is None or threads >= 1, threads, "1 or more")
         _allow("train.ema_decay", 0 <= self.ema_decay < 1, self.ema_decay, "allowed is 0 up to, not including, 1")
         _allow("train.max_nonfinite", self.max_nonfinite >= 0, self.max_nonfinite, "0 or more")
         if self.max_time is not None:

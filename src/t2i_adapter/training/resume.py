@@ -35,7 +35,7 @@ HARMLESS = {
     "train.allow_tf32": "equal to rounding",
     "train.compile": "equal to rounding",
     "train.channels_last": "equal to rounding",
-    "train.lanes": "equal to rounding",
+    "train.cpu_threads": "equal to rounding",
     "train.profile": "equal to rounding",
     "train.on_nonfinite": "what happens after NaN or inf",
     "train.max_nonfinite": "what happens after NaN or inf",

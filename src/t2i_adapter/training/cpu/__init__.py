@@ -27,7 +27,7 @@ def cpu_gradients(
     adapter: the network to train, before accelerate wraps its forward. losses: (adapter, batch) -> each sample's (B,).
     """
     train = config.train
-    count = count_cpu_threads(train.lanes, accelerator.device, train.batch_size, accelerator.num_processes)
+    count = count_cpu_threads(train.cpu_threads, accelerator.device, train.batch_size, accelerator.num_processes)
     if count == 1 or train.profile:
         return None
 
