@@ -78,6 +78,12 @@ class UserError(Exception):
         return outer
 
 
+def require(option: str, ok: bool, got: object, allowed: str) -> None:
+    """Raises UserError about the option at this path of the tree unless its value `got` is `ok`."""
+    if not ok:
+        raise UserError(f"{got}: {allowed}", option=option)
+
+
 class Stopped(BaseException):
     """A run was stopped before its last update by a signal or a time limit, after it was saved; it can be resumed.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from math import inf
 from typing import Any, Literal
 
-from t2i_adapter.errors import UserError, flag, has_login, register_secret
+from t2i_adapter.errors import UserError, flag, has_login, register_secret, require
 
 NANO = "nano"
 SECRET = "secret"  # metadata key of fields that are never written to a file
@@ -31,14 +31,8 @@ def seconds_of(text: str) -> int:
     elif re.fullmatch(r"([0-9]{1,6}[dhms])+", text):
         parts = ((part[-1], part[:-1]) for part in re.findall(r"[0-9]+[dhms]", text))
     seconds = sum(_UNITS[unit] * int(count) for unit, count in parts)
-    _allow("train.max_time", seconds > 0, repr(text), "write 90m, 1h30m, 12:00:00, 1-12:00:00 (days) or seconds")
+    require("train.max_time", seconds > 0, repr(text), "write 90m, 1h30m, 12:00:00, 1-12:00:00 (days) or seconds")
     return seconds
-
-
-def _allow(option: str, ok: bool, got: object, allowed: str) -> None:
-    """Raises UserError about the option at this path of the tree unless its value is `ok`."""
-    if not ok:
-        raise UserError(f"{got}: {allowed}", option=option)
 
 
 def check_no_login(option: str, address: str) -> None:
@@ -87,7 +81,7 @@ class AdapterOptions:
     the base's output. `zero` scales them to 0: the weights of the first convolution are zeros."""
 
     def __post_init__(self) -> None:
-        _allow("adapter.num_res_blocks", self.num_res_blocks >= 1, self.num_res_blocks, "1 or more")
+        require("adapter.num_res_blocks", self.num_res_blocks >= 1, self.num_res_blocks, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -176,18 +170,18 @@ class DataOptions:
     def __post_init__(self) -> None:
         check_no_login("data.train_data_dir", self.train_data_dir or "")
         share = self.proportion_empty_prompts
-        _allow("data.proportion_empty_prompts", 0 <= share <= 1, share, "allowed is a share from 0 to 1")
-        _allow("data.resolution", 1 <= self.resolution <= 8192, self.resolution, "allowed is 1 to 8192 pixels")
+        require("data.proportion_empty_prompts", 0 <= share <= 1, share, "allowed is a share from 0 to 1")
+        require("data.resolution", 1 <= self.resolution <= 8192, self.resolution, "allowed is 1 to 8192 pixels")
         workers = self.num_workers
-        _allow("data.num_workers", workers is None or workers >= 0, workers, "0 or more")
+        require("data.num_workers", workers is None or workers >= 0, workers, "0 or more")
         count = self.max_train_samples
-        _allow("data.max_train_samples", count is None or count >= 1, count, "1 or more")
+        require("data.max_train_samples", count is None or count >= 1, count, "1 or more")
         bad = self.max_bad_share
-        _allow("data.max_bad_share", 0 <= bad < 1, bad, "allowed is 0 up to, not including, 1")
+        require("data.max_bad_share", 0 <= bad < 1, bad, "allowed is 0 up to, not including, 1")
         step = self.bucket_step
-        _allow("data.bucket_step", step >= 32 and step % 32 == 0, step, "allowed are multiples of 32")
-        _allow("data.views", 1 <= self.views <= 64, self.views, "allowed is 1 to 64")
-        _allow("data.keep_tags", self.keep_tags >= 0, self.keep_tags, "0 or more")
+        require("data.bucket_step", step >= 32 and step % 32 == 0, step, "allowed are multiples of 32")
+        require("data.views", 1 <= self.views <= 64, self.views, "allowed is 1 to 64")
+        require("data.keep_tags", self.keep_tags >= 0, self.keep_tags, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -211,10 +205,10 @@ class ObjectiveOptions:
 
     def __post_init__(self) -> None:
         gamma = self.min_snr_gamma
-        _allow("objective.min_snr_gamma", gamma is None or gamma > 0, gamma, "allowed is a number above 0")
-        _allow("objective.logit_mean", abs(self.logit_mean) <= 10, self.logit_mean, "allowed is -10 to 10")
-        _allow("objective.logit_std", 0 < self.logit_std <= 10, self.logit_std, "allowed is above 0, up to 10")
-        _allow("objective.noise_offset", 0 <= self.noise_offset < inf, self.noise_offset, "allowed is 0 or more")
+        require("objective.min_snr_gamma", gamma is None or gamma > 0, gamma, "allowed is a number above 0")
+        require("objective.logit_mean", abs(self.logit_mean) <= 10, self.logit_mean, "allowed is -10 to 10")
+        require("objective.logit_std", 0 < self.logit_std <= 10, self.logit_std, "allowed is above 0, up to 10")
+        require("objective.noise_offset", 0 <= self.noise_offset < inf, self.noise_offset, "allowed is 0 or more")
 
 
 @dataclass(frozen=True)
@@ -256,17 +250,17 @@ class OptimOptions:
     """Rules of piecewise_constant in diffusers' form: "1:10,0.1:20,0.01" multiplies by 1 for 10 updates, ..."""
 
     def __post_init__(self) -> None:
-        _allow("optim.lr", 0 < self.lr < inf, self.lr, "allowed is a number above 0")
+        require("optim.lr", 0 < self.lr < inf, self.lr, "allowed is a number above 0")
         for number, beta in enumerate(self.betas):
-            _allow(f"optim.betas.{number}", 0 <= beta < 1, beta, "allowed is 0 up to, not including, 1")
-        _allow("optim.weight_decay", 0 <= self.weight_decay < inf, self.weight_decay, "allowed is 0 or more")
-        _allow("optim.eps", 0 < self.eps < inf, self.eps, "allowed is a number above 0")
-        _allow("optim.max_grad_norm", self.max_grad_norm > 0, self.max_grad_norm, "allowed is a number above 0")
-        _allow("optim.warmup_steps", self.warmup_steps >= 0, self.warmup_steps, "0 or more")
-        _allow("optim.num_cycles", self.num_cycles >= 1, self.num_cycles, "1 or more")
+            require(f"optim.betas.{number}", 0 <= beta < 1, beta, "allowed is 0 up to, not including, 1")
+        require("optim.weight_decay", 0 <= self.weight_decay < inf, self.weight_decay, "allowed is 0 or more")
+        require("optim.eps", 0 < self.eps < inf, self.eps, "allowed is a number above 0")
+        require("optim.max_grad_norm", self.max_grad_norm > 0, self.max_grad_norm, "allowed is a number above 0")
+        require("optim.warmup_steps", self.warmup_steps >= 0, self.warmup_steps, "0 or more")
+        require("optim.num_cycles", self.num_cycles >= 1, self.num_cycles, "1 or more")
         if self.schedule == "piecewise_constant":
             form = re.fullmatch(r"([\d.e+-]+:\d+,)*[\d.e+-]+", self.step_rules)
-            _allow("optim.step_rules", bool(form), repr(self.step_rules), 'needs the form "1:10,0.1:20,0.01"')
+            require("optim.step_rules", bool(form), repr(self.step_rules), 'needs the form "1:10,0.1:20,0.01"')
 
 
 @dataclass(frozen=True)
@@ -321,17 +315,17 @@ class TrainOptions:
     """Number of updates of the whole run that on_nonfinite skip may skip; one more stops the run."""
 
     def __post_init__(self) -> None:
-        _allow("train.batch_size", self.batch_size >= 1, self.batch_size, "1 or more")
+        require("train.batch_size", self.batch_size >= 1, self.batch_size, "1 or more")
         accumulate = self.gradient_accumulation_steps
-        _allow("train.gradient_accumulation_steps", accumulate >= 1, accumulate, "1 or more")
-        _allow("train.noise_draws", 1 <= self.noise_draws <= 64, self.noise_draws, "allowed is 1 to 64")
-        _allow("train.max_steps", self.max_steps is None or self.max_steps >= 1, self.max_steps, "1 or more")
-        _allow("train.epochs", self.epochs >= 1, self.epochs, "1 or more")
-        _allow("train.seed", self.seed is None or 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
+        require("train.gradient_accumulation_steps", accumulate >= 1, accumulate, "1 or more")
+        require("train.noise_draws", 1 <= self.noise_draws <= 64, self.noise_draws, "allowed is 1 to 64")
+        require("train.max_steps", self.max_steps is None or self.max_steps >= 1, self.max_steps, "1 or more")
+        require("train.epochs", self.epochs >= 1, self.epochs, "1 or more")
+        require("train.seed", self.seed is None or 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
         threads = self.cpu_threads
-        _allow("train.cpu_threads", threads is None or threads >= 1, threads, "1 or more")
-        _allow("train.ema_decay", 0 <= self.ema_decay < 1, self.ema_decay, "allowed is 0 up to, not including, 1")
-        _allow("train.max_nonfinite", self.max_nonfinite >= 0, self.max_nonfinite, "0 or more")
+        require("train.cpu_threads", threads is None or threads >= 1, threads, "1 or more")
+        require("train.ema_decay", 0 <= self.ema_decay < 1, self.ema_decay, "allowed is 0 up to, not including, 1")
+        require("train.max_nonfinite", self.max_nonfinite >= 0, self.max_nonfinite, "0 or more")
         if self.max_time is not None:
             seconds_of(self.max_time)
 
@@ -355,10 +349,10 @@ class CheckpointOptions:
     """Resume although options have changed that make it another run."""
 
     def __post_init__(self) -> None:
-        _allow("checkpoint.every", self.every >= 1, self.every, "1 or more")
-        _allow("checkpoint.keep", self.keep is None or self.keep >= 1, self.keep, "1 or more")
+        require("checkpoint.every", self.every >= 1, self.every, "1 or more")
+        require("checkpoint.keep", self.keep is None or self.keep >= 1, self.keep, "1 or more")
         each = self.keep_every
-        _allow("checkpoint.keep_every", each is None or each >= 1, each, "1 or more")
+        require("checkpoint.keep_every", each is None or each >= 1, each, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -392,10 +386,10 @@ class ValidationOptions:
                 "give as many of one as of the other, or a single one of either.",
                 option="validation.prompts",
             )
-        _allow("validation.num_images", self.num_images >= 1, self.num_images, "1 or more")
-        _allow("validation.every", self.every >= 1, self.every, "1 or more")
-        _allow("validation.steps", self.steps >= 1, self.steps, "1 or more")
-        _allow("validation.guidance", 0 <= self.guidance < inf, self.guidance, "allowed is 0 or more")
+        require("validation.num_images", self.num_images >= 1, self.num_images, "1 or more")
+        require("validation.every", self.every >= 1, self.every, "1 or more")
+        require("validation.steps", self.steps >= 1, self.steps, "1 or more")
+        require("validation.guidance", 0 <= self.guidance < inf, self.guidance, "allowed is 0 or more")
 
     def pairs(self) -> list[tuple[str, str]]:
         """(prompt, image file) of each row of pictures, a single one repeated."""
@@ -419,7 +413,7 @@ class TrackingOptions:
     """Updates between log entries."""
 
     def __post_init__(self) -> None:
-        _allow("tracking.log_every", self.log_every >= 1, self.log_every, "1 or more")
+        require("tracking.log_every", self.log_every >= 1, self.log_every, "1 or more")
 
 
 @dataclass(frozen=True)

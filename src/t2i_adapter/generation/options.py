@@ -6,13 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
-from t2i_adapter.errors import UserError
-
-
-def check(option: str, ok: bool, got: object, allowed: str) -> None:
-    """Raises a UserError about the option unless `ok`."""
-    if not ok:
-        raise UserError(f"{got}: {allowed}", option=option)
+from t2i_adapter.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +25,12 @@ class SamplingOptions:
     """Pictures generated at a time; None takes as many as 512 x 512 pixels hold. It does not change the pictures."""
 
     def __post_init__(self) -> None:
-        check("steps", self.steps >= 1, self.steps, "1 or more")
-        check("guidance", 0 <= self.guidance < inf, self.guidance, "allowed is 0 or more")
-        check("scale", 0 <= self.scale < inf, self.scale, "allowed is 0 or more")
+        require("steps", self.steps >= 1, self.steps, "1 or more")
+        require("guidance", 0 <= self.guidance < inf, self.guidance, "allowed is 0 or more")
+        require("scale", 0 <= self.scale < inf, self.scale, "allowed is 0 or more")
         factor = self.condition_factor
-        check("condition_factor", 0 <= factor <= 1, factor, "allowed is a share from 0 to 1")
-        check("batch_size", self.batch_size is None or self.batch_size >= 1, self.batch_size, "1 or more")
+        require("condition_factor", 0 <= factor <= 1, factor, "allowed is a share from 0 to 1")
+        require("batch_size", self.batch_size is None or self.batch_size >= 1, self.batch_size, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

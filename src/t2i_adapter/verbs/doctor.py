@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from t2i_adapter.config.tree import BaseOptions, DataOptions
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, require
 
 if TYPE_CHECKING:
     from t2i_adapter.data.source import Source
@@ -50,8 +50,7 @@ class DoctorOptions:
     def __post_init__(self) -> None:
         for name in ("measure", "workers", "seed"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"{value}: allowed is 0 or more.", option=name)
+            require(name, value is None or value >= 0, value, "allowed is 0 or more")
         for name in ("train_data_dir", "dataset_name"):
             if named := getattr(self.data, name):
                 raise UserError(f"{named}: DATA names the dataset already; remove this flag.", option=f"data.{name}")

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from t2i_adapter.config.tree import DataOptions, to_dict
-from t2i_adapter.errors import UserError
-from t2i_adapter.generation.options import ModelOptions, SamplingOptions, check
+from t2i_adapter.errors import UserError, require
+from t2i_adapter.generation.options import ModelOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from t2i_adapter.data.source import Source
@@ -52,8 +52,8 @@ class EvaluateOptions(ModelOptions, SamplingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check("num", self.num >= 2, self.num, "2 or more: each pair needs another one's condition as control")
-        check("seed", 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
+        require("num", self.num >= 2, self.num, "2 or more: each pair needs another one's condition as control")
+        require("seed", 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
 
 
 def run(options: EvaluateOptions) -> Evaluation:

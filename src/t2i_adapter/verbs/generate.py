@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i_adapter.errors import UserError, flag
+from t2i_adapter.errors import UserError, flag, require
 from t2i_adapter.files import output_folder, user_path
-from t2i_adapter.generation.options import ModelOptions, SamplingOptions, check
+from t2i_adapter.generation.options import ModelOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,10 +51,10 @@ class GenerateOptions(ModelOptions, SamplingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check("num", self.num >= 1, self.num, "1 or more")
-        check("seed", 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
+        require("num", self.num >= 1, self.num, "1 or more")
+        require("seed", 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
         for name, side in (("width", self.width), ("height", self.height)):
-            check(name, side is None or side >= 1, side, "1 or more")
+            require(name, side is None or side >= 1, side, "1 or more")
         if bool(self.image) == bool(self.photo):
             image, photo = flag("image"), flag("photo")
             given = f"{image} and {photo} are both set" if self.image else f"neither {image} nor {photo} is set"

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, require
 
 Kind = Literal["circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring"]
 MADE = ".made.json"  # the options, beside train/ and test/; hidden, so that `datasets` does not read it
@@ -44,13 +44,13 @@ class ShapesOptions:
     """Patterns of backgrounds."""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.max_shapes <= 3, "max_shapes", f"{self.max_shapes}: allowed is 1 to 3.")
-        _require(len(self.kinds) > 0, "kinds", "is empty: name at least one.")
-        _require(len(self.patterns) > 0, "patterns", "is empty: name at least one.")
-        _require(self.num >= 1, "num", f"{self.num}: allowed is 1 or more.")
-        _require(self.num_test >= 0, "num_test", f"{self.num_test}: allowed is 0 or more.")
-        _require(16 <= self.size <= 4096, "size", f"{self.size}: allowed is 16 to 4096 pixels.")
-        _require(self.seed >= 0, "seed", f"{self.seed}: allowed is 0 or more.")
+        require("max_shapes", 1 <= self.max_shapes <= 3, self.max_shapes, "allowed is 1 to 3")
+        require("kinds", len(self.kinds) > 0, "none", "name at least one")
+        require("patterns", len(self.patterns) > 0, "none", "name at least one")
+        require("num", self.num >= 1, self.num, "allowed is 1 or more")
+        require("num_test", self.num_test >= 0, self.num_test, "allowed is 0 or more")
+        require("size", 16 <= self.size <= 4096, self.size, "allowed is 16 to 4096 pixels")
+        require("seed", self.seed >= 0, self.seed, "allowed is 0 or more")
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class EmojiOptions:
 
     def __post_init__(self) -> None:
         for name, num in (("num", self.num), ("num_test", self.num_test)):
-            _require(num is None or num >= 1, name, f"{num}: allowed is 1 or more.")
-        _require(16 <= self.size <= 4096, "size", f"{self.size}: allowed is 16 to 4096 pixels.")
+            require(name, num is None or num >= 1, num, "allowed is 1 or more")
+        require("size", 16 <= self.size <= 4096, self.size, "allowed is 16 to 4096 pixels")
 
 
 def make_shapes(options: ShapesOptions) -> None:
@@ -168,8 +168,3 @@ def _is_made(out: Path, made: dict[str, str]) -> bool:
     other = [f"{name} {there.get(name)}" for name, value in made.items() if there.get(name) != value]
     text = f"{out}: holds another dataset (made with {', '.join(other)}); name another folder."
     raise UserError(text, option="out")
-
-
-def _require(ok: bool, option: str, text: str) -> None:
-    if not ok:
-        raise UserError(text, option=option)
