@@ -63,7 +63,7 @@ def test_a_dry_run_of_prepare_prints_the_plan_and_errors_name_their_option(
     assert "resolution: 64" in out
     assert not (tmp_path / "cache").exists()
     assert main(["prepare", *flags, "--data.cache", "none"]) == 2
-    assert "--data.cache none: keeps nothing" in capsys.readouterr().err
+    assert "--data.cache none: without a cache there is nothing to prepare" in capsys.readouterr().err
     assert main(["prepare", *flags, "--train.seed", "None", "--data.max_train_samples", "3"]) == 2
     assert "selects rows by the seed" in capsys.readouterr().err
 

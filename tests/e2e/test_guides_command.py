@@ -80,7 +80,7 @@ def test_the_guides_command_trains_validates_tracks_and_publishes(work: Path):
     assert "Traceback" not in done.stdout
     assert "4 = 1 x 4 accumulated x 1 processes" in done.stdout
     if not torch.cuda.is_available():
-        assert "--mixed_precision fp16 needs a GPU" in done.stdout
+        assert "train.mixed_precision fp16 needs a GPU" in done.stdout
     _check_published({name: content for name, content in hub.files.items() if name.startswith("someone/adapter/")})
     assert list((work / "adapter" / "logs").glob("wandb/offline-run-*")), "no offline run of wandb"
     for path in (work / "adapter").rglob("*"):

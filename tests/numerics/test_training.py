@@ -220,7 +220,7 @@ def test_fp16_without_a_gpu_says_so_and_computes_in_fp32(config: Config, capsys:
     run(moved(config, "plain"))
     half = moved(config, "half", train=replace(config.train, mixed_precision="fp16"))
     run(half)
-    assert "--mixed_precision fp16 needs a GPU" in capsys.readouterr().out
+    assert "train.mixed_precision fp16 needs a GPU" in capsys.readouterr().out
     assert_same_bits(weights(half), weights(moved(config, "plain")))
 
 
@@ -269,9 +269,9 @@ def test_a_new_run_does_not_mix_into_an_old_ones_folder(config: Config):
     assert_same_bits(weights(config), kept)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(config: Config):
+def test_a_nan_loss_stops_the_run_and_saves_nothing(config: Config):
     wild = replace(config, optim=replace(config.optim, lr=1e30, schedule="constant"))
-    with pytest.raises(UserError, match="NaN or inf in the loss or its gradient.*--optim.lr"):
+    with pytest.raises(UserError, match="NaN or inf in the gradient.*--optim.lr"):
         run(wild)
     assert not list(Path(wild.output_dir).glob("checkpoint-*"))
     assert not (Path(wild.output_dir) / WEIGHTS).exists()

@@ -137,7 +137,7 @@ def make_accelerator(config: Config) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if precision != wanted:
-        accelerator.print("mixed_precision fp16 needs a GPU and none was found: this run computes in fp32.")
+        accelerator.print("train.mixed_precision fp16 needs a GPU and none was found: this run computes in fp32.")
     if config.train.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
