@@ -25,8 +25,8 @@ RESERVE = 0.05
 CONTEXT_BYTES = 600 * 2**20
 """What CUDA and its libraries take on a device before the first tensor."""
 LIBRARIES_BYTES = 130 * 2**20
-"""What the libraries take on a CPU once they compute: code, buffers, and what preparing the data leaves allocated. It was
-86 MiB on one machine and about 170 MiB on another."""
+"""What the libraries take on a CPU once they compute: code, buffers, and what preparing the data leaves allocated. One
+machine took 86 MiB and another about 170 MiB."""
 
 
 @dataclass(frozen=True)
