@@ -72,7 +72,7 @@ class UserError(Exception):
         return _FLAG.sub(lambda found: name(found[1]), self._line)
 
     def within(self, place: str) -> UserError:
-        """The same error with `place`, such as a file's name, in front of its line."""
+        """A copy of this error with `place`, such as the name of a file, in front of its line."""
         outer = UserError(f"{place}: {self._line}", kind=self.kind)
         outer.option = self.option
         return outer

@@ -41,7 +41,7 @@ def text_key(caption: str, text_fingerprint: str) -> bytes:
 def view_keys(digests: np.ndarray, view: int) -> np.ndarray:
     """Keys (N,32) of one view's image records, from the digests (N,32) uint8 of the pictures.
 
-    The view replaces the last byte: the other 31 bytes of a sha256 are enough to tell pictures apart.
+    The view replaces the last byte: the other 31 bytes of a sha256 distinguish pictures as well.
     """
     keys = digests.copy()
     keys[:, -1] = view

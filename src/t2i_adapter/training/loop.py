@@ -241,8 +241,8 @@ class Trainer:
         weights, training = checkpoint.load(folder)
         try:
             self.update.load(weights, training)
-        except RuntimeError as fault:
-            raise UserError(f"{folder}: its adapter has another shape than this run's: {fault}") from fault
+        except UserError as fault:
+            raise fault.within(str(folder)) from fault
         self.skipped_steps = training.state["skipped_steps"]
         if self.accelerator.is_main_process:
             for line in checkpoint.set_aside_after(self.output_dir, self.step):

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from t2i_adapter.config.tree import Config
+from t2i_adapter.errors import UserError
 from t2i_adapter.training import checkpoint, nonfinite, optim
 from t2i_adapter.training.accumulate import Accumulation, plain_gradients
 from t2i_adapter.training.cpu import cpu_gradients
@@ -107,15 +108,18 @@ class Update:
         return checkpoint.TrainingState(tensors, {"step": self.step, "numbers": numbers, "scaler": scaling})
 
     def load(self, weights: dict[str, Tensor], training: checkpoint.TrainingState) -> None:
-        """Restores what `ema_or_adapter` and `state` held. Raises RuntimeError if the adapter has another shape.
+        """Restores what `ema_or_adapter` and `state` held; another optimiser's state is skipped.
 
-        The optimiser's state is left out if the checkpoint is of another optimiser.
+        Raises UserError if the adapter has another shape.
         """
         state, tensors = training.state, training.tensors
         raw = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
-        self.adapter.load_state_dict(raw or weights)
-        if self._ema:
-            self._ema.network.load_state_dict(weights)
+        try:
+            self.adapter.load_state_dict(raw or weights)
+            if self._ema:
+                self._ema.network.load_state_dict(weights)
+        except RuntimeError as fault:
+            raise UserError(f"the adapter has another shape than this run's: {fault}") from fault
         if state["options"]["optim"]["name"] == self.config.optim.name:
             checkpoint.unpack_optimizer(self._optimizer, {**tensors, **state["numbers"]})
         if self.accelerator.scaler is not None and state["scaler"]:
