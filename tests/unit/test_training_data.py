@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from t2i_adapter.errors import UserError
-from t2i_adapter.training.data import BURST, in_bursts, one_ahead
+from t2i_adapter.training.cpu.feeding import BURST, in_bursts, one_ahead
 
 
 def source(count: int, made: list[int], *, fails: bool = False) -> Iterator[Any]:
@@ -28,18 +28,18 @@ def test_bursts_give_the_same_in_order(count: int) -> None:
 
 def test_a_burst_is_made_at_once_and_the_next_when_it_is_used_up() -> None:
     made: list[int] = []
-    drafts = in_bursts(source(100, made))
-    assert next(drafts) == 0 and len(made) == BURST
-    assert [next(drafts) for _ in range(BURST - 1)][-1] == BURST - 1 and len(made) == BURST
-    assert next(drafts) == BURST and len(made) == 2 * BURST
+    built = in_bursts(source(100, made))
+    assert next(built) == 0 and len(made) == BURST
+    assert [next(built) for _ in range(BURST - 1)][-1] == BURST - 1 and len(made) == BURST
+    assert next(built) == BURST and len(made) == 2 * BURST
 
 
 @pytest.mark.parametrize("count", [0, 3, BURST, BURST + 3])
 def test_a_fault_comes_after_what_was_made_before_it(count: int) -> None:
     got: list[int] = []
     with pytest.raises(UserError, match="row 17"):
-        for draft in one_ahead(in_bursts(source(count, [], fails=True))):
-            got += [draft]
+        for partial in one_ahead(in_bursts(source(count, [], fails=True))):
+            got += [partial]
     assert got == list(range(count))
 
 

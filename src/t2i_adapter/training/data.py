@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,10 +23,9 @@ from t2i_adapter.data.source import Source
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import cache_root
 from t2i_adapter.models.base import Base
+from t2i_adapter.training.cpu.feeding import build_in_process
 from t2i_adapter.types import Batch, PartialBatch
 
-BURST = 8
-"""Batches built one after the other if a thread of the trainer builds them."""
 BAD_SAMPLES = "bad_samples.jsonl"
 """In a run's folder: a line {"key", "reason"} for each skipped row."""
 
@@ -83,36 +80,15 @@ def make_batches(
         num_timesteps=num_timesteps,
         device=accelerator.device,
     )
-    has_workers = count_workers(config.data.num_workers, accelerator.device) > 0
-    listed = _listed(partial_batches if has_workers else in_bursts(partial_batches), dataset, config)
-    batches = (encoders.complete(to_device(partial, accelerator.device)) for partial in listed)
-    # No thread with several processes: some of them abort (SIGABRT) if they end while it runs.
-    yield from batches if has_workers or accelerator.num_processes > 1 else one_ahead(batches)
 
+    def finish(built: Iterable[PartialBatch]) -> Iterator[Batch]:
+        for partial in _listed(built, dataset, config):
+            yield encoders.complete(to_device(partial, accelerator.device))
 
-def in_bursts(partial_batches: Iterable[PartialBatch]) -> Iterator[PartialBatch]:
-    """Builds BURST batches one after the other before it yields them. Built one by one between steps they run on cold
-    CPU caches, which takes longer."""
-    source = iter(partial_batches)
-    while True:
-        burst: list[PartialBatch] = []
-        try:
-            burst.extend(islice(source, BURST))
-        except UserError:  # raised after the batches that were built before it
-            yield from burst
-            raise
-        if not burst:
-            return
-        yield from burst
-
-
-def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Yields the batches; a thread builds the next one while the caller uses the last."""
-    with ThreadPoolExecutor(1, "batches") as thread:
-        upcoming = thread.submit(next, batches, None)
-        while (batch := upcoming.result()) is not None:
-            upcoming = thread.submit(next, batches, None)
-            yield batch
+    if count_workers(config.data.num_workers, accelerator.device):
+        yield from finish(partial_batches)
+    else:
+        yield from build_in_process(partial_batches, finish, ranks=accelerator.num_processes)
 
 
 def _listed(

@@ -1,6 +1,7 @@
 """Faster gradients on a CPU: threads share a micro-batch and replay traces of its operations.
 
-The rest of `training/` uses `cpu_gradients` alone. `threads.py` holds the threads, `trace.py` the traces.
+The rest of `training/` uses `cpu_gradients` and `build_in_process`. `threads.py` holds the threads, `trace.py` the
+traces, and `feeding.py` builds batches beside the step.
 """
 
 from __future__ import annotations
