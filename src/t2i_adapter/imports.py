@@ -1,4 +1,4 @@
-"""Imports a heavy module when a verb needs it, named as "module:name" in a table."""
+"""Imports what a verb needs when it is called: heavy modules, faster than a plain import does."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import Any
 def resolve(reference: str) -> Any:
     """The object that "module:name" names; imports the module."""
     module, _, name = reference.partition(":")
-    return getattr(_imported(module), name)
+    return getattr(preload(module), name)
 
 
-def _imported(name: str) -> ModuleType:
-    """Imports with the garbage collector off, about 20 % faster, and then freezes what was made: modules are never
-    collected, so later collections need not scan them."""
+def preload(name: str) -> ModuleType:
+    """Imports a module, and all that it imports, with the garbage collector off, which takes about a fifth less time.
+
+    Then freezes what was made: modules are never collected, so later collections need not scan them. A verb calls it
+    for its heaviest module before its own imports.
+    """
     if name in sys.modules:
         return sys.modules[name]
     gc.disable()

@@ -13,6 +13,7 @@ import tyro
 
 from t2i_adapter.config.tree import BaseOptions, DataOptions
 from t2i_adapter.errors import UserError, require
+from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
     from t2i_adapter.data.source import Source
@@ -64,6 +65,7 @@ class DoctorOptions:
 
 def run(options: DoctorOptions) -> None:
     """Prints the report and writes the files that the options name. Raises SystemExit(1) if there are errors."""
+    preload("t2i_adapter.doctor.report")
     from t2i_adapter.data.formats import located
     from t2i_adapter.data.pair import PairTransform
     from t2i_adapter.data.source import open_source

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from t2i_adapter.config.tree import DataOptions, to_dict
 from t2i_adapter.errors import UserError, require
 from t2i_adapter.generation.options import ModelOptions, SamplingOptions
+from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
     from t2i_adapter.data.source import Source
@@ -58,6 +59,7 @@ class EvaluateOptions(ModelOptions, SamplingOptions):
 
 def run(options: EvaluateOptions) -> Evaluation:
     """Measures the adapter, writes the three files to `out`, and prints the means."""
+    preload("t2i_adapter.generation.pipeline")
     from t2i_adapter.annotators.registry import open_annotator
     from t2i_adapter.evaluation.evaluate import evaluate
     from t2i_adapter.evaluation.pairs import read_pairs

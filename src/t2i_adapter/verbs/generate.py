@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from t2i_adapter.errors import UserError, flag, require
 from t2i_adapter.files import output_folder, user_path
 from t2i_adapter.generation.options import ModelOptions, SamplingOptions
+from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -83,6 +84,7 @@ class GenerateOptions(ModelOptions, SamplingOptions):
 
 def run(options: GenerateOptions) -> None:
     """Generates `num` pictures for each pair of prompt and file, and writes them to `out`."""
+    preload("t2i_adapter.generation.pipeline")
     from t2i_adapter.generation.condition import find_annotator, fit_condition, make_condition, read_condition
     from t2i_adapter.generation.generate import generate
     from t2i_adapter.generation.pipeline import open_models

@@ -12,6 +12,7 @@ import tyro
 
 from t2i_adapter.config.tree import Config
 from t2i_adapter.errors import UserError
+from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
     from t2i_adapter.training.forecast import Forecast
@@ -67,6 +68,7 @@ class PlanOptions:
 
 def run(options: PlanOptions) -> None:
     """Prints the plan of a run with these options, and what it will need. Writes no file."""
+    preload("t2i_adapter.training.forecast")
     from t2i_adapter.training.forecast import forecast
     from t2i_adapter.training.setup import set_up
 

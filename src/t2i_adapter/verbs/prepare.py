@@ -5,6 +5,7 @@ from __future__ import annotations
 from t2i_adapter.config import recipe
 from t2i_adapter.config.tree import Config
 from t2i_adapter.errors import UserError, flag
+from t2i_adapter.imports import preload
 
 
 def run(config: Config, *, dry_run: bool = False) -> None:
@@ -12,6 +13,7 @@ def run(config: Config, *, dry_run: bool = False) -> None:
 
     dry_run: prints the options and the dataset, and returns.
     """
+    preload("t2i_adapter.training.setup")
     from t2i_adapter.training.setup import make_accelerator, open_inputs
 
     if config.data.cache == "none":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from t2i_adapter.config import recipe
 from t2i_adapter.config.tree import Config, seconds_of
 from t2i_adapter.errors import Stopped, UserError, redact
+from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
     from t2i_adapter.training.setup import Setup
@@ -26,6 +27,7 @@ def run(config: Config, *, dry_run: bool = False, stop_after: int | None = None)
 
     Raises UserError as early as an error can be found, and Stopped if a signal or a limit ends the run early.
     """
+    preload("t2i_adapter.training.setup")
     from t2i_adapter.training.signals import Stopper
 
     limit = config.train.max_time
