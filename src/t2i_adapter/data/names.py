@@ -1,0 +1,33 @@
+"""Names of files in a dataset: which are pictures, which are litter, and when two names are equal. Loads nothing."""
+
+from __future__ import annotations
+
+import unicodedata
+
+PICTURE_ENDINGS = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".jpf", ".jpx", ".avif", ".avifs", ".heic", ".heif"),
+)
+"""Endings of picture files, in small letters: those of every format that `picture.decode` reads."""
+
+_LITTER = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin"}
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name has a picture's ending, in any case."""
+    return name.lower().endswith(PICTURE_ENDINGS)
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder was left by a system (`.DS_Store`, `._a.jpg`, `__MACOSX`, `Thumbs.db`) or is hidden.
+
+    `name` is one name, or the path of a member of an archive: a member of a litter folder is litter too.
+    """
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part.lower() in _LITTER for part in name.split("/")
+    )
+
+
+def same_form(name: str) -> str:
+    """The name in Unicode's composed form (NFC): file systems and archives store the same letters in two forms."""
+    return unicodedata.normalize("NFC", name)
