@@ -40,7 +40,7 @@ def train(way: str, folder: Path, options: argparse.Namespace) -> Figures:
     if way == COLD:
         shutil.rmtree(code, ignore_errors=True)
     words = {
-        "data.train_data_dir": folder / "data",
+        "data.location": folder / "data",
         "data.resolution": options.resolution,
         "train.batch_size": options.batch,
         "train.max_steps": options.steps,

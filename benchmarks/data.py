@@ -226,7 +226,7 @@ def write_rows(folder: Path, count: int) -> Path:
 
 
 def rows_options(folder: Path) -> DataOptions:
-    return DataOptions(train_data_dir=f"{folder}/*.parquet", resolution=64, cache="none", num_workers=0)
+    return DataOptions(location=f"{folder}/*.parquet", resolution=64, cache="none", num_workers=0)
 
 
 def first_batch(folder: Path, start: int) -> None:
@@ -326,7 +326,7 @@ def measure(options: argparse.Namespace) -> None:
     script = script_module(options.script)
     with tempfile.TemporaryDirectory() as temporary:
         folder, root = write_pairs(Path(temporary) / "pairs"), Path(temporary)
-        data = DataOptions(train_data_dir=str(folder), resolution=SIDE, num_workers=0)
+        data = DataOptions(location=str(folder), resolution=SIDE, num_workers=0)
         edges = replace(data, condition="canny", cache="none")
         dataset, live = cached_dataset(data, root / "cached"), live_dataset(edges, root / "live")
         result: dict[str, Any] = {

@@ -100,7 +100,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
         return
     adapter, data = folder / "adapter", make_scenes(arm, options)
     words = [
-        *("train", "--recipe", str(recipe_of(arm)), "--data.train_data_dir", str(data), "--output_dir", str(adapter)),
+        *("train", "--recipe", str(recipe_of(arm)), "--data", str(data), "--output_dir", str(adapter)),
         *("--train.max_steps", str(options.steps), "--tracking.report_to", "none", "--checkpoint.resume", "latest"),
         *("--data.prepared_dir", str(options.work / "cache"), *arm.flags),
         *(("--data.condition", arm.annotator) if arm.annotator else ()),

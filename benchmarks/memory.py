@@ -117,7 +117,7 @@ def _losses(kind: str, name: str, folder: Path) -> list[float]:
     config = Config(
         output_dir=str(folder / kind),
         base=BaseOptions(name=name, quantize=quantize),
-        data=DataOptions(train_data_dir=str(folder / "data"), resolution=128, prepared_dir=str(folder / "prepared")),
+        data=DataOptions(location=str(folder / "data"), resolution=128, prepared_dir=str(folder / "prepared")),
         optim=OptimOptions(lr=1e-3),
         train=TrainOptions(batch_size=4, max_steps=UPDATES, seed=0, mixed_precision="no" if precise else "bf16"),
         tracking=TrackingOptions(report_to="none", log_every=1),

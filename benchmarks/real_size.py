@@ -291,7 +291,7 @@ def run_command(folder: Path, row: dict[str, Any]) -> dict[str, Any]:
         write_dataset(data, num=2, split="train", size=row["resolution"])
         options = {
             "base.name": folder / "base",
-            "data.train_data_dir": data,
+            "data.location": data,
             "data.resolution": row["resolution"],
             "data.num_workers": 0,
             "data.prepared_dir": Path(scratch) / "prepared",

@@ -30,7 +30,7 @@ LOG_EVERY = 5
 def run(processes: int, data: Path, folder: Path, options: argparse.Namespace) -> list[dict[str, float]]:
     """Trains once; returns the log: loss and samples a second, every LOG_EVERY updates."""
     words = {
-        "data.train_data_dir": data,
+        "data.location": data,
         "data.resolution": 128,
         "data.num_workers": 0,
         "data.prepared_dir": data / "prepared",

@@ -51,7 +51,7 @@ def config_of(options: argparse.Namespace, folder: Path) -> Config:
     return Config(
         output_dir=str(folder / "run"),
         data=DataOptions(
-            train_data_dir=str(folder / "data"), resolution=options.resolution, prepared_dir=str(folder / "prepared")
+            location=str(folder / "data"), resolution=options.resolution, prepared_dir=str(folder / "prepared")
         ),
         train=TrainOptions(batch_size=options.batch, max_steps=options.steps, seed=0),
         checkpoint=CheckpointOptions(every=options.steps),

@@ -158,7 +158,7 @@ def _call(verb: str, argv: list[str]) -> None:
         resolve(function)(options)
 
 
-_ELSEWHERE = {"base.name": "base", "data.train_data_dir": "data", "data.dataset_name": "data"}
+_ELSEWHERE = {"base.name": "base", "data.kind": "layout"}
 """Options of a run -> how verbs that have no such option call it."""
 
 
@@ -169,7 +169,7 @@ def _flag_name(words: list[str], path: str) -> str:
     flags = flags_of(resolve(VERBS[_find_verb(words)[0]].options))
     last = path.rpartition(".")[2]
     for name in (path, _ELSEWHERE.get(path, ""), path.replace(".", "_"), last):
-        if name in flags:
+        if name in flags and path != "data.location":
             return flags[name].label or f"--{name}"
     return flag_namer({})(path)
 

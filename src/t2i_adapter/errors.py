@@ -43,6 +43,11 @@ def redact(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def plain_flag(option: str) -> str:
+    """The flag of an option by its path: "--optim.lr". The dataset's location is written --data."""
+    return "--data" if option == "data.location" else f"--{option}"
+
+
 def flag(option: str) -> str:
     """Names an option inside the text of a `UserError`, by its path in the option tree: flag("optim.lr").
 
@@ -67,7 +72,7 @@ class UserError(Exception):
         self._line = redact(f"{flag(option)} {text}" if option else str(text))
         super().__init__(self.message())
 
-    def message(self, name: Callable[[str], str] = "--{}".format) -> str:
+    def message(self, name: Callable[[str], str] = plain_flag) -> str:
         """The line to print. `name`: path of an option -> the flag that this front door's users type."""
         return _FLAG.sub(lambda found: name(found[1]), self._line)
 

@@ -13,11 +13,10 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from t2i_adapter import errors
 from t2i_adapter.config.read import allowed, describe, nearest, option_types, read_value, read_values, with_values
-from t2i_adapter.config.recipe import load
+from t2i_adapter.config.recipe import RENAMED, load
 from t2i_adapter.config.tree import Config
-from t2i_adapter.errors import UserError, register_secret
+from t2i_adapter.errors import UserError, plain_flag, register_secret
 
 T = TypeVar("T")
 
@@ -52,12 +51,22 @@ class TrainFlags:
 
 
 SHORT = {
+    "data": "data.location",
+    "layout": "data.kind",
+    **{
+        name: f"data.{name}"
+        for name in (
+            *("split", "resolution", "condition", "conditioning_dir", "captions", "skip"),
+            *("image_column", "conditioning_image_column", "caption_column"),
+        )
+    },
     "profile": "train.profile",
     "max_time": "train.max_time",
     "on_nonfinite": "train.on_nonfinite",
     "allow_changed": "checkpoint.allow_changed",
 }
-"""Flags of a run that users of other trainers know by their last word alone."""
+"""Flags of a run that may be written without their section: those of the dataset as every verb has them, and those that
+users of other trainers know by their last word alone."""
 _CONFIG = "config."
 
 
@@ -66,6 +75,10 @@ def parse_flags(cls: type[T], argv: Sequence[str], prog: str) -> T:
     if is_help(argv):
         print_help(cls, prog)
     flags = flags_of(cls)
+    for short, path in SHORT.items():
+        both = {name: flags[name] for name in (short, path) if name in flags}
+        flags |= {name: flag for flag in both.values() for name in (short, path) if name not in both}
+    flags |= {former: flags[path] for former, path in RENAMED.items() if path in flags}
     values = read_flags(argv, flags, prog)
     _check_required(cls, values)
     return _build(cls, values)
@@ -94,6 +107,7 @@ def parse_train(
         print_help(cls, prog)
     flags = {**{short: Flag((f"{_CONFIG}{path}",), None) for short, path in SHORT.items()}, **flags_of(cls)}
     flags |= {short: flags[path] for short, path in SHORT.items()}
+    flags |= {former: flags[path] for former, path in RENAMED.items()}
     for name, added in (more or {}).items():
         flags[name] = Flag(tuple(f"{_CONFIG}{path}" for path in added.paths), added.kind, added.constant)
     values = read_flags(argv, flags, prog, meant)
@@ -140,6 +154,7 @@ def read_flags(
     """Dotted path -> value of every option that the words set. `meant` as in `parse_train`. Raises UserError."""
     values: dict[str, Any] = {}
     positional = [flag for flag in flags.values() if flag.label]
+    named: dict[str, str] = {}
     for name, words in _split(argv, flags, prog, meant or {}):
         if name is None:
             if not positional:
@@ -154,6 +169,9 @@ def read_flags(
                 continue
         value = _read(words, flag.kind, label)
         for path in flag.paths:
+            other = named.setdefault(path, label)
+            if other != label and path.endswith("data.location"):
+                raise UserError(f"two datasets are given, by {other} and {label}; keep one of them")
             many = name is None and isinstance(value, tuple)
             values[path] = (*values.get(path, ()), *value) if many else value
     return values
@@ -227,7 +245,10 @@ def _read(words: list[str], kind: Any, flag: str) -> Any:
 
 
 def _hint(stem: str, value: str, prog: str, flags: Mapping[str, Flag], meant: Mapping[str, str]) -> str:
-    known = {name: name for name, flag in flags.items() if not flag.label and name not in SHORT} | dict(meant)
+    written = {path: short for short, path in SHORT.items() if path == "data.location"}
+    hidden = {*SHORT, *RENAMED} - {stem}
+    known = {name: written.get(name, name) for name, flag in flags.items() if not flag.label and name not in hidden}
+    known |= meant
     near = [stem] if stem in known else nearest(stem, [*meant, *known])
     suggested = dict.fromkeys(f"--{known[name]}{value}" for name in near)
     return f"did you mean {' or '.join(suggested)}?" if suggested else f"see `{prog} --help`"
@@ -260,19 +281,14 @@ def flag_namer(names: Mapping[str, str]) -> Callable[[str], str]:
 
     def name(path: str) -> str:
         plain = path.rstrip("0123456789").rstrip(".")  # "optim.betas.0" is an item of a flag
-        return names.get(path) or names.get(plain) or f"--{plain}"
+        return names.get(path) or names.get(plain) or plain_flag(plain)
 
     return name
 
 
 def _check_sources(config: Config) -> None:
-    """A run has a base and one dataset."""
+    """A run has a base and a dataset."""
     if not config.base.name:
         raise UserError("is required: a hub id, a folder, a file or `nano`", option="base.name")
-    given = [name for name in ("dataset_name", "train_data_dir") if getattr(config.data, name) is not None]
-    if len(given) != 1:
-        got = "two datasets are given" if given else "no dataset is given"
-        raise UserError(
-            f"{got}: give {errors.flag('data.dataset_name')} (a hub id) or "
-            f"{errors.flag('data.train_data_dir')} (a folder, a file or shards)"
-        )
+    if not config.data.location:
+        raise UserError("is required: a folder, a file, shards or a hub id", option="data.location")

@@ -39,6 +39,7 @@ def parse(argv: Sequence[str]) -> TrainFlags:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the drop-in script; returns the exit code."""
     names = {path: f"--{row.flag}" for row in reversed(ROWS) if row.given is True for path in row.paths}
+    names["data.location"] = "--train_data_dir or --dataset_name"
     return guarded(partial(_train, sys.argv[1:] if argv is None else list(argv)), flag_namer(names))
 
 

@@ -193,7 +193,7 @@ def test_an_adapter_records_how_its_conditions_are_made(
 ):
     """train --data.condition, then generate --photo and evaluate with nothing but the adapter's folder."""
     adapter = tmp_path / "adapter"
-    trained = ["train", "--base.name", tiny_base, "--data.train_data_dir", pictures, "--data.resolution", 64,
+    trained = ["train", "--base.name", tiny_base, "--data", pictures, "--data.resolution", 64,
                "--data.condition", "canny,low=20,high=40", "--adapter.in_channels", 1, "--train.max_steps", 2,
                "--data.num_workers", 0, "--train.seed", 0, "--tracking.report_to", "none",
                "--output_dir", adapter]  # fmt: skip

@@ -16,7 +16,7 @@ from t2i_adapter.cli import main
 @pytest.fixture
 def flags(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> list[str]:
     return [
-        *("--base.name", str(tiny_base), "--data.train_data_dir", str(tiny_data), "--data.resolution", "64"),
+        *("--base.name", str(tiny_base), "--data", str(tiny_data), "--data.resolution", "64"),
         *("--data.num_workers", "0", "--data.prepared_dir", str(tmp_path / "cache"), "--train.seed", "1"),
         *("--output_dir", str(tmp_path / "run")),
     ]
@@ -138,7 +138,7 @@ def test_bad_rows_are_listed_in_the_run_s_folder(
 ) -> None:
     data = write_circles(tmp_path / "data", num=8, size=64)
     (data / "train" / "00002.png").write_bytes(b"")
-    skip = ("--data.on_bad_sample", "skip", "--data.max_bad_share", "0.2", "--data.train_data_dir", str(data))
+    skip = ("--data.on_bad_sample", "skip", "--data.max_bad_share", "0.2", "--data", str(data))
     assert main(["prepare", *flags, *skip]) == 0
     assert f"1 of 8 rows cannot be used and are skipped; listed in {tmp_path / 'run'}" in capsys.readouterr().out
     assert "00002.png" in (tmp_path / "run" / "bad_samples.jsonl").read_text()

@@ -59,7 +59,7 @@ NOT_RUN = {
     f"{PROG} push": "needs the hub; tests/unit/test_push.py runs it against a server",
     f"{PROG} annotate depth": "needs weights of the hub; tests/unit/test_conditions_depth.py has small ones",
     f"{PROG} annotate segmentation": "needs weights; tests/unit/test_conditions_segmentation.py has small ones",
-    f'{PROG} train --data.train_data_dir "': "shards elsewhere; tests/e2e/test_sources.py reads them from servers",
+    f'{PROG} train --data "': "shards elsewhere; tests/e2e/test_sources.py reads them from servers",
     "python -m t2i_adapter.annotators.weights": "downloads",
     "python tests/campaigns/run.py": "minutes to hours; tests/campaigns runs the same code in short",
     "python -m nano_maker": "takes hours; tests/unit/test_nano.py tests its parts",
@@ -85,8 +85,7 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_icons(root / "icons.tgz")
     (root / "tones.py").write_text(code(OWN_ANNOTATOR, '"""The picture in a few tones, for adapters that shade."""'))
     run(
-        f"{PROG} train --data.train_data_dir runs/demo/data --data.resolution 128 --train.max_steps 1 "
-        "--output_dir runs/demo/adapter",
+        f"{PROG} train --data runs/demo/data --data.resolution 128 --train.max_steps 1 --output_dir runs/demo/adapter",
         root,
     )
     return root
@@ -120,7 +119,7 @@ def small(command: str, number: int) -> str:
         command = command.partition(" #")[0]
         ours = {"--train.max_steps": "2", "--output_dir": f"runs/{number}"}
         if "--recipe" in command:
-            ours |= {"--data.train_data_dir": "my-pictures"}
+            ours |= {"--data": "my-pictures"}
             ours["--output_dir"] = "runs/again" if "resume" in command or number == 0 else f"runs/{number}"
         else:
             ours |= {"--data.resolution": "128"}

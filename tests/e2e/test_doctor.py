@@ -82,7 +82,7 @@ def test_it_measures_and_reads_with_several_workers(good: Path, tmp_path: Path) 
 def test_the_predicted_disk_is_the_size_of_the_cache(good: Path, tmp_path: Path) -> None:
     needs = look_over(good, tmp_path)[1]["needs"]
     flags = ["--data.resolution", str(SIZE), "--data.prepared_dir", str(tmp_path / "cache")]
-    assert main(["prepare", "--data.train_data_dir", str(good), *flags]) == 0
+    assert main(["prepare", "--data", str(good), *flags]) == 0
     tail = 20  # bytes at a shard's end, which belong to no record
     for kind in ("picture", "caption"):
         shards = list((tmp_path / "cache" / f"{'image' if kind == 'picture' else 'text'}s").rglob("*.shard"))
@@ -258,9 +258,9 @@ def test_buckets_views_and_annotators_are_as_in_training(good: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ([], "DATA: required, and not given"),
+        ([], "--data is required: a folder, manifest, shards or a hub id"),
         (["nowhere"], "nowhere"),
-        (["data", "--data.train_data_dir", "x"], "DATA names the dataset already"),
+        (["data", "--data", "x"], "DATA (data) names the dataset already"),
         (["data", "--json", "no/such/folder.json"], "--json no/such/folder.json: the folder no/such does not exist"),
         (["data", "--measure", "-1"], "--measure -1: allowed is 0 or more"),
         (["data", "--data.resolution", "100"], "--data.resolution 100: allowed are multiples of 8"),

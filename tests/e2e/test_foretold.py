@@ -17,7 +17,7 @@ PEAK = "print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split(
 
 @pytest.mark.parametrize("batch", [16, 48])
 def test_a_run_takes_the_memory_that_was_foretold(batch: int, tiny_data: Path, tmp_path: Path):
-    options = f"{RUN} --data.train_data_dir {tiny_data} --train.batch_size {batch} --train.max_steps 3"
+    options = f"{RUN} --data {tiny_data} --train.batch_size {batch} --train.max_steps 3"
     told = done(f"plan --no_probe {options}")
     foretold = float(re.search(r"memory\s+([\d.]+) GiB", told)[1]) * 1024  # pyright: ignore[reportOptionalSubscript]
     words = f"train {options} --output_dir {tmp_path}/run".split()

@@ -46,7 +46,7 @@ def python(*words: str, cwd: Path, timeout: int = 240, env: dict[str, str] | Non
 
 def train_words(out: str, *more: str) -> list[str]:
     return [
-        *("train", "--output_dir", out, "--data.train_data_dir", "data", "--data.resolution", "128"),
+        *("train", "--output_dir", out, "--data", "data", "--data.resolution", "128"),
         *("--train.max_steps", str(STEPS), "--train.batch_size", "4", "--train.seed", "3", "--optim.lr", "1e-3"),
         *("--checkpoint.every", "8", "--tracking.log_every", "1", "--tracking.report_to", "none", *more),
     ]

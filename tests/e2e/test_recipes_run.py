@@ -23,7 +23,7 @@ SMALLER = {
     "base.name": "nano",
     "base.vae": "None",
     "base.variant": "None",
-    "data.dataset_name": "None",
+    "data.location": "None",
     "data.resolution": "64",
     "data.num_workers": "0",
     "optim.name": "adamw",
@@ -46,7 +46,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_runs_two_updates(file: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = load(file, Config())
-    changes = {**SMALLER, "data.train_data_dir": str(pictures), "output_dir": str(tmp_path / "run")}
+    changes = {**SMALLER, "data.location": str(pictures), "output_dir": str(tmp_path / "run")}
     condition = config.data.condition
     if condition and find_plugin(condition.partition(",")[0]).facts.weights:
         changes["data.condition"] = NO_WEIGHTS_HERE

@@ -42,7 +42,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_data: P
     folder = tmp_path_factory.mktemp("reliability")
     recipe = f"""
 base: {{name: {tiny_base}}}
-data: {{train_data_dir: {tiny_data}, resolution: 64, num_workers: 0, proportion_empty_prompts: 0.3}}
+data: {{location: {tiny_data}, resolution: 64, num_workers: 0, proportion_empty_prompts: 0.3}}
 train: {{batch_size: 2, max_steps: {STEPS}, seed: 5, ema_decay: 0.9}}
 optim: {{lr: 1.0e-3, schedule: cosine, warmup_steps: 2}}
 checkpoint: {{every: 4}}
@@ -125,7 +125,7 @@ def test_max_time_ends_a_run_well(work: Path):
 
 
 def test_a_signal_while_pictures_are_prepared_leaves_what_is_whole(work: Path):
-    more = ("--data.train_data_dir", "shapes:100000", "--data.kind", "shapes", "--data.prepared_dir", "cache")
+    more = ("--data", "shapes:100000", "--data.kind", "shapes", "--data.prepared_dir", "cache")
     run = Run(work, *words("preparing", *more))
     until(lambda: "Plan" in run.said())
     time.sleep(1.0)
@@ -230,7 +230,7 @@ def test_one_killed_process_ends_all_within_a_minute_and_is_named_and_two_go_on(
 def test_one_process_that_fails_ends_all_within_a_minute_and_is_named(work: Path, tiny_data: Path):
     """A picture goes away: the process that comes upon it first fails, while the other waits for its gradients."""
     shutil.copytree(tiny_data, work / "spoilt")
-    more = ("--data.train_data_dir", "spoilt", "--data.cache", "none", "--train.max_steps", "4000")
+    more = ("--data", "spoilt", "--data.cache", "none", "--train.max_steps", "4000")
     running = launched(work, *words("one-fails", "--train.batch_size", "1", *more))
     until(lambda: steps_logged(work / "one-fails") >= 2)
     processes = ranks(running.pid)

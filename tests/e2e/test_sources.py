@@ -31,7 +31,7 @@ from t2i_adapter.cli import main
 EMOJI = Path(__file__).resolve().parents[1] / "assets" / "emoji"
 ONE_SHARD = {
     "an image folder": "folder",
-    "paired folders": "paired",
+    "a folder of pictures": "paired",
     "a manifest": "flat/pairs.csv",
     "parquet shards": "flat/pairs.parquet",
 }
@@ -84,14 +84,14 @@ def train(out: Path, *data: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def expected(layouts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    return train(tmp_path_factory.mktemp("jsonl") / "out", f"--data.train_data_dir={layouts}/flat/pairs.jsonl")
+    return train(tmp_path_factory.mktemp("jsonl") / "out", f"--data={layouts}/flat/pairs.jsonl")
 
 
 @pytest.mark.parametrize(("what", "place"), ONE_SHARD.items())
 def test_every_layout_of_the_same_pairs_trains_to_the_same_losses(
     what: str, place: str, layouts: Path, expected: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(tmp_path / "out", f"--data.train_data_dir={layouts / place}") == expected
+    assert train(tmp_path / "out", f"--data={layouts / place}") == expected
     assert f"read as {what}" in capsys.readouterr().out
 
 
@@ -100,7 +100,7 @@ def from_shards(layouts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     """Losses of a run from local shards, by folder."""
     out = tmp_path_factory.mktemp("shards")
     patterns = {"tar": "tar/*.tar", "parquet": "parquet/train-{00000..00001}-of-00002.parquet"}
-    return {name: train(out / name, f"--data.train_data_dir={layouts}/{one}") for name, one in patterns.items()}
+    return {name: train(out / name, f"--data={layouts}/{one}") for name, one in patterns.items()}
 
 
 def test_shards_hold_the_same_pairs_in_another_order(from_shards: dict, expected: list[float]) -> None:
@@ -115,13 +115,13 @@ def web(layouts: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("pattern", ["tar/{0000,0001}.tar", "parquet/train-0000{0..1}-of-00002.parquet"])
 def test_shards_over_http(pattern: str, web: str, from_shards: dict, tmp_path: Path) -> None:
-    assert train(tmp_path / "out", f"--data.train_data_dir={web}/{pattern}") == from_shards[pattern.split("/")[0]]
+    assert train(tmp_path / "out", f"--data={web}/{pattern}") == from_shards[pattern.split("/")[0]]
 
 
 def test_a_manifest_of_addresses(web: str, rows: Rows, tmp_path: Path, expected: list[float]) -> None:
     named = [{**row, **{part: f"{web}/flat/{row[part].name}" for part in ("image", "condition")}} for row in rows]
     manifest = write_manifest(tmp_path / "pairs.jsonl", named)
-    assert train(tmp_path / "out", f"--data.train_data_dir={manifest}") == expected
+    assert train(tmp_path / "out", f"--data={manifest}") == expected
 
 
 def test_shards_on_s3(layouts: Path, from_shards: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_shards_on_s3(layouts: Path, from_shards: dict, tmp_path: Path, monkeypa
             monkeypatch.setenv(name, value)
         for pattern in ("tar/*.tar", "parquet/*.parquet"):
             name = pattern.split("/")[0]
-            assert train(tmp_path / name, f"--data.train_data_dir=s3://pairs/{pattern}") == from_shards[name]
+            assert train(tmp_path / name, f"--data=s3://pairs/{pattern}") == from_shards[name]
 
 
 def test_an_emoji_package(tmp_path: Path) -> None:
@@ -142,19 +142,19 @@ def test_an_emoji_package(tmp_path: Path) -> None:
         member = tarfile.TarInfo("package/icons.json")
         member.size = len(data)
         tar.addfile(member, io.BytesIO(data))
-    train(tmp_path / "out", f"--data.train_data_dir={tmp_path}/emoji.tgz")
+    train(tmp_path / "out", f"--data={tmp_path}/emoji.tgz")
 
 
 def test_shapes_and_an_annotator(tmp_path: Path, layouts: Path) -> None:
-    train(tmp_path / "own", "--data.train_data_dir=shapes:4", "--data.condition=depth")
-    train(tmp_path / "made", f"--data.train_data_dir={layouts}/flat/pairs.csv", "--data.condition=canny")
+    train(tmp_path / "own", "--data=shapes:4", "--data.condition=depth")
+    train(tmp_path / "made", f"--data={layouts}/flat/pairs.csv", "--data.condition=canny")
 
 
 HUB = """
 import sys
 from t2i_adapter.cli import main
 for out, *more in (("whole",), ("streamed", "--data.streaming")):
-    assert main([*sys.argv[1:], "--output_dir", out, "--data.dataset_name=someone/pairs", *more]) == 0
+    assert main([*sys.argv[1:], "--output_dir", out, "--data=someone/pairs", *more]) == 0
 """
 
 

@@ -49,7 +49,7 @@ def work(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows.write_text("".join(json.dumps({**row, "text": [row["text"], "a circle"]}) + "\n" for row in told))
     (folder / "run.yaml").write_text(f"""
 base: {{name: {tiny_base}}}
-data: {{train_data_dir: data, resolution: 64, crop: random, views: 3, flip: true, proportion_empty_prompts: 0.3}}
+data: {{location: data, resolution: 64, crop: random, views: 3, flip: true, proportion_empty_prompts: 0.3}}
 train: {{max_steps: {STEPS}, seed: 5, cpu_threads: 1}}
 optim: {{lr: 1.0e-3, schedule: cosine, warmup_steps: 2}}
 checkpoint: {{every: {SAVED}}}

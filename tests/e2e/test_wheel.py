@@ -100,7 +100,7 @@ def test_an_empty_environment_trains_with_the_wheel(programs: Path, tmp_path: Pa
     place = run(programs / "python", "-c", "import t2i_adapter; print(t2i_adapter.__file__)", cwd=tmp_path)
     assert Path(place).is_relative_to(programs.parent)
     assert "train" in run(programs / "t2i-adapter", "--help", cwd=tmp_path)
-    data = ("--data.train_data_dir", "shapes:8", "--data.resolution", "128")
+    data = ("--data", "shapes:8", "--data.resolution", "128")
     length = ("--train.batch_size", "2", "--train.max_steps", "2")
     run(programs / "t2i-adapter", "train", *data, *length, "--output_dir", "run", cwd=tmp_path)
     assert (tmp_path / "run" / "diffusion_pytorch_model.safetensors").is_file()

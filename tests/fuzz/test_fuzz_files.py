@@ -116,7 +116,7 @@ def read_all(place: Path | str, cache: Path, **options: Any) -> int:
     """Number of rows that can be read. Every other row must raise a UserError, and no other exception may escape."""
     num_good = 0
     try:
-        source = open_source(DataOptions(train_data_dir=str(place), prepared_dir=str(cache), **options), seed=0)
+        source = open_source(DataOptions(location=str(place), prepared_dir=str(cache), **options), seed=0)
     except UserError:
         return 0
     for number in range(len(source)):

@@ -49,7 +49,7 @@ def read(text: str | bytes) -> Config | None:
 
 @given(st.binary(max_size=200))
 @example(b"a: &a [*a]")
-@example(b"data: &a {train_data_dir: *a}")
+@example(b"data: &a {location: *a}")
 @example(b"validation: {prompts: &p [x, *p]}")
 @example(b"[" * 20_000)
 @example(b"{a: " * 5_000)
@@ -60,7 +60,7 @@ def read(text: str | bytes) -> Config | None:
 @example(b"optim: !!python/name:os.system {}")
 @example(b"optim: {lr: 1e999}")
 @example(b"optim: {lr: .nan}")
-@example(b'data: {train_data_dir: "\\ud800"}')
+@example(b'data: {location: "\\ud800"}')
 def test_any_bytes_are_a_recipe_or_a_line(content: bytes):
     """Asserts only that no exception other than a one-line UserError escapes."""
     read(content)
@@ -141,7 +141,7 @@ def test_any_address_is_found_or_a_line(text: str):
     assert "\x1b" not in redact(text)
     is_path(text)
     try:
-        options = DataOptions(train_data_dir=text)
+        options = DataOptions(location=text)
         expand(text)
         if "://" not in text or text.startswith("file://"):
             find(text)
@@ -157,4 +157,4 @@ def test_an_invalid_address_is_one_line(address: str, tmp_path: Path):
     from t2i_adapter.data.source import open_source
 
     with pytest.raises(UserError):
-        open_source(DataOptions(train_data_dir=f"{address}{{0..1}}.tar", prepared_dir=str(tmp_path)), seed=0)
+        open_source(DataOptions(location=f"{address}{{0..1}}.tar", prepared_dir=str(tmp_path)), seed=0)

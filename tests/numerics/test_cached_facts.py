@@ -69,7 +69,7 @@ def make(data: Path, base: Base | Path, root: Path, **options: Any) -> CachedDat
             **named(PrepareContext),
         }
     )
-    data_options = DataOptions(**{"train_data_dir": str(data), "resolution": 64, **named(DataOptions)})
+    data_options = DataOptions(**{"location": str(data), "resolution": 64, **named(DataOptions)})
     facts = prepare(open_source(data_options, 0), data_options, context, **{"in_channels": 3, **options})
     assert isinstance(facts, CachedDataset)
     return facts
@@ -500,7 +500,7 @@ class Slow(source.Source):
         return super().__getitem__(index)
 source.Source = Slow
 data, base, root = sys.argv[1:]
-options = DataOptions(train_data_dir=data, resolution=64)
+options = DataOptions(location=data, resolution=64)
 context = PrepareContext(open_base(BaseOptions(name=base)), "cpu", torch.float32, Path(root), progress=False)
 prepare(source.open_source(options, 0), options, context, in_channels=3)
 """

@@ -46,7 +46,7 @@ def options_of(base: Path, data: Path, root: Path, *, seed: int = 5, spec: str =
         base=BaseOptions(name=str(base)),
         data=DataOptions(
             **{"num_workers": 0, **options},
-            train_data_dir=str(data),
+            location=str(data),
             resolution=64,
             condition=spec,
             prepared_dir=str(root / "cache"),

@@ -117,7 +117,7 @@ def test_the_loss_curve_of_a_run_stays_within_a_per_cent(tiny_data: Path, tmp_pa
         config = Config(
             output_dir=str(tmp_path / format),
             base=BaseOptions(quantize=format),  # pyright: ignore[reportArgumentType]
-            data=DataOptions(train_data_dir=str(tiny_data), resolution=64, num_workers=0),
+            data=DataOptions(location=str(tiny_data), resolution=64, num_workers=0),
             train=TrainOptions(batch_size=4, max_steps=20, seed=5),
             optim=OptimOptions(lr=1e-3, warmup_steps=2),
             checkpoint=CheckpointOptions(every=100),

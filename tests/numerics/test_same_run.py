@@ -325,7 +325,7 @@ PLAN = {"seed": 5, "global_batch": 4, "samples": 8}
 def test_the_flags_that_stand_alone_are_those_of_the_tree_in_verb_and_script():
     given = ("--max_time", "2h", "--on_nonfinite=skip", "--allow-changed")
     for parsed in (
-        parse_train(["--data.train_data_dir", "x", *given], "t2i-adapter train"),
+        parse_train(["--data", "x", *given], "t2i-adapter train"),
         compat.parse(["--pretrained_model_name_or_path", "nano", "--train_data_dir", "x", *given]),
     ):
         config = parsed.config
@@ -344,7 +344,7 @@ def test_every_name_in_the_table_of_harmless_changes_is_an_option():
 
 
 @pytest.mark.parametrize("path", sorted({"base.name", "data.resolution", "adapter.num_res_blocks", "optim.name",
-                                         "optim.lr", "objective.timesteps", "data.train_data_dir"}))  # fmt: skip
+                                         "optim.lr", "objective.timesteps", "data.location"}))  # fmt: skip
 def test_what_decides_the_numbers_makes_another_run(path: str):
     assert not resume.is_harmless(path)
 

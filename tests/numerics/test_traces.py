@@ -165,7 +165,7 @@ def test_a_traced_run_is_the_same_run(
         config = Config(
             output_dir=str(tmp_path / str(trace_at)),
             base=BaseOptions(name=str(tiny_base)),
-            data=DataOptions(train_data_dir=str(tiny_data), resolution=64),
+            data=DataOptions(location=str(tiny_data), resolution=64),
             train=replace(train, batch_size=4, max_steps=5, seed=5, cpu_threads=2),
             objective=ObjectiveOptions(min_snr_gamma=5.0),
             checkpoint=CheckpointOptions(every=5),

@@ -42,7 +42,7 @@ def outside(tmp_path: Path) -> Path:
 
 def fault_of(place: Path, tmp_path: Path, **options: Any) -> str:
     with pytest.raises(UserError) as fault:
-        data = DataOptions(train_data_dir=str(place), prepared_dir=str(tmp_path / "cache"), **options)
+        data = DataOptions(location=str(place), prepared_dir=str(tmp_path / "cache"), **options)
         open_source(data, seed=0)[0]
     return str(fault.value)
 

@@ -167,7 +167,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
     row = {"file_name": "x.png", "conditioning_image_file_name": "x.png", "text": "a"}
     (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError, match=r"column image: .*x\.png: 536,870,913 bytes; a picture's file has at most"):
-        open_source(DataOptions(train_data_dir=str(tmp_path / "data")), seed=0)[0]
+        open_source(DataOptions(location=str(tmp_path / "data")), seed=0)[0]
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +179,11 @@ def adapter(tiny_base: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathF
 
 WAYS: dict[str, Callable[[Path, Path, Path, Path], list[str]]] = {
     "training data": lambda base, data, adapter, file: [
-        *("train", "--base.name", str(base), "--data.train_data_dir", str(spoilt(data, file))),
+        *("train", "--base.name", str(base), "--data", str(spoilt(data, file))),
         *("--data.resolution", "64", "--train.max_steps", "1", "--output_dir", str(file.parent / "out")),
     ],
     "validation picture": lambda base, data, adapter, file: [
-        *("train", "--base.name", str(base), "--data.train_data_dir", str(data), "--data.resolution", "64"),
+        *("train", "--base.name", str(base), "--data", str(data), "--data.resolution", "64"),
         *("--validation.prompts", "a", "--validation.images", str(file), "--output_dir", str(file.parent / "out")),
     ],
     "generate --image": lambda base, data, adapter, file: [

@@ -54,7 +54,7 @@ def test_no_secret_is_in_the_files_or_output_of_a_published_run(tiny_base: Path,
     """A run with checkpoints, trackers, card and upload."""
     with running_hub() as hub:
         output = run(
-            *("-m", "t2i_adapter", "train", "--base.name", str(tiny_base), "--data.train_data_dir", str(tiny_data)),
+            *("-m", "t2i_adapter", "train", "--base.name", str(tiny_base), "--data", str(tiny_data)),
             *("--data.resolution", "64", "--train.batch_size", "2", "--train.max_steps", "2", "--train.seed", "0"),
             *("--checkpoint.every", "1", "--output_dir", "run", "--data.prepared_dir", "cache"),
             *("--tracking.report_to", "tensorboard,wandb", "--hub.push", "--hub.token", TOKEN),
@@ -120,11 +120,11 @@ ADDRESS = f"https://{LOGIN}:{PASSWORD}@127.0.0.1:9/{{000..003}}.tar"
 @pytest.mark.parametrize(
     "words",
     [
-        ["train", "--data.train_data_dir", ADDRESS, "--output_dir", "run"],
-        ["prepare", "--data.train_data_dir", ADDRESS],
+        ["train", "--data", ADDRESS, "--output_dir", "run"],
+        ["prepare", "--data", ADDRESS],
         ["doctor", ADDRESS],
         ["annotate", "canny", "--data", ADDRESS, "--out", "out"],
-        ["train", "--data.train_data_dir", f"s3://{LOGIN}:{PASSWORD}@bucket/0.tar", "--output_dir", "run"],
+        ["train", "--data", f"s3://{LOGIN}:{PASSWORD}@bucket/0.tar", "--output_dir", "run"],
     ],
     ids=lambda words: " ".join(words[:2]),
 )
@@ -193,7 +193,7 @@ def locked() -> Iterator[str]:
 
 def test_a_login_comes_from_netrc(locked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The error about an address with a password advises this."""
-    options = DataOptions(train_data_dir=locked, prepared_dir=str(tmp_path / "cache"))
+    options = DataOptions(location=locked, prepared_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match="401"):
         open_source(options, seed=0)
     netrc = tmp_path / "netrc"
@@ -233,7 +233,7 @@ def test_an_endless_answer_is_cut_off(tmp_path: Path, monkeypatch: pytest.Monkey
         address = f"http://127.0.0.1:{server.server_port}/x.png"
         row = {"image": address, "conditioning_image": address, "text": "a"}
         (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
-        options = DataOptions(train_data_dir=str(folder / "rows.jsonl"), prepared_dir=str(tmp_path / "cache"))
+        options = DataOptions(location=str(folder / "rows.jsonl"), prepared_dir=str(tmp_path / "cache"))
         with pytest.raises(UserError, match="sends more than 1,048,576 bytes"):
             open_source(options, seed=0)[0]
     finally:

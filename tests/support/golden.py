@@ -67,7 +67,7 @@ def record(arm: str, folder: Path) -> list[dict[str, Any]]:
     data, out = folder / "data", folder / arm
     shapes = ["--num", "64", "--kinds", "circle", "--max_shapes", "1", "--patterns", "plain", "--size", "128"]
     steps = str(STEPS)
-    run = ["--recipe", str(RECIPE), "--data.train_data_dir", str(data), "--output_dir", str(out), *ARMS[arm]]
+    run = ["--recipe", str(RECIPE), "--data", str(data), "--output_dir", str(out), *ARMS[arm]]
     run += ["--train.max_steps", steps, "--checkpoint.every", steps, "--tracking.log_every", "1"]
     run += ["--tracking.report_to", "none", "--data.num_workers", "0", "--data.prepared_dir", str(folder / "prepared")]
     output = io.StringIO()

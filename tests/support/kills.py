@@ -21,7 +21,7 @@ from support.runs import read_metrics
 from t2i_adapter.training import checkpoint
 
 WORDS = [
-    *("train", "--data.train_data_dir", "data", "--data.resolution", "64", "--train.max_steps", "12"),
+    *("train", "--data", "data", "--data.resolution", "64", "--train.max_steps", "12"),
     *("--train.batch_size", "1", "--train.seed", "3", "--optim.lr", "1e-3", "--checkpoint.every", "2"),
     *("--checkpoint.keep", "2", "--tracking.log_every", "1", "--tracking.report_to", "none"),
     *("--checkpoint.resume", "auto", "--data.num_workers", "1"),

@@ -22,7 +22,7 @@ def tiny_config(base: object, data: object, out: object, changes: Mapping[str, A
 
     values = {
         "base.name": str(base),
-        "data.train_data_dir": str(data),
+        "data.location": str(data),
         "data.resolution": 64,
         "data.num_workers": 0,
         "train.batch_size": 2,
@@ -41,7 +41,7 @@ def train_words(base: object, data: object, out: object, *more: object) -> list[
     """
     words = {
         "--base.name": base,
-        "--data.train_data_dir": data,
+        "--data": data,
         "--data.resolution": 64,
         "--data.num_workers": 0,
         "--train.batch_size": 2,

@@ -98,7 +98,7 @@ def prepare(folder: Path, minutes: float) -> list[str]:
     write_circles(folder / "data", num=PAIRS)
     shutil.copy(folder / "data" / "train" / "00000_outline.png", folder / "condition.png")
     return [
-        *("train", "--base.name", "base", "--data.train_data_dir", "data", "--data.resolution", "64"),
+        *("train", "--base.name", "base", "--data", "data", "--data.resolution", "64"),
         *("--output_dir", "run", "--data.prepared_dir", "cache", "--train.batch_size", "1", "--train.seed", "0"),
         *("--train.max_steps", str(EIGHT_HOURS["updates"]), "--train.max_time", f"{int(60 * minutes)}"),
         *("--tracking.log_every", "1"),

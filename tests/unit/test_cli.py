@@ -68,7 +68,7 @@ def test_help_is_quick_and_light(words: list[str]) -> None:
         (["train", "--optim.betas", "1"], "--optim.betas '1': allowed is 2 items, each a number"),
         (["train", "--hub.push=True"], "--hub.push=True: a switch takes no value; write --hub.push or --hub.no_push"),
         (["train", "stray"], "'stray' belongs to no flag"),
-        (["train"], "no dataset is given: give --data.dataset_name"),
+        (["train"], "--data is required: a folder, a file, shards or a hub id"),
         (["train", "--data.resolution", "0"], "--data.resolution 0: allowed is 1 to 8192 pixels"),
         (["train", "--data.resolution=100000"], "--data.resolution 100000: allowed is 1 to 8192 pixels"),
         (["train", "--optim.betas", "0.9", "1.5"], "1.5: allowed is 0 up to, not including, 1"),

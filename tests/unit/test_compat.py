@@ -44,7 +44,7 @@ def test_recipe_lies_between_the_scripts_defaults_and_the_new_flags(tmp_path: Pa
     file.write_text("base: {name: mine}\ndata: {dataset_name: me/pairs}\noptim: {lr: 1e-3, warmup_steps: 5}\n")
     flags = parse(["--recipe", str(file), "--optim.lr", "2e-3", "--dry-run"])
     assert flags.dry_run
-    assert (flags.config.base.name, flags.config.data.dataset_name) == ("mine", "me/pairs")
+    assert (flags.config.base.name, flags.config.data.location) == ("mine", "me/pairs")
     assert (flags.config.optim.lr, flags.config.optim.warmup_steps) == (2e-3, 5)
     assert flags.config.optim.schedule == "constant"  # the script's
 
@@ -65,8 +65,8 @@ def test_what_the_script_resolves_reads_back_as_a_recipe(tmp_path: Path) -> None
     ("words", "said"),
     [
         (["--train_data_dir=x"], "--pretrained_model_name_or_path is required: a hub id"),
-        (["--pretrained_model_name_or_path=b"], "no dataset is given: give --dataset_name"),
-        ([*NAMED, "--dataset_name=d"], "two datasets are given: give --dataset_name (a hub id) or --train_data_dir"),
+        (["--pretrained_model_name_or_path=b"], "--train_data_dir or --dataset_name is required: a folder"),
+        ([*NAMED, "--dataset_name=d"], "two datasets are given, by --train_data_dir and --dataset_name; keep one"),
         ([*NAMED, "--proportion_empty_prompts=1.5"], "--proportion_empty_prompts 1.5: allowed is a share from 0 to 1"),
         ([*NAMED, "--proportion_empty_prompts=-.1"], "--proportion_empty_prompts -0.1: allowed"),
         ([*NAMED, "--validation_prompt", "a"], "--validation_prompt is given without --validation_image"),

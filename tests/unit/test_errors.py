@@ -34,8 +34,8 @@ def test_secrets_are_removed_whoever_prints_it(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("main", "words", "line"),
     [
-        (cli_main, ["train", "--data.train_data_dir=x", "--optim.lr=0"], "--optim.lr 0.0: allowed is"),
-        (cli_main, ["plan", "--data.train_data_dir=x", "--optim.betas", "0.9", "2"], "--optim.betas 2.0: allowed is"),
+        (cli_main, ["train", "--data=x", "--optim.lr=0"], "--optim.lr 0.0: allowed is"),
+        (cli_main, ["plan", "--data=x", "--optim.betas", "0.9", "2"], "--optim.betas 2.0: allowed is"),
         (script_main, ["--train_data_dir=x", "--learning_rate=0"], "--learning_rate 0.0: allowed is"),
         (script_main, ["--train_data_dir=x", "--adam_beta2=2"], "--adam_beta2 2.0: allowed is"),
         (script_main, ["--train_data_dir=x", "--optim.eps=-1"], "--adam_epsilon -1.0: allowed is"),

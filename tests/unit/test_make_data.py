@@ -33,7 +33,7 @@ def test_shapes_are_written_and_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = tmp_path / "new" / "data"
     assert main(shapes_words(out)) == 0
     told = capsys.readouterr().out
-    assert "3 pairs" in told and "2 pairs" in told and f"--data.train_data_dir {out}" in told
+    assert "3 pairs" in told and "2 pairs" in told and f"--data {out}" in told
     for split, count in (("train", 3), ("test", 2)):
         rows = [json.loads(line) for line in (out / split / "metadata.jsonl").read_text().splitlines()]
         assert len(rows) == count

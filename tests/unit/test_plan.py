@@ -80,13 +80,13 @@ def test_memory_falls_with_every_means():
 def test_a_plan_for_another_card_measures_nothing_and_tells_the_largest_batch(
     tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["plan", "--card", "8GB", *f"{RUN} --data.train_data_dir {tiny_data}".split()]) == 0
+    assert main(["plan", "--card", "8GB", *f"{RUN} --data {tiny_data}".split()]) == 0
     told = capsys.readouterr().out
     assert "not measured on 8GB" in told and "largest micro-batch" in told and "8.0 GiB on 8GB" in told
 
 
 def test_a_probe_tells_samples_and_hours(tiny_data: Path, capsys: pytest.CaptureFixture[str]):
-    options = f"{RUN} --data.train_data_dir {tiny_data} --train.batch_size 2 --train.max_steps 1000"
+    options = f"{RUN} --data {tiny_data} --train.batch_size 2 --train.max_steps 1000"
     assert main(["plan", *options.split()]) == 0
     told = capsys.readouterr().out
     hours, rate = re.search(r"([\d.]+) hours of steps at ([\d.]+) samples/s", told).groups()  # pyright: ignore[reportOptionalMemberAccess]
@@ -94,9 +94,7 @@ def test_a_probe_tells_samples_and_hours(tiny_data: Path, capsys: pytest.Capture
 
 
 def test_a_recipe_is_planned_with_flags_on_top(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "recipe.yaml").write_text(
-        f"data: {{train_data_dir: {tiny_data}, resolution: 64}}\ntrain: {{batch_size: 3}}"
-    )
+    (tmp_path / "recipe.yaml").write_text(f"data: {{location: {tiny_data}, resolution: 64}}\ntrain: {{batch_size: 3}}")
     words = [
         "plan",
         "--recipe",

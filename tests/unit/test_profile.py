@@ -18,7 +18,7 @@ from t2i_adapter.verbs.train import run
 def config(tiny_data: Path, tmp_path: Path) -> Config:
     return Config(
         output_dir=str(tmp_path / "run"),
-        data=DataOptions(train_data_dir=str(tiny_data), resolution=64, num_workers=0),
+        data=DataOptions(location=str(tiny_data), resolution=64, num_workers=0),
         train=TrainOptions(
             batch_size=2, max_steps=profile.SKIP + profile.STEPS + 1, seed=5, cpu_threads=1, profile=True
         ),

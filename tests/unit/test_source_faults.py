@@ -27,7 +27,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def open_folder(folder: Path, **options: Any) -> Source:
-    return open_source(DataOptions(train_data_dir=str(folder), **options), seed=0)
+    return open_source(DataOptions(location=str(folder), **options), seed=0)
 
 
 def edit_rows(data: Path, change: Any) -> None:
@@ -52,15 +52,13 @@ def png(array: Any, mode: str | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def test_both_or_neither_name_of_data_is_refused(data: Path) -> None:
-    with pytest.raises(UserError, match="--data.dataset_name or --data.train_data_dir .* neither is set"):
+def test_options_without_a_dataset_are_refused() -> None:
+    with pytest.raises(UserError, match="--data names no dataset"):
         open_source(DataOptions(), seed=0)
-    with pytest.raises(UserError, match="both are set"):
-        open_source(DataOptions(train_data_dir=str(data), dataset_name="x/y"), seed=0)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    assert fault_of(tmp_path / "nowhere") == f"--data.train_data_dir {tmp_path / 'nowhere'}: no such folder."
+    assert fault_of(tmp_path / "nowhere") == f"--data {tmp_path / 'nowhere'}: no such folder."
 
 
 def test_a_split_that_is_not_there(data: Path) -> None:
@@ -72,7 +70,10 @@ def test_a_split_that_is_not_there(data: Path) -> None:
 def test_a_missing_column_names_flag_and_columns(data: Path, flag: str) -> None:
     message = fault_of(data, **{flag: "nope"})
     assert message.startswith(f"--data.{flag} nope: {data}/train/metadata.jsonl has no such column")
-    assert message.endswith("there are: image, conditioning_image, text.")
+    column = {"image_column": "image", "conditioning_image_column": "conditioning_image", "caption_column": "text"}[
+        flag
+    ]
+    assert message.endswith(f"there are: image, conditioning_image, text. Perhaps: --data.{flag} {column}.")
 
 
 def test_a_bad_json_line_is_named(data: Path) -> None:
@@ -250,7 +251,7 @@ def test_exif_orientation_is_applied() -> None:
 
 
 def test_the_folder_itself_its_parent_and_dataset_name_are_the_same_data(data: Path) -> None:
-    sources = [open_folder(data), open_folder(data / "train"), open_source(DataOptions(dataset_name=str(data)), 0)]
+    sources = [open_folder(data), open_folder(data / "train"), open_source(DataOptions(location=str(data)), 0)]
     assert [len(source) for source in sources] == [4, 4, 4]
     assert len({source[1].digest for source in sources}) == 1
     assert sources[0][1].key == "train/00001.png (line 2)"
@@ -288,7 +289,7 @@ def test_max_train_samples_are_chosen_by_the_seed(tmp_path: Path) -> None:
     folder = write_circles(tmp_path, num=30, size=16)
 
     def keys(seed: int, most: int = 10) -> list[str]:
-        source = open_source(DataOptions(train_data_dir=str(folder), max_train_samples=most), seed)
+        source = open_source(DataOptions(location=str(folder), max_train_samples=most), seed)
         return [source.key(i) for i in range(len(source))]
 
     assert len(set(keys(1))) == 10

@@ -19,7 +19,7 @@ from t2i_adapter.errors import UserError
 
 
 def open_named(name: object, **options: Any) -> Source:
-    return open_source(DataOptions(dataset_name=str(name), **options), seed=0)
+    return open_source(DataOptions(location=str(name), **options), seed=0)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_paths_are_relative_to_the_data_folder(circles: Path) -> None:
     Dataset.from_dict(rows).to_csv(circles / "rows.csv")
     source = open_named(circles)
     assert source[0].image.size == (64, 64)
-    assert source.describe() == f"3 pairs from {circles} (split train), read as a dataset"
+    assert source.describe() == f"3 pairs from {circles}/rows.csv, read as a manifest"
 
 
 def test_a_null_caption_names_its_row(circles: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.data.source import open_source
 for name in ("fusing/script", "fusing/folder", "fusing/nothing"):
     try:
-        source = open_source(DataOptions(dataset_name=name), 0)
+        source = open_source(DataOptions(location=name), 0)
         print(source.describe(), source[1].digest)
     except UserError as fault:
         print(fault)
@@ -157,6 +157,6 @@ def test_an_unknown_hub_id_is_one_line() -> None:
 
 
 def test_a_folder_without_data_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="folder .* cannot be read") as fault:
+    with pytest.raises(UserError, match="holds 0 pictures, 0 texts, in no layout that training reads") as fault:
         open_named(tmp_path)
     assert "\n" not in str(fault.value)

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def rows(data: Path) -> Rows:
 
 
 def open_at(place: object, **options: Any) -> Source:
-    return open_source(DataOptions(train_data_dir=str(place), **options), seed=0)
+    return open_source(DataOptions(location=str(place), **options), seed=0)
 
 
 def fault_of(place: object, index: int = 0, **options: Any) -> str:
@@ -99,7 +100,7 @@ def test_csv_has_empty_captions_and_quoted_breaks_and_names_errors(rows: Rows) -
     place.write_text("image,conditioning_image,text\na,b,c\na,b\n")
     assert "cannot be read as CSV with a header row" in fault_of(place)
     place.write_text("image,text\na,b\n")
-    assert fault_of(place).endswith("has no such column; there are: image, text.")
+    assert "has no such column; there are: image, text. --data.condition canny makes" in fault_of(place)
 
 
 def test_a_wrong_column_type_is_named(rows: Rows) -> None:
@@ -121,7 +122,7 @@ def test_paired_folders_name_missing_and_repeated_files(rows: Rows, tmp_path: Pa
     assert "00000.jpg and 00000.png have the same stem" in fault_of(folder)
     shutil.rmtree(folder / "conditions")
     (folder / "images" / "00000.jpg").unlink()
-    assert "there is no folder conditions/" in fault_of(folder)
+    assert "there are no condition pictures" in fault_of(folder)
     assert open_at(folder, condition="canny")[0].condition is None
 
 
@@ -144,7 +145,7 @@ def test_an_annotator_needs_no_condition_column(data: Path, rows: Rows) -> None:
 
 
 def test_the_layout_is_detected_by_content_then_by_name(data: Path, tmp_path: Path) -> None:
-    options = DataOptions(train_data_dir="x")
+    options = DataOptions(location="x")
     for location, kind in {
         str(data): "folder",
         str(data / "train"): "folder",
@@ -156,13 +157,15 @@ def test_the_layout_is_detected_by_content_then_by_name(data: Path, tmp_path: Pa
         "pairs.jsonl": "manifest",
         "emoji.tgz": "emoji",
     }.items():
-        assert detect(location, options) == kind, location
-    assert detect("lambdalabs/some.tar", DataOptions(dataset_name="x")) == "hub"
+        assert detect(location, options) == (location, kind), location
+    assert detect("lambdalabs/pairs", options) == ("lambdalabs/pairs", "hub")
+    assert detect("lambdalabs/some.tar", replace(options, streaming=True)) == ("lambdalabs/some.tar", "hub")
     assert "no such folder" in fault_of(tmp_path / "nowhere")
     assert "the layout is unknown" in fault_of("http://127.0.0.1/pairs")
     assert "no such file" in fault_of(tmp_path / "nowhere.jsonl")
     assert "there is no train/metadata.jsonl" in fault_of(tmp_path, kind="folder")
-    assert "there is no folder images/" in fault_of(tmp_path, kind="paired")
+    (tmp_path / "empty").mkdir()
+    assert "there are no pictures in it" in fault_of(tmp_path / "empty", kind="paired")
 
 
 def test_a_split_of_paired_folders(rows: Rows, tmp_path: Path) -> None:

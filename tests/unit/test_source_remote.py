@@ -67,7 +67,7 @@ def kept(tmp_path: Path) -> Path:
 
 
 def open_at(place: str, kept: Path, **options: Any) -> Source:
-    return open_source(DataOptions(train_data_dir=place, prepared_dir=str(kept), **options), seed=0)
+    return open_source(DataOptions(location=place, prepared_dir=str(kept), **options), seed=0)
 
 
 def fault_of(place: str, kept: Path, index: int = 0, **options: Any) -> str:
@@ -200,8 +200,8 @@ def test_an_address_that_always_fails_is_named(web: WebServer, kept: Path, statu
 def test_a_missing_shard_is_named(web: WebServer, kept: Path, tmp_path: Path) -> None:
     assert fault_of(f"{web.address}/tar/{{0000..0002}}.tar", kept) == f"{web.address}/tar/0002.tar: no such file there."
     pattern = f"{tmp_path}/tar/{{0000..0002}}.tar"
-    assert fault_of(pattern, kept) == f"--data.train_data_dir {tmp_path}/tar/0002.tar: no such file."
-    assert fault_of(f"{tmp_path}/tar/x*.tar", kept) == f"--data.train_data_dir {tmp_path}/tar/x*.tar: names no file."
+    assert fault_of(pattern, kept) == f"--data {tmp_path}/tar/0002.tar: no such file."
+    assert fault_of(f"{tmp_path}/tar/x*.tar", kept) == f"--data {tmp_path}/tar/x*.tar: names no file."
 
 
 def test_an_address_that_nobody_answers_is_named(kept: Path) -> None:

@@ -34,7 +34,7 @@ def members(rows: Rows) -> dict[str, bytes]:
 
 
 def open_at(place: object, **options: Any) -> Source:
-    return open_source(DataOptions(train_data_dir=str(place), **options), seed=0)
+    return open_source(DataOptions(location=str(place), **options), seed=0)
 
 
 def fault_of(place: object, index: int = 0, **options: Any) -> str:

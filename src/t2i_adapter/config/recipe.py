@@ -33,8 +33,12 @@ _PLAIN_TAGS = {
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map")
 }
 _NULL = "tag:yaml.org,2002:null"
-_RENAMED = {"train.lanes": "train.cpu_threads"}
-"""Former path of an option -> its path, for recipes written before."""
+RENAMED = {
+    "train.lanes": "train.cpu_threads",
+    "data.train_data_dir": "data.location",
+    "data.dataset_name": "data.location",
+}
+"""Former path of an option -> its path, for recipes and command lines written before."""
 _MAX_DEPTH = 50
 _OPENING = (
     *(yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken),
@@ -96,7 +100,9 @@ def _read_section(node: yaml.Node, cls: type, prefix: str, file: Path) -> Iterat
     secret = {f.name for f in fields(cls) if f.metadata.get(SECRET)}
     seen: set[str] = set()
     for key, value in node.value:
-        path = _RENAMED.get(f"{prefix}{key.value}", f"{prefix}{key.value}")
+        path = RENAMED.get(f"{prefix}{key.value}", f"{prefix}{key.value}")
+        if value.tag == _NULL and path != f"{prefix}{key.value}":
+            continue  # a former option that an older run's options.yaml lists without a value
         name = path.removeprefix(prefix)
         if name not in hints:
             raise _error(file, key, path, f"no such option{_suggest(name, cls, prefix)}")

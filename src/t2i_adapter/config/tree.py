@@ -16,6 +16,8 @@ from typing import Any, Literal
 from t2i_adapter.errors import UserError, flag, has_login, register_secret, require
 
 NANO = "nano"
+Layout = Literal["auto", "folder", "paired", "manifest", "tar", "parquet", "hub", "emoji", "shapes"]
+"""Layouts of a dataset; `data.formats.LAYOUTS` has their readers."""
 SECRET = "secret"  # metadata key of fields that are never written to a file
 
 
@@ -88,18 +90,22 @@ class AdapterOptions:
 class DataOptions:
     """Pairs of pictures, their captions, and how each is cropped."""
 
-    train_data_dir: str | None = None
-    """The dataset: a folder (train/metadata.jsonl beside the pictures, or images/, conditions/ and captions in .txt), a
-    manifest (.jsonl, .csv, .parquet), tar or parquet shards by glob or braces, local or at http://, https://, s3://, an
-    emoji package (.tgz), or `shapes`. This or dataset_name."""
-    dataset_name: str | None = None
-    """Hub id, or a local folder, of a dataset. This or train_data_dir."""
+    location: str | None = None
+    """The dataset, written --data: a folder of pictures with captions beside them, a manifest (.jsonl, .csv,
+    .parquet), tar or parquet shards by glob or braces, local or at http://, https://, s3://, a hub id, or `shapes`;
+    docs/data.md lists the layouts."""
     dataset_config_name: str | None = None
     """Configuration of the hub dataset, if it has several."""
     dataset_revision: str | None = None
     """Hub revision (branch, tag or commit) of the dataset."""
-    kind: Literal["auto", "folder", "paired", "manifest", "tar", "parquet", "hub", "emoji", "shapes"] = "auto"
+    kind: Layout = "auto"
     """Layout of the dataset; `auto` recognises it by its name and content and prints what it found."""
+    conditioning_dir: str | None = None
+    """Folder of the condition pictures of a folder of pictures: each has the path and name of its picture, with any
+    picture's ending. None takes a folder control/, conditioning/, cond/ or conditions/ in it."""
+    captions: str = "auto"
+    """Where captions come from. `auto`: the caption column, or the .txt or .caption beside a picture. `.ENDING`: the
+    file beside a picture with this ending. `filename`: the picture's name. `none`: every caption is empty."""
     streaming: bool = False
     """Read a hub dataset's parquet shards one by one instead of downloading all of them first."""
     split: str = "train"
@@ -168,7 +174,14 @@ class DataOptions:
     ~/.cache/t2i_adapter/prepared."""
 
     def __post_init__(self) -> None:
-        check_no_login("data.train_data_dir", self.train_data_dir or "")
+        check_no_login("data.location", self.location or "")
+        both = self.conditioning_dir is not None and self.condition is not None
+        made = f"are conditions, and {flag('data.condition')} {self.condition} makes others; omit one of them"
+        require("data.conditioning_dir", not both, self.conditioning_dir, made)
+        known = self.captions in ("auto", "none", "filename") or re.fullmatch(r"\.[^./\\]+", self.captions)
+        require(
+            "data.captions", bool(known), self.captions, "allowed is auto, none, filename or an ending such as .txt"
+        )
         share = self.proportion_empty_prompts
         require("data.proportion_empty_prompts", 0 <= share <= 1, share, "allowed is a share from 0 to 1")
         require("data.resolution", 1 <= self.resolution <= 8192, self.resolution, "allowed is 1 to 8192 pixels")

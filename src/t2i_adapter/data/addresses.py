@@ -60,7 +60,7 @@ def local_blob(path: Path) -> Blob:
     try:
         state = path.stat()
     except (OSError, ValueError):  # ValueError: a name that no file can have
-        raise UserError(f"{path}: no such file.", option="data.train_data_dir", kind="missing") from None
+        raise UserError(f"{path}: no such file.", option="data.location", kind="missing") from None
     return Blob(str(path), state.st_size, file_stamp(str(path), state))
 
 

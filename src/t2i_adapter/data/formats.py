@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.addresses import base_name, is_url, local_path
+from t2i_adapter.data.folder import METADATA
+from t2i_adapter.data.look import ARCHIVES, MANIFESTS, Look, look_at, unpack_command
 from t2i_adapter.data.rows import Rows
 from t2i_adapter.errors import UserError, flag
 
@@ -30,7 +32,7 @@ class Layout:
 
 LAYOUTS = {
     "folder": Layout("t2i_adapter.data.folder:open_rows", "an image folder"),
-    "paired": Layout("t2i_adapter.data.paired:open_rows", "paired folders"),
+    "paired": Layout("t2i_adapter.data.paired:open_rows", "a folder of pictures"),
     "manifest": Layout("t2i_adapter.data.manifest:open_rows", "a manifest"),
     "tar": Layout("t2i_adapter.data.tar:open_rows", "tar shards"),
     "parquet": Layout("t2i_adapter.data.parquet:open_rows", "parquet shards"),
@@ -40,54 +42,85 @@ LAYOUTS = {
 }
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_SUFFIXES = {".jsonl": "manifest", ".csv": "manifest", ".tar": "tar", ".parquet": "parquet", ".tgz": "emoji"}
-
-
-def located(location: str, options: DataOptions) -> DataOptions:
-    """The options with `location` as their dataset, for verbs that have one option for it.
-
-    It is a hub id if the options say so, or if it has the form ORG/NAME and there is no local folder ORG.
-    """
-    is_hub = options.kind == "hub" or options.streaming
-    if is_hub or (_HUB_ID.fullmatch(location) and not Path(location).parent.exists()):
-        return replace(options, dataset_name=location)
-    return replace(options, train_data_dir=location)
+_SUFFIXES = {**dict.fromkeys(MANIFESTS, "manifest"), ".parquet": "parquet", ".tar": "tar", ".tgz": "emoji"}
+_SAVED = ("dataset_dict.json", "state.json")
+"""Files of a dataset that `save_to_disk` of `datasets` wrote."""
 
 
 def open_layout(options: DataOptions) -> tuple[Rows, str]:
     """The rows of the dataset that the options name, and the name of its layout. Raises UserError."""
-    if bool(options.train_data_dir) == bool(options.dataset_name):
-        got = "both are set" if options.dataset_name else "neither is set"
-        names = f"{flag('data.dataset_name')} or {flag('data.train_data_dir')}"
-        raise UserError(f"{names} names the data; {got}. Set one of them.")
-    location = options.train_data_dir or options.dataset_name or ""
-    layout = LAYOUTS[detect(location, options) if options.kind == "auto" else options.kind]
+    location = options.location
+    if not location:
+        raise UserError("names no dataset: write a folder, a file, shards or a hub id.", option="data.location")
+    kind = options.kind
+    if kind == "auto":
+        location, kind = detect(location, options)
+    layout = LAYOUTS[kind]
     return layout.open(location, options), layout.what
 
 
-def detect(location: str, options: DataOptions) -> str:
-    """The name of a location's layout: by its content if it is a local folder, else by its name. Raises UserError."""
+def detect(location: str, options: DataOptions) -> tuple[str, str]:
+    """The location of the data, which may be a file in the folder that was named, and the name of its layout.
+
+    A local folder is recognised by its content, anything else by its name. Raises UserError.
+    """
     path = local_path(location)
     if path.is_dir():
-        return _of_folder(path)
+        return _of_folder(location, path, options)
+    if options.streaming:
+        return location, "hub"
     suffix = re.search(r"\.[A-Za-z0-9]+$", base_name(location).rstrip("}"))
     known = _SUFFIXES.get(suffix.group().lower()) if suffix else None
-    if known and (options.train_data_dir or path.is_file() or is_url(location)):
-        return known
-    if options.dataset_name:
-        return "hub"
+    if path.is_file() and base_name(location).lower().endswith(ARCHIVES):
+        text = f"{location}: an archive, which is not read in place. Unpack it: {unpack_command(path)}"
+        raise UserError(text, option="data.location")
+    if known:
+        return location, known
     if re.fullmatch(r"shapes(:.*)?", location):
-        return "shapes"
+        return location, "shapes"
     if path.is_file() or is_url(location):
         text = f"{location}: the layout is unknown, as the name does not end in one of {', '.join(_SUFFIXES)}."
-        raise UserError(f"{text} Name it with {flag('data.kind')}.", option="data.train_data_dir")
-    raise UserError(f"{location}: no such folder.", option="data.train_data_dir", kind="missing")
+        raise UserError(f"{text} Name it with {flag('data.kind')}.", option="data.location")
+    if _HUB_ID.fullmatch(location) and not Path(location).parent.exists():
+        return location, "hub"
+    hint = f" A hub id needs {flag('data.kind')} hub." if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", location) else ""
+    raise UserError(f"{location}: no such folder.{hint}", option="data.location", kind="missing")
 
 
-def _of_folder(folder: Path) -> str:
+def _of_folder(location: str, folder: Path, options: DataOptions) -> tuple[str, str]:
     def has(name: str) -> bool:
         return any(any(folder.glob(pattern)) for pattern in (name, f"*/{name}"))
 
-    # Last the layouts of the `datasets` library: parquet, csv, arrow, saved datasets
-    marks = {"metadata.jsonl": "folder", "images": "paired", "icons.json": "emoji", "*.tar": "tar"}
-    return next((layout for mark, layout in marks.items() if has(mark)), "hub")
+    marks = {
+        **dict.fromkeys(METADATA, "folder"),
+        "images": "paired",
+        "icons.json": "emoji",
+        "*.tar": "tar",
+        **dict.fromkeys((*_SAVED, "*.parquet", "*.arrow"), "hub"),
+    }
+    for mark, layout in marks.items():
+        if has(mark):
+            return location, layout
+    found = look_at(folder)
+    tables = [name for name in found.manifests if re.match(rf"{re.escape(options.split)}(?![A-Za-z])", name)]
+    tables = tables or list(found.manifests)
+    if len(tables) == 1 and not found.texts:
+        return str(folder / tables[0]), "manifest"
+    if found.pictures:
+        return location, "paired"
+    raise UserError(_not_understood(location, folder, found), option="data.location")
+
+
+def _not_understood(location: str, folder: Path, found: Look) -> str:
+    """What a folder without a known layout holds, and the layouts that would fit best."""
+    if found.archives:
+        first = folder / found.archives[0]
+        return f"{location}: holds {found.describe()}. Archives are not read in place; unpack: {unpack_command(first)}"
+    if len(found.manifests) > 1:
+        names = ", ".join(found.manifests)
+        return f"{location}: holds {found.describe()}: {names}. Name one of them with {flag('data.location')}."
+    return (
+        f"{location}: holds {found.describe()}, in no layout that training reads. The nearest: pictures with captions "
+        "beside them (a.jpg, a.txt); a table in it (pairs.jsonl or pairs.csv) whose rows name pictures and captions; "
+        "train/metadata.jsonl beside the pictures. docs/data.md shows each."
+    )

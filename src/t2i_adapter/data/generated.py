@@ -38,7 +38,7 @@ def open_shapes(location: str, options: DataOptions) -> ShapesRows:
     count = int(form.group(1) or NUM_SHAPES) if form else 0
     if not 1 <= count < shapes.TEST_START:
         text = f"{location}: allowed is shapes, or for example shapes:5000 for 5,000 pairs."
-        raise UserError(text, option="data.train_data_dir")
+        raise UserError(text, option="data.location")
     return ShapesRows(location, count, options)
 
 

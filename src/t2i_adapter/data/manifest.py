@@ -29,7 +29,7 @@ def open_rows(location: str, options: DataOptions) -> Table:
     blobs = find(location)
     if len(blobs) != 1:
         text = f"{location}: names {len(blobs)} files; a manifest is one. Put its rows into one file."
-        raise UserError(text, option="data.train_data_dir")
+        raise UserError(text, option="data.location")
     blob, reader = blobs[0], PictureReader.beside(blobs, store)
     suffix = Path(base_name(blob.name)).suffix.lower()
     if suffix == ".parquet":
@@ -39,7 +39,7 @@ def open_rows(location: str, options: DataOptions) -> Table:
     if suffix == ".csv":
         return CsvTable(store.local(blob), blob.name, reader, options)
     text = f"{blob.name}: the name of a manifest ends in {', '.join(SUFFIXES)}."
-    raise UserError(text, option="data.train_data_dir")
+    raise UserError(text, option="data.location")
 
 
 class CsvTable(Table):

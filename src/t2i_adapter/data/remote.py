@@ -53,7 +53,7 @@ def _find(pattern: str) -> list[Blob]:
     else:
         found = [ask(pattern)]
     if not found:
-        raise UserError(f"{pattern}: names no file.", option="data.train_data_dir")
+        raise UserError(f"{pattern}: names no file.", option="data.location")
     return found
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from t2i_adapter.data.picture import StoredPicture
+from t2i_adapter.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Rows(ABC):
         place: where the data is, for messages.
         shards: number of rows of each stored shard, in order; they sum to the number of rows.
         annotate: the annotator that makes the conditions; None if the data has condition pictures.
+        notes: lines for the plan about what was found and is not used, or is read in a way that may surprise.
     """
 
     place: str
     shards: tuple[int, ...]
     annotate: str | None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return sum(self.shards)
@@ -67,3 +71,18 @@ class Rows(ABC):
         It holds each file's absolute path, size and modification time; in a shard, the shard's and the row's number.
         """
         return None
+
+    def file_name(self, index: int) -> str | None:
+        """Name of the row's picture file, for captions made of it; None if the picture has no name."""
+        return None
+
+
+def read_caption(path: Path) -> str:
+    """The whole text of a file, without white space around it. Raises UserError."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as fault:
+        text = f"{path}: not UTF-8 text ({fault.reason} at byte {fault.start})."
+        raise UserError(text, kind="caption") from fault
+    except OSError as fault:
+        raise UserError(f"{path}: cannot be read: {fault.strerror}.", kind="caption") from fault

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,10 +48,17 @@ class Source:
     """
 
     def __init__(
-        self, rows: Rows, numbers: Sequence[int] | np.ndarray, *, background: tuple[int, int, int], what: str
+        self,
+        rows: Rows,
+        numbers: Sequence[int] | np.ndarray,
+        *,
+        background: tuple[int, int, int],
+        what: str,
+        captions: str = "auto",
     ) -> None:
-        """`numbers`: the rows to use, ascending. `what`: the layout, for `describe`."""
+        """`numbers`: the rows to use, ascending. `what`: the layout, for `describe`. `captions`: as in the options."""
         self._rows, self._numbers, self._background, self._what = rows, numbers, background, what
+        self._captions = captions
         self.annotate = rows.annotate
         self.shards = shards_of(rows.shards, numbers)
 
@@ -81,7 +89,8 @@ class Source:
         """
         number = int(self._numbers[index])
         if digest is not None:
-            return Identity(self._texts(number, self._rows.captions(number)), digest)
+            stored = None if self._captions in ("none", "filename") else self._rows.captions(number)
+            return Identity(self._texts(number, stored), digest)
         row = self._rows.row(number)
         return Identity(self._texts(number, row.captions), hash_row(row))
 
@@ -90,11 +99,19 @@ class Source:
         return self._rows.stamp(int(self._numbers[index]))
 
     def describe(self) -> str:
-        """One line for the plan: how many pairs, from which place, in which layout."""
+        """Lines for the plan: how many pairs, from which place, in which layout; then the layout's notes."""
         of = f" of {len(self._rows)}" if len(self) < len(self._rows) else ""
-        return f"{len(self)}{of} pairs from {self._rows.place}, read as {self._what}"
+        captions = {"none": ", without captions", "filename": ", captions from the files' names"}.get(
+            self._captions, ""
+        )
+        line = f"{len(self)}{of} pairs from {self._rows.place}, read as {self._what}{captions}"
+        return "\n".join([line, *(f"  {note}" for note in self._rows.notes)])
 
     def _texts(self, number: int, captions: Any) -> tuple[str, ...]:
+        if self._captions == "none":
+            return ("",)
+        if self._captions == "filename":
+            return (caption_of(self._rows.file_name(number) or ""),)
         check_caption(captions, self._rows.caption_cell(number))
         return (captions,) if isinstance(captions, str) else tuple(captions)
 
@@ -115,11 +132,19 @@ def open_source(options: DataOptions, seed: int) -> Source:
     """
     background = color(options.background)
     rows, what = open_layout(options)
+    if options.captions == "filename" and rows.file_name(0) is None:
+        text = "filename: the pictures of this dataset have no file names; allowed here are auto and none."
+        raise UserError(text, option="data.captions")
     numbers, skipped = skip_rows(rows, options.skip)
     numbers = choose(numbers, options.max_train_samples, seed)
     if not len(numbers):
         raise UserError(f"{options.skip}: skips all {len(rows)} rows of {rows.place}.", option="data.skip")
-    return Source(rows, numbers, background=background, what=what + skipped)
+    return Source(rows, numbers, background=background, what=what + skipped, captions=options.captions)
+
+
+def caption_of(file_name: str) -> str:
+    """The caption that a picture's file name makes: without its ending, underscores as spaces."""
+    return " ".join(os.path.splitext(file_name)[0].replace("_", " ").split())  # noqa: PTH122 - a million of them
 
 
 def skip_rows(rows: Rows, skip: str | None) -> tuple[Sequence[int] | np.ndarray, str]:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from t2i_adapter.config.tree import DataOptions
-from t2i_adapter.data.addresses import Blob, file_stamp, is_url, local_path
+from t2i_adapter.data.addresses import Blob, base_name, file_stamp, is_url, local_path
+from t2i_adapter.data.names import is_picture
 from t2i_adapter.data.picture import StoredPicture, read_file
-from t2i_adapter.data.rows import Row, Rows
+from t2i_adapter.data.rows import Row, Rows, read_caption
 from t2i_adapter.data.store import Store
 from t2i_adapter.errors import UserError, flag, has_login
 
@@ -31,10 +32,11 @@ class Table(Rows):
         """Raises UserError if the table has no rows or misses a column."""
         self.place, self.shards, self.annotate = place, shards, options.condition
         self._reader, self._options = reader, options
-        used = ["image_column", "caption_column"]
-        if not self.annotate:
-            used.insert(1, "conditioning_image_column")
-        self._pictures = [getattr(options, name) for name in used[:-1]]
+        used = ["image_column"] if self.annotate else ["image_column", "conditioning_image_column"]
+        self._pictures = [getattr(options, name) for name in used]
+        self._beside = options.captions if options.captions.startswith(".") else None
+        if options.captions == "auto":
+            used.append("caption_column")
         self._check_columns({name: getattr(options, name) for name in used})
 
     @abstractmethod
@@ -60,16 +62,25 @@ class Table(Rows):
         return f"{self.place}, row {index}"
 
     def caption_cell(self, index: int) -> str:
-        return self._cell(index, self._options.caption_column)
+        return self._cell(index, self._options.image_column if self._beside else self._options.caption_column)
 
     def captions(self, index: int) -> Any:
+        if self._beside:
+            name = self.value(index, self._options.image_column)
+            return self._reader.caption(name, self._beside, self.caption_cell(index))
         return self.value(index, self._options.caption_column)
+
+    def file_name(self, index: int) -> str | None:
+        value = self.value(index, self._options.image_column)
+        value = value.get("path") if isinstance(value, dict) else value
+        return base_name(value) if isinstance(value, str) else None
 
     def row(self, index: int) -> Row:
         values = self.values(index)
         image, *others = (self._reader.read(values.get(name), self._cell(index, name)) for name in self._pictures)
         condition = others[0] if others else None
-        return Row(image, condition, values.get(self._options.caption_column), self._meta(values))
+        captions = self.captions(index) if self._beside else values.get(self._options.caption_column)
+        return Row(image, condition, captions, self._meta(values))
 
     def stamp(self, index: int) -> str | None:
         table_stamp = self.table_stamp(index, self._pictures)
@@ -92,10 +103,66 @@ class Table(Rows):
         if not len(self):
             raise UserError(f"{self.place}: there are no rows.")
         names = self.columns(set(used.values()))
-        for name, column in used.items():
-            if column not in names:
-                text = f"{column}: {self.place} has no such column; there are: {', '.join(names)}."
-                raise UserError(text, option=f"data.{name}")
+        missing = {name: column for name, column in used.items() if column not in names}
+        if missing:
+            raise self._no_column(missing, [name for name in names if name not in used.values()], names)
+
+    def _no_column(self, missing: Mapping[str, str], free: list[str], names: Sequence[str]) -> UserError:
+        """The error about missing columns, by option: those that exist, and the flags that choose the likely ones."""
+        first, *others = missing
+        also = "".join(f", nor {missing[name]} ({flag(f'data.{name}')})" for name in others)
+        likely = likely_columns(list(missing), free, self._first_values())
+        advice = [f"{flag(f'data.{name}')} {column}" for name, column in likely.items()]
+        words = f" Perhaps: {' '.join(advice)}." if advice else ""
+        if "conditioning_image_column" in missing and "conditioning_image_column" not in likely:
+            words += f" {flag('data.condition')} canny makes the conditions from the images."
+        if "caption_column" in missing and "caption_column" not in likely:
+            words += f" {flag('data.captions')} none trains without captions."
+        shown = ", ".join(names) or "none"
+        text = f"{missing[first]}: {self.place} has no such column{also}; there are: {shown}.{words}"
+        return UserError(text, option=f"data.{first}")
+
+    def _first_values(self) -> Mapping[str, Any]:
+        try:
+            return self.values(0)
+        except UserError:
+            return {}
+
+
+_LIKELY = {
+    "image_column": ("target", "image", "img", "picture", "photo", "file_name", "file", "path", "jpg", "png", "url"),
+    "conditioning_image_column": (
+        *("condition", "cond", "control", "hint", "guide", "source", "edge", "canny", "depth", "sketch", "lineart"),
+        *("pose", "mask", "segmentation", "annotation"),
+    ),
+    "caption_column": ("caption", "text", "prompt", "description", "txt", "label", "tags", "title"),
+}
+"""Option of a column -> words in the names that such columns often have, the most telling first."""
+
+
+def likely_columns(wanted: Sequence[str], free: Sequence[str], values: Mapping[str, Any]) -> dict[str, str]:
+    """Option -> the column of `free` that it may mean, by name and by the first row's values; without those unclear."""
+    found: dict[str, str] = {}
+    order = ("conditioning_image_column", "image_column", "caption_column")  # a condition's name may hold "image" too
+    for option in (name for name in order if name in wanted):
+        fits = _is_text if option == "caption_column" else _is_picture
+        left = [name for name in free if name not in found.values() and fits(values.get(name))]
+        named = [name for word in _LIKELY[option] for name in left if word in name.lower()]
+        if not named and len(left) == 1 and option != "conditioning_image_column":
+            named = left
+        if named:
+            found[option] = named[0]
+    return {name: found[name] for name in wanted if name in found}
+
+
+def _is_picture(value: Any) -> bool:
+    if isinstance(value, str):
+        return is_picture(base_name(value)) or is_url(value)
+    return isinstance(value, bytes | dict)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | list) and not (isinstance(value, str) and is_picture(value))
 
 
 @dataclass(frozen=True)
@@ -145,6 +212,16 @@ class PictureReader:
         except UserError as fault:
             raise fault.within(cell) from fault
         return StoredPicture(blob.name, read_file(path, cell))
+
+    def caption(self, value: Any, ending: str, cell: str) -> str:
+        """The text of the file beside the picture that a cell names, which has its name and `ending`. Raises
+        UserError."""
+        value = value.get("path") if isinstance(value, dict) else value
+        if not isinstance(value, str) or self.base or (is_url(value) and not value.startswith("file://")):
+            text = f"{cell}: names no local file, so there is no {ending} beside it."
+            raise UserError(text, option="data.captions", kind="caption")
+        path = Path(self._blob(value, cell).name).with_suffix(ending)
+        return read_caption(path)
 
     def stamp(self, value: Any) -> str | None:
         """Path, size and modification time of the local file that a cell names; None if there is no such file."""

@@ -11,7 +11,6 @@ from PIL import Image
 
 from t2i_adapter.annotators.registry import Annotator, open_annotator, open_recorded
 from t2i_adapter.config.tree import DataOptions
-from t2i_adapter.data.formats import located
 from t2i_adapter.data.pair import IMAGE_FILTER
 from t2i_adapter.data.shapes import COLORS, Scene, visible_masks
 from t2i_adapter.data.source import Source, open_source
@@ -49,12 +48,12 @@ class Pair:
     truth_from: Literal["scene", "picture"]
 
 
-def open_pairs(location: str, options: DataOptions, count: int, seed: int) -> Source:
+def open_pairs(options: DataOptions, count: int, seed: int) -> Source:
     """Opens `count` pairs of a split, chosen by the seed. Raises UserError if the split has fewer."""
-    source = open_source(located(location, options), seed)
+    source = open_source(options, seed)
     if len(source) < count:
         raise UserError(
-            f"{count}: {location} has {len(source)} pairs in its split {options.split}; "
+            f"{count}: {options.location} has {len(source)} pairs in its split {options.split}; "
             f"use {flag('num')} {len(source)} or less.",
             option="num",
         )

@@ -69,7 +69,7 @@ def metadata(trainer: Trainer, base: Base) -> Metadata:
         },
         condition={**condition_record(options.data), "channels": trainer.update.adapter.config["in_channels"]},
         resolution=options.data.resolution,
-        data={"name": options.data.train_data_dir or options.data.dataset_name, "split": options.data.split},
+        data={"name": options.data.location, "split": options.data.split},
         optim={"name": options.optim.name, "learning_rate": trainer.plan.lr, "schedule": options.optim.schedule},
         training={
             "global_batch": trainer.plan.global_batch,

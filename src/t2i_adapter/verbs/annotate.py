@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.config.dataset import DatasetOptions
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import user_path, write_atomic
 
@@ -39,8 +39,8 @@ ROWS_PER_PROCESS = 4
 """Rows that are submitted to each process at once."""
 
 
-@dataclass(frozen=True)
-class AnnotateOptions:
+@dataclass(frozen=True, kw_only=True)
+class AnnotateOptions(DatasetOptions):
     """Make the condition map of a picture, or of every picture of a dataset."""
 
     kind: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="KIND")]
@@ -50,16 +50,6 @@ class AnnotateOptions:
     """A picture file. Either this or --data."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """The map's file (.png); with --data the image folder to write or to complete."""
-    data: str | None = None
-    """A dataset that training can read: folder, manifest, shards or hub id."""
-    split: str = "train"
-    """Split of the dataset."""
-    layout: Literal["auto", "folder", "paired", "manifest", "tar", "parquet", "hub", "emoji", "shapes"] = "auto"
-    """Layout of the dataset; `auto` detects it from the name and the content."""
-    image_column: str = "image"
-    """Column of the picture from which the map is made."""
-    caption_column: str = "text"
-    """Column of the caption; it is copied."""
     workers: int | None = None
     """Processes that make maps; None is one a core, 0 is this process alone. The maps do not depend on it."""
 
@@ -154,7 +144,7 @@ def annotate_dataset(options: AnnotateOptions) -> None:
                 file.flush()
             bar.update()
     lines = [(json.dumps(done[number], ensure_ascii=False) + "\n").encode() for number in sorted(done)]
-    write_atomic(work.folder / METADATA, lines)
+    write_atomic(work.folder / METADATA[0], lines)
     for temporary in work.folder.glob("*.png.*.tmp"):  # of a start that was killed while it wrote a picture
         temporary.unlink(missing_ok=True)
     report(work, options, len(done), bad)
@@ -166,7 +156,7 @@ def report(work: Work, options: AnnotateOptions, made: int, bad: dict[int, str])
     listed = work.folder / BAD_ROWS
     listed.unlink(missing_ok=True)
     if not reasons:
-        print(f"{made:,} pairs in {work.folder}; train on them with: --data.train_data_dir {options.out}")
+        print(f"{made:,} pairs in {work.folder}; train on them with: --data {options.out}")
         return
     listed.write_text("".join(f"{reason}\n" for reason in reasons), encoding="utf-8")
     for reason in reasons[:BAD_ROWS_PRINTED]:
@@ -180,19 +170,12 @@ def report(work: Work, options: AnnotateOptions, made: int, bad: dict[int, str])
 def open_work(options: AnnotateOptions) -> Work:
     """Opens the dataset and the annotator. Raises UserError."""
     from t2i_adapter.annotators.registry import open_annotator
-    from t2i_adapter.data.formats import located
     from t2i_adapter.data.source import open_source
 
     assert options.out is not None and options.data is not None
     annotator = open_annotator(options.kind)
-    data = DataOptions(
-        kind=options.layout,
-        split=options.split,
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        condition=options.kind,  # so that no condition column is required
-    )
-    source = open_source(located(options.data, data), seed=0)
+    data = options.dataset(condition=options.kind)  # so that no condition pictures are required
+    source = open_source(data, seed=0)
     return Work(source, annotator, user_path(options.out) / options.split, max(5, len(str(len(source) - 1))))
 
 

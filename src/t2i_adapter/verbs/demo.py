@@ -60,7 +60,7 @@ def demo_config(data_dir: str, output_dir: str, *, steps: int, seed: int) -> Con
     """Returns the options of the demo's training. recipes/nano-shapes.yaml holds the same options."""
     return Config(
         output_dir=output_dir,
-        data=DataOptions(train_data_dir=data_dir, resolution=SIZE, num_workers=0),
+        data=DataOptions(location=data_dir, resolution=SIZE, num_workers=0),
         train=TrainOptions(batch_size=16, max_steps=steps, seed=seed, ema_decay=0.9),
         # On so small a base the noisiest timesteps decide the layout, so the loss is weighted towards them.
         objective=ObjectiveOptions(min_snr_gamma=MIN_SNR_GAMMA, stratify=True),

@@ -27,8 +27,8 @@ CELL = 8
 class DoctorOptions:
     """Read a whole dataset once and report what is wrong with it. The exit code is 1 if there are errors."""
 
-    location: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """The dataset, as training takes it: a folder, manifest, shards or hub id."""
+    location: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[DATA]")] = None
+    """The dataset, which may also be written without --data."""
     data: DataOptions = field(default_factory=DataOptions)
     """How the dataset is read and cropped, as in training."""
     base: BaseOptions = field(default_factory=BaseOptions)
@@ -52,9 +52,11 @@ class DoctorOptions:
         for name in ("measure", "workers", "seed"):
             value = getattr(self, name)
             require(name, value is None or value >= 0, value, "allowed is 0 or more")
-        for name in ("train_data_dir", "dataset_name"):
-            if named := getattr(self.data, name):
-                raise UserError(f"{named}: DATA names the dataset already; remove this flag.", option=f"data.{name}")
+        if self.location and self.data.location:
+            text = f"{self.data.location}: DATA ({self.location}) names the dataset already; remove one of them."
+            raise UserError(text, option="data.location")
+        if not self.location and not self.data.location:
+            raise UserError("is required: a folder, manifest, shards or a hub id", option="data.location")
         for name in ("json", "html", "skip_list"):
             file = getattr(self, name)
             if file is not None and not file.parent.is_dir():
@@ -66,14 +68,13 @@ class DoctorOptions:
 def run(options: DoctorOptions) -> None:
     """Prints the report and writes the files that the options name. Raises SystemExit(1) if there are errors."""
     preload("t2i_adapter.doctor.report")
-    from t2i_adapter.data.formats import located
     from t2i_adapter.data.pair import PairTransform
     from t2i_adapter.data.source import open_source
     from t2i_adapter.doctor.report import diagnose, to_text
     from t2i_adapter.models.open import open_base
 
     # "skip" lets a dataset with bad rows be opened: each bad row is reported when it is read.
-    data = replace(located(options.location, options.data), on_bad_sample="skip")
+    data = replace(options.data, location=options.location or options.data.location, on_bad_sample="skip")
     if data.resolution % CELL:
         raise UserError(f"{data.resolution}: allowed are multiples of {CELL}.", option="data.resolution")
     source = open_source(data, options.seed)

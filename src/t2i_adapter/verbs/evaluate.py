@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from t2i_adapter.config.tree import DataOptions, to_dict
+from t2i_adapter.config.dataset import DatasetOptions
+from t2i_adapter.config.tree import to_dict
 from t2i_adapter.errors import UserError, require
 from t2i_adapter.generation.options import ModelOptions, SamplingOptions
 from t2i_adapter.imports import preload
@@ -20,13 +21,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(ModelOptions, SamplingOptions):
+class EvaluateOptions(DatasetOptions, ModelOptions, SamplingOptions):
     """Measure how well pictures follow their conditions, on held-out pairs and with two controls."""
 
-    data: str
-    """Dataset of pairs that the adapter was not trained on: a folder, manifest, shards or hub id, as for `train`."""
     split: str = "test"
-    """Split of the dataset."""
+    """Split of the dataset: pairs that the adapter was not trained on."""
     num: int = 64
     """Pairs to measure, chosen by the seed. Three pictures are generated of each."""
     resolution: int | None = None
@@ -35,12 +34,6 @@ class EvaluateOptions(ModelOptions, SamplingOptions):
     """Denoising steps (Euler ancestral)."""
     seed: int = 0
     """Decides the pairs, the noise of each, and the other condition of each."""
-    image_column: str = "image"
-    """Column of the target picture."""
-    conditioning_image_column: str = "conditioning_image"
-    """Column of the condition picture."""
-    caption_column: str = "text"
-    """Column of the caption; the first of a list of captions is the prompt."""
     condition: str | None = None
     """Kind of condition to make from the pairs' images (see `t2i-adapter conditions`), options after commas. None does
     what the adapter's training did, by its t2i_adapter.json: the recorded kind, or the column. `none` takes the column.
@@ -53,6 +46,8 @@ class EvaluateOptions(ModelOptions, SamplingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.data:
+            raise UserError("is required: a folder, manifest, shards or a hub id", option="data")
         require("num", self.num >= 2, self.num, "2 or more: each pair needs another one's condition as control")
         require("seed", 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
 
@@ -91,15 +86,9 @@ def open_dataset(options: EvaluateOptions) -> Source:
     """Opens the pairs to measure. Raises UserError if the split has fewer than `num`."""
     from t2i_adapter.evaluation.pairs import condition_spec, open_pairs
 
-    data = DataOptions(
-        split=options.split,
-        image_column=options.image_column,
-        conditioning_image_column=options.conditioning_image_column,
-        caption_column=options.caption_column,
-        max_train_samples=options.num,
-        condition=condition_spec(options.condition, options.adapter),
-    )
-    return open_pairs(options.data, data, options.num, options.seed)
+    condition = None if options.conditioning_dir else condition_spec(options.condition, options.adapter)
+    data = options.dataset(max_train_samples=options.num, condition=condition)
+    return open_pairs(data, options.num, options.seed)
 
 
 def _settings(options: EvaluateOptions, models: Models, resolution: int) -> dict[str, Any]:

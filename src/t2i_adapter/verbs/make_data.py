@@ -139,7 +139,7 @@ def _make(out: Path, options: dict[str, Any], splits: tuple[str, ...], write: Ca
         building.replace(out)  # an empty folder may stand there
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    print(f"wrote {out}; train on it with: t2i-adapter train --data.train_data_dir {out}")
+    print(f"wrote {out}; train on it with: t2i-adapter train --data {out}")
 
 
 def _write_split(out: Path, building: Path, split: str, write: Callable[[Path, str], Path]) -> None:
