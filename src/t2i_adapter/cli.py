@@ -43,6 +43,11 @@ VERBS = {
         "t2i_adapter.verbs.make_data:EmojiOptions",
         "t2i_adapter.verbs.make_data:make_emoji",
     ),
+    "init": Verb(
+        "Look at a dataset and write a recipe that trains on it.",
+        "t2i_adapter.verbs.init:InitOptions",
+        "t2i_adapter.verbs.init:run",
+    ),
     "doctor": Verb(
         "Check a dataset before training and list what is wrong, row by row.",
         "t2i_adapter.verbs.doctor:DoctorOptions",

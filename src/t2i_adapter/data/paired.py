@@ -63,7 +63,7 @@ def open_rows(location: str, options: DataOptions) -> PairedRows:
     folder, others = split_folder(user_path(location), options.split)
     found = _folders_of(folder)
     if options.conditioning_dir:
-        conditions = _named_folder(options.conditioning_dir, folder)
+        conditions = _named_folder(options.conditioning_dir, user_path(location), folder)
         found.conditions = [conditions]
     elif len(found.conditions) > 1 and not options.condition:
         names = ", ".join(f"{path.name}/" for path in found.conditions)
@@ -106,12 +106,13 @@ def _folders_of(folder: Path) -> _Folders:
     return _Folders(pictures, conditions)
 
 
-def _named_folder(named: str, folder: Path) -> Path:
-    """The folder that data.conditioning_dir names, from the current folder or from the dataset's. Raises UserError."""
-    for path in (user_path(named), folder / named):
+def _named_folder(named: str, *folders: Path) -> Path:
+    """The folder that data.conditioning_dir names, from the current folder or from one of the dataset's. Raises
+    UserError."""
+    for path in (user_path(named), *(folder / named for folder in folders)):
         if path.is_dir():
             return path
-    text = f"{named}: no such folder, neither here nor in {folder}."
+    text = f"{named}: no such folder, neither here nor in {folders[0]}."
     raise UserError(text, option="data.conditioning_dir", kind="missing")
 
 
@@ -248,7 +249,7 @@ class PairedRows(Rows):
                 f"{self._folder}: there are no condition pictures. Make them from the pictures with "
                 f"{flag('data.condition')} canny (`t2i-adapter conditions` lists the kinds), put them into a folder "
                 f"control/ there under the pictures' names, or name their folder with {flag('data.conditioning_dir')}.",
-                kind="missing",
+                kind="no condition",
             )
         walked = walk(self._conditions)
         names = sorted(

@@ -120,7 +120,8 @@ class Table(Rows):
             words += f" {flag('data.captions')} none trains without captions."
         shown = ", ".join(names) or "none"
         text = f"{missing[first]}: {self.place} has no such column{also}; there are: {shown}.{words}"
-        return UserError(text, option=f"data.{first}")
+        kinds = {"conditioning_image_column": "no condition", "caption_column": "caption"}
+        return UserError(text, option=f"data.{first}", kind="" if advice else kinds.get(first, ""))
 
     def _first_values(self) -> Mapping[str, Any]:
         try:

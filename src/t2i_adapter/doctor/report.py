@@ -68,6 +68,8 @@ def diagnose(
     scanned = scan(Examiner(source, transform), count, data.caption_prefix, workers)
     seconds = time.monotonic() - started
     findings = find(scanned, data.resolution, lambda number: source[number].image)
+    if data.captions == "none":
+        findings = [finding for finding in findings if finding.kind != "empty_caption"]
     measured = _measure(scanned, source, transform, base, timed_rows)
     needs = predict_needs(scanned, base, data, transform.framing.count, measured)
     return Report(source.describe(), scanned, findings, needs, transform.framing, seconds)
@@ -127,8 +129,9 @@ def to_text(report: Report) -> str:
     facts = summary(report)
     width = max(map(len, facts))
     lines = [f"  {name:<{width}}  {text}" for name, text in facts.items()]
-    top = f"{report.place}: read in {report.seconds:.1f} s ({rows_per_second:.0f} rows/s)"
-    return "\n".join([top, *findings, *lines, report.verdict])
+    place, *notes = report.place.splitlines()
+    top = f"{place}: read in {report.seconds:.1f} s ({rows_per_second:.0f} rows/s)"
+    return "\n".join([top, *notes, *findings, *lines, report.verdict])
 
 
 def finding_line(finding: Finding, scan: Scan) -> str:

@@ -47,23 +47,21 @@ class PlanOptions:
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
     def __post_init__(self) -> None:
-        if self.card is not None:
-            self.card_bytes()
+        card_bytes(self.card)
 
-    def card_bytes(self) -> int | None:
-        """The card's memory in bytes, None if no card is named. Raises UserError for an unknown name."""
-        if self.card is None:
-            return None
-        if found := re.fullmatch(r"(\d+(?:\.\d+)?) ?(G|GB|GiB)", self.card, flags=re.IGNORECASE):
-            return int(float(found[1]) * GIB)
-        names = {name.replace(" ", "").lower(): size for name, size in CARDS.items()}
-        size = names.get(re.sub(r"[ _-]", "", self.card).lower())
-        if size is None:
-            raise UserError(
-                f"{self.card}: unknown card; write its memory, such as 24GB, or one of {', '.join(CARDS)}.",
-                option="card",
-            )
-        return size * GIB
+
+def card_bytes(card: str | None) -> int | None:
+    """The memory of a card in bytes, from its size or name; None for None. Raises UserError for an unknown name."""
+    if card is None:
+        return None
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?) ?(G|GB|GiB)", card, flags=re.IGNORECASE):
+        return int(float(found[1]) * GIB)
+    names = {name.replace(" ", "").lower(): size for name, size in CARDS.items()}
+    size = names.get(re.sub(r"[ _-]", "", card).lower())
+    if size is None:
+        text = f"{card}: unknown card; write its memory, such as 24GB, or one of {', '.join(CARDS)}."
+        raise UserError(text, option="card")
+    return size * GIB
 
 
 def run(options: PlanOptions) -> None:
@@ -82,7 +80,7 @@ def run(options: PlanOptions) -> None:
         setup = replace(set_up(_portable(config) if options.card else config), config=config)
     print(f"{setup.source.describe()}\nPlan\n{setup.plan.describe()}", flush=True)
     precision = (config.train.mixed_precision if options.card else setup.accelerator.mixed_precision) or "no"
-    found = forecast(setup, card_bytes=options.card_bytes(), precision=precision, probe=options.probe)
+    found = forecast(setup, card_bytes=card_bytes(options.card), precision=precision, probe=options.probe)
     print(_describe(setup, options, found, precision))
 
 
