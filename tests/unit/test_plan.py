@@ -20,7 +20,7 @@ from t2i_adapter.models.open import open_base
 from t2i_adapter.models.quantize import FORMATS, quantize
 from t2i_adapter.training.memory import Shapes
 from t2i_adapter.training.step import FrozenModel, batch_losses
-from t2i_adapter.verbs.plan import PlanOptions
+from t2i_adapter.verbs.plan import PlanOptions, card_bytes
 
 MIB = 2**20
 RUN = "--data.resolution 128 --data.num_workers 0 --tracking.report_to none --train.seed 0 --train.cpu_threads 1"
@@ -112,4 +112,4 @@ def test_an_unknown_card_is_one_line():
         UserError, match=r"--card Voodoo: unknown card; write its memory, such as 24GB, or one of RTX 3060"
     ):
         PlanOptions(card="Voodoo")
-    assert PlanOptions(card="rtx4090").card_bytes() == PlanOptions(card="24 GB").card_bytes() == 24 * 2**30
+    assert card_bytes("rtx4090") == card_bytes("24 GB") == 24 * 2**30

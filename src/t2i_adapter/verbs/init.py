@@ -29,9 +29,9 @@ SDXL, SDXL_VAE = "stabilityai/stable-diffusion-xl-base-1.0", "madebyollin/sdxl-v
 LOOKED_AT = 64
 """Rows of the quick look, chosen by seed 0."""
 GLOBAL_BATCH = 16
-_PASSES = 100
+_EPOCHS = 100
 _STEPS = (2_000, 20_000)
-"""Fewest and most updates of a recipe for SDXL; between them, 100 passes over the pairs."""
+"""Fewest and most updates of a recipe for SDXL; between them, 100 epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ def _sections(data: DataOptions, base: str, memory: int | None, pairs: int) -> d
         }
     gib = (memory or 24 * GIB) / GIB
     batch = 8 if gib >= 75 else 4 if gib >= 38 else 2 if gib >= 22 else 1
-    steps = min(max(pairs * _PASSES // GLOBAL_BATCH, _STEPS[0]), _STEPS[1])
+    steps = min(max(pairs * _EPOCHS // GLOBAL_BATCH, _STEPS[0]), _STEPS[1])
     saving: dict[str, Any] = {}
     if gib < 15:
         saving["gradient_checkpointing"] = True, "less memory, more time"
@@ -197,7 +197,7 @@ def _sections(data: DataOptions, base: str, memory: int | None, pairs: int) -> d
         "train": {
             "batch_size": batch,
             "gradient_accumulation_steps": (GLOBAL_BATCH // batch, f"{GLOBAL_BATCH} pairs an update"),
-            "max_steps": (steps, f"{steps * GLOBAL_BATCH / pairs:,.0f} passes over {pairs:,} pairs"),
+            "max_steps": (steps, f"{steps * GLOBAL_BATCH / pairs:,.0f} epochs of {pairs:,} pairs"),
             "mixed_precision": "bf16",
             "allow_tf32": True,
             **saving,
