@@ -79,6 +79,10 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("my-pictures", "runs/demo/data"):
         write_dataset(root / folder, num=4, split="train")
         write_dataset(root / folder, num=2, split="test")
+    (root / "my-photos").mkdir()
+    for number in range(4):
+        shutil.copy(root / f"my-pictures/train/{number:05d}.png", root / f"my-photos/{number}.png")
+        (root / f"my-photos/{number}.txt").write_text("a shape")
     for name in ("house_outline", "circle", "condition", "conditioning_image_1", "conditioning_image_2"):
         shutil.copy(root / "my-pictures/test/00000_cond.png", root / f"{name}.png")
     shutil.copy(root / "my-pictures/test/00000.png", root / "photo.png")
@@ -115,7 +119,7 @@ def small(command: str, number: int) -> str:
         command = re.sub(pattern, instead, command)
     for name, here in STAND_INS.items():
         command = command.replace(name, here)
-    if " train " in command:
+    if re.search(r"t2i[-_]adapter train ", command):
         command = command.partition(" #")[0]
         ours = {"--train.max_steps": "2", "--output_dir": f"runs/{number}"}
         if "--recipe" in command:
