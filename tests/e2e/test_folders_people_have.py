@@ -208,6 +208,11 @@ def absolute_metadata(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
+def images_alone(folder: Path) -> None:
+    write_pictures(folder)
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps({"image": f"{one}.png"}) for one in "abc"))
+
+
 def metadata_csv(folder: Path) -> None:
     table("metadata.csv", ("file_name", "text"), encoding="utf-8")(folder)
 
@@ -343,6 +348,14 @@ CASES = {
         absolute_metadata, place="metadata.jsonl", options={"kind": "manifest"}
     ),
     "ControlNet's prompt.json": Case(controlnet, options=CONTROLNET, paired=True, place="prompt.json"),
+    "a table of pictures, captions beside": Case(images_alone, options={"captions": ".txt"}, place="pairs.jsonl"),
+    "a table of pictures, captions of names": Case(
+        images_alone, ("a", "b", "c"), {"captions": "filename"}, place="pairs.jsonl"
+    ),
+    "a table of pictures, no captions": Case(
+        images_alone, None, place="pairs.jsonl", says=("--data.caption_column text", "--data.captions none")
+    ),
+    "a table beside captions": Case(images_alone, says=("tables and archives", "pairs.jsonl")),
     "zip": Case(zipped, None, place="my data.zip", says=("Unpack it: python3 -m zipfile -e",)),
     "zip in a folder": Case(zipped, None, says=("1 archive", "python3 -m zipfile -e")),
     "an empty folder": Case(
