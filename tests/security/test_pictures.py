@@ -207,6 +207,18 @@ def test_each_bomb_is_bounded_in_memory_and_time(tmp_path: Path, bombs: dict[str
         assert float(seconds) < 5, (name, seconds)
 
 
+def test_the_size_in_a_heif_header_is_checked_and_must_be_true():
+    pillow_heif = pytest.importorskip("pillow_heif", reason="needs sdxl-t2i-adapter[heif]")
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(Image.new("RGB", (3000, 3000))).save(buffer, quality=10)
+    data = buffer.getvalue()
+    size = data.index(b"ispe") + 8
+    for side, message in ((30_000, "30000x30000 pixels; at most"), (64, "damaged picture")):
+        claimed = data[:size] + struct.pack(">II", side, side) + data[size + 8 :]
+        with pytest.raises(UserError, match=message):
+            decode(StoredPicture("x", claimed))
+
+
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
     """A sparse file needs no room on the disk, but in memory."""
     folder = tmp_path / "data" / "train"
