@@ -209,7 +209,7 @@ def test_a_dataset_converts_images_and_not_conditions(tmp_path: Path) -> None:
     flat().save(folder / "a.png", icc_profile=P3)
     row = {"file_name": "a.png", "conditioning_image_file_name": "a.png", "text": "a"}
     (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
-    sample = open_source(DataOptions(train_data_dir=str(tmp_path)), seed=0)[0]
+    sample = open_source(DataOptions(location=str(tmp_path)), seed=0)[0]
     assert sample.image.getpixel((0, 0)) == pytest.approx((219, 37, 49), abs=1)
     assert sample.condition is not None and sample.condition.getpixel((0, 0)) == RED
 
