@@ -119,6 +119,16 @@ def test_heic_pictures_are_upright_and_in_srgb() -> None:
     assert picture.getpixel((10, 10)) == pytest.approx((219, 37, 49), abs=4)
 
 
+def test_of_several_heic_stills_the_primary_one_is_read() -> None:
+    pillow_heif = pytest.importorskip("pillow_heif", reason="needs sdxl-t2i-adapter[heif]")
+    file = pillow_heif.from_pillow(Image.new("RGB", (32, 32), "red"))
+    file.add_from_pillow(Image.new("RGB", (48, 16), "blue"))
+    for number, size in ((0, (32, 32)), (1, (48, 16))):
+        buffer = io.BytesIO()
+        file.save(buffer, quality=95, primary_index=number)
+        assert read(buffer.getvalue()).size == size
+
+
 def test_damaged_heic_is_an_error_of_one_line() -> None:
     data = heic(wide())
     for spoilt in (data[:40], data[: len(data) // 2], data[:60] + bytes(40) + data[100:]):
@@ -139,6 +149,27 @@ def test_heic_without_the_extra_names_the_command_that_installs_it(tmp_path: Pat
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "UserError: row 3: a HEIC or HEIF picture needs an extra" in done.stderr
     assert "pip install 'sdxl-t2i-adapter[heif]'" in done.stderr
+
+
+def test_the_doctor_names_that_command_too(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "pillow_heif.py").write_text("raise ImportError('not installed')\n")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    wide().save(folder / "a.png")
+    (folder / "b.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
+    for stem in "ab":
+        (folder / f"{stem}.txt").write_text("a caption")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'package')!r})\n"
+        "from t2i_adapter.cli import main\n"
+        f"main(['doctor', {str(folder)!r}, '--data.condition', 'canny', '--measure', '0', '--workers', '0',\n"
+        "    '--data.resolution', '64'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert "1 row (data/b.heic)" in line and "pip install 'sdxl-t2i-adapter[heif]'" in line
 
 
 def test_other_pictures_do_not_import_the_heif_library(tmp_path: Path) -> None:

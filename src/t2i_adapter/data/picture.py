@@ -197,7 +197,7 @@ def _open_heif(stored: StoredPicture) -> Image.Image:
         from pillow_heif import HeifImageFile  # imported when the first HEIF file is met
     except ImportError:
         text = f"{stored.name}: a HEIC or HEIF picture needs an extra: pip install 'sdxl-t2i-adapter[heif]'."
-        raise UserError(f"{text} Or save it as JPEG or PNG.", kind="unreadable") from None
+        raise UserError(f"{text} Or save it as JPEG or PNG.", kind="heif") from None
     return HeifImageFile(io.BytesIO(stored.data))
 
 
@@ -237,8 +237,9 @@ def _check_header(picture: Image.Image, name: str) -> None:
     if max(width, height) > MAX_SIDE:
         text = f"{name}: {width}x{height} pixels; a side has at most {MAX_SIDE:,}. Scale it down, or crop it."
         raise UserError(text, kind="huge")
-    # Not n_frames, which reads a whole GIF. MPO is a JPEG with a camera's preview as second frame.
-    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+    # Not n_frames, which reads a whole GIF. MPO is a JPEG with a camera's preview as second frame. A HEIF file may hold
+    # several stills, one of which is marked as the picture.
+    if getattr(picture, "is_animated", False) and picture.format not in ("MPO", "HEIF"):
         text = f"{name}: animated, several frames; save one frame as a still picture."
         raise UserError(text, kind="unreadable")
 

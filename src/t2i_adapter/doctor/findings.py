@@ -55,6 +55,12 @@ FINDING_KINDS: Mapping[str, FindingKind] = {
     "missing": FindingKind("error", "a picture is missing", "add the file, fix its path or skip the row", True),
     "empty": FindingKind("error", "a picture's file is empty", "write it again or skip the row", True),
     "unreadable": FindingKind("error", "a picture cannot be read", "write it again or skip the row", True),
+    "heif": FindingKind(
+        "error",
+        "a HEIC or HEIF picture cannot be read without an extra",
+        "pip install 'sdxl-t2i-adapter[heif]', or save it as JPEG or PNG",
+        True,
+    ),
     "huge": FindingKind("error", "a picture has too many pixels to decode", "scale it down or skip the row", True),
     "caption": FindingKind("error", "a caption is missing", 'add one ("" is allowed) or skip the row', True),
     "aspect": FindingKind(
@@ -99,7 +105,7 @@ FINDING_KINDS: Mapping[str, FindingKind] = {
     ),
     "empty_caption": FindingKind("warning", "an empty caption", "write one, or keep it on purpose", False),
 }
-"""Every kind of finding, in the order of the report. The first seven are also kinds of `UserError` (`BadRow.kind`)."""
+"""Every kind of finding, in the order of the report. The first eight are also kinds of `UserError` (`BadRow.kind`)."""
 
 
 @dataclass(frozen=True)
