@@ -25,6 +25,7 @@ from support.icc import (
     to_srgb,
 )
 
+from t2i_adapter.cli import main
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data import profiles
 from t2i_adapter.data.picture import StoredPicture, decode, notes_of
@@ -122,12 +123,12 @@ def test_inks_are_converted_by_their_profile() -> None:
 @pytest.mark.parametrize(
     ("picture", "kind", "profile", "reason"),
     [
-        (flat(), "PNG", b"no profile at all", "cannot be read"),
-        (flat(), "JPEG", P3[:200], "cannot be read"),
-        (flat(), "PNG", cmyk_profile((60, 0, 0)), "describes CMYK pixels, and the picture's mode is RGB"),
-        (flat(), "PNG", grey_profile(1.0), "describes GRAY pixels, and the picture's mode is RGB"),
-        (flat((9, 9, 9, 9), "CMYK"), "TIFF", P3, "describes RGB pixels, and the picture's mode is CMYK"),
-        (flat(), "PNG", P3.replace(b"mntrRGB XYZ ", b"mntrLab XYZ "), "its colour space is Lab"),
+        (flat(), "PNG", b"no profile at all", "it is damaged"),
+        (flat(), "JPEG", P3[:200], "it is damaged"),
+        (flat(), "PNG", cmyk_profile((60, 0, 0)), "it is for CMYK pixels, the picture is RGB"),
+        (flat(), "PNG", grey_profile(1.0), "it is for GRAY pixels, the picture is RGB"),
+        (flat((9, 9, 9, 9), "CMYK"), "TIFF", P3, "it is for RGB pixels, the picture is CMYK"),
+        (flat(), "PNG", P3.replace(b"mntrRGB XYZ ", b"mntrLab XYZ "), "its colour space Lab is unsupported"),
         (flat(), "TIFF", P3 + bytes(profiles.MAX_PROFILE_BYTES), "more than 4 MiB"),
         (flat(), "PNG", P3 + bytes(profiles.MAX_PROFILE_BYTES), "more than 4 MiB"),
     ],
@@ -218,6 +219,12 @@ def test_a_dataset_converts_images_and_not_conditions(tmp_path: Path) -> None:
     sample = open_source(DataOptions(location=str(tmp_path)), seed=0)[0]
     assert sample.image.getpixel((0, 0)) == pytest.approx((219, 37, 49), abs=1)
     assert sample.condition is not None and sample.condition.getpixel((0, 0)) == RED
+
+
+def test_annotate_makes_the_map_of_a_photo_in_srgb(tmp_path: Path) -> None:
+    flat().save(tmp_path / "a.png", icc_profile=P3)
+    assert main(["annotate", "palette", str(tmp_path / "a.png"), "--out", str(tmp_path / "map.png")]) == 0
+    assert Image.open(tmp_path / "map.png").convert("RGB").getpixel((0, 0)) == pytest.approx((219, 37, 49), abs=1)
 
 
 def test_generate_reads_photos_and_conditions_as_training_does(tmp_path: Path) -> None:

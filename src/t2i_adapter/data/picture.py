@@ -204,12 +204,12 @@ def _open_heif(stored: StoredPicture) -> Image.Image:
 def _to_srgb(picture: Image.Image, profile: bytes | None, exif: Image.Exif, name: str) -> tuple[Image.Image, str]:
     """The picture in sRGB, and why its colours may be off ("" if they are right)."""
     if profile is None:
-        return picture, "its EXIF data says Adobe RGB, and it has no profile" if profiles.is_adobe_rgb(exif) else ""
+        return picture, "Adobe RGB by its EXIF data, without a profile" if profiles.is_adobe_rgb(exif) else ""
     try:
         return profiles.to_srgb(picture, profile), ""
     except profiles.ProfileError as fault:
         profiles.warn(name, str(fault))
-        return picture, f"its colour profile is ignored: {fault}"
+        return picture, f"profile ignored: {fault}"
 
 
 def _flatten(picture: Image.Image, background: Color) -> tuple[Image.Image, bool]:

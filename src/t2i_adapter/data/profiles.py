@@ -56,7 +56,7 @@ def to_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
         "RGB": picture.mode != "CMYK",  # of a grey picture too: its three channels are equal
     }[conversion.space]
     if not is_fitting:
-        raise ProfileError(f"it describes {conversion.space} pixels, and the picture's mode is {picture.mode}")
+        raise ProfileError(f"it is for {conversion.space} pixels, the picture is {picture.mode}")
     if conversion.transform is None:
         return picture
     mode = _MODES[conversion.space]
@@ -133,12 +133,14 @@ def _open(profile: bytes) -> _Conversion:
         source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
         if space not in _MODES:
-            return _Conversion("", fault=f"its colour space is {space}; RGB, GRAY and CMYK are supported")
+            return _Conversion("", fault=f"its colour space {space} is unsupported")
         mode, srgb = _MODES[space], ImageCms.createProfile("sRGB")
         transform = ImageCms.buildTransform(source, srgb, mode, "RGB", intent, flags)
         return _Conversion(space, None if _is_identity(transform, mode) else transform)
-    except Exception as fault:  # ImageCms raises many types of errors for damaged profiles, and may be missing itself
-        return _Conversion("", fault=f"it cannot be read ({str(fault) or type(fault).__name__})")
+    except ImportError:
+        return _Conversion("", fault="this Pillow has no LittleCMS")
+    except Exception:  # ImageCms raises many types of errors for damaged profiles, without a reason that helps
+        return _Conversion("", fault="it is damaged")
 
 
 def _is_identity(transform: ImageCmsTransform, mode: str) -> bool:

@@ -28,7 +28,7 @@ VERSION = 1
 """Version of the JSON's form."""
 
 _NAMED_ROWS = 3
-_MAX_REASON = 40  # characters
+_MAX_REASON = 60  # characters
 
 
 @dataclass(frozen=True)
