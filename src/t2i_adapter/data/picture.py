@@ -246,7 +246,7 @@ def _check_header(picture: Image.Image, name: str) -> None:
 
 def _scale_to_8_bits(picture: Image.Image, name: str) -> tuple[Image.Image, tuple[int, int] | None]:
     """The picture in mode L, and its stored levels (`Notes.levels`)."""
-    values = np.asarray(picture).astype(np.int64)
+    values = np.asarray(picture).astype(np.int32)
     if values.min() < 0 or values.max() > MAX_LEVEL:
         text = f"{name}: grey levels {values.min()}..{values.max()}; allowed are 8 or 16 bits (0..65535)."
         raise UserError(text, kind="unreadable")
