@@ -255,6 +255,67 @@ def test_buckets_views_and_annotators_are_as_in_training(good: Path, tmp_path: P
     assert report["needs"]["crops"] == 2 * ROWS
 
 
+def transparent_lines(picture: Image.Image) -> Image.Image:
+    """White lines whose background is transparent, as drawing programs save them."""
+    white = Image.new("RGBA", picture.size, "white")
+    white.putalpha(picture.convert("L"))
+    return white
+
+
+def test_white_lines_on_transparency_name_the_background_option(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Spoiler(good, tmp_path / "data")
+    for number in (3, 5):
+        data.plant("transparent", number, paint(1, transparent_lines))
+    code, report = look_over(data.folder, tmp_path)
+    assert code == 0 and planted(report) == data.expected
+    assert "choose another --data.background, such as black" in capsys.readouterr().out
+    assert look_over(data.folder, tmp_path, "--data.background", "black")[1]["findings"] == []
+
+
+def millimetres(low: int, high: int) -> Callable[[Image.Image], Image.Image]:
+    """A map of 16 bits whose levels are low to high, and 0 where nothing was measured."""
+
+    def convert(picture: Image.Image) -> Image.Image:
+        values = np.asarray(picture.convert("L")).astype(np.float64) * (high - low) / 255 + low
+        values[:4] = 0
+        return Image.fromarray(values.astype(np.uint16))
+
+    return convert
+
+
+def test_maps_of_16_bits_that_use_little_of_the_range_are_one_finding(good: Path, tmp_path: Path) -> None:
+    """One map that is as narrow is no finding in a dataset that uses the range."""
+    data = Spoiler(good, tmp_path / "data")
+    for number in range(ROWS):
+        paint(1, millimetres(500, 8000))(data, number)
+    code, report = look_over(data.folder, tmp_path)
+    [finding] = [finding for finding in report["findings"] if finding["kind"] == "range"]
+    assert code == 0 and finding["rows"] == []
+    assert finding["whole"].startswith("48 of 48 rows: they use 11% of the 16-bit range (500 to 8000 of 0 to 65535)")
+    shutil.copy(good / "train" / data.rows[9][PAIR[1]], data.file(9, 1))
+    paint(1, millimetres(500, 60_000))(data, 9)
+    assert "range" not in planted(look_over(data.folder, tmp_path)[1])
+
+
+def test_pictures_whose_colours_may_be_off_are_listed(
+    good: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also by worker processes, and without the warnings that training prints."""
+    data = Spoiler(good, tmp_path / "data")
+    for number in (2, 40):
+        data.plant(
+            "colours", number, lambda data, n: Image.open(data.file(n, 0)).save(data.file(n, 0), icc_profile=b"x")
+        )
+    reports = [look_over(data.folder, tmp_path, "--html", str(tmp_path / "a.html"), workers=n)[1] for n in (0, 2)]
+    for report in reports:
+        assert planted(report) == data.expected
+    printed = capfd.readouterr()
+    assert printed.out.count("(line 3): profile ignored: it is damaged") == 2
+    assert "is ignored, so" not in printed.err
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

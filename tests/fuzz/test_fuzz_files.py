@@ -23,6 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
+from support.icc import grey_profile, rgb_profile
 
 from t2i_adapter.cache.shards import Record, Shards, ShardWriter, damage
 from t2i_adapter.cache.stamps import Stamps
@@ -77,7 +78,9 @@ def stored(kind: str, mode: str = "RGB") -> bytes:
     values = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[274] = 6
-    options: dict[str, Any] = {"exif": exif} if kind in ("PNG", "JPEG", "WEBP", "TIFF") else {}
+    options: dict[str, Any] = {}
+    if kind in ("PNG", "JPEG", "WEBP", "TIFF"):
+        options = {"exif": exif, "icc_profile": grey_profile(1.8) if mode == "L" else rgb_profile()}
     Image.fromarray(values).convert(mode).save(buffer, kind, **options)
     return buffer.getvalue()
 
@@ -95,7 +98,7 @@ def test_a_damaged_picture_is_a_picture_or_a_line(kind: tuple[str, str], spoils:
     for place, change in spoils:
         content = spoil(content, place, change)
     try:
-        picture = decode(StoredPicture("x", content))
+        picture = decode(StoredPicture("x", content), is_photo=True)
         assert picture.mode == "RGB"
     except UserError as fault:
         assert str(fault).startswith("x: ")

@@ -96,6 +96,19 @@ def stored_bytes(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in root.rglob("*.shard")}
 
 
+def test_a_narrow_range_of_16_bits_is_one_line(
+    data: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, path in enumerate(sorted((data / "train").glob("*_outline.png"))):
+        depth = np.linspace(600 + number, 4800, 80 * 80).astype(np.uint16).reshape(80, 80)
+        Image.fromarray(depth).save(path)
+    make(data, tiny_base, tmp_path / "root", flip=True)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert "6 new conditions have 16 bits: they use 6% of the 16-bit range (600 to 4800" in line
+    make(data, tiny_base, tmp_path / "root", flip=True)
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_cached_records_are_what_the_encoders_compute(data: Path, tiny_base: Path, tmp_path: Path) -> None:
     prepared = make(data, tiny_base, tmp_path / "root")
     base = open_base(BaseOptions(name=str(tiny_base)))

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.icc import rgb_profile
 from support.runs import train_words
 
 from t2i_adapter.cli import main
@@ -46,6 +47,48 @@ def bomb() -> bytes:
 def text_bomb() -> bytes:
     """A comment of 200 MB in 200 KB."""
     return png(8, 8, chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(200 * 2**20), 9)), rows=bytes(8 * 25))
+
+
+def late_text_bomb() -> bytes:
+    """The same comment after the pixels, which Pillow reads when it decodes."""
+    data = png(8, 8, rows=bytes(8 * 25))
+    return data[:-12] + chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(200 * 2**20), 9)) + data[-12:]
+
+
+def orientation_bomb() -> bytes:
+    """1,000 texts under the names that orientation is read from, each unpacking to 200 MB."""
+    packed = zlib.compress(bytes(200 * 2**20), 9)
+    texts = [
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + packed),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + packed),
+        chunk(b"zTXt", b"exif\0\0" + packed),
+    ]
+    return png(8, 8, *texts * 30, *[chunk(b"tEXt", b"exif\0" + bytes(2**20))] * 70, rows=bytes(8 * 25))
+
+
+def many_chunks() -> bytes:
+    """2,000,000 empty texts."""
+    return png(8, 8, chunk(b"tEXt", b"") * 2_000_000, rows=bytes(8 * 25))
+
+
+def unknown_chunks() -> bytes:
+    return png(8, 8, chunk(b"abCd", b"") * 190_000, rows=bytes(8 * 25))
+
+
+def huge_profile() -> bytes:
+    """A TIFF with a colour profile of 60 MB."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "TIFF", icc_profile=rgb_profile() + bytes(60 * 2**20))
+    return buffer.getvalue()
+
+
+def profile_of_tags() -> bytes:
+    """A profile that claims 2^32 - 1 tags, and a table whose curves claim 2^32 - 1 points."""
+    profile = bytearray(rgb_profile())
+    struct.pack_into(">I", profile, 128, 2**32 - 1)
+    curves = rgb_profile().replace(b"curv\0\0\0\0\0\0\0\1", b"curv\0\0\0\0\xff\xff\xff\xff")
+    packed = [zlib.compress(bytes(one)) for one in (profile, curves)]
+    return png(8, 8, *(chunk(b"iCCP", b"p\0\0" + one) for one in packed), rows=bytes(8 * 25))
 
 
 def profile_bomb() -> bytes:
@@ -99,8 +142,14 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "30,000 x 30,000 pixels": (bomb, "900000000 pixels"),
     "a strip": (lambda: png(2**31 - 1, 1), "pixels"),
     "no rows": (lambda: png(9_000, 9_000), "damaged picture"),
-    "a comment of 200 MB": (text_bomb, "damaged picture"),
-    "a profile of 200 MB": (profile_bomb, "damaged picture|None"),
+    "a comment of 200 MB": (text_bomb, "None"),
+    "a comment of 200 MB after the pixels": (late_text_bomb, "None"),
+    "orientations of 200 MB": (orientation_bomb, "None"),
+    "2,000,000 chunks": (many_chunks, "damaged picture: more than 200,000 chunks"),
+    "190,000 unknown chunks": (unknown_chunks, "None"),
+    "a profile of 200 MB": (profile_bomb, "None"),
+    "a profile of 60 MB, not packed": (huge_profile, "None"),
+    "a profile of 2^32 tags": (profile_of_tags, "None"),
     "an EXIF table of gigabytes": (exif_bomb, "damaged picture|None"),
     "a huge GIF of 100,000 frames": (endless_gif, "65535x1500 pixels"),
     "a GIF of 100,000 frames": (small_gif, "animated"),
@@ -115,12 +164,12 @@ import resource, sys, time
 from pathlib import Path
 from t2i_adapter.errors import UserError
 from t2i_adapter.data.picture import StoredPicture, decode
-decode(StoredPicture("warm", Path(sys.argv[1]).read_bytes()))
+decode(StoredPicture("warm", Path(sys.argv[1]).read_bytes()), is_photo=True)
 for name in sys.argv[2:]:
     data = Path(name).read_bytes()
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     try:
-        print(decode(StoredPicture("x", data)) and None, end="\\t")
+        print(decode(StoredPicture("x", data), is_photo=True) and None, end="\\t")
     except UserError as fault:
         print(fault, end="\\t")
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, time.process_time() - start, sep="\\t")
@@ -139,7 +188,7 @@ def bombs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_each_bomb_is_bounded_in_memory_and_time(tmp_path: Path, bombs: dict[str, Path]):
     """Measures in its own process the growth of the peak memory in MiB and the CPU seconds."""
-    Image.new("RGB", (64, 64)).save(tmp_path / "warm.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "warm.png", icc_profile=rgb_profile())
     files = [str(file) for file in bombs.values()]
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(tmp_path / "warm.png"), *files],
@@ -156,6 +205,18 @@ def test_each_bomb_is_bounded_in_memory_and_time(tmp_path: Path, bombs: dict[str
         assert any(part in printed for part in expected.split("|")), (name, printed)
         assert float(grown) < 400, (name, grown)
         assert float(seconds) < 5, (name, seconds)
+
+
+def test_the_size_in_a_heif_header_is_checked_and_must_be_true():
+    pillow_heif = pytest.importorskip("pillow_heif", reason="needs sdxl-t2i-adapter[heif]")
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(Image.new("RGB", (3000, 3000))).save(buffer, quality=10)
+    data = buffer.getvalue()
+    size = data.index(b"ispe") + 8
+    for side, message in ((30_000, "30000x30000 pixels; at most"), (64, "damaged picture")):
+        claimed = data[:size] + struct.pack(">II", side, side) + data[size + 8 :]
+        with pytest.raises(UserError, match=message):
+            decode(StoredPicture("x", claimed))
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):

@@ -251,9 +251,9 @@ def test_each_view_of_a_picture_has_a_key_of_its_own() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
 def test_numbers_beyond_half_precision_are_an_error_by_name(value: float) -> None:
-    with pytest.raises(UserError, match="caption 'x': the encoder returned NaN, inf or numbers beyond 65504"):
+    with pytest.raises(UserError, match="caption 'x': the text encoders returned NaN, inf or numbers beyond 65504"):
         pack_text(np.full((2, 2), value, np.float32), np.zeros(2, np.float32), tokens=3, name="caption 'x'")
-    assert to_half(np.float32([65504]), "x") == 65504
+    assert to_half(np.float32([65504]), "x", ("the VAE", "")) == 65504
 
 
 def test_text_keys_depend_on_caption_and_encoder() -> None:

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from t2i_adapter.cache.records import check_moments, check_states
 from t2i_adapter.cache.texts import TEXT_BATCH, long_captions
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.encoders import LatentEncoder, TextEncoder, encode_pixels
@@ -29,6 +30,7 @@ class Encoders:
         self._base, self._device, self._dtype, self._keep = base, device, dtype, keep
         self._texts: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         self._has_warned = False
+        self._unchecked = {"moments", "states"}
 
     @cached_property
     def _vae(self) -> LatentEncoder:
@@ -41,17 +43,23 @@ class Encoders:
     def complete(self, partial: PartialBatch) -> Batch:
         """The complete batch, in float32, of a partial batch whose tensors are on the device.
 
-        Encoded numbers are rounded to float16 like cached ones, so that the cache does not change the run.
+        Encoded numbers are rounded to float16 like cached ones, so that the cache does not change the run. Raises
+        UserError if an encoder returns NaN or inf for all samples of the first batch that it encodes: it is damaged. A
+        single sample like this is left to the step, which finds it in the loss.
         """
         if partial.moments is not None:
             moments = partial.moments
         else:
             assert partial.pixels is not None
             moments = encode_pixels(self._vae, partial.pixels)
+            if self._is_first("moments") and not _has_finite(moments):
+                check_moments(moments.cpu().numpy(), partial.keys)
         if partial.text is not None and partial.pooled is not None:
             text, pooled = partial.text, partial.pooled
         else:
             text, pooled = self.states(partial.captions)
+            if self._is_first("states") and not _has_finite(text, pooled):
+                check_states(text.cpu().numpy(), pooled.cpu().numpy(), partial.captions)
         return Batch(
             moments=moments.float(),
             condition=partial.condition.float().div_(255),
@@ -63,6 +71,13 @@ class Encoders:
             latent_noise=partial.latent_noise,
             keys=partial.keys,
         )
+
+    def _is_first(self, what: str) -> bool:
+        """True once for each of "moments" and "states". Later batches are not checked: the host would have to wait for
+        the device."""
+        is_first = what in self._unchecked
+        self._unchecked.discard(what)
+        return is_first
 
     def states(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """N captions -> states (N,L,D) and pooled (N,P), float16, on the device."""
@@ -96,3 +111,9 @@ class Encoders:
                 self._has_warned = True
                 print(long_captions(1, len(captions), caption, tokens), file=sys.stderr, flush=True)
                 return
+
+
+def _has_finite(*parts: Tensor) -> bool:
+    """Whether all parts, each (B,...), are finite for at least one of the B samples."""
+    finite = [part.flatten(1).isfinite().all(dim=1) for part in parts]
+    return bool(torch.stack(finite).all(dim=0).any())

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from t2i_adapter.cache.shards import Keys, Shards, ShardWriter
 from t2i_adapter.cache.stamps import Stamps
 from t2i_adapter.data.bad_rows import BadRow, BadRows
 from t2i_adapter.data.pair import CroppedPair, PairTransform
+from t2i_adapter.data.picture import narrow_range, notes_of
 from t2i_adapter.data.source import Source
 from t2i_adapter.devices import cores_of, release, sharing_cores
 from t2i_adapter.errors import UserError
@@ -34,8 +35,15 @@ SAVE_SECONDS = 30.0
 LOOK_ON = 256
 """Rows that are still checked after the first bad one, so that one error reports several."""
 
-Packed: TypeAlias = tuple[CroppedPair, PackedCondition]
-"""A cropped pair, and its condition as it is stored."""
+
+class Packed(NamedTuple):
+    """The number of a row, one of its views cropped, that view's condition as it is stored, and `Notes.levels` of the
+    row's condition picture."""
+
+    number: int
+    pair: CroppedPair
+    condition: PackedCondition
+    levels: tuple[int, int] | None
 
 
 def read_digests(
@@ -141,20 +149,30 @@ def build_images(
 ) -> None:
     """Encodes the missing crops and appends their records. The pool decodes ahead of the encoder.
 
-    `crops` is the number that all processes together make. Raises UserError if a row is bad and may not be skipped, if
-    too many rows are bad, and if the disk has too little room, as estimated from the first batch.
+    `crops` is the number that all processes together make. A row is bad, too, if its moments are NaN or inf. Raises
+    UserError if a row is bad and may not be skipped, if too many rows are bad, and if the disk has too little room, as
+    estimated from the first batch.
     """
     encoder = context.base.latent_encoder(context.device)
     size = batch_size(transform.framing.resolution**2, context.device)
     results = run_ahead(pool, lambda one: _crop(source, transform, one), missing, 2 * size)
     pairs = _good(context.bar(results, len(missing), "encoding pictures"), bad)
+    levels: dict[int, tuple[int, int]] = {}
     is_first, started = True, time.monotonic()
-    batches = in_batches(pairs, size, lambda packed: packed[0].geometry.target)
+    batches = in_batches(pairs, size, lambda packed: packed.pair.geometry.target)
     threads = cores_of(context.device)
     with ShardWriter(folder) as writer, sharing_cores(threads) as encoding:
         for batch, moments in run_ahead(encoding, partial(_encoded, encoder), batches, threads):
-            for (pair, condition), moment in zip(batch, moments, strict=True):
-                record = image_record(moment, condition, pair.geometry, name=pair.key)
+            for (number, pair, condition, own_levels), moment in zip(batch, moments, strict=True):
+                if own_levels:
+                    levels[number] = own_levels
+                try:
+                    record = image_record(moment, condition, pair.geometry, name=pair.key)
+                except UserError as fault:
+                    if not bad.skips:
+                        raise
+                    bad.add(BadRow.of(source, number, fault))
+                    continue
                 digest = np.frombuffer(bytes.fromhex(pair.digest), np.uint8)
                 writer.add(view_keys(digest[None], pair.view).tobytes(), record)
             if is_first:
@@ -163,11 +181,18 @@ def build_images(
     del encoder
     release(context.device)
     bad.settle()
+    _warn_of_range(context, levels.values())
+
+
+def _warn_of_range(context: PrepareContext, levels: Collection[tuple[int, int]]) -> None:
+    """Logs a line if the new conditions of 16 bits use little of their range."""
+    if levels and (text := narrow_range(min(low for low, _ in levels), max(high for _, high in levels))):
+        context.log(f"warning: {len(levels):,} new conditions have 16 bits: {text}")
 
 
 def _encoded(encoder: LatentEncoder, batch: Sequence[Packed]) -> tuple[Sequence[Packed], np.ndarray]:
     """The batch with its moments (B,8,h,w) float16."""
-    pixels = torch.from_numpy(np.stack([pair.image for pair, _ in batch])).to(encoder.device)
+    pixels = torch.from_numpy(np.stack([packed.pair.image for packed in batch])).to(encoder.device)
     return batch, encode_pixels(encoder, pixels).cpu().numpy()
 
 
@@ -192,7 +217,8 @@ def _crop(source: Source, transform: PairTransform, missing: MissingRecord) -> l
         pairs = [transform.crop(sample, view) for view in missing.views]
     except UserError as fault:
         return BadRow.of(source, missing.number, fault)
-    return [(pair, pack_condition(pair.condition)) for pair in pairs]
+    levels = notes_of(sample.condition).levels if sample.condition else None
+    return [Packed(missing.number, pair, pack_condition(pair.condition), levels) for pair in pairs]
 
 
 def _good(results: Iterable[list[Packed] | BadRow], bad: BadRows) -> Iterator[Packed]:

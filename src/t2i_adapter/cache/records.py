@@ -6,7 +6,7 @@ Also: the keys by which records are found, and how many bytes a record takes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 TEXT_VERSION = 2
 """Raise it if the numbers of a text record or their layout change: then older records are not used any more."""
+
+_VAE = "the VAE", f"Its weights are damaged or it overflows: name another with {flag('base.vae')}."
+_TEXT = (
+    "the text encoders",
+    f"Their weights are damaged, or they overflow in fp16: name another base with {flag('base.name')}, or use "
+    f"{flag('train.mixed_precision')} bf16.",
+)
+"""What encodes, and the advice if its result is NaN or inf."""
 
 MAX_PACKED = 0.9
 """LZ4 is used if it reaches this share of the size. Otherwise the bytes are stored as they are and read without a
@@ -49,7 +57,7 @@ def view_keys(digests: np.ndarray, view: int) -> np.ndarray:
 
 
 def pack_image(moments: np.ndarray, condition: np.ndarray, geometry: Geometry, *, name: str) -> Record:
-    """moments (8,h,w) float, condition (C,H,W) u8. `name` is for messages. Raises UserError on overflow."""
+    """moments (8,h,w) float, condition (C,H,W) u8. `name` is for messages. Raises UserError of kind "nan"."""
     return image_record(moments, pack_condition(condition), geometry, name=name)
 
 
@@ -57,7 +65,9 @@ def image_record(moments: np.ndarray, condition: PackedCondition, geometry: Geom
     """`pack_image` for a condition that is packed already. The tag is the crop's size (`size_of_tag`)."""
     height, width = geometry.target
     facts = {"geometry": asdict(geometry), "condition": condition.packing}
-    return Record({"moments": to_half(moments, name), "condition": condition.stored}, facts, tag=height << 16 | width)
+    return Record(
+        {"moments": to_half(moments, name, _VAE), "condition": condition.stored}, facts, tag=height << 16 | width
+    )
 
 
 def unpack_image(record: Record) -> ImageRecord:
@@ -119,25 +129,39 @@ def unpack_condition(stored: np.ndarray, packing: Mapping[str, Any]) -> np.ndarr
 def pack_text(states: np.ndarray, pooled: np.ndarray, *, tokens: int, name: str) -> Record:
     """states (L,D) and pooled (P,), float. The tag is the caption's number of tokens, start and end included.
 
-    `name` is for messages. Raises UserError on overflow.
+    `name` is for messages. Raises UserError of kind "nan".
     """
-    return Record({"states": to_half(states, name), "pooled": to_half(pooled, name)}, tag=tokens)
+    return Record({"states": to_half(states, name, _TEXT), "pooled": to_half(pooled, name, _TEXT)}, tag=tokens)
 
 
 def unpack_text(record: Record) -> TextRecord:
     return TextRecord(record.arrays["states"], record.arrays["pooled"])
 
 
-def to_half(values: np.ndarray, name: str) -> np.ndarray:
-    """The values in float16, which keeps 11 bits. Raises UserError if one is NaN, inf or beyond float16's range."""
+def to_half(values: np.ndarray, name: str, encoder: tuple[str, str]) -> np.ndarray:
+    """The values in float16, which keeps 11 bits. Raises UserError if one is NaN, inf or beyond float16's range.
+
+    encoder: what made them, and what to do about it (_VAE, _TEXT).
+    """
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if not np.isfinite(half).all():
-        raise UserError(
-            f"{name}: the encoder returned NaN, inf or numbers beyond 65504. Either the base's weights are damaged, or "
-            f"they overflow in fp16: use another {flag('train.mixed_precision')} or another {flag('base.vae')}."
-        )
+        what, advice = encoder
+        raise UserError(f"{name}: {what} returned NaN, inf or numbers beyond 65504. {advice}", kind="nan")
     return half
+
+
+def check_moments(moments: np.ndarray, names: Sequence[str]) -> None:
+    """Raises UserError that names the first picture whose moments, of (B,8,h,w), are NaN or inf."""
+    for values, name in zip(moments, names, strict=True):
+        to_half(values, name, _VAE)
+
+
+def check_states(states: np.ndarray, pooled: np.ndarray, captions: Sequence[str]) -> None:
+    """Raises UserError that names the first caption whose states (N,L,D) or pooled (N,P) are NaN or inf."""
+    for state, vector, caption in zip(states, pooled, captions, strict=True):
+        for values in (state, vector):
+            to_half(values, f"caption {caption!r}", _TEXT)
 
 
 def picture_bytes(resolution: int, channels: int = 0) -> int:

@@ -22,7 +22,7 @@ from t2i_adapter.types import Geometry, ImageRecord, Sample
 IMAGE_FILTER: Resample = "bicubic"
 LABEL_FILTER: Resample = "nearest"
 CONDITION_FILTER: Resample = "bilinear"
-IMAGE_VERSION = 2
+IMAGE_VERSION = 3
 """Raise it if the numbers of an image record or their layout change: then older records are not used any more."""
 PER_DRAW = "drawn each time"
 """Stands for the condition in `about` and `fingerprint` if the record holds the crop instead: all random annotators

@@ -69,7 +69,7 @@ class Source:
         """The pair, decoded and checked. Raises UserError that names the row or file."""
         number = int(self._numbers[index])
         row = self._rows.row(number)
-        image = decode(row.image, self._background)
+        image = decode(row.image, self._background, is_photo=True)
         condition = row.condition and decode(row.condition, self._background)
         if condition:
             self._check_aspect(number, image, condition)

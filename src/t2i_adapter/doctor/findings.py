@@ -9,6 +9,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.picture import narrow_range
 from t2i_adapter.doctor.content import BLACK_ON_WHITE, CONTENTS, WHITE_ON_BLACK
 from t2i_adapter.doctor.duplicates import confirm_pairs, equal_groups, near_pairs
 from t2i_adapter.doctor.offset import SURE_MARGIN
@@ -53,6 +55,12 @@ FINDING_KINDS: Mapping[str, FindingKind] = {
     "missing": FindingKind("error", "a picture is missing", "add the file, fix its path or skip the row", True),
     "empty": FindingKind("error", "a picture's file is empty", "write it again or skip the row", True),
     "unreadable": FindingKind("error", "a picture cannot be read", "write it again or skip the row", True),
+    "heif": FindingKind(
+        "error",
+        "a HEIC or HEIF picture cannot be read without an extra",
+        "pip install 'sdxl-t2i-adapter[heif]', or save it as JPEG or PNG",
+        True,
+    ),
     "huge": FindingKind("error", "a picture has too many pixels to decode", "scale it down or skip the row", True),
     "caption": FindingKind("error", "a caption is missing", 'add one ("" is allowed) or skip the row', True),
     "aspect": FindingKind(
@@ -64,6 +72,21 @@ FINDING_KINDS: Mapping[str, FindingKind] = {
     "offset_row": FindingKind("warning", "the condition is shifted against its image", "make it again", True),
     "polarity": FindingKind("warning", "black and white are inverted compared with most rows", "invert it", True),
     "constant": FindingKind("warning", "the condition is one flat colour and controls nothing", "make it again", True),
+    "transparent": FindingKind(
+        "warning",
+        "the condition is one flat colour because its transparent pixels become the background colour",
+        "choose another --data.background, such as black for white lines, or save it without transparency",
+        True,
+    ),
+    "range": FindingKind(
+        "warning",
+        "conditions of 16 bits use little of their range, so most of their detail is lost",
+        "scale them, all by the same numbers",
+        False,
+    ),
+    "colours": FindingKind(
+        "warning", "an image's colours may be off", "save it again as sRGB, or with the right colour profile", False
+    ),
     "coloured": FindingKind(
         "warning", "a coloured condition in a dataset of grey ones", "check that it is the right kind of map", True
     ),
@@ -82,7 +105,7 @@ FINDING_KINDS: Mapping[str, FindingKind] = {
     ),
     "empty_caption": FindingKind("warning", "an empty caption", "write one, or keep it on purpose", False),
 }
-"""Every kind of finding, in the order of the report. The first seven are also kinds of `UserError` (`BadRow.kind`)."""
+"""Every kind of finding, in the order of the report. The first eight are also kinds of `UserError` (`BadRow.kind`)."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +121,16 @@ class Finding:
         return FINDING_KINDS[self.kind]
 
 
-def find(scan: Scan, resolution: int, open_image: Callable[[int], Image.Image]) -> list[Finding]:
+def find(scan: Scan, data: DataOptions, open_image: Callable[[int], Image.Image]) -> list[Finding]:
     """Returns all findings, in the order of FINDING_KINDS. open_image: number of a readable row -> its image."""
     found = [
         *_bad_rows(scan),
         *_offsets(scan),
-        *_conditions(scan),
+        *_conditions(scan, data.background),
+        *_ranges(scan),
+        *_finding("colours", scan.colours),
         *_duplicates(scan, open_image),
-        *_small(scan, resolution),
+        *_small(scan, data.resolution),
         *_captions(scan),
     ]
     order = list(FINDING_KINDS)
@@ -164,16 +189,26 @@ def _describe(offset: np.ndarray) -> str:
     return ", ".join(parts) or "0 px"
 
 
-def _conditions(scan: Scan) -> Iterator[Finding]:
+def _conditions(scan: Scan, background: str) -> Iterator[Finding]:
     rows = scan.rows
-    flat = np.flatnonzero(rows["content"] == CONTENTS.index("constant"))
+    is_flat = rows["content"] == CONTENTS.index("constant")
+    flat, transparent = (np.flatnonzero(is_flat & (rows["is_transparent"] == value)) for value in (False, True))
     yield from _finding("constant", dict.fromkeys(flat.tolist(), "one flat colour"))
+    yield from _finding("transparent", dict.fromkeys(transparent.tolist(), f"over --data.background {background}"))
     coloured = np.flatnonzero(rows["content"] == CONTENTS.index("colour"))
     if len(coloured) <= MAX_COLOURED_SHARE * np.count_nonzero(rows["content"]):
         yield from _finding("coloured", dict.fromkeys(coloured.tolist(), "has colours"))
     white, black = (np.flatnonzero(rows["polarity"] == value) for value in (WHITE_ON_BLACK, BLACK_ON_WHITE))
     fewer, reason = (black, "black on white") if len(black) <= len(white) else (white, "white on black")
     yield from _finding("polarity", dict.fromkeys(fewer.tolist(), reason))
+
+
+def _ranges(scan: Scan) -> Iterator[Finding]:
+    """All conditions of 16 bits together: a single map of a near scene may use little of the dataset's range."""
+    levels = scan.rows["levels"][scan.rows["levels"][:, 1] > 0]
+    text = narrow_range(int(levels[:, 0].min()), int(levels[:, 1].max())) if len(levels) else ""
+    if text:
+        yield Finding("range", whole=f"{len(levels)} of {len(scan.rows)} rows: {text}")
 
 
 def _duplicates(scan: Scan, open_image: Callable[[int], Image.Image]) -> Iterator[Finding]:

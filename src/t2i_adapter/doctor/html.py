@@ -7,6 +7,7 @@ from html import escape
 
 import numpy as np
 
+from t2i_adapter.data.profiles import quiet
 from t2i_adapter.data.source import Source
 from t2i_adapter.doctor.findings import Finding
 from t2i_adapter.doctor.report import Report, summary
@@ -67,7 +68,8 @@ def _rows(rows: Iterable[tuple[int, str]], scan: Scan, source: Source) -> str:
 def _pictures(number: int, source: Source) -> tuple[str, str, str]:
     """The image, condition and caption cells of a row; if it cannot be read, the reason."""
     try:
-        sample = source[number]
+        with quiet():
+            sample = source[number]
     except UserError as fault:
         return f"<small>{escape(str(fault))}</small>", "", ""
     condition = inline_image(sample.condition) if sample.condition is not None else ""

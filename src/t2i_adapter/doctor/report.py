@@ -14,6 +14,7 @@ import numpy as np
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.geometry import Framing
 from t2i_adapter.data.pair import PairTransform
+from t2i_adapter.data.profiles import quiet
 from t2i_adapter.data.source import Source
 from t2i_adapter.doctor.content import BLACK_ON_WHITE, CONTENTS, WHITE_ON_BLACK
 from t2i_adapter.doctor.findings import Finding, find, median_offset
@@ -27,7 +28,7 @@ VERSION = 1
 """Version of the JSON's form."""
 
 _NAMED_ROWS = 3
-_MAX_REASON = 40  # characters
+_MAX_REASON = 60  # characters
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,11 @@ def diagnose(
     count = partial(count_tokens, base.tokenizers()[0])
     scanned = scan(Examiner(source, transform), count, data.caption_prefix, workers)
     seconds = time.monotonic() - started
-    findings = find(scanned, data.resolution, lambda number: source[number].image)
+    with quiet():
+        findings = find(scanned, data, lambda number: source[number].image)
+        measured = _measure(scanned, source, transform, base, timed_rows)
     if data.captions == "none":
         findings = [finding for finding in findings if finding.kind != "empty_caption"]
-    measured = _measure(scanned, source, transform, base, timed_rows)
     needs = predict_needs(scanned, base, data, transform.framing.count, measured)
     return Report(source.describe(), scanned, findings, needs, transform.framing, seconds)
 

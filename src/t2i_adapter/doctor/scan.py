@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from t2i_adapter.cache.context import run_ahead
 from t2i_adapter.cache.records import add_prefix, pack_image, stored_bytes, text_key
 from t2i_adapter.data.bad_rows import BadRow
 from t2i_adapter.data.pair import CroppedPair, PairTransform
+from t2i_adapter.data.picture import notes_of
+from t2i_adapter.data.profiles import quiet
 from t2i_adapter.data.source import Source
 from t2i_adapter.doctor.content import find_content, find_polarity
 from t2i_adapter.doctor.duplicates import hash_pixels, perceptual_hash
@@ -49,12 +52,14 @@ ROW = np.dtype(
         ("offset", "<f4", 2),  # (down, right), pixels of the crop
         ("margin", "<f4"),  # of the offset; 0 if none was found
         ("scale", "u1"),  # of the offset
+        ("levels", "<i4", 2),  # lowest and highest level of a condition of 16 bits (`Notes.levels`); else (0, 0)
+        ("is_transparent", "?"),  # the background colour is visible in the condition
         ("bytes", "<u8"),  # of the pair's records in the cache, all views together
         ("tokens", "<i4"),  # of the longest caption; 0 if all are short
         ("has_empty_caption", "?"),
     ]
 )
-"""The measurements of one row, 69 bytes. The main process, which has the tokenizer, fills in the last two."""
+"""The measurements of one row, 78 bytes. The main process, which has the tokenizer, fills in the last two."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Chunk:
         keys: (n,)
         captions: (n,); a row's captions, () if it cannot be read.
         bad: number -> the bad row.
+        colours: number -> why the image's colours may be off, of such rows only.
     """
 
     start: int
@@ -74,6 +80,7 @@ class Chunk:
     keys: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...]
     bad: dict[int, BadRow]
+    colours: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,11 @@ class Examiner:
         keys: list[str] = []
         captions: list[tuple[str, ...]] = []
         bad: dict[int, BadRow] = {}
+        colours: dict[int, str] = {}
         for row, number in zip(rows, numbers, strict=True):
             try:
-                sample = self.source[number]
+                with quiet():  # the report lists them
+                    sample = self.source[number]
                 self._measure(sample, row)
             except UserError as fault:
                 bad[number] = BadRow.of(self.source, number, fault)
@@ -100,7 +109,9 @@ class Examiner:
             else:
                 keys.append(sample.key)
                 captions.append(sample.captions)
-        return Chunk(numbers.start, rows, tuple(keys), tuple(captions), bad)
+                if reason := notes_of(sample.image).colours:
+                    colours[number] = sys.intern(reason)
+        return Chunk(numbers.start, rows, tuple(keys), tuple(captions), bad, colours)
 
     def _measure(self, sample: Sample, row: np.void) -> None:
         """Fills in a row of ROW. Raises UserError if the pair cannot be cropped."""
@@ -111,6 +122,8 @@ class Examiner:
         row["bytes"] = sum(map(record_bytes, crops))
         if sample.condition is not None and self.transform.annotator is None:
             _measure_condition(np.asarray(sample.condition.convert("RGB")), crops[0], row)
+            notes = notes_of(sample.condition)
+            row["levels"], row["is_transparent"] = notes.levels or (0, 0), notes.is_transparent
         row["is_read"] = True
 
 
@@ -139,12 +152,14 @@ class Scan:
         rows: (N,) of ROW.
         keys: (N,); each names its row.
         bad: number -> the bad row.
+        colours: number -> why the image's colours may be off, of such rows only.
         captions: hashes (uint64) of the distinct captions, with the empty one among them.
     """
 
     rows: np.ndarray
     keys: list[str]
     bad: dict[int, BadRow] = field(default_factory=dict)
+    colours: dict[int, str] = field(default_factory=dict)
     captions: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
@@ -164,6 +179,7 @@ def scan(examiner: Examiner, count_tokens: Callable[[str], int], prefix: str, wo
             result.rows[chunk.start : chunk.start + len(chunk.rows)] = chunk.rows
             result.keys += chunk.keys
             result.bad |= chunk.bad
+            result.colours |= chunk.colours
             hashes.append(_add_captions(result, chunk, count_tokens, prefix))
             bar.update(len(chunk.rows))
     result.captions = np.unique(np.concatenate(hashes))

@@ -14,9 +14,20 @@ from t2i_adapter.models.record import Metadata
 
 
 def read_condition(path: str, place: str = flag("image")) -> Image.Image:
-    """Reads a picture file: RGB, upright. Raises UserError that begins with `place` and the file's name."""
-    file = user_path(path)
-    return decode(StoredPicture(f"{place} {path}", read_file(file, place)))
+    """Reads a condition picture's file: RGB, upright, its numbers as they are stored (no colour profile is applied).
+
+    Raises UserError that begins with `place` and the file's name.
+    """
+    return decode(_stored(path, place))
+
+
+def read_photo(path: str, place: str = flag("photo")) -> Image.Image:
+    """Reads a photo's file, as training reads its images: RGB, upright, in sRGB. Raises UserError as above."""
+    return decode(_stored(path, place), is_photo=True)
+
+
+def _stored(path: str, place: str) -> StoredPicture:
+    return StoredPicture(f"{place} {path}", read_file(user_path(path), place))
 
 
 def fit_condition(picture: Image.Image, size: tuple[int, int], channels: int) -> Image.Image:

@@ -70,11 +70,11 @@ def run(options: AnnotateOptions) -> None:
         annotate_dataset(options)
         return
     from t2i_adapter.annotators.registry import annotate, open_annotator
-    from t2i_adapter.generation.condition import read_condition
+    from t2i_adapter.generation.condition import read_photo
 
     assert options.out is not None
     check_picture_file(options.out, "out")
-    photo = read_condition(str(options.photo), "PHOTO")
+    photo = read_photo(str(options.photo), "PHOTO")
     annotate(open_annotator(options.kind), photo).save(options.out)
     print(options.out)
 

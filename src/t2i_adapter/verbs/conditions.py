@@ -41,13 +41,13 @@ class ConditionsOptions:
 def run(options: ConditionsOptions) -> None:
     """Prints the kinds, or writes the sheet."""
     from t2i_adapter.annotators.registry import kinds
-    from t2i_adapter.generation.condition import read_condition
+    from t2i_adapter.generation.condition import read_photo
 
     if options.sheet is None:
         print("\n".join(describe_kind(name) for name in kinds()))
         return
     check_picture_file(options.sheet, "sheet")
-    photo = read_condition(str(options.photo), flag("photo")) if options.photo else scene()
+    photo = read_photo(str(options.photo)) if options.photo else scene()
     make_kinds_sheet(photo, options.kinds or local_kinds()).save(options.sheet)
     print(options.sheet)
 

@@ -85,12 +85,19 @@ class GenerateOptions(ModelOptions, SamplingOptions):
 def run(options: GenerateOptions) -> None:
     """Generates `num` pictures for each pair of prompt and file, and writes them to `out`."""
     preload("t2i_adapter.generation.pipeline")
-    from t2i_adapter.generation.condition import find_annotator, fit_condition, make_condition, read_condition
+    from t2i_adapter.generation.condition import (
+        find_annotator,
+        fit_condition,
+        make_condition,
+        read_condition,
+        read_photo,
+    )
     from t2i_adapter.generation.generate import generate
     from t2i_adapter.generation.pipeline import open_models
 
     pairs = options.pairs()
-    opened = {path: read_condition(path, flag("photo" if options.photo else "image")) for _, path in pairs}
+    read = read_photo if options.photo else read_condition
+    opened = {path: read(path) for _, path in pairs}
     models = open_models(options)
     size = _picture_size(options, models, opened[pairs[0][1]])
     annotator = find_annotator(options.condition, models.metadata, options.adapter) if options.photo else None
