@@ -411,7 +411,14 @@ def check_rows(case: Case, source: Source) -> None:
             assert sample.condition.convert("L").getpixel((3, 3)) == condition_of(name).getpixel((0, 0))
 
 
-def test_doctor_and_prepare_agree(case: Case, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_and_prepare_agree(
+    case: Case,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
     words = case.words(folder)
     cache = ["--data.prepared_dir", str(tmp_path / "cache")]
     doctor = code_of(["doctor", *words, "--measure", "0", "--workers", "0", *cache])

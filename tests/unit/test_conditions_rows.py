@@ -152,9 +152,9 @@ def test_any_picture_file_is_annotated(tmp_path: Path, mode: str, size: tuple[in
     file = tmp_path / f"photo.{'tiff' if mode == 'CMYK' else 'png'}"
     picture.save(file)
     for name in ("grey", "palette", "canny"):
-        run(AnnotateOptions(name, file, tmp_path / "map.png"))
+        run(AnnotateOptions(kind=name, photo=file, out=tmp_path / "map.png"))
         assert Image.open(tmp_path / "map.png").size == size
-    run(AnnotateOptions("grey", file, tmp_path / "map.png"))
+    run(AnnotateOptions(kind="grey", photo=file, out=tmp_path / "map.png"))
     values = np.asarray(Image.open(tmp_path / "map.png")).astype(int)
     white = grey.astype(float) * (255 - grey) / 255 + grey if mode == "RGBA" else grey  # laid over white
     if mode != "1":  # which is dithered
