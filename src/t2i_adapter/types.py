@@ -3,22 +3,41 @@
 Importing this module loads no torch.
 
 Letters used everywhere: B batch; H,W pixels; h,w = H/8,W/8 latent cells; C condition channels (1 or 3);
-L = 77 tokens; D text width (SDXL 2048); P pooled width (SDXL 1280).
+L text positions, 77 unless captions are longer (`text_length`); D text width (SDXL 2048); P pooled width (SDXL 1280).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
     from torch import Tensor
 
-TOKENS = 77
-"""L: number of tokens that SDXL's text encoders read, start and end included."""
+CHUNK = 77
+"""Positions of a text encoder of SDXL: start, up to 75 tokens, end and padding."""
+CHUNK_TOKENS = CHUNK - 2
+"""Tokens of a caption that fit into one chunk."""
+MaxTokens = Literal[75, 150, 225]
+"""Tokens of a caption that can be read: one, two or three chunks."""
+
+
+def count_chunks(tokens: int, max_tokens: int) -> int:
+    """Number of chunks that a caption of so many tokens, start and end excluded, takes. The first chunk always exists;
+    tokens beyond `max_tokens` are cut off."""
+    return max(1, math.ceil(min(tokens, max_tokens) / CHUNK_TOKENS))
+
+
+def text_length(max_tokens: int) -> int:
+    """L of a run whose captions may have up to `max_tokens` tokens: 77, 154 or 462 for 75, 150 or 225.
+
+    Every caption's chunks are repeated to this length, so it is a multiple of one, two, ... max_tokens / 75 chunks.
+    """
+    return CHUNK * math.lcm(*range(1, max_tokens // CHUNK_TOKENS + 1))
 
 
 def text_widths(unet_config: Mapping[str, Any]) -> tuple[int, int]:
@@ -129,7 +148,8 @@ class Batch:
     Attributes:
         moments: (B,8,h,w) float, mean and standard deviation of the VAE's posterior, before scaling.
         condition: (B,C,H,W) float in [0,1].
-        text: (B,L,D) float, the last but one hidden states of both text encoders, concatenated along D.
+        text: (B,L,D) float, the last but one hidden states of both text encoders, concatenated along D
+            (`models.encoders.TextEncoder.encode`).
         pooled: (B,P) float, the second text encoder's projection.
         time_ids: (B,6) int64.
         timesteps: (B K,) int64 in [0, T).

@@ -176,6 +176,7 @@ def test_the_guides_command_line() -> None:
             "caption_prefix": "",
             "shuffle_tags": False,
             "keep_tags": 0,
+            "max_tokens": 75,
             "cache": "disk",
             "text_cache": "auto",
         },

@@ -145,7 +145,7 @@ def test_states_that_were_used_last_are_kept_and_no_more(tiny_base: Path, monkey
     encoders = Encoders(base, "cpu", torch.float32, keep=3 * each)
     asked: list[list[str]] = []
     real = encoders._text.encode
-    monkeypatch.setattr(encoders._text, "encode", lambda captions: asked.append(list(captions)) or real(captions))
+    monkeypatch.setattr(encoders._text, "encode", lambda some, limit: asked.append(list(some)) or real(some, limit))
     first = encoders.states(["red circle", "", "red circle", "blue circle"])
     again = encoders.states(["", "green circle", "red circle", "red circle"])
     assert asked == [["red circle", "", "blue circle"], ["green circle"]], "each once"
@@ -165,7 +165,7 @@ def test_a_long_caption_is_reported_once(tiny_base: Path, capsys: pytest.Capture
     encoders = Encoders(open_base(BaseOptions(name=str(tiny_base))), "cpu", torch.float32)
     for words in (10, 80, 90):
         encoders.states(["circle " * words])
-    assert capsys.readouterr().err.count("more than 77 tokens") == 1
+    assert capsys.readouterr().err.count("more than 75 tokens") == 1
 
 
 def test_bad_rows_met_on_the_way_are_listed_and_their_number_is_bounded(tiny_base: Path, tmp_path: Path) -> None:

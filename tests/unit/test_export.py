@@ -103,6 +103,9 @@ def test_a_record_is_read_back_or_refused(tmp_path: Path) -> None:
         ('{"base": {"name": "x"}, "resolution": "128"}', "resolution"),
         ('{"base": {"name": "x"}, "stepz": 1}', "stepz"),
         ('{"base": {"name": "x", "vae": 1}}', "base.vae"),
+        ('{"base": {"name": "x"}, "training": {"max_tokens": 76}}', "max_tokens is 76; allowed are 75, 150, 225"),
+        ('{"base": {"name": "x"}, "training": {"max_tokens": 75.0}}', "max_tokens is 75.0"),
+        ('{"base": {"name": "x"}, "training": {"max_tokens": [75]}}', "max_tokens"),
     ]:
         path.write_text(content)
         with pytest.raises(UserError, match=named) as error:
@@ -154,6 +157,14 @@ def test_the_card_names_only_a_hub_base_as_base_model(tmp_path: Path) -> None:
         card = make_card(tmp_path / "card", base=base)
         assert "base_model" not in card
         assert str(tmp_path) not in card
+
+
+def test_the_card_says_how_long_prompts_are_read(tmp_path: Path) -> None:
+    assert "tokens" not in make_card(tmp_path)
+    metadata = Metadata.from_dict(record("owner/base", training={"max_tokens": 150}))
+    assert metadata.max_tokens == 150
+    card = write_card(tmp_path, metadata=metadata, repo_id="me/my-adapter").read_text()
+    assert "captions of up to 150 tokens, in chunks of 75" in card
 
 
 def test_licence_and_evaluation_are_added_and_replaced(tmp_path: Path) -> None:

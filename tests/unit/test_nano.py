@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from t2i_adapter.data import emoji, shapes
 from t2i_adapter.models import nano
-from t2i_adapter.types import TOKENS
+from t2i_adapter.types import CHUNK
 
 SIDE = 128
 
@@ -78,7 +78,7 @@ def test_tokenizers(base):
         assert ids[0] == first.convert_tokens_to_ids(words.START) and ids[-1] == first.convert_tokens_to_ids(words.END)
     assert second("red", padding="max_length").input_ids[-1] == 0 == second.pad_token_id
     assert first("Red CIRCLE").input_ids == first("red circle").input_ids
-    assert len(first("red", padding="max_length").input_ids) == TOKENS
+    assert len(first("red", padding="max_length").input_ids) == CHUNK
 
 
 def test_pictures_follow_the_prompt(base):

@@ -21,7 +21,7 @@ from nano_maker.captions import SLOTS, THUMBNAIL, Targets
 from nano_maker.run import TrainingStage, device, rank, world
 from nano_maker.words import END, START
 from t2i_adapter.data import shapes
-from t2i_adapter.types import TOKENS
+from t2i_adapter.types import CHUNK
 
 WIDTHS = (96, 160)  # of the two encoders; their sum is the width of the UNet's cross attention
 POOLED = 128
@@ -54,7 +54,7 @@ class TextModels:
 
     def _ids(self, tokenizer: CLIPTokenizer, captions: list[str], padding: str) -> Tensor:
         """Returns token ids, (B,L) int64."""
-        rows = tokenizer(captions, padding=padding, max_length=TOKENS, truncation=True, return_tensors="pt")
+        rows = tokenizer(captions, padding=padding, max_length=CHUNK, truncation=True, return_tensors="pt")
         return rows["input_ids"].to(self.first.device)
 
 
@@ -77,7 +77,7 @@ def _config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
         projection_dim=POOLED,
         num_hidden_layers=_LAYERS,
         num_attention_heads=width // _HEAD,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=CHUNK,
         hidden_act="gelu",
         **ids,
     )

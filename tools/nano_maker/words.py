@@ -10,7 +10,7 @@ from typing import Any
 from transformers import CLIPTokenizer
 
 from t2i_adapter.data import emoji, shapes
-from t2i_adapter.types import TOKENS
+from t2i_adapter.types import CHUNK
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _SUFFIX = "</w>"
@@ -41,7 +41,7 @@ def tokenizers(words: list[str]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
 
 def _tokenizer(vocabulary: dict[str, int], merges: Any, pad: str) -> CLIPTokenizer:
     """merges: [(first, second)]."""
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=TOKENS)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=CHUNK)
     # CLIPTokenizer ignores unknown arguments without an error and would then have two tokens.
     assert len(tokenizer) == len(vocabulary), (len(tokenizer), len(vocabulary))
     return tokenizer

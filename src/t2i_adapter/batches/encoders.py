@@ -14,7 +14,7 @@ from t2i_adapter.cache.records import check_moments, check_states
 from t2i_adapter.cache.texts import TEXT_BATCH, long_captions
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.encoders import LatentEncoder, TextEncoder, encode_pixels
-from t2i_adapter.types import TOKENS, Batch, PartialBatch
+from t2i_adapter.types import CHUNK_TOKENS, Batch, PartialBatch
 
 TEXT_STATE_BYTES = 256 * 2**20
 """Text states that stay on the device, the last used ones: 850 captions of SDXL."""
@@ -24,10 +24,18 @@ class Encoders:
     """The VAE's encoder and the text encoders on the device. Each is loaded when the first batch needs it."""
 
     def __init__(
-        self, base: Base, device: torch.device | str, dtype: torch.dtype, keep: int = TEXT_STATE_BYTES
+        self,
+        base: Base,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        *,
+        max_tokens: int = CHUNK_TOKENS,
+        keep: int = TEXT_STATE_BYTES,
     ) -> None:
-        """dtype: of the text encoders; the VAE runs in float32. keep: bytes of text states that stay on the device."""
-        self._base, self._device, self._dtype, self._keep = base, device, dtype, keep
+        """dtype: of the text encoders; the VAE runs in float32. max_tokens: tokens of a caption that are encoded. keep:
+        bytes of text states that stay on the device."""
+        self._base, self._device, self._dtype = base, device, dtype
+        self._max_tokens, self._keep = max_tokens, keep
         self._texts: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         self._has_warned = False
         self._unchecked = {"moments", "states"}
@@ -85,7 +93,7 @@ class Encoders:
         new = [caption for caption in dict.fromkeys(captions) if caption not in here]
         for first in range(0, len(new), TEXT_BATCH):
             some = new[first : first + TEXT_BATCH]
-            states, pooled = (part.float().half() for part in self._text.encode(some))
+            states, pooled = (part.float().half() for part in self._text.encode(some, self._max_tokens))
             here.update(zip(some, zip(states, pooled, strict=True), strict=True))
             self._warn_of_long(some)
         self._keep_used(here)
@@ -107,9 +115,10 @@ class Encoders:
             return
         for caption in captions:
             tokens = self._text.count_tokens(caption)
-            if tokens > TOKENS:
+            if tokens > self._max_tokens:
                 self._has_warned = True
-                print(long_captions(1, len(captions), caption, tokens), file=sys.stderr, flush=True)
+                line = long_captions(1, len(captions), caption, tokens, self._max_tokens)
+                print(line, file=sys.stderr, flush=True)
                 return
 
 

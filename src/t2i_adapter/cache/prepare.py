@@ -158,11 +158,11 @@ def _texts(
                 yield add_prefix(caption, options.caption_prefix)
             ends.append(len(places))
 
-    captions, why = choose_captions(all_captions(), options, caption_bytes(context.base))
+    captions, why = choose_captions(all_captions(), options, caption_bytes(context.base, options.max_tokens))
     context.log(why)
     if captions is None:
         return None, None, "captions encoded when drawn"
-    texts = open_texts(context.root, context.base, context.dtype)
+    texts = open_texts(context.root, context.base, context.dtype, options.max_tokens)
     keys = texts.keys(captions)
     missing = np.flatnonzero(texts.shards.find(keys) < 0)
     check_room(context.root, len(missing) * caption_bytes(context.base))

@@ -15,7 +15,7 @@ import numpy as np
 
 from t2i_adapter.cache.shards import INDEX, Record, pack
 from t2i_adapter.errors import UserError, flag
-from t2i_adapter.types import TOKENS, Geometry, ImageRecord, TextRecord, text_widths
+from t2i_adapter.types import CHUNK, CHUNK_TOKENS, Geometry, ImageRecord, TextRecord, text_widths
 
 if TYPE_CHECKING:
     from t2i_adapter.models.base import Base
@@ -30,6 +30,9 @@ _TEXT = (
     f"{flag('train.mixed_precision')} bf16.",
 )
 """What encodes, and the advice if its result is NaN or inf."""
+
+_SPECIAL_TOKENS = 2
+"""Start and end, which the tag of a text record counts."""
 
 MAX_PACKED = 0.9
 """LZ4 is used if it reaches this share of the size. Otherwise the bytes are stored as they are and read without a
@@ -127,15 +130,25 @@ def unpack_condition(stored: np.ndarray, packing: Mapping[str, Any]) -> np.ndarr
 
 
 def pack_text(states: np.ndarray, pooled: np.ndarray, *, tokens: int, name: str) -> Record:
-    """states (L,D) and pooled (P,), float. The tag is the caption's number of tokens, start and end included.
+    """states (77 n,D) of a caption's n chunks and pooled (P,), float. The tag holds the caption's number of tokens
+    (`tokens_of_tags`).
 
     `name` is for messages. Raises UserError of kind "nan".
     """
-    return Record({"states": to_half(states, name, _TEXT), "pooled": to_half(pooled, name, _TEXT)}, tag=tokens)
+    arrays = {"states": to_half(states, name, _TEXT), "pooled": to_half(pooled, name, _TEXT)}
+    return Record(arrays, tag=tokens + _SPECIAL_TOKENS)
 
 
-def unpack_text(record: Record) -> TextRecord:
-    return TextRecord(record.arrays["states"], record.arrays["pooled"])
+def unpack_text(record: Record, length: int = CHUNK) -> TextRecord:
+    """The states in the record, repeated to `length` positions (`types.text_length`)."""
+    states = record.arrays["states"]
+    repeats = length // len(states)
+    return TextRecord(np.tile(states, (repeats, 1)) if repeats > 1 else states, record.arrays["pooled"])
+
+
+def tokens_of_tags(tags: np.ndarray) -> np.ndarray:
+    """Number of tokens of each caption, start and end excluded, from the tags of text records."""
+    return tags - _SPECIAL_TOKENS
 
 
 def to_half(values: np.ndarray, name: str, encoder: tuple[str, str]) -> np.ndarray:
@@ -169,10 +182,11 @@ def picture_bytes(resolution: int, channels: int = 0) -> int:
     return 2 * 8 * (resolution // 8) ** 2 + channels * resolution**2
 
 
-def caption_bytes(base: Base) -> int:
-    """Bytes of one caption's states (L,D) and pooled vector (P,) in float16."""
+def caption_bytes(base: Base, max_tokens: int = CHUNK_TOKENS) -> int:
+    """Bytes of the states and the pooled vector (P,), in float16, of a caption that fills the chunks of `max_tokens`
+    tokens. A shorter caption has fewer chunks."""
     text, pooled = text_widths(base.unet_config)
-    return 2 * (TOKENS * text + pooled)
+    return 2 * (max_tokens // CHUNK_TOKENS * CHUNK * text + pooled)
 
 
 def stored_bytes(record: Record) -> int:

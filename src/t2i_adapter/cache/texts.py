@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from t2i_adapter.cache.context import PrepareContext, in_batches, open_folder, run_ahead
-from t2i_adapter.cache.records import TEXT_VERSION, pack_text, text_key, unpack_text
+from t2i_adapter.cache.records import TEXT_VERSION, pack_text, text_key, tokens_of_tags, unpack_text
 from t2i_adapter.cache.shards import Shards, ShardWriter
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.devices import cores_of, release, sharing_cores
@@ -20,7 +20,7 @@ from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import fingerprint, show_bytes
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.encoders import TextEncoder
-from t2i_adapter.types import TOKENS, TextRecord
+from t2i_adapter.types import CHUNK, CHUNK_TOKENS, TextRecord, count_chunks, text_length
 
 TEXT_BATCH = 32
 MAX_AUTO_BYTES = 16 * 2**30
@@ -29,15 +29,16 @@ MAX_AUTO_BYTES = 16 * 2**30
 
 @dataclass(frozen=True)
 class Texts:
-    """Reads the text states in the cache by caption."""
+    """Reads the text states in the cache by caption. max_tokens: tokens of a caption that its record covers."""
 
     shards: Shards
     fingerprint: str
+    max_tokens: int = CHUNK_TOKENS
 
     def get(self, caption: str) -> TextRecord | None:
         """None if the caption has no record. Raises UserError if its file is damaged."""
         record = self.shards.get(text_key(caption, self.fingerprint))
-        return None if record is None else unpack_text(record)
+        return None if record is None else unpack_text(record, text_length(self.max_tokens))
 
     def keys(self, captions: Iterable[str]) -> np.ndarray:
         """(N,32) uint8."""
@@ -64,11 +65,13 @@ class CaptionTable:
         return tuple(self.distinct[number] for number in self.numbers[start : self.ends[sample]])
 
 
-def open_texts(root: Path, base: Base, dtype: torch.dtype) -> Texts:
-    """Opens the folder of states made by this base's text encoders in this dtype."""
-    made_by = fingerprint(weights=base.text_fingerprint, dtype=dtype, version=TEXT_VERSION)
-    folder = open_folder(root, "texts", made_by, {"base": base.name, "arithmetic": str(dtype).removeprefix("torch.")})
-    return Texts(Shards(folder), made_by)
+def open_texts(root: Path, base: Base, dtype: torch.dtype, max_tokens: int = CHUNK_TOKENS) -> Texts:
+    """Opens the folder of states by this base's text encoders in this dtype, of up to `max_tokens` tokens a caption."""
+    # Captions of one chunk have the folder that they had before there was an option: caches stay valid.
+    longer = {"max_tokens": max_tokens} if max_tokens > CHUNK_TOKENS else {}
+    made_by = fingerprint(weights=base.text_fingerprint, dtype=dtype, version=TEXT_VERSION, **longer)
+    about = {"base": base.name, "arithmetic": str(dtype).removeprefix("torch."), **longer}
+    return Texts(Shards(open_folder(root, "texts", made_by, about)), made_by, max_tokens)
 
 
 def choose_captions(captions: Iterable[str], options: DataOptions, each: int) -> tuple[list[str] | None, str]:
@@ -76,7 +79,7 @@ def choose_captions(captions: Iterable[str], options: DataOptions, each: int) ->
 
     Args:
         captions: read only as far as needed for the decision.
-        each: bytes of one caption's states.
+        each: bytes of one caption's states, at most.
 
     Raises UserError if the options contradict each other.
     """
@@ -101,7 +104,9 @@ def choose_captions(captions: Iterable[str], options: DataOptions, each: int) ->
                 f"captions: encoded when drawn, because more than {len(distinct) - 1:,} captions at {show_bytes(each)} "
                 f"would take over {show_bytes(MAX_AUTO_BYTES)} of disk; the text encoders stay loaded"
             )
-    return list(distinct), f"captions: {len(distinct):,} distinct, {show_bytes(len(distinct) * each)} of states on disk"
+    most = "up to " if options.max_tokens > CHUNK_TOKENS else ""
+    size = show_bytes(len(distinct) * each)
+    return list(distinct), f"captions: {len(distinct):,} distinct, {most}{size} of states on disk"
 
 
 def build_texts(captions: Sequence[str], texts: Texts, context: PrepareContext) -> None:
@@ -110,32 +115,35 @@ def build_texts(captions: Sequence[str], texts: Texts, context: PrepareContext) 
     batches = in_batches(context.bar(captions, len(captions), "encoding captions"), TEXT_BATCH)
     threads = cores_of(context.device)
     with ShardWriter(texts.shards.folder) as writer, sharing_cores(threads) as pool:
-        for batch, states, pooled in run_ahead(pool, partial(_encoded, encoder), batches, threads):
+        for batch, states, pooled in run_ahead(pool, partial(_encoded, encoder, texts.max_tokens), batches, threads):
             for caption, state, vector in zip(batch, states, pooled, strict=True):
                 tokens, name = encoder.count_tokens(caption), f"caption {caption!r}"
-                writer.add(text_key(caption, texts.fingerprint), pack_text(state, vector, tokens=tokens, name=name))
+                own = state[: CHUNK * count_chunks(tokens, texts.max_tokens)]  # without the repetitions
+                writer.add(text_key(caption, texts.fingerprint), pack_text(own, vector, tokens=tokens, name=name))
     del encoder
     release(context.device)
 
 
-def _encoded(encoder: TextEncoder, captions: Sequence[str]) -> tuple[Sequence[str], np.ndarray, np.ndarray]:
+def _encoded(
+    encoder: TextEncoder, max_tokens: int, captions: Sequence[str]
+) -> tuple[Sequence[str], np.ndarray, np.ndarray]:
     """The captions with their states (N,L,D) and pooled (N,P), float32."""
-    states, pooled = (part.float().cpu().numpy() for part in encoder.encode(captions))
+    states, pooled = (part.float().cpu().numpy() for part in encoder.encode(captions, max_tokens))
     return captions, states, pooled
 
 
 def warn_of_long(texts: Texts, captions: Sequence[str]) -> Iterator[str]:
-    """A line for the log if some captions are cut off at 77 tokens."""
-    tokens = texts.shards.tags[texts.shards.find(texts.keys(captions))]
-    places = np.flatnonzero(tokens > TOKENS)
+    """A line for the log if some captions are cut off."""
+    tokens = tokens_of_tags(texts.shards.tags[texts.shards.find(texts.keys(captions))])
+    places = np.flatnonzero(tokens > texts.max_tokens)
     if len(places):
         longest = captions[int(places[np.argmax(tokens[places])])]
-        yield long_captions(len(places), len(captions), longest, int(tokens.max()))
+        yield long_captions(len(places), len(captions), longest, int(tokens.max()), texts.max_tokens)
 
 
-def long_captions(count: int, total: int, longest: str, tokens: int) -> str:
+def long_captions(count: int, total: int, longest: str, tokens: int, max_tokens: int) -> str:
     """The line about captions that are cut off."""
     return (
-        f"captions: {count:,} of {total:,} have more than {TOKENS} tokens; the rest is cut off. The longest has "
-        f"{tokens}: {json.dumps(longest[:60] + '...', ensure_ascii=False)}"
+        f"captions: {count:,} of {total:,} have more than {max_tokens} tokens (--data.max_tokens); the rest is cut "
+        f"off. The longest has {tokens}: {json.dumps(longest[:60] + '...', ensure_ascii=False)}"
     )

@@ -14,6 +14,7 @@ from math import inf
 from typing import Any, Literal
 
 from t2i_adapter.errors import UserError, flag, has_login, register_secret, require
+from t2i_adapter.types import MaxTokens
 
 NANO = "nano"
 Layout = Literal["auto", "folder", "paired", "manifest", "tar", "parquet", "hub", "emoji", "shapes"]
@@ -160,6 +161,9 @@ class DataOptions:
     """Read captions as tags between commas and shuffle them at each draw."""
     keep_tags: int = 0
     """Number of first tags that keep their place when tags are shuffled."""
+    max_tokens: MaxTokens = 75
+    """Tokens of a caption that the model reads; the rest is cut off. More than 75 are encoded in chunks of 75, whose
+    states are joined, as ComfyUI and other programs do with a long prompt."""
     num_workers: int | None = None
     """Loader processes; 0 builds batches in the training process. The samples are the same for any number. None is 1,
     and 0 if training runs on a CPU, where a loader process slows the step as much as it helps, and takes memory."""

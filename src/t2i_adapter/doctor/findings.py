@@ -15,7 +15,6 @@ from t2i_adapter.doctor.content import BLACK_ON_WHITE, CONTENTS, WHITE_ON_BLACK
 from t2i_adapter.doctor.duplicates import confirm_pairs, equal_groups, near_pairs
 from t2i_adapter.doctor.offset import SURE_MARGIN
 from t2i_adapter.doctor.scan import Scan
-from t2i_adapter.types import TOKENS
 
 TINY = 0.5
 """A picture is tiny if its shorter side is below this share of the resolution: it would be enlarged more than twice."""
@@ -101,7 +100,10 @@ FINDING_KINDS: Mapping[str, FindingKind] = {
         "warning", "the condition is less than half the resolution", "make a larger one", False
     ),
     "long_caption": FindingKind(
-        "warning", f"a caption has more than {TOKENS} tokens; the model does not see the rest", "shorten it", False
+        "warning",
+        "a caption has more tokens than --data.max_tokens; the model does not see the rest",
+        "shorten it, or raise --data.max_tokens",
+        False,
     ),
     "empty_caption": FindingKind("warning", "an empty caption", "write one, or keep it on purpose", False),
 }
@@ -131,7 +133,7 @@ def find(scan: Scan, data: DataOptions, open_image: Callable[[int], Image.Image]
         *_finding("colours", scan.colours),
         *_duplicates(scan, open_image),
         *_small(scan, data.resolution),
-        *_captions(scan),
+        *_captions(scan, data.max_tokens),
     ]
     order = list(FINDING_KINDS)
     return sorted(found, key=lambda finding: order.index(finding.kind))
@@ -236,9 +238,9 @@ def _small(scan: Scan, resolution: int) -> Iterator[Finding]:
         yield from _finding(kind, {int(n): f"{sizes[n][1]}x{sizes[n][0]} pixels" for n in rows})
 
 
-def _captions(scan: Scan) -> Iterator[Finding]:
+def _captions(scan: Scan, max_tokens: int) -> Iterator[Finding]:
     tokens = scan.rows["tokens"]
-    long = np.flatnonzero(tokens > TOKENS)
+    long = np.flatnonzero(tokens > max_tokens)
     yield from _finding("long_caption", {int(n): f"{tokens[n]} tokens" for n in long})
     empty = np.flatnonzero(scan.rows["has_empty_caption"])
     yield from _finding("empty_caption", dict.fromkeys(empty.tolist(), "an empty caption"))

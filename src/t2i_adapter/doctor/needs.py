@@ -21,7 +21,7 @@ from t2i_adapter.devices import release
 from t2i_adapter.doctor.scan import Scan
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.encoders import LatentEncoder, TextEncoder, encode_pixels
-from t2i_adapter.types import TOKENS, text_widths
+from t2i_adapter.types import CHUNK, CHUNK_TOKENS, count_chunks, text_widths
 
 MAX_SECONDS = 30.0
 """After so long no further item is encoded."""
@@ -78,10 +78,12 @@ def predict_needs(scan: Scan, base: Base, options: DataOptions, views: int, meas
     distinct = scan.rows[first]
     distinct = distinct[distinct["is_read"]]
     count = len(scan.captions)
-    cached, why = choose_captions(map(str, range(count)), options, caption_bytes(base))
+    cached, why = choose_captions(map(str, range(count)), options, caption_bytes(base, options.max_tokens))
+    tokens, numbers = np.unique(np.minimum(scan.caption_tokens, options.max_tokens), return_counts=True)
+    sizes = [caption_record_bytes(base, count_chunks(int(one), options.max_tokens)) for one in tokens]
     return Needs(
         picture_bytes=int(distinct["bytes"].sum()) if options.cache == "disk" else 0,
-        caption_bytes=0 if cached is None else count * caption_record_bytes(base),
+        caption_bytes=0 if cached is None else int(np.dot(sizes, numbers)),
         captions_why=why,
         crops=len(distinct) * views,
         captions=count,
@@ -89,21 +91,22 @@ def predict_needs(scan: Scan, base: Base, options: DataOptions, views: int, meas
     )
 
 
-def caption_record_bytes(base: Base) -> int:
-    """Bytes of one caption's record in the cache, with its entry in the index."""
+def caption_record_bytes(base: Base, chunks: int = 1) -> int:
+    """Bytes of the record of a caption of so many chunks in the cache, with its entry in the index."""
     width, pooled = text_widths(base.unet_config)
-    states = np.zeros((TOKENS, width), np.float16)
-    return stored_bytes(pack_text(states, np.zeros(pooled, np.float16), tokens=TOKENS, name="caption"))
+    states = np.zeros((chunks * CHUNK, width), np.float16)
+    tokens = chunks * CHUNK_TOKENS
+    return stored_bytes(pack_text(states, np.zeros(pooled, np.float16), tokens=tokens, name="caption"))
 
 
-def time_encoders(base: Base, crops: Sequence[np.ndarray], captions: Sequence[str]) -> Measured:
+def time_encoders(base: Base, crops: Sequence[np.ndarray], captions: Sequence[str], max_tokens: int) -> Measured:
     """Encodes crops, each (3,H,W) uint8, and captions, on the GPU if there is one. It needs at least one of each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     picture_seconds = _time_pictures(base.latent_encoder(device), crops)
     release(device)
-    caption_seconds = _time_captions(base.text_encoder(device, torch.float32), captions)
+    caption_seconds = _time_captions(base.text_encoder(device, torch.float32), captions, max_tokens)
     release(device)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak_memory()
     return Measured(device, picture_seconds, caption_seconds, peak)
@@ -113,8 +116,8 @@ def _time_pictures(vae: LatentEncoder, crops: Sequence[np.ndarray]) -> float:
     return _seconds_each(crops, lambda crop: encode_pixels(vae, torch.from_numpy(crop)[None].to(vae.device)).cpu())
 
 
-def _time_captions(text: TextEncoder, captions: Sequence[str]) -> float:
-    return _seconds_each(captions, lambda caption: text.encode([caption])[0].cpu())
+def _time_captions(text: TextEncoder, captions: Sequence[str], max_tokens: int) -> float:
+    return _seconds_each(captions, lambda caption: text.encode([caption], max_tokens)[0].cpu())
 
 
 def _seconds_each(items: Sequence[np.ndarray] | Sequence[str], encode: Callable[..., object]) -> float:

@@ -70,21 +70,23 @@ def diagnose(
     seconds = time.monotonic() - started
     with quiet():
         findings = find(scanned, data, lambda number: source[number].image)
-        measured = _measure(scanned, source, transform, base, timed_rows)
+        measured = _measure(scanned, source, transform, base, timed_rows, data.max_tokens)
     if data.captions == "none":
         findings = [finding for finding in findings if finding.kind != "empty_caption"]
     needs = predict_needs(scanned, base, data, transform.framing.count, measured)
     return Report(source.describe(), scanned, findings, needs, transform.framing, seconds)
 
 
-def _measure(scan: Scan, source: Source, transform: PairTransform, base: Base, count: int) -> Measured | None:
+def _measure(
+    scan: Scan, source: Source, transform: PairTransform, base: Base, count: int, max_tokens: int
+) -> Measured | None:
     """Encodes the first `count` readable rows."""
     numbers: Sequence[Any] = np.flatnonzero(scan.rows["is_read"])[:count].tolist()
     if not numbers:
         return None
     samples = [source[number] for number in numbers]
     crops = [transform.crop(sample, 0).image for sample in samples]
-    return time_encoders(base, crops, [sample.captions[0] for sample in samples])
+    return time_encoders(base, crops, [sample.captions[0] for sample in samples], max_tokens)
 
 
 def to_json(report: Report) -> dict[str, Any]:

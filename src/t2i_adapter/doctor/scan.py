@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
@@ -36,8 +36,8 @@ CHUNKS_AHEAD = 4
 """Chunks per process that may be finished before they are collected."""
 
 SHORT_BYTES = 40
-"""A caption of at most so many UTF-8 bytes is not tokenized: it cannot exceed 77 tokens. Each of the 75 tokens besides
-start and end takes at least one byte, and lower-casing may lengthen the text."""
+"""A caption of at most so many UTF-8 bytes is not tokenized: it cannot exceed 75 tokens. Each token takes at
+least one byte, and lower-casing may lengthen the text."""
 
 ROW = np.dtype(
     [
@@ -154,6 +154,7 @@ class Scan:
         bad: number -> the bad row.
         colours: number -> why the image's colours may be off, of such rows only.
         captions: hashes (uint64) of the distinct captions, with the empty one among them.
+        caption_tokens: tokens of each distinct caption; 0 if it is short.
     """
 
     rows: np.ndarray
@@ -161,45 +162,52 @@ class Scan:
     bad: dict[int, BadRow] = field(default_factory=dict)
     colours: dict[int, str] = field(default_factory=dict)
     captions: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    caption_tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
 
 def scan(examiner: Examiner, count_tokens: Callable[[str], int], prefix: str, workers: int | None) -> Scan:
     """Examines every row of the examiner's source.
 
     Args:
-        count_tokens: caption -> its tokens, with start and end.
+        count_tokens: caption -> its tokens, without start and end.
         prefix: text that training puts before every caption that is not empty.
         workers: processes; None starts one a core, 0 reads in the main process.
     """
     total = len(examiner.source)
     result = Scan(np.zeros(total, ROW), [])
-    hashes = [_hashes([""])]  # the empty caption, which training uses for dropped captions
+    distinct = [_measure_captions({"": 0})]  # the empty caption, which training uses for dropped captions
     with tqdm(total=total, desc="reading", leave=False, delay=0.5, unit="row") as bar:
         for chunk in _chunks(examiner, total, workers):
             result.rows[chunk.start : chunk.start + len(chunk.rows)] = chunk.rows
             result.keys += chunk.keys
             result.bad |= chunk.bad
             result.colours |= chunk.colours
-            hashes.append(_add_captions(result, chunk, count_tokens, prefix))
+            distinct.append(_add_captions(result, chunk, count_tokens, prefix))
             bar.update(len(chunk.rows))
-    result.captions = np.unique(np.concatenate(hashes))
+    hashes, tokens = (np.concatenate(parts) for parts in zip(*distinct, strict=True))
+    result.captions, first = np.unique(hashes, return_index=True)
+    result.caption_tokens = tokens[first]
     return result
 
 
-def _add_captions(result: Scan, chunk: Chunk, count_tokens: Callable[[str], int], prefix: str) -> np.ndarray:
-    """Writes the captions' columns of a chunk into `result`; returns the hashes of its distinct captions."""
-    distinct: set[str] = set()
+def _add_captions(
+    result: Scan, chunk: Chunk, count_tokens: Callable[[str], int], prefix: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Writes the captions' columns of a chunk into `result`; returns its distinct captions as `_measure_captions`."""
+    distinct: dict[str, int] = {}
     for number, captions in enumerate(chunk.captions, start=chunk.start):
         prompts = [add_prefix(caption, prefix) for caption in captions]
-        long = [prompt for prompt in prompts if len(prompt.encode()) > SHORT_BYTES]
-        result.rows["tokens"][number] = max(map(count_tokens, long), default=0)
+        tokens = {prompt: count_tokens(prompt) if len(prompt.encode()) > SHORT_BYTES else 0 for prompt in prompts}
+        result.rows["tokens"][number] = max(tokens.values(), default=0)
         result.rows["has_empty_caption"][number] = any(not caption.strip() for caption in captions)
-        distinct.update(prompts)
-    return _hashes(distinct)
+        distinct |= tokens
+    return _measure_captions(distinct)
 
 
-def _hashes(captions: Iterable[str]) -> np.ndarray:
-    return np.frombuffer(b"".join(text_key(caption, "")[:8] for caption in captions), np.uint64)
+def _measure_captions(tokens: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns hash (uint64) and tokens (int32) of each caption."""
+    hashes = np.frombuffer(b"".join(text_key(caption, "")[:8] for caption in tokens), np.uint64)
+    return hashes, np.fromiter(tokens.values(), np.int32, len(tokens))
 
 
 def _chunks(examiner: Examiner, total: int, workers: int | None) -> Iterator[Chunk]:

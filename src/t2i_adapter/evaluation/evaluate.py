@@ -18,6 +18,7 @@ from t2i_adapter.evaluation.metrics import Estimate, bootstrap, condition_agreem
 from t2i_adapter.evaluation.pairs import Pair
 from t2i_adapter.generation.generate import encode_prompts, generate
 from t2i_adapter.generation.options import SamplingOptions
+from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
 
 ADAPTER = "adapter"
 OTHER_CONDITION = "other_condition"
@@ -84,20 +85,25 @@ def evaluate(
     seed: int = 0,
     columns: Sequence[str] = GENERATED,
     judge: Annotator | None = None,
+    max_tokens: MaxTokens = CHUNK_TOKENS,
 ) -> Evaluation:
     """Generates each pair once for each column and measures every picture against its own pair's truth.
 
     Args:
         columns: columns to generate; TARGET is always measured.
         judge: makes the condition of every picture, which is compared with the pair's condition; None skips that.
+        max_tokens: tokens of a prompt that are read.
     """
     seeds, others = picture_seeds(len(pairs), seed), derangement(len(pairs), seed)
     own = [pair.condition for pair in pairs]
     conditions = {NO_ADAPTER: None, OTHER_CONDITION: [own[other] for other in others]}
-    texts = encode_prompts(pipeline, [pair.prompt for pair in pairs], guidance=sampling.guidance)
+    prompts = [pair.prompt for pair in pairs]
+    texts = encode_prompts(pipeline, prompts, guidance=sampling.guidance, max_tokens=max_tokens)
     size = (pairs[0].condition.height, pairs[0].condition.width)
     pictures = {
-        column: generate(pipeline, texts, conditions.get(column, own), seeds, size=size, sampling=sampling)
+        column: generate(
+            pipeline, texts, conditions.get(column, own), seeds, size=size, sampling=sampling, progress=column
+        )
         for column in columns
     }
     values = _measure_columns({**pictures, TARGET: [pair.target for pair in pairs]}, pairs, judge)

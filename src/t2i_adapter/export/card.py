@@ -21,6 +21,7 @@ from t2i_adapter.data.picture import StoredPicture, decode, read_file
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import parse_json
 from t2i_adapter.models.record import Metadata, is_path
+from t2i_adapter.types import CHUNK_TOKENS
 
 CARD = "README.md"
 PICTURES = "images"
@@ -106,7 +107,8 @@ def write_card(
         _introduction(public, repo_id, channels),
         _samples(samples),
         "\n".join(_EVALUATION),
-        f"## Use\n\n```python\n{usage_code(public, repo_id, prompt=prompt, channels=channels)}```",
+        f"## Use\n\n{_long_prompts(public)}"
+        f"```python\n{usage_code(public, repo_id, prompt=prompt, channels=channels)}```",
         _hyperparameters(hyperparameters),
         _versions(public),
     ]
@@ -210,6 +212,17 @@ def _introduction(metadata: Metadata, repo_id: str, channels: int) -> str:
         f"A T2I-Adapter for Stable Diffusion XL, trained{size} on the frozen base {markdown(metadata.base['name'])}. "
         f"{kind}"
     ).rstrip()
+
+
+def _long_prompts(metadata: Metadata) -> str:
+    """Returns what a reader must know about long prompts, if the training read them."""
+    if metadata.max_tokens == CHUNK_TOKENS:
+        return ""
+    return (
+        f"The training read captions of up to {metadata.max_tokens} tokens, in chunks of {CHUNK_TOKENS}. "
+        f"`t2i-adapter generate` and ComfyUI read such prompts in the same way; this program cuts them off after "
+        f"{CHUNK_TOKENS} tokens.\n\n"
+    )
 
 
 def _samples(samples: Sequence[CardSample]) -> str:

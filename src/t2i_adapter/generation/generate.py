@@ -1,21 +1,25 @@
-"""Generates pictures: the verb `generate`, evaluation and validation during training all call `generate`.
+"""Generates pictures: the verb `generate`, evaluation and validation during training all use `generate_batches`.
 
-Letters: N pictures, L = 77 tokens, D text width, P pooled width.
+Letters: N pictures, L text positions, D text width, P pooled width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import StableDiffusionXLAdapterPipeline
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from t2i_adapter.generation.options import SamplingOptions
-from t2i_adapter.models.encoders import LatentScale
+from t2i_adapter.models.encoders import LatentScale, TextEncoder, count_tokens, text_beyond
+from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
 
 _BATCH_PIXELS = 512 * 512  # 16 pictures of `nano`: on a CPU larger batches are no faster
 
@@ -24,7 +28,7 @@ _BATCH_PIXELS = 512 * 512  # 16 pictures of `nano`: on a CPU larger batches are 
 class TextStates:
     """Prompts and negative prompts as the UNet takes them.
 
-    The negative ones may be None: they are not needed without guidance, and diffusers then uses zeros as SDXL does.
+    The negative ones are None without guidance.
 
     states, negative_states: (N,L,D); pooled, negative_pooled: (N,P).
     """
@@ -50,16 +54,47 @@ class TextStates:
 
 @torch.no_grad()
 def encode_prompts(
-    pipeline: StableDiffusionXLAdapterPipeline, prompts: Sequence[str], *, guidance: float, negative: str | None = None
+    pipeline: StableDiffusionXLAdapterPipeline,
+    prompts: Sequence[str],
+    *,
+    guidance: float,
+    negative: str | None = None,
+    max_tokens: MaxTokens = CHUNK_TOKENS,
 ) -> TextStates:
-    """N prompts -> their states. `negative` None stands for what the base was trained with: zeros, or ""."""
-    encoded: Any = pipeline.encode_prompt(  # takes a list too, although its signature has str only
-        list(prompts),  # pyright: ignore[reportArgumentType]
-        do_classifier_free_guidance=guidance > 1,
-        negative_prompt=negative,
+    """N prompts -> their states, as training encodes captions. Prints a line if prompts are cut off at `max_tokens`.
+
+    `negative` None stands for what the base was trained with: zeros, or "".
+    """
+    parts: Any = pipeline
+    tokenizers = (parts.tokenizer, parts.tokenizer_2)
+    encoder = TextEncoder(tokenizers, (parts.text_encoder, parts.text_encoder_2), parts._execution_device)
+    for name, texts in (("prompts", prompts), ("negative prompts", [negative or ""])):
+        if line := _long_prompts(tokenizers[0], name, texts, max_tokens):
+            print(line, file=sys.stderr, flush=True)
+    states, pooled = encoder.encode(prompts, max_tokens)
+    if guidance <= 1:
+        return TextStates(states, pooled, None, None)
+    if negative is None and parts.config.force_zeros_for_empty_prompt:
+        return TextStates(states, pooled, torch.zeros_like(states), torch.zeros_like(pooled))
+    return TextStates(states, pooled, *encoder.encode([negative or ""] * len(prompts), max_tokens))
+
+
+def _long_prompts(tokenizer: Any, name: str, prompts: Sequence[str], max_tokens: int) -> str | None:
+    """Returns the line about prompts that are cut off, None if there are none."""
+    tokens = {prompt: count_tokens(tokenizer, prompt) for prompt in prompts}
+    long = [prompt for prompt, count in tokens.items() if count > max_tokens]
+    if not long:
+        return None
+    longest = max(long, key=tokens.__getitem__)
+    more = next((limit for limit in get_args(MaxTokens) if limit >= tokens[longest]), max(get_args(MaxTokens)))
+    advice = (
+        f" --max_tokens {more} reads {'all' if more >= tokens[longest] else 'more'} of it." if more > max_tokens else ""
     )
-    states, negative_states, pooled, negative_pooled = encoded
-    return TextStates(states, pooled, negative_states, negative_pooled)
+    rest = json.dumps(text_beyond(tokenizer, longest, max_tokens)[:60], ensure_ascii=False)
+    return (
+        f"{name}: {len(long):,} of {len(tokens):,} have more than {max_tokens} tokens; the rest is cut off. The "
+        f"longest has {tokens[longest]}; what is cut off begins with {rest}.{advice}"
+    )
 
 
 def generate(
@@ -71,31 +106,52 @@ def generate(
     size: tuple[int, int],
     sampling: SamplingOptions,
     negative: str | None = None,
+    max_tokens: MaxTokens = CHUNK_TOKENS,
+    progress: str | None = None,
 ) -> list[Image.Image]:
-    """Generates N pictures, one for each prompt, condition and seed.
+    """Generates N pictures, one for each prompt, condition and seed. Arguments as of `generate_batches`.
+
+    negative, max_tokens: as in `encode_prompts`, for prompts only; states include them.
+    """
+    if not isinstance(prompts, TextStates):
+        guidance = sampling.guidance
+        prompts = encode_prompts(pipeline, prompts, guidance=guidance, negative=negative, max_tokens=max_tokens)
+    batches = generate_batches(pipeline, prompts, conditions, seeds, size=size, sampling=sampling, progress=progress)
+    return [picture for batch in batches for picture in batch]
+
+
+def generate_batches(
+    pipeline: StableDiffusionXLAdapterPipeline,
+    texts: TextStates,
+    conditions: Sequence[Image.Image] | None,
+    seeds: Sequence[int],
+    *,
+    size: tuple[int, int],
+    sampling: SamplingOptions,
+    progress: str | None = None,
+) -> Iterator[list[Image.Image]]:
+    """Generates N pictures, one for each text, condition and seed, and yields each batch when it is finished.
 
     Each picture's noise depends on its own seed only and is made on the CPU. A picture is therefore the same in any
     batch, up to rounding: larger matrices are summed in another order.
 
     Args:
-        prompts: N prompts, or their states (for a pipeline without text encoders).
+        texts: the states of N prompts.
         conditions: N pictures of `size`, of any mode; None generates with the base alone, exactly as
             StableDiffusionXLPipeline does.
         size: (height, width) in pixels, multiples of what the adapter takes.
-        negative: the negative prompt, for prompts only; states include it.
+        progress: title of a progress bar over all denoising steps; None shows none.
     """
-    assert len(prompts) == len(seeds) and (conditions is None or len(conditions) == len(seeds))
-    if not isinstance(prompts, TextStates):
-        prompts = encode_prompts(pipeline, prompts, guidance=sampling.guidance, negative=negative)
+    assert len(texts) == len(seeds) and (conditions is None or len(conditions) == len(seeds))
     batch = sampling.batch_size or max(1, _BATCH_PIXELS // (size[0] * size[1]))
-    pictures: list[Image.Image] = []
-    for start in range(0, len(seeds), batch):
-        part = slice(start, start + batch)
-        chosen = None if conditions is None else conditions[part]
-        latents = _sample_latents(pipeline, prompts.arguments(part), chosen, seeds[part], size, sampling)
-        pictures.extend(_decode(pipeline, latents))
+    total, is_hidden = len(seeds) * sampling.steps, progress is None
+    with tqdm(total=total, desc=progress, unit="step", disable=is_hidden, leave=False, delay=0.5) as bar:
+        for start in range(0, len(seeds), batch):
+            part = slice(start, start + batch)
+            chosen = None if conditions is None else conditions[part]
+            latents = _sample_latents(pipeline, texts.arguments(part), chosen, seeds[part], size, sampling, bar)
+            yield _decode(pipeline, latents)
     pipeline.maybe_free_model_hooks()
-    return pictures
 
 
 def _sample_latents(
@@ -105,8 +161,9 @@ def _sample_latents(
     seeds: Sequence[int],
     size: tuple[int, int],
     sampling: SamplingOptions,
+    bar: tqdm[Any],
 ) -> Tensor:
-    """Returns one batch of the UNet's latents, (B,4,h,w)."""
+    """Returns one batch of the UNet's latents, (B,4,h,w). `bar` advances by B at each step."""
     mode = "L" if pipeline.adapter.config.in_channels == 1 else "RGB"
     height, width = size
     if conditions is None:
@@ -125,6 +182,7 @@ def _sample_latents(
         adapter_conditioning_scale=sampling.scale,
         adapter_conditioning_factor=factor,
         output_type="latent",
+        callback=lambda *_: bar.update(len(seeds)),  # pyright: ignore[reportArgumentType]
         **text,
     )
     return output.images

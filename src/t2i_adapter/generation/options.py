@@ -7,6 +7,7 @@ from math import inf
 from typing import Literal
 
 from t2i_adapter.errors import require
+from t2i_adapter.types import MaxTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,9 @@ class ModelOptions:
     """Variant of the base's weight files, for example fp16, if --base is given."""
     base_vae: str | None = None
     """Another VAE for the base: hub id or folder. None takes the one of the adapter's training."""
+    max_tokens: MaxTokens | None = None
+    """Tokens of a prompt that are read; the rest is cut off. None takes what the adapter's training read or, if that is
+    unknown, 75."""
     device: str = "auto"
     """Device to run on: auto, cpu, cuda, cuda:1, mps, ..."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -17,6 +17,7 @@ from t2i_adapter.models.adapter import check_fits, load_adapter
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.open import open_base
 from t2i_adapter.models.record import BASE_FIELDS, FILE_NAME, Metadata, read_metadata
+from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,6 +29,7 @@ class Models:
     Attributes:
         digest: sha256 of the adapter's weights.
         metadata: the adapter's record, if it has one.
+        max_tokens: tokens of a prompt that are read.
         device, precision: resolved, never "auto".
     """
 
@@ -35,6 +37,7 @@ class Models:
     base: Base
     digest: str
     metadata: Metadata | None
+    max_tokens: MaxTokens
     device: str
     precision: str
     offload: str
@@ -53,6 +56,14 @@ class Models:
     def resolution(self) -> int | None:
         """Side in pixels of the adapter's training crops, if known."""
         return self.metadata.resolution if self.metadata else None
+
+    def describe_text(self) -> str | None:
+        """Returns a line for the log if prompts are read in several chunks."""
+        if self.max_tokens == CHUNK_TOKENS:
+            return None
+        is_recorded = self.metadata is not None and self.max_tokens == self.metadata.max_tokens
+        why = ", as in the adapter's training" if is_recorded else ""
+        return f"prompts: up to {self.max_tokens} tokens are read, in chunks of {CHUNK_TOKENS}{why}"
 
     def pipeline(self) -> StableDiffusionXLAdapterPipeline:
         """Loads the base and builds the pipeline on the device."""
@@ -79,7 +90,8 @@ def open_models(options: ModelOptions) -> Models:
     base = open_base(_base_options(options, metadata))
     check_fits(dict(adapter.config), base.unet_config, options.adapter)
     digest = weights_digest(adapter)
-    return Models(adapter, base, digest, metadata, device, precision, options.offload, options.xformers)
+    max_tokens = options.max_tokens or (metadata.max_tokens if metadata else CHUNK_TOKENS)
+    return Models(adapter, base, digest, metadata, max_tokens, device, precision, options.offload, options.xformers)
 
 
 def weights_digest(adapter: T2IAdapter) -> str:

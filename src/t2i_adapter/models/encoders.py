@@ -1,6 +1,7 @@
 """The base's encoders as functions: captions to text states, pixels to VAE moments, moments to the UNet's latents.
 
-Letters: N captions or images, L = 77 tokens, D text width, P pooled width; H, W in pixels, h, w = H/8, W/8.
+Letters: N captions or images, L text positions (`types.text_length`), D text width, P pooled width; H, W in pixels,
+h, w = H/8, W/8.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from t2i_adapter.types import CHUNK, CHUNK_TOKENS, count_chunks, text_length
 
 GPU_BATCH_PIXELS = 4 * 1024**2
 """Pixels that are encoded at a time on a GPU."""
@@ -28,39 +31,65 @@ class TextEncoder:
     tokenizers: tuple[Any, Any]
     encoders: tuple[Any, Any]
     device: torch.device
-    max_tokens: int = 77
 
     def count_tokens(self, caption: str) -> int:
-        """Returns the caption's tokens, start and end included; the model ignores those beyond `max_tokens`."""
+        """Returns the caption's tokens, start and end excluded."""
         return count_tokens(self.tokenizers[0], caption)
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """N captions -> states (N,L,D) and pooled (N,P), in the encoders' dtype.
+    def encode(self, captions: Sequence[str], max_tokens: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor]:
+        """N captions -> states (N,L,D) and pooled (N,P), in the encoders' dtype. L is `text_length(max_tokens)`.
 
         The states are the last but one hidden layers of both encoders, concatenated; the pooled vector is the second
         encoder's projection of its end token (SDXL report, 2307.01952, section 2.1).
+
+        A caption of more than 75 tokens is split after every 75th. Each chunk is encoded alone, with its own start and
+        end; the states of all chunks follow one another, and the pooled vector is the first chunk's. The chunks are
+        then repeated to L positions. Attention is a mean over the positions with weights that sum to 1, so repeating
+        all of them an equal number of times does not change it: a caption means the same to the UNet whatever
+        `max_tokens` is. Empty chunks as padding would change it.
         """
         hidden, pooled = [], None
+        counts: list[int] = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            output = encoder(self._ids(tokenizer, captions).to(self.device), output_hidden_states=True)
+            chunks = [_split(tokenizer, caption, max_tokens) for caption in captions]
+            counts = [len(one) for one in chunks]
+            ids = torch.tensor([chunk for one in chunks for chunk in one])
+            output = encoder(ids.to(self.device), output_hidden_states=True)
             hidden.append(output.hidden_states[-2])
             pooled = output[0]
         assert pooled is not None
-        return torch.cat(hidden, dim=-1), pooled
+        states = torch.cat(hidden, dim=-1)
+        if max_tokens == CHUNK_TOKENS:
+            return states, pooled
+        length = text_length(max_tokens)
+        joined = [some.flatten(0, 1).repeat(length // (CHUNK * len(some)), 1) for some in states.split(counts)]
+        firsts = [sum(counts[:index]) for index in range(len(counts))]
+        return torch.stack(joined), pooled[firsts]
 
-    def _ids(self, tokenizer: Any, captions: Sequence[str]) -> Tensor:
-        with _TOKENIZER_LOCK:
-            tokens = tokenizer(
-                list(captions), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-            )
-        return tokens.input_ids
+
+def _split(tokenizer: Any, caption: str, max_tokens: int) -> list[list[int]]:
+    """Returns the token ids of the caption's chunks, each with start, end and padding to 77 positions."""
+    with _TOKENIZER_LOCK:
+        start, *tokens, end = tokenizer(caption, truncation=False, verbose=False).input_ids
+    parts = [
+        tokens[CHUNK_TOKENS * index : min(CHUNK_TOKENS * (index + 1), max_tokens)]
+        for index in range(count_chunks(len(tokens), max_tokens))
+    ]
+    return [[start, *part, end, *[tokenizer.pad_token_id] * (CHUNK_TOKENS - len(part))] for part in parts]
 
 
 def count_tokens(tokenizer: Any, caption: str) -> int:
-    """Returns the caption's tokens, start and end included."""
+    """Returns the caption's tokens, start and end excluded."""
     with _TOKENIZER_LOCK:
-        return len(tokenizer(caption, truncation=False, verbose=False).input_ids)
+        return len(tokenizer(caption, truncation=False, verbose=False).input_ids) - 2
+
+
+def text_beyond(tokenizer: Any, caption: str, max_tokens: int) -> str:
+    """Returns the part of the caption that lies beyond `max_tokens` tokens."""
+    with _TOKENIZER_LOCK:
+        offsets = tokenizer(caption, truncation=False, verbose=False, return_offsets_mapping=True).offset_mapping
+    return "" if len(offsets) <= max_tokens + 2 else caption[offsets[max_tokens + 1][0] :]
 
 
 @dataclass

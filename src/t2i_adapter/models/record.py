@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import parse_json, user_path
+from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
 
 FILE_NAME = "t2i_adapter.json"
 """The record's file in an adapter's folder."""
@@ -68,7 +69,16 @@ class Metadata:
         )
         if record.resolution is not None and not 1 <= record.resolution <= MAX_RESOLUTION:
             raise UserError(f"{where}: resolution is {record.resolution}; allowed is 1 to {MAX_RESOLUTION} pixels.")
+        tokens = record.max_tokens
+        if not isinstance(tokens, int) or tokens not in get_args(MaxTokens):
+            known = ", ".join(map(str, get_args(MaxTokens)))
+            raise UserError(f"{where}: training.max_tokens is {tokens!r}; allowed are {known}.")
         return record
+
+    @property
+    def max_tokens(self) -> MaxTokens:
+        """Tokens of a caption that the training read; 75 in a record that does not have it."""
+        return self.training.get("max_tokens", CHUNK_TOKENS)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types, from which `from_dict` makes an equal record."""

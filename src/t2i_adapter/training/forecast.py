@@ -16,6 +16,7 @@ from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.memory import OPTIMIZER_BYTES, Memory, Shapes
 from t2i_adapter.training.setup import DTYPES, Setup
 from t2i_adapter.training.update import Update
+from t2i_adapter.types import text_length
 
 PROBE_STEPS = 3
 """Least number of updates that the probe times."""
@@ -88,6 +89,7 @@ def _probe(setup: Setup, dtype: torch.dtype) -> float:
         width=side,
         channels=config.adapter.in_channels,
         draws=train.noise_draws,
+        length=text_length(config.data.max_tokens),
         device=device,
     )
     frozen = load_frozen_model(config, setup.base, device, dtype)
@@ -116,7 +118,7 @@ def _cache_bytes(setup: Setup) -> int:
     if config.data.cache == "none":
         return 0
     view = picture_bytes(config.data.resolution, config.adapter.in_channels)
-    text = 0 if config.data.text_cache == "live" else caption_bytes(setup.base)
+    text = 0 if config.data.text_cache == "live" else caption_bytes(setup.base, config.data.max_tokens)
     return setup.plan.samples * (config.data.views * view + text)
 
 

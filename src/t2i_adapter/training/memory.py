@@ -21,6 +21,7 @@ from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.base import Base, enable_gradient_checkpointing
 from t2i_adapter.models.quantize import quantize
 from t2i_adapter.training.step import FrozenModel, batch_losses
+from t2i_adapter.types import text_length
 
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 4}
 """Bytes of each optimiser's state for one parameter: two moments, or one."""
@@ -89,6 +90,7 @@ class Shapes:
             width=width,
             channels=self._adapter.config["in_channels"],
             draws=self.config.train.noise_draws,
+            length=text_length(self.config.data.max_tokens),
             device="meta",
         )
         inputs = sum(value.nbytes for value in vars(batch).values() if isinstance(value, torch.Tensor))

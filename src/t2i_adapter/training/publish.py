@@ -76,6 +76,7 @@ def metadata(trainer: Trainer, base: Base) -> Metadata:
             "precision": trainer.plan.precision,
             "timesteps": options.objective.timesteps,
             "proportion_empty_prompts": options.data.proportion_empty_prompts,
+            "max_tokens": options.data.max_tokens,
             "ema_decay": train.ema_decay,
         },
         steps=trainer.step,

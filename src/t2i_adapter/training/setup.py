@@ -198,7 +198,7 @@ def make_trainer(setup: Setup, dataset: CachedDataset | LiveDataset, stopper: St
     """Loads the UNet and builds the trainer. `Encoders` load a text encoder or VAE only if a batch needs one."""
     config, accelerator, plan, dtype = setup.config, setup.accelerator, setup.plan, setup.dtype
     frozen = load_frozen_model(config, setup.base, accelerator.device, dtype, steps=plan.steps)
-    encoders = Encoders(setup.base, accelerator.device, dtype)
+    encoders = Encoders(setup.base, accelerator.device, dtype, max_tokens=config.data.max_tokens)
     seeded = replace(config, train=replace(config.train, seed=plan.seed))
 
     def batches(start_step: int) -> Iterator[Batch]:

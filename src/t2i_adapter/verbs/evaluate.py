@@ -75,7 +75,11 @@ def run(options: EvaluateOptions) -> Evaluation:
     spec = options.judge or source.annotate
     judge = None if spec in (None, "none") else open_annotator(spec)
     out = output_folder(options.out)
-    evaluation = evaluate(models.pipeline(), pairs, sampling=options, seed=options.seed, judge=judge)
+    if line := models.describe_text():
+        print(line, flush=True)
+    evaluation = evaluate(
+        models.pipeline(), pairs, sampling=options, seed=options.seed, judge=judge, max_tokens=models.max_tokens
+    )
     settings = {**_settings(options, models, resolution), "judge": judge.record() if judge else None}
     files = write_files(out, evaluation, settings)
     print("\n".join([to_text(evaluation), *map(str, files)]))
@@ -104,6 +108,7 @@ def _settings(options: EvaluateOptions, models: Models, resolution: int) -> dict
         "resolution": resolution,
         "device": models.device,
         "precision": models.precision,
+        "max_tokens": models.max_tokens,
         "edge_tolerance_px": TOLERANCE * resolution,
         "adapter_sha256": models.digest,
         "versions": {name: version(name) for name in LIBRARIES},
