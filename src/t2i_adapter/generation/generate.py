@@ -22,6 +22,7 @@ from t2i_adapter.models.encoders import LatentScale, TextEncoder, count_tokens, 
 from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
 
 _BATCH_PIXELS = 512 * 512  # 16 pictures of `nano`: on a CPU larger batches are no faster
+_BATCH_PROMPTS = 64  # prompts that are encoded at a time, for memory
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,23 @@ def encode_prompts(
     parts: Any = pipeline
     tokenizers = (parts.tokenizer, parts.tokenizer_2)
     encoder = TextEncoder(tokenizers, (parts.text_encoder, parts.text_encoder_2), parts._execution_device)
-    for name, texts in (("prompts", prompts), ("negative prompts", [negative or ""])):
+    for name, texts in (("prompt", prompts), ("negative prompt", [negative or ""])):
         if line := _long_prompts(tokenizers[0], name, texts, max_tokens):
             print(line, file=sys.stderr, flush=True)
-    states, pooled = encoder.encode(prompts, max_tokens)
+    states, pooled = _encode(encoder, prompts, max_tokens)
     if guidance <= 1:
         return TextStates(states, pooled, None, None)
     if negative is None and parts.config.force_zeros_for_empty_prompt:
         return TextStates(states, pooled, torch.zeros_like(states), torch.zeros_like(pooled))
-    return TextStates(states, pooled, *encoder.encode([negative or ""] * len(prompts), max_tokens))
+    return TextStates(states, pooled, *_encode(encoder, [negative or ""] * len(prompts), max_tokens))
+
+
+def _encode(encoder: TextEncoder, prompts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """As `TextEncoder.encode`, in batches."""
+    starts = range(0, len(prompts), _BATCH_PROMPTS)
+    batches = [encoder.encode(prompts[start : start + _BATCH_PROMPTS], max_tokens) for start in starts]
+    states, pooled = zip(*batches, strict=True)
+    return torch.cat(states), torch.cat(pooled)
 
 
 def _long_prompts(tokenizer: Any, name: str, prompts: Sequence[str], max_tokens: int) -> str | None:
@@ -91,9 +100,10 @@ def _long_prompts(tokenizer: Any, name: str, prompts: Sequence[str], max_tokens:
         f" --max_tokens {more} reads {'all' if more >= tokens[longest] else 'more'} of it." if more > max_tokens else ""
     )
     rest = json.dumps(text_beyond(tokenizer, longest, max_tokens)[:60], ensure_ascii=False)
+    which = f"The {name}" if len(tokens) == 1 else f"{len(long):,} of {len(tokens):,} {name}s are cut off; the longest"
     return (
-        f"{name}: {len(long):,} of {len(tokens):,} have more than {max_tokens} tokens; the rest is cut off. The "
-        f"longest has {tokens[longest]}; what is cut off begins with {rest}.{advice}"
+        f"{which} has {tokens[longest]} tokens, of which {max_tokens} are read. What is cut off begins with {rest}."
+        f"{advice}"
     )
 
 

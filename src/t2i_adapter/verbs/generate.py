@@ -1,4 +1,7 @@
-"""The verb `generate`: pictures from prompts and condition pictures, each with a JSON file to generate it again."""
+"""The verb `generate`: pictures from prompts and condition pictures, each with a JSON file to generate it again.
+
+Importing this module loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from t2i_adapter.errors import UserError, flag, require
 from t2i_adapter.files import output_folder, user_path
 from t2i_adapter.generation.options import ModelOptions, SamplingOptions
+from t2i_adapter.generation.prompts import Request, match_files, read_prompts
 from t2i_adapter.imports import preload
+from t2i_adapter.types import CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,10 +33,13 @@ LIBRARIES = ("sdxl-t2i-adapter", "torch", "diffusers", "transformers")
 class GenerateOptions(ModelOptions, SamplingOptions):
     """Generate pictures from prompts and condition pictures, or from photos of which conditions are made."""
 
-    prompt: tuple[str, ...]
-    """What the picture shows: one prompt, or as many as there are images."""
+    prompt: tuple[str, ...] = ()
+    """What the picture shows: one prompt, or as many as there are images. Either this or --prompt_file."""
+    prompt_file: str | None = None
+    """File with one prompt a line; or a .jsonl or .csv file with prompt, image or photo, and seed."""
     image: tuple[str, ...] = ()
-    """Condition picture files: one, or as many as there are prompts. Either these or --photo."""
+    """Condition picture files: one, or as many as there are prompts. Either these or --photo, or --prompt_file names
+    them."""
     photo: tuple[str, ...] = ()
     """Photo files: their conditions are made as in the adapter's training, which its t2i_adapter.json describes."""
     condition: str | None = None
@@ -56,35 +64,28 @@ class GenerateOptions(ModelOptions, SamplingOptions):
         require("seed", 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
         for name, side in (("width", self.width), ("height", self.height)):
             require(name, side is None or side >= 1, side, "1 or more")
-        if bool(self.image) == bool(self.photo):
-            image, photo = flag("image"), flag("photo")
-            given = f"{image} and {photo} are both set" if self.image else f"neither {image} nor {photo} is set"
-            raise UserError(f"{given}; set one of them")
-        if self.condition and not self.photo:
+        _check_one("prompt", "prompt_file", bool(self.prompt), bool(self.prompt_file))
+        if self.prompt or (self.image and self.photo):
+            _check_one("image", "photo", bool(self.image), bool(self.photo))
+        if self.condition and not self.photo and not self.prompt_file:
             raise UserError(f"{self.condition}: only {flag('photo')} needs it, which is not set", option="condition")
-        prompts, files = len(self.prompt), len(self.files)
-        if not prompts or not files or (prompts != files and 1 not in (prompts, files)):
-            raise UserError(
-                f"{flag('prompt')} has {prompts} entries and {flag('photo' if self.photo else 'image')} {files}: "
-                "set as many of one as of the other, or a single one of either."
-            )
+        if self.prompt:
+            match_files(list(map(Request, self.prompt)), self.image, self.photo)
 
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The images or the photos, whichever are set."""
-        return self.image or self.photo
 
-    def pairs(self) -> list[tuple[str, str]]:
-        """Returns (prompt, file) of each pair; a single prompt or file is repeated."""
-        count = max(len(self.prompt), len(self.files))
-        prompts = self.prompt * count if len(self.prompt) == 1 else self.prompt
-        files = self.files * count if len(self.files) == 1 else self.files
-        return list(zip(prompts, files, strict=True))
+def _check_one(first: str, second: str, has_first: bool, has_second: bool) -> None:
+    """Raises UserError unless one of two options is set."""
+    if has_first == has_second:
+        names = flag(first), flag(second)
+        given = f"{names[0]} and {names[1]} are both set" if has_first else f"neither {names[0]} nor {names[1]} is set"
+        raise UserError(f"{given}; set one of them")
 
 
 def run(options: GenerateOptions) -> None:
-    """Generates `num` pictures for each pair of prompt and file, and writes them to `out`."""
+    """Generates `num` pictures for each prompt, and writes each to `out` when its batch is finished."""
     preload("t2i_adapter.generation.pipeline")
+    from tqdm import tqdm
+
     from t2i_adapter.generation.condition import (
         find_annotator,
         fit_condition,
@@ -92,35 +93,83 @@ def run(options: GenerateOptions) -> None:
         read_condition,
         read_photo,
     )
-    from t2i_adapter.generation.generate import generate
+    from t2i_adapter.generation.generate import encode_prompts, generate_batches
     from t2i_adapter.generation.pipeline import open_models
 
-    pairs = options.pairs()
-    read = read_photo if options.photo else read_condition
-    opened = {path: read(path) for _, path in pairs}
+    def read(job: Job) -> Image.Image:
+        return read_photo(job.file) if job.is_photo else read_condition(job.file)
+
+    jobs = make_jobs(options)
+    first = read(jobs[0])
     models = open_models(options)
-    size = _picture_size(options, models, opened[pairs[0][1]])
-    annotator = find_annotator(options.condition, models.metadata, options.adapter) if options.photo else None
-    conditions = {
-        path: make_condition(picture, size, models.channels, annotator)
-        if annotator
-        else fit_condition(picture, size, models.channels)
-        for path, picture in opened.items()
-    }
-    jobs = [(prompt, path, options.seed + i) for prompt, path in pairs for i in range(options.num)]
+    size = _picture_size(options, models, first)
+    has_photos = any(job.is_photo for job in jobs)
+    annotator = find_annotator(options.condition, models.metadata, options.adapter) if has_photos else None
+    conditions: dict[tuple[str, bool], Image.Image] = {}
+    for job in jobs:
+        if job.source not in conditions:
+            picture = read(job)
+            conditions[job.source] = (
+                make_condition(picture, size, models.channels, annotator)
+                if job.is_photo and annotator
+                else fit_condition(picture, size, models.channels)
+            )
     out = output_folder(options.out)
-    pictures = generate(
-        models.pipeline(),
-        [prompt for prompt, _, _ in jobs],
-        [conditions[path] for _, path, _ in jobs],
-        [seed for _, _, seed in jobs],
+    if line := models.describe_text():
+        print(line, flush=True)
+    pipeline = models.pipeline()
+    texts = encode_prompts(
+        pipeline,
+        [job.prompt for job in jobs],
+        guidance=options.guidance,
+        negative=options.negative,
+        max_tokens=models.max_tokens,
+    )
+    batches = generate_batches(
+        pipeline,
+        texts,
+        [conditions[job.source] for job in jobs],
+        [job.seed for job in jobs],
         size=size,
         sampling=options,
-        negative=options.negative,
+        progress="generating",
     )
-    for picture, (prompt, path, seed) in zip(pictures, jobs, strict=True):
-        record = _picture_record(options, models, size, prompt, path, seed, annotator)
-        print(_save(out, picture, record, conditions[path] if annotator else None))
+    for job, picture in zip(jobs, (picture for batch in batches for picture in batch), strict=True):
+        record = _picture_record(options, models, size, job, annotator)
+        text = _parameters(options, models, size, job, annotator)
+        path = _save(out, picture, record, text, conditions[job.source] if job.is_photo else None)
+        tqdm.write(shlex.quote(str(path)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to generate. file: its condition picture or, if `is_photo`, its photo."""
+
+    prompt: str
+    file: str
+    is_photo: bool
+    seed: int
+
+    @property
+    def source(self) -> tuple[str, bool]:
+        """What the condition is made of."""
+        return self.file, self.is_photo
+
+
+def make_jobs(options: GenerateOptions) -> list[Job]:
+    """Returns the pictures to generate, in order: `num` for each prompt. Raises UserError."""
+    requests = read_prompts(options.prompt_file) if options.prompt_file else list(map(Request, options.prompt))
+    matched = match_files(requests, options.image, options.photo)
+    return [
+        Job(
+            request.prompt,
+            request.photo or request.image or "",
+            request.photo is not None,
+            (options.seed if request.seed is None else request.seed) + index,
+        )
+        for request in matched
+        for index in range(options.num)
+    ]
 
 
 def _picture_size(options: GenerateOptions, models: Models, condition: Image.Image) -> tuple[int, int]:
@@ -138,19 +187,19 @@ def _picture_record(
     options: GenerateOptions,
     models: Models,
     size: tuple[int, int],
-    prompt: str,
-    file: str,
-    seed: int,
+    job: Job,
     annotator: Annotator | None,
 ) -> dict[str, Any]:
     """Returns everything that a picture depends on, and the command that generates it again. Plain JSON types."""
     base = models.base.options
     single = replace(
         options,
-        prompt=(prompt,),
-        **{"photo" if options.photo else "image": (file,)},
-        condition=annotator.spec if annotator else None,
-        seed=seed,
+        prompt=(job.prompt,),
+        prompt_file=None,
+        image=() if job.is_photo else (job.file,),
+        photo=(job.file,) if job.is_photo else (),
+        condition=annotator.spec if annotator and job.is_photo else None,
+        seed=job.seed,
         num=1,
         height=size[0],
         width=size[1],
@@ -161,14 +210,41 @@ def _picture_record(
         base_vae=base.vae,
         device=models.device,
         precision=models.precision,
+        max_tokens=models.max_tokens,
     )
     return {
         "command": _command(single),
         "options": asdict(single),
         "adapter_sha256": models.digest,
-        "image_sha256": hashlib.sha256(user_path(file).read_bytes()).hexdigest(),
+        "image_sha256": hashlib.sha256(user_path(job.file).read_bytes()).hexdigest(),
         "versions": {name: version(name) for name in LIBRARIES},
     }
+
+
+def _parameters(
+    options: GenerateOptions, models: Models, size: tuple[int, int], job: Job, annotator: Annotator | None
+) -> str:
+    """Returns the text that the picture's PNG file carries. Of paths it holds the last part only."""
+    from t2i_adapter.generation.png_text import parameters
+
+    fields = {
+        "Steps": options.steps,
+        "Sampler": "Euler a",
+        "CFG scale": options.guidance,
+        "Seed": job.seed,
+        "Size": f"{size[1]}x{size[0]}",
+        "Model": Path(models.base.name).name.removesuffix(".safetensors"),
+        "RNG": "CPU",
+        "T2I-Adapter": user_path(options.adapter).resolve().name,
+        "T2I-Adapter hash": models.digest[:10],
+        "T2I-Adapter scale": options.scale,
+        "T2I-Adapter end": options.condition_factor,
+        "T2I-Adapter picture": Path(job.file).name,
+        **({"T2I-Adapter condition": annotator.spec} if annotator and job.is_photo else {}),
+        **({"Max tokens": models.max_tokens} if models.max_tokens > CHUNK_TOKENS else {}),
+        "Version": f"sdxl-t2i-adapter {version('sdxl-t2i-adapter')}",
+    }
+    return parameters(job.prompt, options.negative, fields)
 
 
 def _command(options: GenerateOptions) -> str:
@@ -180,19 +256,22 @@ def _command(options: GenerateOptions) -> str:
             continue
         if isinstance(value, bool):
             words.append(f"--{name}")
-        elif isinstance(value, tuple):
-            words += [f"--{name}", *value]
         else:
-            words += [f"--{name}", str(value)]
+            [word] = value if isinstance(value, tuple) else (str(value),)
+            words += [f"--{name}={word}"] if word.startswith("-") else [f"--{name}", word]
     return shlex.join(words)
 
 
-def _save(out: Path, picture: Image.Image, record: dict[str, Any], condition: Image.Image | None) -> Path:
-    """Writes the picture, its record and, if one was made of a photo, its condition under the next free number;
-    returns the picture's path."""
+def _save(
+    out: Path, picture: Image.Image, record: dict[str, Any], parameters: str, condition: Image.Image | None
+) -> Path:
+    """Writes the picture with its parameters, its record and, if one was made of a photo, its condition under the next
+    free number; returns the picture's path."""
+    from t2i_adapter.generation.png_text import png_info
+
     taken = [int(path.stem) for path in out.glob("*.png") if path.stem.isdigit()]
     path = out / f"{max(taken, default=-1) + 1:05d}.png"
-    picture.save(path)
+    picture.save(path, pnginfo=png_info(parameters))
     if condition:
         condition.save(path.with_name(f"{path.stem}_condition.png"))
     text = json.dumps(record, indent=2, ensure_ascii=False)
