@@ -122,6 +122,8 @@ def test_errors_name_the_option(adapter: Path, condition: Path, tiny_base: Path,
         ({"image": ()}, "neither --image nor --photo is set"),
         ({"photo": ("x",)}, "--image and --photo are both set"),
         ({"condition": "canny"}, "--condition canny: only --photo needs it"),
+        ({"prompt": ("caf\udce9",)}, "--prompt 'caf.*': is not UTF-8"),
+        ({"negative": "caf\udce9"}, "--negative 'caf.*': is not UTF-8"),
         ({"condition_factor": 1.5}, "--condition_factor"),
         ({"steps": 0}, "--steps"),
         ({"num": 0}, "--num"),
@@ -186,6 +188,7 @@ def test_a_table_names_pictures_and_seeds(tmp_path: Path, name: str) -> None:
         ("p.jsonl", b'{"prompt": "a", "seed": -1}', "seed is -1"),
         ("p.jsonl", b'{"prompt": "a", "seed": true}', "seed is True"),
         ("p.jsonl", b'{"prompt": "a", "image": "b", "photo": "c"}', "sets both image and photo"),
+        ("p.jsonl", b'{"prompt": "\\ud83d"}', "half of a surrogate pair"),
         ("p.csv", b"prompt,seed\na,1.5\n", "seed is '1.5'"),
         ("p.csv", b"prompt,seed\na, b,1\n", "line 2: has more cells than the header"),
         ("p.csv", b'prompt\n"a', "line 2: not CSV"),
@@ -203,6 +206,13 @@ def test_a_bad_file_of_prompts_is_one_line(tmp_path: Path, name: str, content: b
     assert expected in message
     assert "\n" not in message
     assert "--prompt_file" in message
+
+
+def test_a_condition_kind_needs_a_photo_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "p.csv"
+    file.write_text("prompt,image\na,1.png\n")
+    with pytest.raises(UserError, match="--condition canny: only --photo needs it"):
+        jobs(file, condition="canny")
 
 
 def test_pictures_of_a_file_of_prompts(adapter: Path, condition: Path, tmp_path: Path) -> None:

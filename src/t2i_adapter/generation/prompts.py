@@ -109,10 +109,23 @@ def _request(row: Mapping[str, Any], place: str, folder: Path) -> Request:
             raise UserError(f"{place}: {name} is {row[name]!r}; it must be text.", option=OPTION)
     if "prompt" not in row:
         raise UserError(f'{place}: has no prompt; add one ("" is allowed in .jsonl).', option=OPTION)
+    if not is_unicode(row["prompt"]):
+        raise UserError(
+            f"{place}: prompt {row['prompt']!r} holds half of a surrogate pair; write it anew.", option=OPTION
+        )
     if row.get("image") and row.get("photo"):
         raise UserError(f"{place}: sets both image and photo; keep one of them.", option=OPTION)
     files = {name: str(folder / user_path(row[name])) for name in ("image", "photo") if row.get(name)}
     return Request(row["prompt"], place, seed=_seed(row.get("seed"), place), **files)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write the text: not if it holds a lone surrogate, as Python reads bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _seed(value: Any, place: str) -> int | None:

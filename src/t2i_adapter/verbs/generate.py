@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from t2i_adapter.errors import UserError, flag, require
 from t2i_adapter.files import output_folder, user_path
 from t2i_adapter.generation.options import ModelOptions, SamplingOptions
-from t2i_adapter.generation.prompts import Request, match_files, read_prompts
+from t2i_adapter.generation.prompts import Request, is_unicode, match_files, read_prompts
 from t2i_adapter.imports import preload
 from t2i_adapter.types import CHUNK_TOKENS
 
@@ -67,10 +67,11 @@ class GenerateOptions(ModelOptions, SamplingOptions):
         _check_one("prompt", "prompt_file", bool(self.prompt), bool(self.prompt_file))
         if self.prompt or (self.image and self.photo):
             _check_one("image", "photo", bool(self.image), bool(self.photo))
-        if self.condition and not self.photo and not self.prompt_file:
-            raise UserError(f"{self.condition}: only {flag('photo')} needs it, which is not set", option="condition")
+        for name, texts in (("prompt", self.prompt), ("negative", (self.negative or "",))):
+            for text in texts:
+                require(name, is_unicode(text), repr(text), "is not UTF-8 text; set the terminal to UTF-8")
         if self.prompt:
-            match_files(list(map(Request, self.prompt)), self.image, self.photo)
+            make_jobs(self)
 
 
 def _check_one(first: str, second: str, has_first: bool, has_second: bool) -> None:
@@ -138,7 +139,8 @@ def run(options: GenerateOptions) -> None:
         record = _picture_record(options, models, size, job, annotator)
         text = _parameters(options, models, size, job, annotator)
         path = _save(out, picture, record, text, conditions[job.source] if job.is_photo else None)
-        tqdm.write(shlex.quote(str(path)))
+        with tqdm.external_write_mode():
+            print(shlex.quote(str(path)), flush=True)
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ def make_jobs(options: GenerateOptions) -> list[Job]:
     """Returns the pictures to generate, in order: `num` for each prompt. Raises UserError."""
     requests = read_prompts(options.prompt_file) if options.prompt_file else list(map(Request, options.prompt))
     matched = match_files(requests, options.image, options.photo)
+    if options.condition and not any(request.photo for request in matched):
+        raise UserError(f"{options.condition}: only {flag('photo')} needs it, which is not set", option="condition")
     return [
         Job(
             request.prompt,
