@@ -171,8 +171,8 @@ class DataOptions:
     """`disk` encodes every picture once and caches the latents. `none` encodes at each step, for datasets too large to
     cache."""
     text_cache: Literal["auto", "disk", "live"] = "auto"
-    """`disk` caches every caption's text states (308 KiB each for SDXL). `live` keeps the text encoders loaded. `auto`
-    chooses by their size and prints its choice."""
+    """`disk` caches every caption's text states (308 KiB for SDXL; that for each 75 tokens if max_tokens is larger).
+    `live` keeps the text encoders loaded. `auto` chooses by their size and prints its choice."""
     prepared_dir: str | None = None
     """Folder of cached latents and text states, keyed by content; None is $T2I_ADAPTER_CACHE, or
     ~/.cache/t2i_adapter/prepared."""
