@@ -21,7 +21,6 @@ from diffusers import (
     StableDiffusionXLAdapterPipeline,
     UNet2DConditionModel,
 )
-from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -30,6 +29,7 @@ from t2i_adapter.errors import UserError, first_line
 from t2i_adapter.files import parse_json, sha256
 from t2i_adapter.models.encoders import LatentEncoder, LatentScale, TextEncoder
 from t2i_adapter.models.scheduler import check_class, check_config
+from t2i_adapter.models.weights import WeightsError, load_weights
 
 if TYPE_CHECKING:
     from diffusers import T2IAdapter
@@ -181,13 +181,11 @@ class Base:
 
     def _load(self, kind: Any, part: str, device: torch.device | str, dtype: torch.dtype) -> Any:
         try:
-            model = kind.from_pretrained(
-                self.folder, subfolder=part, variant=self.options.variant, use_safetensors=True, torch_dtype=dtype
-            )
-        except (OSError, ValueError, SafetensorError) as fault:
+            model = load_weights(kind, str(self.folder), dtype, subfolder=part, variant=self.options.variant)
+        except WeightsError as fault:
             variant = f" of variant {self.options.variant}" if self.options.variant else ""
             raise UserError(
-                f"{self.name}: no safetensors weights{variant} for {part} ({first_line(fault)}). "
+                f"{self.name}: no complete safetensors weights{variant} for {part} ({fault}). "
                 "Pickled weights (.bin, .ckpt) are not read."
             ) from fault
         return freeze(model, device)
@@ -262,12 +260,10 @@ def _load_named_vae(options: BaseOptions, device: torch.device | str, dtype: tor
     if options.vae is None:
         return None
     try:
-        vae = AutoencoderKL.from_pretrained(
-            options.vae, use_safetensors=True, torch_dtype=dtype, **_vae_source(options)
-        )
-    except (OSError, ValueError) as fault:
+        vae = load_weights(AutoencoderKL, options.vae, dtype, **_vae_source(options))
+    except WeightsError as fault:
         raise UserError(
-            f"{options.vae}: no VAE found ({first_line(fault)}). "
+            f"{options.vae}: no VAE found ({fault}). "
             "Name a folder with config.json and safetensors weights, or a hub id of such files.",
             option="base.vae",
         ) from fault
