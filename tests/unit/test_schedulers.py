@@ -157,12 +157,11 @@ def test_each_verb_refuses_it_before_anything_is_encoded(
     Image.new("RGB", (64, 64)).save(tmp_path / "condition.png")
     write_scheduler(base, content)
     monkeypatch.setenv("T2I_ADAPTER_CACHE", str(tmp_path / "cache"))
-    data = ["--data.train_data_dir", str(tiny_data), "--data.resolution", "64"]
+    data = ["--data", str(tiny_data), "--data.resolution", "64"]
     adapter = ["--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]
     flags = {
         "generate": [*adapter, "--prompt", "red circle", "--image", str(tmp_path / "condition.png")],
         "evaluate": [*adapter, "--data", str(tiny_data), "--num", "2"],
-        "doctor": [str(tiny_data), "--base.name", str(base)],
         "train": ["--base.name", str(base), *data, "--output_dir", str(tmp_path / "out"), "--train.max_steps", "1"],
     }
     assert main([verb, *flags.get(verb, ["--base.name", str(base), *data])]) == 2
