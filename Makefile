@@ -2,6 +2,8 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
   if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then echo $$p; break; fi; done)
 BIN := .venv/bin
+# Versions of the packages, beside the bounds of pyproject.toml; constraints-lowest.txt has the lowest ones.
+CONSTRAINTS ?= constraints.txt
 STAMP := .venv/.installed
 
 .PHONY: help install demo check test golden bench dist soak fuzz audit lint types clean
@@ -22,11 +24,11 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found. Name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	$(BIN)/python -m t2i_adapter.annotators.weights || echo "No weights of the annotators: the tests of soft edges, poses and person masks will be skipped."
 	@touch $@
 

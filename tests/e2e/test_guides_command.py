@@ -107,7 +107,7 @@ def _check_published(files: dict[str, bytes]) -> None:
 
 def _check_opens(folder: Path) -> None:
     for variant, dtype in ((None, torch.float32), ("fp16", torch.float16)):
-        adapter = T2IAdapter.from_pretrained(folder, variant=variant, torch_dtype=dtype, local_files_only=True)
+        adapter = T2IAdapter.from_pretrained(folder, variant=variant, dtype=dtype, local_files_only=True)
         StableDiffusionXLAdapterPipeline.from_pretrained(nano.path(), adapter=adapter)
     record = json.loads((folder / "t2i_adapter.json").read_text())
     assert record["base"]["name"] == "nano" and record["resolution"] == 1024

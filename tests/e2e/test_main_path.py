@@ -123,7 +123,7 @@ def test_evaluate_writes_its_three_files(work: Path):
 
 @pytest.mark.parametrize(("variant", "dtype"), [(None, torch.float32), ("fp16", torch.float16)])
 def test_the_adapter_opens_in_diffusers(work: Path, variant: str | None, dtype: torch.dtype):
-    adapter = T2IAdapter.from_pretrained(work / "straight", variant=variant, torch_dtype=dtype, local_files_only=True)
+    adapter = T2IAdapter.from_pretrained(work / "straight", variant=variant, dtype=dtype, local_files_only=True)
     assert adapter.dtype == dtype
     pipeline = StableDiffusionXLAdapterPipeline.from_pretrained(nano.path(), adapter=adapter.to(torch.float32))
     pipeline.set_progress_bar_config(disable=True)

@@ -11,7 +11,6 @@ from t2i_adapter.config.read import with_values
 from t2i_adapter.config.tree import ObjectiveOptions
 from t2i_adapter.diffusion import objective, timesteps
 from t2i_adapter.diffusion.schedule import NoiseSchedule
-from t2i_adapter.errors import UserError
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
@@ -63,7 +62,7 @@ def test_loss_is_the_diffusers_scripts_loss():
     torch.testing.assert_close(in_float32.double(), theirs, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_a_perfect_prediction_rebuilds_the_latents(prediction: str, zero_snr: bool):
     """For every prediction type, the right prediction determines x_0 and eps; this test solves for both."""
@@ -75,10 +74,8 @@ def test_a_perfect_prediction_rebuilds_the_latents(prediction: str, zero_snr: bo
     if prediction == "v_prediction":
         torch.testing.assert_close(alpha * noisy - sigma * goal, latents, rtol=0, atol=2e-6)
         torch.testing.assert_close(sigma * noisy + alpha * goal, noise, rtol=0, atol=2e-6)
-    elif prediction == "epsilon":
-        torch.testing.assert_close(noisy - sigma * goal, alpha * latents, rtol=0, atol=2e-6)
     else:
-        torch.testing.assert_close(noisy - alpha * goal, sigma * noise, rtol=0, atol=2e-6)
+        torch.testing.assert_close(noisy - sigma * goal, alpha * latents, rtol=0, atol=2e-6)
 
 
 def test_zero_terminal_snr_ends_in_pure_noise():
@@ -97,9 +94,9 @@ def test_velocity_target_is_diffusers():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_min_snr_weighs_the_error_in_x0_by_the_clipped_snr(prediction: str):
-    """For an equal error in x_0, all three prediction types must give an equal loss."""
+    """For an equal error in x_0, both prediction types must give an equal loss."""
     latents, noise, steps = draw()
     table = schedule(prediction)
     alpha, sigma = table.at(steps)
@@ -113,14 +110,9 @@ def test_min_snr_weighs_the_error_in_x0_by_the_clipped_snr(prediction: str):
 
 
 def test_min_snr_is_finite_at_zero_terminal_snr():
-    for prediction in ("epsilon", "v_prediction", "sample"):
+    for prediction in ("epsilon", "v_prediction"):
         weight = objective.weights(torch.tensor([0, 999]), schedule(prediction, zero_snr=True), 5.0)
         assert torch.isfinite(weight).all()
-
-
-def test_an_unknown_kind_of_model_is_refused():
-    with pytest.raises(UserError, match="flow_prediction.*epsilon, v_prediction, sample"):
-        NoiseSchedule.of(EulerDiscreteScheduler(prediction_type="flow_prediction"))
 
 
 GRID = (np.arange(100_000) + 0.5) / 100_000

@@ -129,7 +129,9 @@ def test_a_base_whose_weights_are_pickled_is_refused(
     poison(base / part, mark)
     assert main(train_words(base, tiny_data, tmp_path / "run", "--data.prepared_dir", str(tmp_path / "cache"))) == 2
     error = capsys.readouterr().err
-    assert f"no safetensors weights for {part}" in error and "Pickled weights (.bin, .ckpt) are not read" in error
+    assert (
+        f"no complete safetensors weights for {part}" in error and "Pickled weights (.bin, .ckpt) are not read" in error
+    )
     assert not mark.exists()
 
 

@@ -47,7 +47,7 @@ def test_weights_come_back_bit_for_bit_and_halved(adapter: T2IAdapter, tmp_path:
     save_adapter(adapter, tmp_path, metadata=record("nano"))
     assert {path.name for path in tmp_path.iterdir()} == FILES, "and no temporary folder"
     full = T2IAdapter.from_pretrained(tmp_path)
-    half = T2IAdapter.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    half = T2IAdapter.from_pretrained(tmp_path, variant="fp16", dtype=torch.float16)
     assert full.config.adapter_type == "full_adapter_xl"
     for name, tensor in adapter.state_dict().items():
         assert torch.equal(full.state_dict()[name], tensor)

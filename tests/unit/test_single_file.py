@@ -23,6 +23,7 @@ from support.tiny import write_tiny_sdxl
 from torch import Tensor
 
 from t2i_adapter.config.tree import AdapterOptions, BaseOptions
+from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.export.card import usage_code
@@ -272,7 +273,7 @@ def test_files_of_other_models_are_refused(file: Path, tiny_base: Path, tmp_path
         (junk, r"junk\.safetensors: damaged safetensors file"),
         (tmp_path / "sd15.safetensors", r"not an SDXL base.*first_stage_model\.\*, conditioner\.embedders\.0"),
         (tmp_path / "unet.safetensors", r"not an SDXL base.*model\.diffusion_model\.\*"),
-        (tmp_path / "no_vae.safetensors", r"missing weights first_stage_model\.\*\."),
+        (tmp_path / "no_vae.safetensors", r"missing weights first_stage_model\.\*\. Set --base\.vae to"),
     ]:
         with pytest.raises(UserError, match=said):
             open_base(BaseOptions(name=str(name), config=str(tiny_base)))
@@ -324,3 +325,103 @@ def test_weights_that_do_not_fit_the_configs(
     with pytest.raises(UserError, match=rf"spoilt\.safetensors: its {part} does not match .*--base\.config"):
         getattr(base, "text_encoder" if part.startswith("text") else part)("cpu", torch.float32)
     (base.unet if part == "vae" else base.vae)("cpu", torch.float32)  # does not read the damaged part
+
+
+def in_hf_layout(weights: dict[str, Tensor], folder: Path, prefix: str) -> dict[str, Tensor]:
+    """The second text encoder under the names of transformers instead of OpenCLIP's."""
+    (path,) = (folder / "text_encoder_2").glob("*.safetensors")
+    encoder = {f"{prefix}{name}": tensor for name, tensor in load_file(path).items()}
+    return {**{name: tensor for name, tensor in weights.items() if not name.startswith(OPEN_CLIP)}, **encoder}
+
+
+PROJECTION = OPEN_CLIP + "text_projection"
+LORA = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight"
+SCALE = UNET + "input_blocks.4.1.transformer_blocks.0.attn1.to_q.scale_weight"
+
+
+def odd_files(weights: dict[str, Tensor], folder: Path) -> dict[str, tuple[dict[str, Tensor], str]]:
+    """Name of a file that is not quite a base of SDXL -> its weights, and what is said about it."""
+
+    def only(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+    no_projection = without(weights, PROJECTION)
+    first, one = UNET + "input_blocks.0.0.weight", torch.zeros(1)
+    return {
+        "projection": ({**no_projection, f"{PROJECTION}.weight": weights[PROJECTION].T}, rf"{PROJECTION}\.weight"),
+        "hf": (in_hf_layout(weights, folder, OPEN_CLIP), rf"another layout, such as {OPEN_CLIP}text_model\."),
+        "hf_1": (
+            in_hf_layout(weights, folder, "conditioner.embedders.1.transformer."),
+            r"another layout, such as conditioner\.embedders\.1\.transformer\.",
+        ),
+        "flat": (
+            {name.replace(CLIP, CLIP.removesuffix("text_model.")): tensor for name, tensor in weights.items()},
+            r"another layout, such as conditioner\.embedders\.0\.transformer\.embeddings",
+        ),
+        "bare": ({name.removeprefix(UNET): tensor for name, tensor in weights.items()}, "a UNet alone"),
+        "no_text": (
+            {name: tensor for name, tensor in weights.items() if not name.startswith("conditioner.")},
+            r"missing weights conditioner\.embedders\.0\.transformer\.text_model\.\*, conditioner\.embedders\.1",
+        ),
+        "lora": ({LORA: one}, "It is a LoRA: merge it into a base first"),
+        "vae": (only(VAE), r"missing weights .*It is a VAE\. Name a complete checkpoint"),
+        "sd15": ({first: weights[first], "cond_stage_model.x": one}, "a checkpoint of Stable Diffusion 1 or 2"),
+        "scaled": ({**weights, SCALE: one}, rf"unknown key {SCALE}: the weights are quantised with scales"),
+        "block": ({**weights, UNET + "extra.weight": one}, rf"unknown key {UNET}extra\.weight"),
+        "playground": ({**weights, "edm_mean": torch.zeros(4)}, "has the key edm_mean, .*noise schedule of EDM"),
+        "cosxl": (
+            {**weights, "edm_vpred.sigma_max": one, "v_pred": torch.zeros(0)},
+            r"has the key edm_vpred\.sigma_max, .*noise schedule of EDM",
+        ),
+        "sigmas": (
+            {**weights, "denoiser.sigmas": torch.linspace(0.03, 14.6, 1000)},
+            r"the key denoiser\.sigmas, are not",
+        ),
+        "few": ({**weights, "denoiser.sigmas": torch.linspace(0.03, 14.6, 10)}, r"the key denoiser\.sigmas, are not"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("projection", "hf", "hf_1", "flat", "bare", "no_text", "lora", "vae", "sd15", "scaled", "block"),
+        *("playground", "cosxl", "sigmas", "few"),
+    ],
+)
+def test_an_odd_file_is_refused_by_what_is_odd_in_it(file: Path, tiny_base: Path, tmp_path: Path, name: str) -> None:
+    weights, said = odd_files(load_file(file), tiny_base)[name]
+    path = tmp_path / "odd.safetensors"
+    save_file({key: tensor.contiguous().clone() for key, tensor in weights.items()}, path)
+    with pytest.raises(UserError, match=rf"odd\.safetensors.*{said}"):
+        open_base(BaseOptions(name=str(path), config=str(tiny_base)))
+
+
+def test_weights_that_no_model_uses_change_nothing(
+    file: Path, tiny_base: Path, in_folder: Base, tmp_path: Path
+) -> None:
+    """The EMA beside the weights, a training's counters, and noise levels that are those of the configs."""
+    weights = load_file(file)
+    schedule = NoiseSchedule.of(in_folder.scheduler())
+    ema = {f"model_ema.{name.removeprefix(UNET).replace('.', '')}": tensor + 1 for name, tensor in weights.items()}
+    sigmas = (schedule.sigmas / schedule.alphas).half()
+    save_file(
+        {**weights, **ema, "global_step": torch.zeros(1), "denoiser.sigmas": sigmas}, tmp_path / "more.safetensors"
+    )
+    base = open_base(BaseOptions(name=str(tmp_path / "more.safetensors"), config=str(tiny_base)))
+    assert_same_bits(base.unet("cpu", torch.float32), in_folder.unet("cpu", torch.float32))
+    assert_same_bits(base.vae("cpu", torch.float32), in_folder.vae("cpu", torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_a_file_of_few_bits_has_the_rounded_weights(
+    file: Path, tiny_base: Path, in_folder: Base, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    rounded = {
+        name: tensor.to(dtype) if tensor.is_floating_point() and name.startswith(UNET) else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(rounded, tmp_path / "few.safetensors")
+    base = open_base(BaseOptions(name=str(tmp_path / "few.safetensors"), config=str(tiny_base)))
+    unet, whole = (one.unet("cpu", torch.float32).state_dict() for one in (base, in_folder))
+    assert unet.keys() == whole.keys()
+    assert all(torch.equal(unet[name], whole[name].to(dtype).float()) for name in whole)

@@ -33,7 +33,7 @@ def write_recipe(folder: Path, stages: dict[str, Any]) -> None:
 
 def run(folder: Path, num: int) -> None:
     """Measures the base in `folder` on `num` unseen prompts and writes the files of its model card there."""
-    base = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    base = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32)
     base.set_progress_bar_config(disable=True)
     scenes = unseen(num)
     images = sample(base, [scene.caption for scene in scenes])

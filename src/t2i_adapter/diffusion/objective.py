@@ -17,12 +17,10 @@ def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, schedule: Noise
 def target(latents: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
     """What a perfect model of the schedule's kind would answer, (B,4,h,w).
 
-    epsilon: the noise. v_prediction: v = alpha eps - sigma x_0 (2202.00512, appendix D). sample: x_0.
+    epsilon: the noise. v_prediction: v = alpha eps - sigma x_0 (2202.00512, appendix D).
     """
     if schedule.prediction == "epsilon":
         return noise
-    if schedule.prediction == "sample":
-        return latents
     alpha, sigma = schedule.at(timesteps)
     return alpha * noise - sigma * latents
 
@@ -39,7 +37,7 @@ def weights(timesteps: Tensor, schedule: NoiseSchedule, min_snr_gamma: float | N
     if schedule.prediction == "epsilon":
         # At zero terminal SNR both vanish and the ratio's limit is 1.
         return torch.where(snr > 0, clipped / snr, 1.0)
-    return clipped / (snr + 1) if schedule.prediction == "v_prediction" else clipped
+    return clipped / (snr + 1)
 
 
 def losses(prediction: Tensor, goal: Tensor, weight: Tensor) -> Tensor:

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from t2i_adapter.errors import UserError
-
 if TYPE_CHECKING:
     from diffusers import EulerDiscreteScheduler
 
-Prediction = Literal["epsilon", "v_prediction", "sample"]
+Prediction = Literal["epsilon", "v_prediction"]
+"""Euler ancestral steps, with which adapters are used, know these two and not `sample`."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,9 @@ class NoiseSchedule:
 
     @classmethod
     def of(cls, scheduler: EulerDiscreteScheduler) -> NoiseSchedule:
-        """Reads a diffusers scheduler. Raises UserError if the model predicts something unknown."""
+        """Reads the diffusers scheduler of a base, whose file models/scheduler.py has checked."""
         prediction = scheduler.config["prediction_type"]
-        if prediction not in get_args(Prediction):
-            allowed = ", ".join(get_args(Prediction))
-            raise UserError(f"The base's scheduler predicts {prediction!r}; training knows {allowed}.")
+        assert prediction in get_args(Prediction), prediction
         cumulative = scheduler.alphas_cumprod.double()
         if scheduler.config.get("rescale_betas_zero_snr"):
             # diffusers stores 2^-24 at the last step, so that its sigma stays finite; the schedule itself ends at 0.

@@ -90,8 +90,8 @@ def edge_map(picture: np.ndarray) -> np.ndarray:
 
 def is_mosaic(picture: np.ndarray) -> bool:
     """Whether (C,H,W) uint8 is flat or consists of rectangles on a grid, whose borders are not edges of the image."""
-    columns = reduce(cv2.max, [_largest_steps(plane) for plane in picture]) > _MIN_STEP  # where any row changes
-    rows = reduce(cv2.max, [_largest_steps(plane.T) for plane in picture]) > _MIN_STEP
+    columns = reduce(np.maximum, [_largest_steps(plane) for plane in picture]) > _MIN_STEP  # where any row changes
+    rows = reduce(np.maximum, [_largest_steps(plane.T) for plane in picture]) > _MIN_STEP
     return max(_longest_run(columns), _longest_run(rows)) <= _MAX_GRID_LINE
 
 

@@ -29,20 +29,22 @@ PICTURE_NAME = re.compile(r"(sample_\d\d|sheet)\.png")
 _TAGS = ["t2i-adapter", "stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image", "diffusers"]
 _EVALUATION = ("<!-- evaluation -->", "<!-- end of evaluation -->")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:])")
-_ADAPTER_LINE = re.compile(r"^(adapter = T2IAdapter\.from_pretrained\().*(, torch_dtype=dtype, variant=)", re.MULTILINE)
+_ADAPTER_LINE = re.compile(
+    r"^(adapter = T2IAdapter\.from_pretrained\().*(, (?:torch_)?dtype=dtype, variant=)", re.MULTILINE
+)
 _MAX_PICTURE = 512  # pixels a side; larger pictures make the card slow to open
 
 _CODE = string.Template("""\
 import torch
-from diffusers import $imports
+from diffusers import $imports  # 0.40 or newer
 from diffusers.utils import load_image
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.float16 if device == "cuda" else torch.float32
 $base
-adapter = T2IAdapter.from_pretrained($adapter, torch_dtype=dtype, variant="fp16" if device == "cuda" else None)
+adapter = T2IAdapter.from_pretrained($adapter, dtype=dtype, variant="fp16" if device == "cuda" else None)
 pipeline = StableDiffusionXLAdapterPipeline.$load(base, adapter=adapter, ${vae_argument}\
-torch_dtype=dtype$arguments)
+dtype=dtype$arguments)
 pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
 pipeline.to(device)
 
@@ -124,7 +126,7 @@ def usage_code(metadata: Metadata, adapter: str, *, prompt: str, channels: int =
     lines = [_base_line(base["name"])]
     if vae:
         classes.insert(0, "AutoencoderKL")
-        lines.append(f"vae = AutoencoderKL.from_pretrained({vae!r}, torch_dtype=dtype)")
+        lines.append(f"vae = AutoencoderKL.from_pretrained({vae!r}, dtype=dtype)")
     single = base["name"].endswith(".safetensors")
     arguments = {key: base[key] for key in ("config" if single else "variant", "revision") if base.get(key)}
     size = (metadata.resolution, metadata.resolution)

@@ -12,6 +12,7 @@ from diffusers import T2IAdapter
 from t2i_adapter.config.tree import AdapterOptions
 from t2i_adapter.errors import UserError, first_line
 from t2i_adapter.models.record import CONFIG, WEIGHTS
+from t2i_adapter.models.weights import WeightsError, load_weights
 
 GAINS = {"default": 1.0, "quiet": 0.01, "zero": 0.0}
 """`adapter.init` -> factor of all features at the start."""
@@ -58,8 +59,8 @@ def load_adapter(name: str, *, cache_dir: str | None = None) -> T2IAdapter:
     place: Any = {"cache_dir": cache_dir, "local_files_only": Path(name).exists()}
     try:
         _check_sizes(T2IAdapter.load_config(name, **place), name)
-        return T2IAdapter.from_pretrained(name, use_safetensors=True, torch_dtype=torch.float32, **place)
-    except (OSError, ValueError) as fault:
+        return load_weights(T2IAdapter, name, torch.float32, **place)
+    except (OSError, ValueError, WeightsError) as fault:
         raise UserError(
             f"{name}: no adapter found ({first_line(fault)}). Name a folder with {CONFIG} and {WEIGHTS}, or a hub id "
             "of such files."

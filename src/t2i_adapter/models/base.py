@@ -21,7 +21,6 @@ from diffusers import (
     StableDiffusionXLAdapterPipeline,
     UNet2DConditionModel,
 )
-from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +28,8 @@ from t2i_adapter.config.tree import BaseOptions
 from t2i_adapter.errors import UserError, first_line
 from t2i_adapter.files import parse_json, sha256
 from t2i_adapter.models.encoders import LatentEncoder, LatentScale, TextEncoder
+from t2i_adapter.models.scheduler import check_class, check_config
+from t2i_adapter.models.weights import WeightsError, load_weights
 
 if TYPE_CHECKING:
     from diffusers import T2IAdapter
@@ -37,6 +38,7 @@ transformers_logging.disable_progress_bar()  # a bar for each local file would h
 
 TEXT_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 PARTS = ("unet", "vae", "scheduler", *TEXT_PARTS)
+_SCHEDULER = "scheduler/scheduler_config.json"
 _LARGE_BLOCKS = ("down_blocks.0.", "down_blocks.1.", "up_blocks.1.", "up_blocks.2.")
 """Blocks of the two highest of SDXL's three resolutions."""
 
@@ -64,6 +66,12 @@ class Base:
                 f"{self.name} is not an SDXL base: its UNet has {blocks} resolutions and addition_embed_type "
                 f"{embedding!r}; SDXL has 3 and 'text_time'."
             )
+        if (channels := self.unet_config.get("in_channels", 4)) != 4:
+            raise UserError(
+                f"{self.name}: its UNet takes {channels} channels, as bases for inpainting or editing do; allowed is "
+                "4. Use the text-to-image base that it was made from."
+            )
+        self._check_scheduler()
 
     # Configs: read without weights ---------------------------------------------------------------------------------
 
@@ -84,6 +92,18 @@ class Base:
         index = self.folder / "model_index.json"
         return bool(_read_json(index).get("force_zeros_for_empty_prompt", True)) if index.is_file() else True
 
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        return _read_json(self.folder / _SCHEDULER)
+
+    def _check_scheduler(self) -> None:
+        """Raises UserError unless the base was trained with a noise schedule that training follows."""
+        check_config(self.scheduler_config, str(self.folder / _SCHEDULER))
+        index = self.folder / "model_index.json"
+        named = _read_json(index).get("scheduler") if index.is_file() else None
+        if isinstance(named, list) and named:  # [library, class]; pipelines of diffusers read the file with this class
+            check_class(named[-1], str(index))
+
     @property
     def native_size(self) -> int:
         """Side in pixels of the pictures that the base makes by default."""
@@ -95,7 +115,8 @@ class Base:
 
     def scheduler(self) -> EulerDiscreteScheduler:
         """Returns the base's noise schedule."""
-        scheduler: Any = EulerDiscreteScheduler.from_pretrained(self.folder, subfolder="scheduler")
+        set_keys = {key: value for key, value in self.scheduler_config.items() if value is not None}
+        scheduler: Any = EulerDiscreteScheduler.from_config(set_keys)
         return scheduler
 
     def tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
@@ -160,13 +181,11 @@ class Base:
 
     def _load(self, kind: Any, part: str, device: torch.device | str, dtype: torch.dtype) -> Any:
         try:
-            model = kind.from_pretrained(
-                self.folder, subfolder=part, variant=self.options.variant, use_safetensors=True, torch_dtype=dtype
-            )
-        except (OSError, ValueError, SafetensorError) as fault:
+            model = load_weights(kind, str(self.folder), dtype, subfolder=part, variant=self.options.variant)
+        except WeightsError as fault:
             variant = f" of variant {self.options.variant}" if self.options.variant else ""
             raise UserError(
-                f"{self.name}: no safetensors weights{variant} for {part} ({first_line(fault)}). "
+                f"{self.name}: no complete safetensors weights{variant} for {part} ({fault}). "
                 "Pickled weights (.bin, .ckpt) are not read."
             ) from fault
         return freeze(model, device)
@@ -241,12 +260,10 @@ def _load_named_vae(options: BaseOptions, device: torch.device | str, dtype: tor
     if options.vae is None:
         return None
     try:
-        vae = AutoencoderKL.from_pretrained(
-            options.vae, use_safetensors=True, torch_dtype=dtype, **_vae_source(options)
-        )
-    except (OSError, ValueError) as fault:
+        vae = load_weights(AutoencoderKL, options.vae, dtype, **_vae_source(options))
+    except WeightsError as fault:
         raise UserError(
-            f"{options.vae}: no VAE found ({first_line(fault)}). "
+            f"{options.vae}: no VAE found ({fault}). "
             "Name a folder with config.json and safetensors weights, or a hub id of such files.",
             option="base.vae",
         ) from fault

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from t2i_adapter.config.tree import BaseOptions
+from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError, first_line, flag
 from t2i_adapter.files import sha256, user_path
 from t2i_adapter.models.base import PARTS, Base, freeze
@@ -30,12 +32,35 @@ CONFIG_FILES = ["model_index.json", *(f"{part}/*.{suffix}" for part in PARTS for
 _PREFIXES = {
     "unet": ("model.diffusion_model.",),
     "vae": ("first_stage_model.", "vae."),
-    "text_encoder": ("conditioner.embedders.0.transformer.",),
-    "text_encoder_2": ("conditioner.embedders.1.model.",),
+    "text_encoder": ("conditioner.embedders.0.transformer.text_model.",),
+    "text_encoder_2": ("conditioner.embedders.1.model.transformer.",),
 }
 """Part -> prefixes of the names of its tensors in the file."""
+_TEXT_PROJECTION = "conditioner.embedders.1.model.text_projection"
+_UNET_NAMES = re.compile(
+    r"model\.diffusion_model\.(time_embed|label_emb|input_blocks|middle_block|output_blocks|out)\..+\.(weight|bias)$"
+)
+_TEXT_NAMES = re.compile(
+    r"conditioner\.embedders\.(0\.transformer\.text_model\..*\.(weight|bias|position_ids)"
+    r"|1\.model\.transformer\.resblocks\..*\.(in_proj_)?(weight|bias)"
+    r"|1\.model\.(token_embedding\.weight|ln_final\.(weight|bias)|positional_embedding|text_projection|logit_scale))$"
+)
+"""The names of tensors in the original release. Others, such as `scale_weight` of quantised weights, change the
+numbers, and diffusers ignores them."""
+_OTHER_FILES = (
+    (r"(^|[._])lora[._]", "It is a LoRA: merge it into a base first"),
+    (r"^cond_stage_model\.", "It is a checkpoint of Stable Diffusion 1 or 2"),
+    (r"^conditioner\.embedders\.0\.model\.", "It is SDXL's refiner"),
+    (r"^(encoder|decoder)\.", "It is a VAE"),
+    (r"^(down_blocks|input_blocks)\.", "It has the names of a UNet alone"),
+)
+"""Pattern in the names of a file's tensors -> what the file is."""
 _SCHEDULES = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
 """Key that marks a file of another schedule than SDXL's own -> the scheduler's setting and value that it stands for."""
+_EDM = ("edm_mean", "edm_std", "edm_vpred.")
+"""Keys that mark a file of EDM's schedule."""
+_SIGMAS = "denoiser.sigmas"
+"""Key of the table of noise levels sigma_t / alpha_t that the training drew from."""
 _NAME_CONFIG = f"Set {flag('base.config')} to a diffusers folder or hub id of the model that the file was made from"
 
 
@@ -50,6 +75,8 @@ class SingleFileBase(Base):
         keys = _read_keys(path, with_vae=options.vae is None)
         super().__init__(options, _find_configs(options, path))
         self._check_schedule(keys)
+        if _SIGMAS in keys:
+            self._check_sigmas()
 
     @cached_property
     def _file_sha256(self) -> str:
@@ -93,6 +120,20 @@ class SingleFileBase(Base):
                     f"{_NAME_CONFIG}, with that setting in its scheduler."
                 )
 
+    def _check_sigmas(self) -> None:
+        """Raises UserError if the noise levels of the training, which some files hold, are not those of the configs."""
+        with safe_open(self.path, framework="pt") as file:
+            theirs = file.get_tensor(_SIGMAS).double().flatten()
+        theirs, schedule = theirs[theirs > 0].sort().values, NoiseSchedule.of(self.scheduler())
+        ours = (schedule.sigmas.double() / schedule.alphas.double()).sort().values
+        # The last level is infinite at zero terminal SNR, and files hold a finite number instead. 1 % is fp16 and more.
+        if len(theirs) != len(ours) or not torch.allclose(theirs[:-1], ours[:-1], rtol=0.01, atol=0):
+            raise UserError(
+                f"{self.path}: its noise levels, the key {_SIGMAS}, are not those of "
+                f"{self.folder / 'scheduler' / 'scheduler_config.json'}. {_NAME_CONFIG}.",
+                kind="schedule",
+            )
+
 
 def _read_keys(path: Path, *, with_vae: bool) -> set[str]:
     """Returns the names of the file's tensors, from its header. Raises UserError if a part of SDXL is missing."""
@@ -104,13 +145,49 @@ def _read_keys(path: Path, *, with_vae: bool) -> set[str]:
     except (OSError, SafetensorError) as fault:
         raise UserError(f"{path}: damaged safetensors file ({first_line(fault)}). Download it again.") from fault
     wanted = [prefixes for part, prefixes in _PREFIXES.items() if with_vae or part != "vae"]
-    missing = [prefixes[0] for prefixes in wanted if not any(key.startswith(prefixes) for key in keys)]
+    missing = [f"{prefixes[0]}*" for prefixes in wanted if not any(key.startswith(prefixes) for key in keys)]
+    if not missing and _TEXT_PROJECTION not in keys:
+        missing = [_TEXT_PROJECTION]
     if missing:
         raise UserError(
-            f"{path} is not an SDXL base in the layout of the original release: missing weights "
-            f"{', '.join(f'{prefix}*' for prefix in missing)}. Name a complete checkpoint, or a diffusers folder."
+            f"{path} is not an SDXL base in the layout of the original release: missing weights {', '.join(missing)}. "
+            f"{_advice(keys, missing)}"
         )
+    _check_keys(keys, path)
     return keys
+
+
+def _advice(keys: set[str], missing: list[str]) -> str:
+    """Returns what the file is, if its names show that, and what to do."""
+    known = [what for pattern, what in _OTHER_FILES if any(re.search(pattern, key) for key in keys)]
+    if not known and missing == [f"{_PREFIXES['vae'][0]}*"]:
+        return f"Set {flag('base.vae')} to the folder or hub id of a VAE, or name a complete checkpoint."
+    text = sorted(key for key in keys if re.match(r"conditioner\.|text_encoder", key) and not _TEXT_NAMES.match(key))
+    if not known and text:
+        known = [f"Its text encoders have the names of another layout, such as {text[0]}"]
+    return "".join(f"{what}. " for what in known[:1]) + "Name a complete checkpoint, or a diffusers folder."
+
+
+def _check_keys(keys: set[str], path: Path) -> None:
+    """Raises UserError if a key means that the weights stand for other numbers, or for another process than DDPM."""
+    if edm := sorted(key for key in keys if key.startswith(_EDM)):
+        raise UserError(
+            f"{path} has the key {edm[0]}, so it was trained with the noise schedule of EDM, as Playground v2.5 and "
+            "CosXL were. Training follows DDPM's noise schedule only: use a base that was trained with it.",
+            kind="schedule",
+        )
+    unet, *text = (_PREFIXES[part][0] for part in ("unet", "text_encoder", "text_encoder_2"))
+    unknown = sorted(
+        key
+        for key in keys
+        if (key.startswith(unet) and not _UNET_NAMES.match(key))
+        or (key.startswith(tuple(text)) and not _TEXT_NAMES.match(key))
+    )
+    if unknown:
+        raise UserError(
+            f"{path}: unknown key {unknown[0]}: the weights are quantised with scales, or of another network. "
+            "Name a file whose weights are in fp8 without scales, fp16, bf16 or fp32."
+        )
 
 
 def _find_configs(options: BaseOptions, path: Path) -> Path:
