@@ -221,7 +221,11 @@ def _member(archive: Path, name: str) -> bytes:
                 file = tar.extractfile(member)
                 assert file is not None  # it is a regular file
                 return file.read()
-    raise UserError(f"{archive}: there is no {name} in it.")
+    plain = f"{archive.name.removesuffix('.gz').removesuffix('.tgz').removesuffix('.tar')}.tar"
+    raise UserError(
+        f"{archive}: there is no {name} in it, so it is no emoji package. Unpack an archive of pairs before you name "
+        f"it: gzip -dc {archive.name} > {plain}"
+    )
 
 
 def _icon(name: str, entry: Any, sides: tuple[int, int], source: str) -> Icon:

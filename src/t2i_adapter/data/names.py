@@ -19,15 +19,19 @@ def is_picture(name: str) -> bool:
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file or folder was left by a system (`.DS_Store`, `._a.jpg`, `__MACOSX`, `Thumbs.db`) or is hidden.
+    """Whether a file or folder was left by a system (`.DS_Store`, `._a.jpg`, `__MACOSX`, `Thumbs.db`) or by an archiver
+    (`PaxHeaders.0`), or is hidden.
 
     `name` is one name, or the path of a member of an archive: a member of a litter folder is litter too.
     """
-    return any(
-        (part.startswith(".") and part not in (".", "..")) or part.lower() in _LITTER for part in name.split("/")
-    )
+    return any(map(_is_litter, name.split("/")))
 
 
 def same_form(name: str) -> str:
     """The name in Unicode's composed form (NFC): file systems and archives store the same letters in two forms."""
     return unicodedata.normalize("NFC", name)
+
+
+def _is_litter(part: str) -> bool:
+    low = part.lower()
+    return (part.startswith(".") and part not in (".", "..")) or low in _LITTER or low.startswith("paxheader")

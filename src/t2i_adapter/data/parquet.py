@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.addresses import Blob
-from t2i_adapter.data.remote import find, read_tail
-from t2i_adapter.data.shard_files import describe, labels, part_of, shard_pattern, starts
+from t2i_adapter.data.remote import read_tail
+from t2i_adapter.data.shard_files import describe, find_shards, labels, part_of, starts
 from t2i_adapter.data.store import Store
 from t2i_adapter.data.table import PictureReader, Table
 from t2i_adapter.errors import UserError, first_line
@@ -33,7 +33,7 @@ def open_rows(location: str, options: DataOptions) -> ParquetTable:
 
     Pictures are bytes, or named as in a manifest. Raises UserError.
     """
-    blobs = find(shard_pattern(location, options.split, ".parquet"))
+    blobs = find_shards(location, options.split, ".parquet")
     store = Store(cache_root(options.prepared_dir))
     return ParquetTable(blobs, store, PictureReader.beside(blobs, store), options)
 

@@ -2,23 +2,65 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from t2i_adapter.data.addresses import Blob, base_name
-from t2i_adapter.files import user_path
+from t2i_adapter.data.addresses import Blob, base_name, local_blob, local_path
+from t2i_adapter.data.names import is_litter
+from t2i_adapter.data.remote import find
+from t2i_adapter.errors import UserError
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Split -> the words that mark its shards' names, as in the `datasets` library."""
 
 
-def shard_pattern(location: str, split: str, suffix: str) -> str:
-    """The glob of a local folder's shards of one split; any other location is a pattern already."""
-    folder = user_path(location)
+def find_shards(location: str, split: str, ending: str) -> list[Blob]:
+    """The shards that a location names: a local folder's of one split, or those of a file, a pattern or an address.
+
+    A folder's shards lie in it or in its folder `split`; their names end in `ending`, in any case. If none of them has
+    a split's name, all belong to the split train. Raises UserError.
+    """
+    folder = local_path(location)
     if not folder.is_dir():
-        return location
-    if any((folder / split).glob(f"*{suffix}")):
-        return str(folder / split / f"*{suffix}")
-    named = f"{split}*{suffix}"
-    return str(folder / (named if any(folder.glob(named)) else f"*{suffix}"))
+        return find(location)
+    inner = _shards_in(folder / split, ending)
+    if inner:
+        return [local_blob(path) for path in inner]
+    found = _shards_in(folder, ending)
+    splits = {path: split_of(path.name, split) for path in found}
+    wanted = [path for path in found if splits[path] == split]
+    if not wanted and split in ("train", folder.name):
+        wanted = [path for path in found if splits[path] is None]
+    if wanted:
+        return [local_blob(path) for path in wanted]
+    folders = {path.parent.name for path in folder.glob("*/*") if path.name.lower().endswith(ending)}
+    names = sorted({name or "train" for name in splits.values()} | folders)
+    if not names:
+        raise UserError(f"{location}: there are no files *{ending} in it.", option="data.train_data_dir")
+    raise UserError(f"{location} has no split {split!r}; there are: {', '.join(names)}.", option="data.split")
+
+
+def _shards_in(folder: Path, ending: str) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(ending) and not is_litter(path.name))
+
+
+def split_of(name: str, wanted: str = "train") -> str | None:
+    """The split whose word a file's name begins with ("train-0000.tar", "val_3.parquet"), or None.
+
+    Any word may be `wanted`; a letter after the word makes it another word.
+    """
+    words = {word: split for split, several in SPLITS.items() for word in several} | {wanted: wanted}
+    found = (split for word, split in words.items() if re.match(rf"{re.escape(word)}(?![A-Za-z])", name, re.I))
+    return next(found, None)
 
 
 def starts(counts: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -1,53 +1,47 @@
 """WebDataset shards: tar files in which members whose names are equal up to the first dot form a sample.
 
-A shard is indexed once, and the index is stored; pictures are then read by their position in the file. No member's
-name is used as a path. Links, devices and members whose names lead out of the archive are refused.
+A shard is indexed once (`tar_index.py`), and the index is stored; pictures are then read by their position in the file.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tarfile
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.addresses import Blob
 from t2i_adapter.data.picture import StoredPicture, check_size
-from t2i_adapter.data.remote import find
 from t2i_adapter.data.rows import Row, Rows
-from t2i_adapter.data.shard_files import describe, labels, part_of, shard_pattern, starts
+from t2i_adapter.data.shard_files import describe, find_shards, labels, part_of, starts
 from t2i_adapter.data.store import Store
-from t2i_adapter.errors import UserError
+from t2i_adapter.data.tar_index import MISSING, VERSION, index_shard, part_endings
+from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import cache_root, parse_json
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
-PARTS = ("image", "condition", "txt", "json")
-_VERSION = 1
-_BLOCK = tarfile.BLOCKSIZE
 _OPEN_FILES = 32
 _THREADS = 4
-_MISSING = -1
+_SHOWN_ENDINGS = 5
 
 
 def open_rows(location: str, options: DataOptions) -> TarRows:
     """Shards by glob or braces; a folder stands for all *.tar in it, or in the split's folder. Raises UserError."""
-    blobs = find(shard_pattern(location, options.split, ".tar"))
+    blobs = find_shards(location, options.split, ".tar")
     return TarRows(blobs, options, Store(cache_root(options.prepared_dir)))
 
 
 class TarRows(Rows):
     """Samples of all shards, in the order of their first members.
 
-    A sample is an image (.jpg, .png, .webp), a condition (.cond.png, or .conditioning_image.png after the column's
-    name; or jpg, webp) and a caption: the whole text of a .txt, otherwise the caption column of a .json.
+    A sample is an image (.jpg, .png, ...), a condition (.cond.png, or .conditioning_image.png after the column's name;
+    any picture's ending) and a caption: the whole text of a .txt, otherwise the caption column of a .json.
     """
 
     def __init__(self, blobs: Sequence[Blob], options: DataOptions, store: Store) -> None:
@@ -58,12 +52,11 @@ class TarRows(Rows):
             indices = list(pool.map(self._index, blobs))
         self.shards = tuple(len(index) for index in indices)
         self._starts = starts(self.shards)
-        index = pa.concat_tables(indices).combine_chunks()
+        index = pa.concat_tables([index.replace_schema_metadata() for index in indices]).combine_chunks()
         self._stems = index.column("stem")
         self._places = {name: index.column(name).to_numpy() for name in index.column_names if name != "stem"}
         self._reset()
-        if not len(self):
-            raise UserError(f"{self.place}: there are no samples.")
+        self._check_parts(Unused.of(indices))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_lock")}
@@ -100,8 +93,7 @@ class TarRows(Rows):
     def _picture(self, index: int, part: str) -> StoredPicture:
         data = self._part(index, part)
         if data is None:
-            wanted = ", ".join(f".{suffix}" for suffix in part_suffixes(self._options)[part])
-            raise UserError(f"{self.where(index)}: there is no {part}: no member ends in {wanted}.", kind="missing")
+            raise UserError(f"{self.where(index)}: there is no {part}: {self._wanted(part)}.", kind="missing")
         return StoredPicture(f"{self.where(index)}, {part}", data)
 
     def _meta(self, index: int) -> dict[str, Any]:
@@ -132,7 +124,7 @@ class TarRows(Rows):
     def _part(self, index: int, part: str) -> bytes | None:
         """A member's bytes; None if the sample has no such member. Raises UserError."""
         start, size = int(self._places[f"{part}_at"][index]), int(self._places[f"{part}_size"][index])
-        if start == _MISSING:
+        if start == MISSING:
             return None
         shard = self._shard(index)
         check_size(size, f"{self.where(index)}, {part}")
@@ -162,91 +154,87 @@ class TarRows(Rows):
         return part_of(self._starts, index)
 
     def _index(self, blob: Blob) -> pa.Table:
-        suffixes = part_suffixes(self._options)
+        endings = part_endings(self._options)
         if blob.stamp is None:
-            return index_shard(self._store.local(blob), blob.name, suffixes)
-        key = f"tar {_VERSION}\0{blob.stamp}\0{json.dumps(suffixes)}"
-        return self._store.index(key, lambda: index_shard(self._store.local(blob), blob.name, suffixes))
+            return index_shard(self._store.local(blob), blob.name, endings)
+        key = f"tar {VERSION}\0{blob.stamp}\0{json.dumps(endings)}"
+        return self._store.index(key, lambda: index_shard(self._store.local(blob), blob.name, endings))
+
+    def _check_parts(self, unused: Unused) -> None:
+        """Sets `note`. Raises UserError if there are no samples, or if all of them miss the same part."""
+        if not len(self):
+            raise UserError(f"{self.place}: there are no samples: {self._wanted('image')}{unused.hint()}.")
+        has = {part: self._places[f"{part}_at"] != MISSING for part in ("image", "condition", "txt", "json")}
+        missing = {"image": ~has["image"], "caption": ~(has["txt"] | has["json"])}
+        if not self.annotate:
+            missing["condition"] = ~has["condition"]
+        notes = []
+        for part, is_missing in missing.items():
+            count = int(np.count_nonzero(is_missing))
+            if count == len(self):
+                text = f"{self.place}: none of the {count:,} samples has a{'n' * (part == 'image')} {part}"
+                raise UserError(f"{text}: {self._wanted(part)}{unused.hint()}.{_ADVICE[part]}")
+            if count:
+                notes.append(f"{count:,} samples have no {part} (the first: {self.key(int(np.argmax(is_missing)))})")
+        self.note = "; ".join([*notes, *unused.notes()])
+
+    def _wanted(self, part: str) -> str:
+        """The member that a sample without this part misses, for messages."""
+        if part == "caption":
+            return "no member ends in .txt or .json"
+        column = self._options.image_column if part == "image" else self._options.conditioning_image_column
+        own = ["", f".{column}"] if part == "image" else [".cond", f".{column}"]
+        return f"no member ends in {' or '.join(f'{name}.png' for name in own)} (or .jpg, .webp, ...)"
 
     def _reset(self) -> None:
         self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
         self._lock = threading.Lock()
 
 
-def part_suffixes(options: DataOptions) -> dict[str, list[str]]:
-    """Part of a sample -> the suffixes, after the first dot of a member's name, that it may have."""
-    names = dict.fromkeys(["cond", "conditioning_image", options.conditioning_image_column])
-    return {
-        "image": [*PICTURES, *(f"{options.image_column}.{suffix}" for suffix in PICTURES)],
-        "condition": [f"{name}.{suffix}" for name in names for suffix in PICTURES],
-        "txt": ["txt"],
-        "json": ["json"],
-    }
+_UNPACK = " If the archive holds a data folder, unpack it and name the folder."
+_ADVICE = {
+    "image": _UNPACK,
+    "condition": (
+        f" {flag('data.conditioning_image_column')} NAME reads members that end in .NAME.png, and "
+        f"{flag('data.condition')} makes the conditions from the images.{_UNPACK}"
+    ),
+    "caption": _UNPACK,
+}
+"""What to do if no sample has this part."""
 
 
-def index_shard(path: Path, name: str, suffixes: dict[str, list[str]]) -> pa.Table:
-    """One row a sample: its stem, and position and size in bytes of each part; both are -1 if the part is missing.
+class Unused:
+    """The members of shards that belong to no sample: how many of each ending, and how much litter of systems."""
 
-    `name` is the shard's name in messages. Raises UserError that names the shard and the member.
-    """
-    part_of = {suffix: part for part, ends in suffixes.items() for suffix in ends}
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    end = 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                _check_member(member, name)
-                if member.size < 0 or member.offset_data < end:
-                    raise UserError(
-                        f"{name}: damaged: the header of member {member.name!r} puts it before the end of the last one."
-                    )
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK if member.isreg() else end
-                stem, suffix = split_name(member.name)
-                part = part_of.get(suffix.lower())
-                if not member.isreg() or part is None:
-                    continue
-                sample = samples.setdefault(stem, {})
-                if part in sample:
-                    raise UserError(f"{name}: sample {stem} has two members for its {part}; one is allowed.")
-                sample[part] = member.offset_data, member.size
-        _check_end(path, name, end)
-    except tarfile.TarError as fault:
-        raise UserError(
-            f"{name}: truncated, or not a plain tar file (compressed ones are not supported): {fault}."
-        ) from fault
-    except OSError as fault:
-        raise UserError(f"{name}: cannot be read: {fault.strerror or fault}.") from fault
-    return _to_table(samples)
+    def __init__(self) -> None:
+        self.endings: Counter[str] = Counter()
+        self.litter = 0
+        self.first_litter = ""
 
+    @classmethod
+    def of(cls, indices: Sequence[pa.Table]) -> Unused:
+        """Adds up what `index_shard` has counted in each shard."""
+        unused = cls()
+        for index in indices:
+            counts = json.loads((index.schema.metadata or {}).get(b"unused", b"{}"))
+            unused.endings.update(counts.get("endings", {}))
+            unused.litter += counts.get("litter", 0)
+            unused.first_litter = unused.first_litter or counts.get("first_litter", "")
+        return unused
 
-def split_name(member: str) -> tuple[str, str]:
-    """ "a/b.cond.png" -> ("a/b", "cond.png")."""
-    folder, slash, base = member.removeprefix("./").rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return folder + slash + stem, suffix
+    def hint(self) -> str:
+        """ "; the other members: .depth.png (12)", or ""."""
+        return f"; the other members: {self._list()}" if self.endings else ""
 
+    def notes(self) -> list[str]:
+        """What the plan's line says about them."""
+        found = []
+        if self.endings:
+            found.append(f"members that are not used: {self._list()}")
+        if self.litter:
+            found.append(f"skips {self.litter:,} files that a system left or hid, such as {self.first_litter}")
+        return found
 
-def _check_member(member: tarfile.TarInfo, name: str) -> None:
-    if member.name.startswith(("/", "\\")) or ".." in member.name.replace("\\", "/").split("/"):
-        raise UserError(f"{name}: member {member.name!r} leads out of the archive, which is not allowed.")
-    if not (member.isreg() or member.isdir()) or member.issparse():
-        raise UserError(f"{name}: member {member.name!r} is a link or a device; only plain files are allowed.")
-
-
-def _check_end(path: Path, name: str, end: int) -> None:
-    """Raises UserError if the archive does not end in a block of zeros, which `tarfile` does not check."""
-    with path.open("rb") as file:
-        file.seek(end)
-        if file.read(_BLOCK) != bytes(_BLOCK):
-            raise UserError(
-                f"{name}: truncated: it ends at byte {path.stat().st_size:,} without an end mark. Copy it again."
-            )
-
-
-def _to_table(samples: dict[str, dict[str, tuple[int, int]]]) -> pa.Table:
-    columns: dict[str, Any] = {"stem": pa.array(list(samples), pa.large_string())}
-    for part in PARTS:
-        found = [sample.get(part, (_MISSING, _MISSING)) for sample in samples.values()]
-        columns[f"{part}_at"] = pa.array([place for place, _ in found], pa.int64())
-        columns[f"{part}_size"] = pa.array([size for _, size in found], pa.int64())
-    return pa.table(columns)
+    def _list(self) -> str:
+        shown = [f"{ending} ({count:,})" for ending, count in self.endings.most_common(_SHOWN_ENDINGS)]
+        return ", ".join(shown + ["..."] * (len(self.endings) > _SHOWN_ENDINGS))
