@@ -142,7 +142,7 @@ def test_a_missing_member_is_named_and_counted_and_other_samples_are_read(
     assert part in fault_of(place)
     assert open_at(place)[1].captions == ("circle",)
     what = {"a.txt": "caption", "a.png": "image", "a.cond.png": "condition"}[lacks]
-    assert open_at(place).describe().endswith(f"; 1 samples have no {what} (the first: 0.tar/a)")
+    assert open_at(place).describe().endswith(f"\n  1 samples have no {what} (the first: 0.tar/a)")
 
 
 @pytest.mark.parametrize(

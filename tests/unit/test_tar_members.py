@@ -79,7 +79,7 @@ MEMBERS: dict[str, tuple[dict[str, bytes], list[str], str]] = {
             **dict.fromkeys(("._a.png", "__MACOSX/._a.png", ".DS_Store", "PaxHeaders.3/a.png", "Thumbs.db"), b"x"),
         },
         ["a"],
-        "skips 5 files that a system left or hid, such as ._a.png",
+        "Skips 5 files that a system left or hid, such as ._a.png",
     ),
     "dots in all stems": ({**sample("a.v1"), **sample("a.v2"), **sample("b.v2")}, ["a.v1", "a.v2", "b.v2"], ""),
     "dots in some stems": ({**sample("a"), **sample("a.v2")}, ["a", "a.v2"], ""),
@@ -87,20 +87,20 @@ MEMBERS: dict[str, tuple[dict[str, bytes], list[str], str]] = {
     "other pictures of a sample": (
         {**sample("a"), **sample("b"), "a.canny.png": picture(), "b.canny.png": picture(), "a.meta.json": b"{}"},
         ["a", "b"],
-        "members that are not used: .canny.png (2), .meta.json (1)",
+        "Members that are not used: .canny.png (2), .meta.json (1)",
     ),
     "other pictures of a stem with dots": (
         {**sample("a.v1"), "a.v1.canny.png": picture()},
         ["a.v1"],
-        "members that are not used: .v1.canny.png (1)",
+        "Members that are not used: .v1.canny.png (1)",
     ),
     "files of another use": (
         {**sample("a"), "README.txt": b"x", "LICENSE": b"x", "info.json": b"{}"},
         ["a"],
-        "members that are not used: .txt (1), no ending (1), .json (1)",
+        "Members that are not used: .txt (1), no ending (1), .json (1)",
     ),
 }
-"""Fault -> members, the stems that are read, and what the plan's line adds."""
+"""Fault -> members, the stems that are read, and what the plan adds."""
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -108,7 +108,7 @@ def test_members_are_paired_or_counted(tmp_path: Path, name: str) -> None:
     members, stems, note = MEMBERS[name]
     source = open_at(write_tar(tmp_path / "0.tar", members))
     assert [stem for stem, _ in read(source)] == stems
-    assert source.describe().partition("read as tar shards")[2] == (f"; {note}" if note else "")
+    assert source.describe().partition("read as tar shards")[2] == (f"\n  {note}" if note else "")
 
 
 @pytest.mark.parametrize("kind", FORMATS)

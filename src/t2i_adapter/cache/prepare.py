@@ -135,7 +135,7 @@ def _crop_size(source: Source, transform: PairTransform, number: int) -> int | B
 
 def _check_any(numbers: np.ndarray, source: Source) -> None:
     if not len(numbers):
-        raise UserError(f"{source.describe()}: all rows are bad.")
+        raise UserError(f"{source.describe().splitlines()[0]}: all rows are bad.")
 
 
 def groups_of(tags: np.ndarray) -> tuple[np.ndarray, ...]:

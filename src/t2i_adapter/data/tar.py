@@ -161,7 +161,7 @@ class TarRows(Rows):
         return self._store.index(key, lambda: index_shard(self._store.local(blob), blob.name, endings))
 
     def _check_parts(self, unused: Unused) -> None:
-        """Sets `note`. Raises UserError if there are no samples, or if all of them miss the same part."""
+        """Sets `notes`. Raises UserError if there are no samples, or if all of them miss the same part."""
         if not len(self):
             raise UserError(f"{self.place}: there are no samples: {self._wanted('image')}{unused.hint()}.")
         has = {part: self._places[f"{part}_at"] != MISSING for part in ("image", "condition", "txt", "json")}
@@ -176,7 +176,7 @@ class TarRows(Rows):
                 raise UserError(f"{text}: {self._wanted(part)}{unused.hint()}.{_ADVICE[part]}")
             if count:
                 notes.append(f"{count:,} samples have no {part} (the first: {self.key(int(np.argmax(is_missing)))})")
-        self.note = "; ".join([*notes, *unused.notes()])
+        self.notes = (*notes, *unused.notes())
 
     def _wanted(self, part: str) -> str:
         """The member that a sample without this part misses, for messages."""
@@ -227,12 +227,12 @@ class Unused:
         return f"; the other members: {self._list()}" if self.endings else ""
 
     def notes(self) -> list[str]:
-        """What the plan's line says about them."""
+        """What the plan says about them."""
         found = []
         if self.endings:
-            found.append(f"members that are not used: {self._list()}")
+            found.append(f"Members that are not used: {self._list()}")
         if self.litter:
-            found.append(f"skips {self.litter:,} files that a system left or hid, such as {self.first_litter}")
+            found.append(f"Skips {self.litter:,} files that a system left or hid, such as {self.first_litter}")
         return found
 
     def _list(self) -> str:
