@@ -72,21 +72,41 @@ def test_a_row_of_an_image_folder_stays_in_it(tmp_path: Path, outside: Path, esc
     assert "line 1, column image" in message
 
 
-@pytest.mark.parametrize("escape", [name for name in ESCAPES if name != "file address"])
+BY_DESIGN = ("absolute", "file address")
+"""Forms in which a manifest on this machine, which the user has named, may name any file."""
+
+
+@pytest.mark.parametrize("escape", [name for name in ESCAPES if name not in BY_DESIGN])
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_a_row_of_a_manifest_stays_in_its_folder(tmp_path: Path, outside: Path, escape: str, suffix: str):
-    """A file:// address in a local manifest may name any file, by design; no other form may."""
+    message = read_manifest(tmp_path, ESCAPES[escape](outside), suffix)
+    assert "column image" in message or "is UTF-16 text, or not text" in message
+
+
+@pytest.mark.parametrize("form", BY_DESIGN)
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_manifest_may_name_files_elsewhere_by_their_absolute_paths(
+    tmp_path: Path, outside: Path, form: str, suffix: str
+):
+    assert read_manifest(tmp_path, ESCAPES[form](outside), suffix) == ""
+
+
+def read_manifest(tmp_path: Path, path: str, suffix: str) -> str:
+    """The error from reading a manifest of one row whose image is `path`; "" if it is read."""
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "cond.png").write_bytes(picture("black"))
-    path = ESCAPES[escape](outside)
     if suffix == "jsonl":
         text = json.dumps({"image": path, "conditioning_image": "cond.png", "text": "a"})
     else:
         text = f'image,conditioning_image,text\n"{path}",cond.png,a\n'
     (folder / f"rows.{suffix}").write_text(text + "\n")
-    message = fault_of(folder / f"rows.{suffix}", tmp_path)
-    assert "column image" in message or "cannot be read as CSV" in message
+    data = DataOptions(train_data_dir=str(folder / f"rows.{suffix}"), prepared_dir=str(tmp_path / "cache"))
+    try:
+        open_source(data, seed=0)[0]
+    except UserError as fault:
+        return str(fault)
+    return ""
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> None:

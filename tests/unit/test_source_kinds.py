@@ -78,19 +78,22 @@ def test_every_layout_gives_the_same_pairs_also_in_another_process(data: Path, r
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_a_manifest_of_paths_and_of_file_addresses(data: Path, rows: Rows, tmp_path: Path, suffix: str) -> None:
+def test_a_manifest_of_paths_absolute_paths_and_file_addresses(
+    data: Path, rows: Rows, tmp_path: Path, suffix: str
+) -> None:
     expected = pairs(open_at(data))
     assert pairs(open_at(manifest_beside(rows, suffix))) == expected
+    assert pairs(open_at(write_manifest(tmp_path / f"absolute{suffix}", rows))) == expected
     named = [{**row, **{part: row[part].as_uri() for part in ("image", "condition")}} for row in rows]
     assert pairs(open_at(write_manifest(tmp_path / f"elsewhere{suffix}", named))) == expected
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-@pytest.mark.parametrize("path", ["../secret.png", "/etc/passwd"])
-def test_a_manifests_paths_stay_in_its_folder(rows: Rows, suffix: str, path: str) -> None:
-    rows[1]["image"] = Path(path)
+def test_a_manifests_relative_paths_stay_in_its_folder(rows: Rows, suffix: str) -> None:
+    rows[1]["image"] = Path("../secret.png")
     place = write_manifest(rows[0]["image"].parent / f"pairs{suffix}", rows)
     assert "leaves the data folder" in fault_of(place, 1)
+    assert fault_of(place, 1).endswith("write the absolute path of a file elsewhere.")
 
 
 def test_csv_has_empty_captions_and_quoted_breaks_and_names_errors(rows: Rows) -> None:
@@ -98,7 +101,7 @@ def test_csv_has_empty_captions_and_quoted_breaks_and_names_errors(rows: Rows) -
     place = manifest_beside(rows, ".csv")
     assert [open_at(place).identify(i).captions for i in (0, 1)] == [("",), ('two\nlines, "quoted"',)]
     place.write_text("image,conditioning_image,text\na,b,c\na,b\n")
-    assert "cannot be read as CSV with a header row" in fault_of(place)
+    assert f"{place}, line 3: has 2 fields, and the header has 3" in fault_of(place, 1)
     place.write_text("image,text\na,b\n")
     assert "has no such column; there are: image, text. --data.condition canny makes" in fault_of(place)
 

@@ -249,7 +249,7 @@ def test_a_remote_manifest_reads_no_local_file(
 ) -> None:
     (tmp_path / "flat" / "bad.csv").write_text(f"image,conditioning_image,text\n{image},00000_outline.png,x\n")
     message = fault_of(f"{web.address}/flat/bad.csv", kept)
-    assert part in message and "row 0, column image" in message
+    assert part in message and "line 2, column image" in message
 
 
 def test_rows_of_an_image_folder_may_not_name_addresses(web: WebServer, kept: Path, tmp_path: Path) -> None:

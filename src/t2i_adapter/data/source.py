@@ -25,7 +25,7 @@ from t2i_adapter.files import user_path
 from t2i_adapter.types import Sample
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write them, UTF-8 cannot
-_LINE = re.compile(r" \(line \d+\)$")
+_LINE = re.compile(r" \((line|object) \d+\)$")
 MAX_ASPECT_GAP = 1.0  # pixels: what rounding a size makes
 
 

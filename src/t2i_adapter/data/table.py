@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -212,6 +213,9 @@ class PictureReader:
             path = self.store.local(blob) if blob.is_remote and self.store else Path(blob.name)
         except UserError as fault:
             raise fault.within(cell) from fault
+        if "\\" in value and not os.path.exists(path):  # noqa: PTH110 - also for a name that is too long
+            text = f"{cell}: {path}: no such file. It has backslashes; between folders stands /."
+            raise UserError(text, kind="missing")
         return StoredPicture(blob.name, read_file(path, cell))
 
     def caption(self, value: Any, ending: str, cell: str) -> str:
@@ -238,7 +242,8 @@ class PictureReader:
             return None  # `read` raises the error
 
     def _blob(self, text: str, cell: str) -> Blob:
-        """The file that a cell names. It lies in one of `roots`, or is an address if addresses are allowed.
+        """The file that a cell names. It lies in one of `roots`; or it is an address or an absolute path, which only a
+        manifest that the user has named may hold (`store`), and not a remote one.
 
         The path is checked, not the target of a symbolic link: the owner of the folder makes links, a row makes paths.
         """
@@ -252,9 +257,11 @@ class PictureReader:
             message = f"{cell}: {text!r} is a path, but this dataset has no folder that it could lie in."
             raise UserError(message, kind="unreadable")
         path = normal(self.roots[0] / text)
-        if not any(path.is_relative_to(normal(root)) for root in self.roots):
-            raise _leaves(text, str(self.roots[0]), cell)
-        return Blob(str(path), 0, None)
+        is_named = self.store is not None and text.startswith("/")
+        if not is_named and not any(path.is_relative_to(normal(root)) for root in self.roots):
+            advice = _ADVICE_MANIFEST if self.store else _ADVICE_ABSOLUTE
+            raise _leaves(text, str(self.roots[0]), cell, advice)
+        return Blob(_existing(str(path)), 0, None)
 
     def _address(self, url: str, cell: str) -> Blob:
         if self.store is None:
@@ -279,6 +286,14 @@ def normal(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve() would follow links
 
 
+def _existing(path: str) -> str:
+    """The path, or if there is no such file, the one of the same letters in another Unicode form that exists."""
+    if path.isascii() or os.path.lexists(path):
+        return path
+    forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+    return next(filter(os.path.lexists, forms), path)
+
+
 def _inside(text: str, base: str, cell: str) -> str:
     """`text` normalised. Raises UserError if it leaves the folder `base`."""
     path = os.path.normpath(text)
@@ -287,6 +302,12 @@ def _inside(text: str, base: str, cell: str) -> str:
     return path
 
 
-def _leaves(text: str, folder: str, cell: str) -> UserError:
-    message = f"{cell}: {text!r} leaves the data folder {folder}. Paths must stay in it."
-    return UserError(message, kind="missing")
+def _leaves(text: str, folder: str, cell: str, advice: str = "Paths must stay in it.") -> UserError:
+    return UserError(f"{cell}: {text!r} leaves the data folder {folder}. {advice}", kind="missing")
+
+
+_ADVICE_ABSOLUTE = (
+    "Paths must stay in it. Only a manifest may hold absolute paths; a metadata.jsonl is one if you name the file: "
+    f"{flag('data.train_data_dir')} FOLDER/metadata.jsonl"
+)
+_ADVICE_MANIFEST = "Relative paths must stay in it; write the absolute path of a file elsewhere."
