@@ -101,7 +101,7 @@ def read_manifest(tmp_path: Path, path: str, suffix: str) -> str:
     else:
         text = f'image,conditioning_image,text\n"{path}",cond.png,a\n'
     (folder / f"rows.{suffix}").write_text(text + "\n")
-    data = DataOptions(train_data_dir=str(folder / f"rows.{suffix}"), prepared_dir=str(tmp_path / "cache"))
+    data = DataOptions(location=str(folder / f"rows.{suffix}"), prepared_dir=str(tmp_path / "cache"))
     try:
         open_source(data, seed=0)[0]
     except UserError as fault:

@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def open_at(place: Path, **options: Any) -> Source:
-    return open_source(DataOptions(train_data_dir=str(place), kind="manifest", **options), seed=0)
+    return open_source(DataOptions(location=str(place), kind="manifest", **options), seed=0)
 
 
 def write(folder: Path, content: str | bytes, name: str = "rows.csv") -> Path:
@@ -265,7 +265,7 @@ def test_a_files_name_may_have_another_unicode_form(folder: Path, stored: str, w
     row = {"image": "a.png", "conditioning_image": in_row, "text": "x"}
     content = json.dumps(row) if name.endswith("jsonl") else ",".join(row) + "\n" + ",".join(row.values())
     place = write(folder, content, name)
-    source = open_source(DataOptions(train_data_dir=str(folder if name == "metadata.jsonl" else place)), seed=0)
+    source = open_source(DataOptions(location=str(folder if name == "metadata.jsonl" else place)), seed=0)
     assert read(source) == ["x"]
     assert source.stamp(0) is not None
 
@@ -276,6 +276,6 @@ def test_an_image_folders_absolute_path_names_the_way_to_read_it(folder: Path) -
     Image.new("RGB", (16, 16)).save(folder / "train" / "b.png")
     write(folder / "train", json.dumps(row), "metadata.jsonl")
     with pytest.raises(UserError) as fault:
-        open_source(DataOptions(train_data_dir=str(folder)), seed=0)[0]
+        open_source(DataOptions(location=str(folder)), seed=0)[0]
     assert "a metadata.jsonl is one if you name the file: " in str(fault.value)
-    assert read(open_source(DataOptions(train_data_dir=str(folder / "train" / "metadata.jsonl")), seed=0)) == ["x"]
+    assert read(open_source(DataOptions(location=str(folder / "train" / "metadata.jsonl")), seed=0)) == ["x"]

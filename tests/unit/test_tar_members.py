@@ -41,7 +41,7 @@ def sample(stem: str, caption: str = "") -> dict[str, bytes]:
 
 
 def open_at(place: object, **options: Any) -> Source:
-    return open_source(DataOptions(train_data_dir=str(place), kind="tar", **options), seed=0)
+    return open_source(DataOptions(location=str(place), kind="tar", **options), seed=0)
 
 
 def fault_of(place: object, **options: Any) -> str:
@@ -133,6 +133,14 @@ def test_the_columns_name_may_have_capitals(tmp_path: Path) -> None:
     assert read(open_at(place, conditioning_image_column="Depth")) == [("a", "x")]
 
 
+def test_captions_may_have_another_ending_or_be_left_out(tmp_path: Path) -> None:
+    members = {"a.png": picture(), "a.cond.png": picture(), "a.Caption": b"x"}
+    place = write_tar(tmp_path / "0.tar", members)
+    assert read(open_at(place, captions=".caption")) == [("a", "x")]
+    assert read(open_at(place, captions="none")) == [("a", "")]
+    assert "no member ends in .text or .json" in fault_of(place, captions=".text")
+
+
 MISSING = {
     "condition": (
         {"a.png": picture(), "a.depth.png": picture(), "a.txt": b"x"},
@@ -213,7 +221,7 @@ def test_a_tgz_of_pairs_is_refused_with_the_command_that_unpacks_it(tmp_path: Pa
     place = tmp_path / "pairs.tgz"
     place.write_bytes(gzip.compress(write_tar(tmp_path / "plain", sample("a")).read_bytes()))
     with pytest.raises(UserError) as fault:
-        open_source(DataOptions(train_data_dir=str(place)), seed=0)
+        open_source(DataOptions(location=str(place)), seed=0)
     assert "is no emoji package" in str(fault.value)
     assert str(fault.value).endswith("gzip -dc pairs.tgz > pairs.tar")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.delimited import CsvTable
 from t2i_adapter.data.jsonl import JsonLinesTable
 from t2i_adapter.data.table import PictureReader, Table
 from t2i_adapter.errors import UserError
@@ -16,15 +17,13 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 def open_rows(location: str, options: DataOptions) -> Table:
     """Raises UserError if the folder has no metadata, or none of this split."""
-    from t2i_adapter.data.manifest import CsvTable
-
     metadata = find_split(user_path(location), options.split, METADATA)
     if metadata is None:
         text = f"{location}: there is no {options.split}/{METADATA[0]}, which an image folder has (docs/data.md)."
         raise UserError(text, option="data.location")
     reader = PictureReader(roots=(metadata.parent,))
     if metadata.suffix == ".csv":
-        return CsvTable(metadata, str(metadata), reader, options)
+        return CsvTable(metadata, str(metadata), reader, options, prefix=f"{metadata.parent.name}/")
     return JsonLinesTable(metadata, reader, options, prefix=f"{metadata.parent.name}/")
 
 

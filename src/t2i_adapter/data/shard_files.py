@@ -43,7 +43,7 @@ def find_shards(location: str, split: str, ending: str) -> list[Blob]:
     folders = {path.parent.name for path in folder.glob("*/*") if path.name.lower().endswith(ending)}
     names = sorted({name or "train" for name in splits.values()} | folders)
     if not names:
-        raise UserError(f"{location}: there are no files *{ending} in it.", option="data.train_data_dir")
+        raise UserError(f"{location}: there are no files *{ending} in it.", option="data.location")
     raise UserError(f"{location} has no split {split!r}; there are: {', '.join(names)}.", option="data.split")
 
 

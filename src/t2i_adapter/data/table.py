@@ -308,6 +308,6 @@ def _leaves(text: str, folder: str, cell: str, advice: str = "Paths must stay in
 
 _ADVICE_ABSOLUTE = (
     "Paths must stay in it. Only a manifest may hold absolute paths; a metadata.jsonl is one if you name the file: "
-    f"{flag('data.train_data_dir')} FOLDER/metadata.jsonl"
+    f"{flag('data.location')} FOLDER/metadata.jsonl"
 )
 _ADVICE_MANIFEST = "Relative paths must stay in it; write the absolute path of a file elsewhere."

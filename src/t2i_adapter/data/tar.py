@@ -165,7 +165,9 @@ class TarRows(Rows):
         if not len(self):
             raise UserError(f"{self.place}: there are no samples: {self._wanted('image')}{unused.hint()}.")
         has = {part: self._places[f"{part}_at"] != MISSING for part in ("image", "condition", "txt", "json")}
-        missing = {"image": ~has["image"], "caption": ~(has["txt"] | has["json"])}
+        missing = {"image": ~has["image"]}
+        if self._options.captions not in ("none", "filename"):
+            missing["caption"] = ~(has["txt"] | has["json"])
         if not self.annotate:
             missing["condition"] = ~has["condition"]
         notes = []
@@ -181,7 +183,7 @@ class TarRows(Rows):
     def _wanted(self, part: str) -> str:
         """The member that a sample without this part misses, for messages."""
         if part == "caption":
-            return "no member ends in .txt or .json"
+            return f"no member ends in {part_endings(self._options)['txt'][0]} or .json"
         column = self._options.image_column if part == "image" else self._options.conditioning_image_column
         own = ["", f".{column}"] if part == "image" else [".cond", f".{column}"]
         return f"no member ends in {' or '.join(f'{name}.png' for name in own)} (or .jpg, .webp, ...)"
@@ -198,7 +200,7 @@ _ADVICE = {
         f" {flag('data.conditioning_image_column')} NAME reads members that end in .NAME.png, and "
         f"{flag('data.condition')} makes the conditions from the images.{_UNPACK}"
     ),
-    "caption": _UNPACK,
+    "caption": f" {flag('data.captions')} none trains without captions.{_UNPACK}",
 }
 """What to do if no sample has this part."""
 

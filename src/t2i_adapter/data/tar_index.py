@@ -57,7 +57,7 @@ def part_endings(options: DataOptions) -> dict[str, list[str]]:
     return {
         "image": [*PICTURE_ENDINGS, *(f".{options.image_column.lower()}{ending}" for ending in PICTURE_ENDINGS)],
         "condition": [f".{name}{ending}" for name in conditions for ending in PICTURE_ENDINGS],
-        "txt": [".txt"],
+        "txt": [options.captions.lower() if options.captions.startswith(".") else ".txt"],
         "json": [".json"],
     }
 
