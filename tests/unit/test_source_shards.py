@@ -214,9 +214,11 @@ def test_wrong_types_and_missing_pictures_in_parquet(tmp_path: Path, rows: Rows)
     columns["image"] = [picture, picture]
     pq.write_table(pa.table(columns), tmp_path / "null.parquet")
     assert "row 1, column conditioning_image: there is no picture" in fault_of(tmp_path / "null.parquet", 1)
-    elsewhere = [{"bytes": None, "path": str(rows[0]["image"])}] * 2
+    elsewhere = [{"bytes": None, "path": str(rows[0]["image"])}, {"bytes": None, "path": None}]
     pq.write_table(pa.table({**columns, "image": elsewhere}), tmp_path / "paths.parquet")
-    assert "row 0, column image: there is no picture" in fault_of(tmp_path / "paths.parquet")
+    assert open_at(tmp_path / "paths.parquet", condition="canny").stamp(0) is not None
+    assert open_at(tmp_path / "paths.parquet")[0].image.size == (64, 64)
+    assert "row 1, column image: there is no picture" in fault_of(tmp_path / "paths.parquet", 1)
     pq.write_table(pa.table({**columns, "text": [None, 3]}), tmp_path / "captions.parquet")
     assert "row 0, column text: there is no caption" in fault_of(tmp_path / "captions.parquet")
     assert "--data.caption_column nope: " in fault_of(tmp_path / "null.parquet", caption_column="nope")

@@ -9,7 +9,7 @@ import json
 import random
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from PIL import Image
@@ -259,7 +259,9 @@ def test_wrong_json_is_one_line(folder: Path, fault: str) -> None:
 @pytest.mark.parametrize("stored", ["NFC", "NFD"])
 @pytest.mark.parametrize("written", ["NFC", "NFD"])
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "metadata.jsonl"])
-def test_a_files_name_may_have_another_unicode_form(folder: Path, stored: str, written: str, name: str) -> None:
+def test_a_files_name_may_have_another_unicode_form(
+    folder: Path, stored: Literal["NFC", "NFD"], written: Literal["NFC", "NFD"], name: str
+) -> None:
     on_disk, in_row = (unicodedata.normalize(form, "M\u00fcller.png") for form in (stored, written))
     (folder / "b.png").rename(folder / on_disk)
     row = {"image": "a.png", "conditioning_image": in_row, "text": "x"}

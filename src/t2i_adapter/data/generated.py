@@ -12,6 +12,7 @@ from PIL import Image
 
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data import emoji, shapes
+from t2i_adapter.data.folder import no_split
 from t2i_adapter.data.picture import StoredPicture, color
 from t2i_adapter.data.rows import Row, Rows
 from t2i_adapter.errors import UserError
@@ -28,7 +29,7 @@ def open_emoji(location: str, options: DataOptions) -> EmojiRows:
     package = user_path(location)
     icons = [icon for icon in emoji.read_icons(package) if icon.split == options.split]
     if options.split not in emoji.SPLITS or not icons:
-        raise UserError(f"{location} has no split {options.split!r}; there are: {', '.join(emoji.SPLITS)}.")
+        raise no_split(location, options.split, list(emoji.SPLITS))
     return EmojiRows(location, icons, emoji.read_categories(package), options)
 
 

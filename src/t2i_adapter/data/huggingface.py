@@ -1,17 +1,22 @@
-"""Datasets read by the `datasets` library: hub ids, local parquet, csv and arrow, and saved datasets."""
+"""Datasets of the `datasets` library: hub ids, saved datasets, and local folders of parquet or arrow files."""
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.folder import no_split
+from t2i_adapter.data.look import walk
 from t2i_adapter.data.parquet import ParquetTable
 from t2i_adapter.data.remote import find_all
+from t2i_adapter.data.shard_files import find_shards
 from t2i_adapter.data.store import Store
 from t2i_adapter.data.table import PictureReader, Table
 from t2i_adapter.errors import UserError, first_line
@@ -50,22 +55,38 @@ class HubTable(Table):
 
 
 def open_rows(name: str, options: DataOptions) -> Table:
-    """Opens `name` (hub id or local folder) with `datasets`; if streaming, reads a hub id's parquet shards one by one.
+    """Opens `name`, a hub id or local folder, with `datasets`.
 
-    Raises UserError.
+    A local folder's parquet files are read without it, and so are a hub id's if streaming. Raises UserError.
     """
-    from datasets import DatasetDict
-
     folder = user_path(name)
     local = folder.is_dir()
+    roots = (folder, folder.resolve())
+    if local and not _was_saved(folder) and _is_plain_parquet(folder, options):
+        blobs = find_shards(name, options.split, ".parquet")
+        place = f"{name} (split {options.split})"
+        return ParquetTable(blobs, Store(cache_root(options.prepared_dir)), PictureReader(roots), options, place=place)
     if options.streaming and not local:
         return _stream(name, options)
+    from datasets import DatasetDict
+
     loaded = _from_disk(folder) if local and _was_saved(folder) else _load(options, str(folder) if local else name)
-    splits = dict(loaded) if isinstance(loaded, DatasetDict) else {options.split: loaded}
+    splits = dict(loaded) if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
     if options.split not in splits:
-        raise UserError(f"{name} has no split {options.split!r}; there are: {', '.join(map(str, splits))}.")
-    roots = (folder, folder.resolve()) if local else _download_folders(options)
-    return HubTable(splits[options.split], f"{name} (split {options.split})", PictureReader(roots), options)
+        raise no_split(name, options.split, list(map(str, splits)))
+    reader = PictureReader(roots if local else _download_folders(options))
+    return HubTable(splits[options.split], f"{name} (split {options.split})", reader, options)
+
+
+def _is_plain_parquet(folder: Path, options: DataOptions) -> bool:
+    """Whether a folder holds parquet files, and neither arrow files nor configurations, which `datasets` knows."""
+    if options.dataset_config_name:
+        return False
+    card = folder / "README.md"
+    if card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
+        return False
+    endings = {Path(name).suffix.lower() for _, files in walk(folder) for name in files}
+    return ".parquet" in endings and ".arrow" not in endings
 
 
 def _stream(name: str, options: DataOptions) -> ParquetTable:
@@ -78,7 +99,8 @@ def _stream(name: str, options: DataOptions) -> ParquetTable:
             place = f"{name} (split {options.split}, {len(shards)} shards)"
             return ParquetTable(shards, store, PictureReader(), options, place=place)
         if files:
-            raise UserError(f"{name} has parquet files, but none of split {options.split!r}" + _of_config(options))
+            text = f"{options.split}: {name} has parquet files, but none of this split{_of_config(options)}"
+            raise UserError(text, option="data.split")
     text = f"{name} has no parquet files, and neither has the hub's copy of it. Read it without this option."
     raise UserError(text, option="data.streaming")
 
@@ -102,8 +124,13 @@ def _was_saved(folder: Path) -> bool:
 
 def _from_disk(folder: Path) -> Any:
     from datasets import load_from_disk
+    from datasets.exceptions import DatasetsError
 
-    return load_from_disk(str(folder))
+    try:
+        with _quiet():
+            return load_from_disk(str(folder))
+    except (DatasetsError, OSError, ValueError, KeyError) as fault:
+        raise UserError(_explain(str(folder), fault)) from fault
 
 
 def _load(options: DataOptions, name: str) -> Any:
@@ -112,7 +139,10 @@ def _load(options: DataOptions, name: str) -> Any:
     from datasets.exceptions import DatasetsError
 
     def load(config: str | None, revision: str | None, data_dir: str | None = None) -> Any:
-        return datasets.load_dataset(name, config, revision=revision, data_dir=data_dir, cache_dir=options.cache_dir)
+        with _quiet():
+            return datasets.load_dataset(
+                name, config, revision=revision, data_dir=data_dir, cache_dir=options.cache_dir
+            )
 
     try:
         try:
@@ -126,9 +156,34 @@ def _load(options: DataOptions, name: str) -> Any:
         raise UserError(_explain(name, fault)) from fault
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """`datasets` logs nothing while the block runs: its errors are explained in one line.
+
+    Its progress bars are shown on a terminal only.
+    """
+    import datasets
+
+    level, has_bars = datasets.utils.logging.get_verbosity(), datasets.are_progress_bars_disabled() is False
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    if has_bars and not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.utils.logging.set_verbosity(level)
+        if has_bars:
+            datasets.enable_progress_bars()
+
+
 def _explain(name: str, fault: Exception) -> str:
+    from datasets.table import CastError
+
     cause = fault.__cause__ or fault
     reason = first_line(cause) if isinstance(cause, Exception) else type(cause).__name__
+    if isinstance(cause, CastError):
+        first, other = sorted(cause.requested_column_names), sorted(cause.table_column_names)
+        reason = f"its files have unlike columns, {', '.join(first)} and {', '.join(other)}"
     kind = "folder" if Path(name).is_dir() else "dataset"
     return (
         f"{kind} {name} cannot be read: {reason.rstrip('.')}. "

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from t2i_adapter.config.tree import DataOptions
-from t2i_adapter.data.addresses import Blob
+from t2i_adapter.data.addresses import Blob, base_name
 from t2i_adapter.data.remote import read_tail
-from t2i_adapter.data.shard_files import describe, find_shards, labels, part_of, starts
+from t2i_adapter.data.shard_files import check_pointer, describe, find_shards, labels, part_of, starts
 from t2i_adapter.data.store import Store
 from t2i_adapter.data.table import PictureReader, Table
 from t2i_adapter.errors import UserError, first_line
@@ -26,6 +28,7 @@ _FOOTER = 64 * 2**10
 _MAX_FOOTER = 2**30
 _THREADS = 16
 _MAGIC = b"PAR1"
+_VERSION = 2  # of what is stored of a remote footer
 
 
 def open_rows(location: str, options: DataOptions) -> ParquetTable:
@@ -38,6 +41,17 @@ def open_rows(location: str, options: DataOptions) -> ParquetTable:
     return ParquetTable(blobs, store, PictureReader.beside(blobs, store), options)
 
 
+class Shard(NamedTuple):
+    """What a parquet file's footer says: the rows of each row group, the columns, and the columns that may name files.
+
+    Those hold text, or pictures of `datasets` without bytes.
+    """
+
+    rows: np.ndarray
+    columns: tuple[str, ...]
+    naming: frozenset[str]
+
+
 class ParquetTable(Table):
     """Shards one after another. A row's key is its shard's name and its row in it."""
 
@@ -48,13 +62,14 @@ class ParquetTable(Table):
         self._blobs, self._store = list(blobs), store
         self._labels = labels(blobs)
         with ThreadPoolExecutor(_THREADS) as pool:
-            groups = list(pool.map(self._groups, blobs))
-        shards = tuple(int(rows.sum()) for rows in groups)
+            self._shards = list(pool.map(self._shard, blobs))
+        shards = tuple(int(shard.rows.sum()) for shard in self._shards)
         self._shard_starts = starts(shards)
-        self._group_starts = [starts(rows) for rows in groups]
-        schema = read_footer(blobs[0]).schema.to_arrow_schema()
-        self._names = tuple(schema.names)
-        self._texts = {field.name for field in schema if _is_text(field.type)}
+        self._group_starts = [starts(shard.rows) for shard in self._shards]
+        self._used = [number for number, count in enumerate(shards) if count]
+        empty = [blob.name for blob, count in zip(blobs, shards, strict=True) if not count]
+        if empty:
+            self.notes = (f"{len(empty)} of {len(blobs)} shards have no rows (the first: {base_name(empty[0])})",)
         self._held: OrderedDict[tuple[int, int, str | None], pa.Table] = OrderedDict()
         self._lock = threading.Lock()
         super().__init__(place or describe(blobs), shards, reader, options)
@@ -66,18 +81,22 @@ class ParquetTable(Table):
         vars(self).update(state, _held=OrderedDict(), _lock=threading.Lock())
 
     def columns(self, wanted: set[str]) -> tuple[str, ...]:
-        return self._names
+        return tuple(dict.fromkeys(self._shards[self._used[0]].columns))
 
     def values(self, index: int) -> Mapping[str, Any]:
         group, row = self._group(index)
-        return {name: _plain(group.column(name)[row]) for name in group.column_names}
+        found: dict[str, Any] = {}
+        for number, name in enumerate(group.column_names):
+            if name not in found:  # two columns may have one name
+                found[name] = group.column(number)[row].as_py()
+        return found
 
     def value(self, index: int, column: str) -> Any:
         """Reads this column alone, so a caption costs no pictures."""
-        if column not in self._names:
+        if column not in self._shards[self._find(index)[0]].columns:
             return None
         group, row = self._group(index, column)
-        return _plain(group.column(column)[row])
+        return group.column(0)[row].as_py()
 
     def key(self, index: int) -> str:
         shard, row = self._find(index)
@@ -90,7 +109,26 @@ class ParquetTable(Table):
     def table_stamp(self, index: int, columns: Sequence[str]) -> str | None:
         shard, row = self._find(index)
         stamp = self._blobs[shard].stamp
-        return None if stamp is None or self._texts.intersection(columns) else f"{stamp}\0{row}"
+        return None if stamp is None or self._shards[shard].naming.intersection(columns) else f"{stamp}\0{row}"
+
+    def _check_columns(self, used: Mapping[str, str]) -> None:
+        """Raises UserError if a used column is in some shards only, or twice in one."""
+        for name, column in used.items():
+            having = {number: self._shards[number].columns.count(column) for number in self._used}
+            several = [number for number, count in having.items() if count > 1]
+            if several:
+                text = f"{column}: {self._blobs[several[0]].name} has this column {having[several[0]]} times."
+                raise UserError(f"{text} Rename the others.", option=f"data.{name}")
+            without = [number for number, count in having.items() if not count]
+            if 0 < len(without) < len(having):
+                other = next(number for number, count in having.items() if count)
+                raise UserError(
+                    f"{column}: {self._blobs[without[0]].name} has no such column, and "
+                    f"{base_name(self._blobs[other].name)} has it; the first has: "
+                    f"{', '.join(self._shards[without[0]].columns)}. Give all shards the same columns.",
+                    option=f"data.{name}",
+                )
+        super()._check_columns(used)
 
     def _find(self, index: int) -> tuple[int, int]:
         """The shard that holds a row, and the row's number in it."""
@@ -124,22 +162,26 @@ class ParquetTable(Table):
         except (pa.ArrowException, OSError) as fault:
             raise _damaged(blob, fault) from fault
 
-    def _groups(self, blob: Blob) -> np.ndarray:
-        """Number of rows of each row group."""
-
+    def _shard(self, blob: Blob) -> Shard:
         def make() -> pa.Table:
             footer = read_footer(blob)
             rows = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
-            return pa.table({"rows": pa.array(rows, pa.int64())})
+            schema = footer.schema.to_arrow_schema()
+            naming = [field.name for field in schema if _is_text(field.type) or _may_lack_bytes(footer, field)]
+            about = {"columns": json.dumps(schema.names), "naming": json.dumps(naming)}
+            return pa.table({"rows": pa.array(rows, pa.int64())}).replace_schema_metadata(about)
 
-        table = self._store.index(f"parquet 1\0{blob.stamp}", make) if blob.is_remote and blob.stamp else make()
-        return table.column("rows").to_numpy()
+        is_stored = blob.is_remote and blob.stamp
+        table = self._store.index(f"parquet {_VERSION}\0{blob.stamp}", make) if is_stored else make()
+        about = {key.decode(): json.loads(value) for key, value in table.schema.metadata.items()}
+        return Shard(table.column("rows").to_numpy(), tuple(about["columns"]), frozenset(about["naming"]))
 
 
 def read_footer(blob: Blob) -> pq.FileMetaData:
     """The metadata at the end of a parquet file. Raises UserError if there is no such file, or it is damaged."""
     try:
         if not blob.is_remote:
+            check_pointer(Path(blob.name), blob.name)
             return pq.read_metadata(blob.name)
         tail = read_tail(blob, _FOOTER)
         need = int.from_bytes(tail[-8:-4], "little") + 8
@@ -152,11 +194,17 @@ def read_footer(blob: Blob) -> pq.FileMetaData:
         raise _damaged(blob, fault) from fault
 
 
-def _plain(cell: pa.Scalar) -> Any:
-    """A cell as plain types. A picture of `datasets` without bytes is None: the file that its path names could change
-    while the shard does not."""
-    value = cell.as_py()
-    return None if isinstance(value, dict) and "bytes" in value and value["bytes"] is None else value
+def _may_lack_bytes(footer: pq.FileMetaData, field: pa.Field) -> bool:
+    """Whether a column of `datasets`' pictures may have cells without bytes.
+
+    The file that the path in such a cell names may change while the shard does not.
+    """
+    if not pa.types.is_struct(field.type) or field.type.get_field_index("bytes") < 0:
+        return False
+    names = [footer.schema.column(place).path for place in range(footer.num_columns)]
+    place = names.index(f"{field.name}.bytes")
+    known = [footer.row_group(number).column(place).statistics for number in range(footer.num_row_groups)]
+    return any(one is None or not one.has_null_count or one.null_count for one in known)
 
 
 def _is_text(kind: pa.DataType) -> bool:

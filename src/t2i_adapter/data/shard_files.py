@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from t2i_adapter.data.addresses import Blob, base_name, local_blob, local_path
-from t2i_adapter.data.names import is_litter
+from t2i_adapter.data.folder import no_split
+from t2i_adapter.data.look import walk
 from t2i_adapter.data.remote import find
 from t2i_adapter.errors import UserError
 
@@ -18,49 +19,53 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""Split -> the words that mark its shards' names, as in the `datasets` library."""
+"""Split -> the words that mark its folders and files, as in the `datasets` library."""
+_WORDS = {word: split for split, words in SPLITS.items() for word in words}
+_POINTER = b"version https://git-lfs"
+_NUMBERED = re.compile(r"(?:.*/)?data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*")
 
 
 def find_shards(location: str, split: str, ending: str) -> list[Blob]:
     """The shards that a location names: a local folder's of one split, or those of a file, a pattern or an address.
 
-    A folder's shards lie in it or in its folder `split`; their names end in `ending`, in any case. If none of them has
-    a split's name, all belong to the split train. Raises UserError.
+    A folder's shards may lie in its subfolders; their names end in `ending`, in any case. Shards whose path names no
+    split belong to the split train, if no other shard does. Raises UserError.
     """
     folder = local_path(location)
     if not folder.is_dir():
         return find(location)
-    inner = _shards_in(folder / split, ending)
-    if inner:
-        return [local_blob(path) for path in inner]
-    found = _shards_in(folder, ending)
-    splits = {path: split_of(path.name, split) for path in found}
-    wanted = [path for path in found if splits[path] == split]
-    if not wanted and split in ("train", folder.name):
-        wanted = [path for path in found if splits[path] is None]
-    if wanted:
-        return [local_blob(path) for path in wanted]
-    folders = {path.parent.name for path in folder.glob("*/*") if path.name.lower().endswith(ending)}
-    names = sorted({name or "train" for name in splits.values()} | folders)
+    names = [f"{inner}/{name}" if inner else name for inner, files in walk(folder) for name in files]
+    names = [name for name in names if name.lower().endswith(ending)]
     if not names:
         raise UserError(f"{location}: there are no files *{ending} in it.", option="data.location")
-    raise UserError(f"{location} has no split {split!r}; there are: {', '.join(names)}.", option="data.split")
+    splits = {name: split_of(name, split) for name in names}
+    wanted = [name for name in names if splits[name] == split]
+    if not wanted and split in ("train", folder.name):
+        wanted = [name for name in names if splits[name] is None]
+    if not wanted:
+        raise no_split(location, split, sorted({found or "train" for found in splits.values()}))
+    return [local_blob(folder / name) for name in wanted]
 
 
-def _shards_in(folder: Path, ending: str) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(ending) and not is_litter(path.name))
+def split_of(path: str, wanted: str = "train") -> str | None:
+    """The split that a shard's path names, or None.
 
-
-def split_of(name: str, wanted: str = "train") -> str | None:
-    """The split whose word a file's name begins with ("train-0000.tar", "val_3.parquet"), or None.
-
-    Any word may be `wanted`; a letter after the word makes it another word.
+    A word in a folder's or its own name does ("val/0.tar", "set_test-00.parquet"), which may also be `wanted`; and
+    data/NAME-00000-of-00001.parquet is of the split NAME.
     """
-    words = {word: split for split, several in SPLITS.items() for word in several} | {wanted: wanted}
-    found = (split for word, split in words.items() if re.match(rf"{re.escape(word)}(?![A-Za-z])", name, re.I))
-    return next(found, None)
+    known = _WORDS | {wanted.lower(): wanted}
+    numbered = _NUMBERED.fullmatch(path)
+    if numbered:
+        return known.get(numbered[1].lower(), numbered[1])
+    parts = (re.split(r"[-._ 0-9]+", part.lower()) for part in PurePosixPath(path).parts)
+    return next((known[word] for part in parts for word in part if word in known), None)
+
+
+def check_pointer(path: Path, name: str) -> None:
+    """Raises UserError if a shard is a pointer of Git LFS: a clone without its files. `name` is for messages."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{name}: is a pointer of Git LFS, not the file. Download the files: git lfs pull")
 
 
 def starts(counts: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -170,7 +170,8 @@ class TarRows(Rows):
             missing["caption"] = ~(has["txt"] | has["json"])
         if not self.annotate:
             missing["condition"] = ~has["condition"]
-        notes = []
+        empty = [name for name, count in zip(self._labels, self.shards, strict=True) if not count]
+        notes = [f"{len(empty)} of {len(self._blobs)} shards have no rows (the first: {empty[0]})"] if empty else []
         for part, is_missing in missing.items():
             count = int(np.count_nonzero(is_missing))
             if count == len(self):

@@ -19,6 +19,7 @@ import pyarrow as pa
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.addresses import base_name
 from t2i_adapter.data.names import PICTURE_ENDINGS, is_litter, same_form
+from t2i_adapter.data.shard_files import check_pointer
 from t2i_adapter.errors import UserError
 
 PARTS = ("image", "condition", "txt", "json")
@@ -157,6 +158,7 @@ def _read_members(path: Path, name: str) -> Iterator[Member]:
     """The plain files of all archives in a file. Raises UserError."""
     try:
         with path.open("rb") as file:
+            check_pointer(path, name)
             _check_plain(file, name)
             start, archive = 0, 0
             while start is not None:
