@@ -129,6 +129,8 @@ def _from_disk(folder: Path) -> Any:
     try:
         with _quiet():
             return load_from_disk(str(folder))
+    except IndexError:  # of a dataset that was saved without rows
+        raise UserError(f"{folder}: there are no rows.") from None
     except (DatasetsError, OSError, ValueError, KeyError) as fault:
         raise UserError(_explain(str(folder), fault)) from fault
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -70,7 +71,10 @@ def find_lines(path: Path) -> Spans:
 
 def find_objects(path: Path, place: str) -> Spans:
     """The values of a JSON array. Raises UserError that names the value after which the text is no array."""
-    text = as_utf8(path.read_bytes(), place)
+    data = path.read_bytes()
+    first = len(BOM) if data.startswith(BOM) else 0
+    text = as_utf8(data[first:], place)
+    del data  # it may be large
     decoder = json.JSONDecoder()
     starts, ends = [], []
     at = _skip_space(text, text.index("[") + 1)
@@ -89,17 +93,16 @@ def find_objects(path: Path, place: str) -> Spans:
     except (ValueError, RecursionError) as fault:
         reason = "nested too deeply" if isinstance(fault, RecursionError) else fault
         raise UserError(f"{place}: not a JSON array, at or after its object {len(starts)}: {reason}.") from fault
-    spans = np.array([starts, ends], np.int64).reshape(2, -1)
+    places = np.array([starts, ends], np.int64).T.ravel()  # ascending: start and end of each value
     if not text.isascii():
-        spans = _byte_places(text, spans)
-    return Spans(np.arange(1, len(starts) + 1), *spans)
+        places = _byte_places(text, places)
+    return Spans(np.arange(1, len(starts) + 1), places[::2] + first, places[1::2] + first)
 
 
 def _byte_places(text: str, places: np.ndarray) -> np.ndarray:
-    """(2, N) places in `text`, as places in its UTF-8 bytes."""
-    letters = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    sizes = np.array([1, 2, 3, 4])[np.searchsorted([0x80, 0x800, 0x10000], letters, side="right")]
-    return np.concatenate([[0], np.cumsum(sizes)])[places]
+    """(N,) ascending places in `text`, as places in its UTF-8 bytes."""
+    edges = [0, *places.tolist()]
+    return np.cumsum([len(text[start:end].encode()) for start, end in itertools.pairwise(edges)], dtype=np.int64)
 
 
 def _skip_space(text: str, at: int) -> int:
