@@ -262,6 +262,7 @@ def test_rows_of_an_image_folder_may_not_name_addresses(web: WebServer, kept: Pa
 def test_s3_by_glob_and_its_faults(rows: Rows, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("s3fs", reason="the extra [s3] is not installed")
     write_tars(tmp_path / "up" / "tar", rows)
+    (tmp_path / "up" / "tar" / "._0000.tar").write_bytes(b"Mac OS X")
     local = read_all(open_at(str(tmp_path / "up" / "tar"), kept))
     with serve_s3(tmp_path / "up") as env:
         for name, value in env.items():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import json
 import lzma
 import shutil
 import subprocess
@@ -168,6 +169,21 @@ MISSING = {
 def test_a_part_that_all_samples_miss_is_named_when_the_shard_is_opened(tmp_path: Path, part: str) -> None:
     members, line = MISSING[part]
     assert line in fault_of(write_tar(tmp_path / "0.tar", members))
+
+
+def test_the_likely_key_of_the_captions_is_named_when_the_shard_is_opened(tmp_path: Path) -> None:
+    """The .json of img2dataset hold the caption under "caption"."""
+    members = {}
+    for stem in "ab":
+        about = {"url": "https://example.org/a.jpg", "caption": f"a {stem}", "width": 16}
+        members |= {f"{stem}.png": picture(), f"{stem}.cond.png": picture(), f"{stem}.json": json.dumps(about).encode()}
+    place = write_tar(tmp_path / "0.tar", members)
+    line = f"--data.caption_column text: the .json of {place} have no such key; there are: url, caption, width."
+    assert fault_of(place) == f"{line} Perhaps: --data.caption_column caption"
+    assert read(open_at(place, caption_column="caption")) == [("a", "a a"), ("b", "a b")]
+    assert read(open_at(place, captions="none")) == [("a", ""), ("b", "")]
+    place = write_tar(tmp_path / "1.tar", {**members, "b.json": b'{"text": "x"}'})
+    assert len(open_at(place)) == 2, "one of the first .json has the key"
 
 
 def test_archives_joined_in_one_file_are_all_read(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from t2i_adapter.data.addresses import Blob, expand, is_url, local_blob, local_path
+from t2i_adapter.data.names import is_litter
 from t2i_adapter.errors import UserError, first_line, has_login
 from t2i_adapter.files import atomic_path
 
@@ -58,14 +59,15 @@ def _find(pattern: str) -> list[Blob]:
 
 
 def find_all(url: str, inner_glob: str = "") -> list[Blob]:
-    """The remote files that a glob matches, sorted; empty if there are none. Raises UserError.
+    """The remote files that a glob matches, sorted, without litter (`names.is_litter`). Raises UserError.
 
     `inner_glob` is added to the URL's path, for an `hf` URL whose revision is quoted.
     """
     system, inner = _file_system(url)
     pattern = f"{inner}/{inner_glob}" if inner_glob else inner
     found = attempt(lambda: system.glob(pattern, detail=True), url)
-    return [_blob(system.unstrip_protocol(name), found[name]) for name in sorted(found)]
+    names = (name for name in sorted(found) if not is_litter(name.rpartition("/")[2]))
+    return [_blob(system.unstrip_protocol(name), found[name]) for name in names]
 
 
 def ask(url: str) -> Blob:

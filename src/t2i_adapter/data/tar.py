@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
@@ -22,13 +22,14 @@ from t2i_adapter.data.picture import StoredPicture, check_size
 from t2i_adapter.data.rows import Row, Rows
 from t2i_adapter.data.shard_files import describe, find_shards, labels, part_of, starts
 from t2i_adapter.data.store import Store
+from t2i_adapter.data.table import likely_columns
 from t2i_adapter.data.tar_index import MISSING, VERSION, index_shard, part_endings
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import cache_root, parse_json
 
 _OPEN_FILES = 32
 _THREADS = 4
-_SHOWN_ENDINGS = 5
+_SHOWN_ENDINGS, _SHOWN_KEYS = 5, 20
 
 
 def open_rows(location: str, options: DataOptions) -> TarRows:
@@ -57,6 +58,7 @@ class TarRows(Rows):
         self._places = {name: index.column(name).to_numpy() for name in index.column_names if name != "stem"}
         self._reset()
         self._check_parts(Unused.of(indices))
+        self._check_caption_key({key: value for index in indices for key, value in _stored(index, "cells").items()})
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_lock")}
@@ -181,6 +183,21 @@ class TarRows(Rows):
                 notes.append(f"{count:,} samples have no {part} (the first: {self.key(int(np.argmax(is_missing)))})")
         self.notes = (*notes, *unused.notes())
 
+    def _check_caption_key(self, cells: Mapping[str, Any]) -> None:
+        """Raises UserError if no sample has a .txt, and the first .json of the shards have no caption under its key.
+
+        `cells`: the values in those .json, by key.
+        """
+        column = self._options.caption_column
+        has_txt = bool((self._places["txt_at"] != MISSING).any())
+        if self._options.captions != "auto" or has_txt or not cells or column in cells:
+            return
+        likely = likely_columns(["caption_column"], list(cells), cells)
+        words = f" Perhaps: {flag('data.caption_column')} {likely['caption_column']}" if likely else ""
+        shown = ", ".join(list(cells)[:_SHOWN_KEYS])
+        text = f"{column}: the .json of {self.place} have no such key; there are: {shown}.{words}"
+        raise UserError(text, option="data.caption_column")
+
     def _wanted(self, part: str) -> str:
         """The member that a sample without this part misses, for messages."""
         if part == "caption":
@@ -206,6 +223,11 @@ _ADVICE = {
 """What to do if no sample has this part."""
 
 
+def _stored(index: pa.Table, name: str) -> dict[str, Any]:
+    """What `index_shard` has stored beside the table of samples."""
+    return json.loads((index.schema.metadata or {}).get(name.encode(), b"{}"))
+
+
 class Unused:
     """The members of shards that belong to no sample: how many of each ending, and how much litter of systems."""
 
@@ -219,7 +241,7 @@ class Unused:
         """Adds up what `index_shard` has counted in each shard."""
         unused = cls()
         for index in indices:
-            counts = json.loads((index.schema.metadata or {}).get(b"unused", b"{}"))
+            counts = _stored(index, "unused")
             unused.endings.update(counts.get("endings", {}))
             unused.litter += counts.get("litter", 0)
             unused.first_litter = unused.first_litter or counts.get("first_litter", "")

@@ -6,13 +6,15 @@ Archives that are joined end to end in one file (`cat a.tar b.tar`) are all read
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
@@ -21,6 +23,7 @@ from t2i_adapter.data.addresses import base_name
 from t2i_adapter.data.names import PICTURE_ENDINGS, is_litter, same_form
 from t2i_adapter.data.shard_files import check_pointer
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import parse_json
 
 PARTS = ("image", "condition", "txt", "json")
 VERSION = 2
@@ -37,6 +40,7 @@ _UNPACK = {
 """First bytes of a compressed file -> the command that unpacks it."""
 _PACKED_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 _MAX_ENDINGS = 50  # that an index counts
+_SHOWN_JSON, _MAX_JSON, _MAX_CELL = 10, 2**16, 100  # .json members, bytes of one, letters of a value
 
 
 class Member(NamedTuple):
@@ -66,7 +70,8 @@ def part_endings(options: DataOptions) -> dict[str, list[str]]:
 def index_shard(path: Path, name: str, endings: dict[str, list[str]]) -> pa.Table:
     """One row a sample: its stem, and position and size in bytes of each part; both are -1 if the part is missing.
 
-    The schema's metadata holds, under "unused", JSON with the numbers of the members that belong to no sample.
+    The schema's metadata holds JSON: under "unused" the numbers of the members that belong to no sample, under "cells"
+    the texts, shortened, of the first .json members by key.
     `name` is the shard's name in messages. Raises UserError that names the shard and the member.
     """
     part_of = {ending: part for part, ends in endings.items() for ending in ends}
@@ -88,8 +93,26 @@ def index_shard(path: Path, name: str, endings: dict[str, list[str]]) -> pa.Tabl
                     f"{name}: archives {next(iter(other.values())).archive + 1} and {archive + 1} of those that are "
                     f"joined in this file both have a sample {full_stem}. Keep the archives in files of their own."
                 )
-    counts = {"litter": len(litter), "first_litter": _as_text(litter[0]) if litter else ""}
-    return _to_table(samples, {**counts, "endings": dict(unused.most_common(_MAX_ENDINGS))})
+    counts: dict[str, Any] = {"litter": len(litter), "first_litter": _as_text(litter[0]) if litter else ""}
+    counts["endings"] = dict(unused.most_common(_MAX_ENDINGS))
+    return _to_table(samples).replace_schema_metadata(
+        {"unused": json.dumps(counts), "cells": json.dumps(_first_cells(path, samples))}
+    )
+
+
+def _first_cells(path: Path, samples: dict[str, Sample]) -> dict[str, Any]:
+    """The values of the first .json members, by key: texts and the first text of lists, shortened; null for others."""
+    members = (sample["json"] for sample in samples.values() if "json" in sample)
+    cells: dict[str, Any] = {}
+    with path.open("rb") as file:
+        for member in itertools.islice(members, _SHOWN_JSON):
+            file.seek(member.start)
+            with suppress(ValueError):
+                row = parse_json(file.read(min(member.size, _MAX_JSON)).decode("utf-8-sig"))
+                for key, value in row.items() if isinstance(row, dict) else ():
+                    first = value[0] if isinstance(value, list) and value else value
+                    cells[key] = first[:_MAX_CELL] if isinstance(first, str) else None
+    return cells
 
 
 def split_name(member: str) -> tuple[str, str]:
@@ -238,10 +261,10 @@ def _as_text(name: str) -> str:
     return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _to_table(samples: dict[str, Sample], unused: dict[str, object]) -> pa.Table:
+def _to_table(samples: dict[str, Sample]) -> pa.Table:
     columns = {"stem": pa.array(list(samples), pa.large_string())}
     for part in PARTS:
         found: Iterable[Member | None] = [sample.get(part) for sample in samples.values()]
         columns[f"{part}_at"] = pa.array([member.start if member else MISSING for member in found], pa.int64())
         columns[f"{part}_size"] = pa.array([member.size if member else MISSING for member in found], pa.int64())
-    return pa.table(columns).replace_schema_metadata({"unused": json.dumps(unused)})
+    return pa.table(columns)
