@@ -209,8 +209,8 @@ def test_each_pair_is_read_or_named(tmp_path: Path, kind: str, fault: str) -> No
         assert (captions, faults) == (["x"] * 3, [])
     if kind == "tar":
         part = fault.removeprefix("no ") if fault.startswith("no ") else ""
-        assert (f"1 samples have no {part}" in text) == bool(part)
-        assert ("Skips 4 files that a system left" in text) == (fault == "litter")
+        assert (f"1 sample without a {part} (the first: 0.tar/b)" in text) == bool(part)
+        assert ("4 files of a system or hidden, such as ._a.png: skipped" in text) == (fault == "litter")
 
 
 def add_litter(folder: Path, kind: str) -> None:

@@ -91,7 +91,7 @@ def test_a_shard_without_rows_is_counted_and_needs_no_columns(
     pq.write_table(pa.table({"index": pa.array([], pa.int64())}), folder / "train-0.parquet")
     source = open_at(folder / pattern)
     assert [source[i].captions for i in range(len(source))] == [("x",)]
-    assert source.describe().endswith("\n  1 of 2 shards have no rows (the first: train-0.parquet)")
+    assert source.describe().endswith("\n  1 shard without rows (the first: train-0.parquet)")
 
 
 def test_a_column_twice_is_named_if_it_is_used(tmp_path: Path, cells: dict[str, Any]) -> None:

@@ -141,8 +141,8 @@ def test_a_missing_member_is_named_and_counted_and_other_samples_are_read(
     place = write_tar(tmp_path / "0.tar", {**members, **other})
     assert part in fault_of(place)
     assert open_at(place)[1].captions == ("circle",)
-    what = {"a.txt": "caption", "a.png": "image", "a.cond.png": "condition"}[lacks]
-    assert open_at(place).describe().endswith(f"\n  1 samples have no {what} (the first: 0.tar/a)")
+    what = {"a.txt": "a caption", "a.png": "an image", "a.cond.png": "a condition"}[lacks]
+    assert open_at(place).describe().endswith(f"\n  1 sample without {what} (the first: 0.tar/a)")
 
 
 @pytest.mark.parametrize(

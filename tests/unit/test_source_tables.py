@@ -262,6 +262,11 @@ def test_wrong_json_is_one_line(folder: Path, fault: str) -> None:
 def test_a_files_name_may_have_another_unicode_form(
     folder: Path, stored: Literal["NFC", "NFD"], written: Literal["NFC", "NFD"], name: str
 ) -> None:
+    inner = folder / unicodedata.normalize("NFD", "Bilder f\u00fcr")  # a folder above has a form of its own
+    inner.mkdir()
+    for file in folder.glob("*.png"):
+        file.rename(inner / file.name)
+    folder = inner
     on_disk, in_row = (unicodedata.normalize(form, "M\u00fcller.png") for form in (stored, written))
     (folder / "b.png").rename(folder / on_disk)
     row = {"image": "a.png", "conditioning_image": in_row, "text": "x"}

@@ -80,7 +80,7 @@ MEMBERS: dict[str, tuple[dict[str, bytes], list[str], str]] = {
             **dict.fromkeys(("._a.png", "__MACOSX/._a.png", ".DS_Store", "PaxHeaders.3/a.png", "Thumbs.db"), b"x"),
         },
         ["a"],
-        "Skips 5 files that a system left or hid, such as ._a.png",
+        "5 files of a system or hidden, such as ._a.png: skipped",
     ),
     "dots in all stems": ({**sample("a.v1"), **sample("a.v2"), **sample("b.v2")}, ["a.v1", "a.v2", "b.v2"], ""),
     "dots in some stems": ({**sample("a"), **sample("a.v2")}, ["a", "a.v2"], ""),
@@ -88,17 +88,17 @@ MEMBERS: dict[str, tuple[dict[str, bytes], list[str], str]] = {
     "other pictures of a sample": (
         {**sample("a"), **sample("b"), "a.canny.png": picture(), "b.canny.png": picture(), "a.meta.json": b"{}"},
         ["a", "b"],
-        "Members that are not used: .canny.png (2), .meta.json (1)",
+        "members that are not used: .canny.png (2), .meta.json (1)",
     ),
     "other pictures of a stem with dots": (
         {**sample("a.v1"), "a.v1.canny.png": picture()},
         ["a.v1"],
-        "Members that are not used: .v1.canny.png (1)",
+        "members that are not used: .v1.canny.png (1)",
     ),
     "files of another use": (
         {**sample("a"), "README.txt": b"x", "LICENSE": b"x", "info.json": b"{}"},
         ["a"],
-        "Members that are not used: .txt (1), no ending (1), .json (1)",
+        "members that are not used: .txt (1), no ending (1), .json (1)",
     ),
 }
 """Fault -> members, the stems that are read, and what the plan adds."""
@@ -145,13 +145,13 @@ def test_captions_may_have_another_ending_or_be_left_out(tmp_path: Path) -> None
 MISSING = {
     "condition": (
         {"a.png": picture(), "a.depth.png": picture(), "a.txt": b"x"},
-        "none of the 1 samples has a condition: no member ends in .cond.png or .conditioning_image.png "
+        "no sample has a condition: no member ends in .cond.png or .conditioning_image.png "
         "(or .jpg, .webp, ...); the other members: .depth.png (1). --data.conditioning_image_column NAME reads",
     ),
-    "image": ({"a.cond.png": picture(), "a.txt": b"x"}, "none of the 1 samples has an image: no member ends in .png"),
+    "image": ({"a.cond.png": picture(), "a.txt": b"x"}, "no sample has an image: no member ends in .png"),
     "caption": (
         {"a.png": picture(), "a.cond.png": picture(), "a.caption": b"x"},
-        "none of the 1 samples has a caption: no member ends in .txt or .json; the other members: .caption (1).",
+        "no sample has a caption: no member ends in .txt or .json; the other members: .caption (1).",
     ),
     "picture": (
         {"a.jxl": b"x", "a.txt": b"x"},
@@ -254,6 +254,14 @@ def test_shards_of_a_folder_have_any_case_and_litter_is_no_shard(tmp_path: Path)
     write_tar(folder / "0.TAR", sample("a"))
     (folder / "._0.tar").write_bytes(b"Mac OS X")
     assert read(open_at(folder)) == [("a", "a")]
+
+
+def test_a_shard_without_samples_among_others_is_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {"README.md": b"x"})
+    write_tar(tmp_path / "1.tar", sample("a"))
+    source = open_at(tmp_path)
+    assert read(source) == [("a", "a")]
+    assert "\n  1 shard without samples (the first: 0.tar)" in source.describe()
 
 
 def test_a_split_of_a_folder_is_never_another_splits_shards(tmp_path: Path) -> None:

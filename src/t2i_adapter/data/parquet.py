@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.addresses import Blob, base_name
+from t2i_adapter.data.look import plural
 from t2i_adapter.data.remote import read_tail
 from t2i_adapter.data.shard_files import check_pointer, describe, find_shards, labels, part_of, starts
 from t2i_adapter.data.store import Store
@@ -69,7 +70,7 @@ class ParquetTable(Table):
         self._used = [number for number, count in enumerate(shards) if count]
         empty = [blob.name for blob, count in zip(blobs, shards, strict=True) if not count]
         if empty:
-            self.notes = (f"{len(empty)} of {len(blobs)} shards have no rows (the first: {base_name(empty[0])})",)
+            self.notes = (f"{plural(len(empty), 'shard')} without rows (the first: {base_name(empty[0])})",)
         self._held: OrderedDict[tuple[int, int, str | None], pa.Table] = OrderedDict()
         self._lock = threading.Lock()
         super().__init__(place or describe(blobs), shards, reader, options)

@@ -261,7 +261,7 @@ class PictureReader:
         if not is_named and not any(path.is_relative_to(normal(root)) for root in self.roots):
             advice = _ADVICE_MANIFEST if self.store else _ADVICE_ABSOLUTE
             raise _leaves(text, str(self.roots[0]), cell, advice)
-        return Blob(_existing(str(path)), 0, None)
+        return Blob(_existing(self.roots[0], text), 0, None)
 
     def _address(self, url: str, cell: str) -> Blob:
         if self.store is None:
@@ -286,11 +286,12 @@ def normal(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100 - Path.resolve() would follow links
 
 
-def _existing(path: str) -> str:
-    """The path, or if there is no such file, the one of the same letters in another Unicode form that exists."""
-    if path.isascii() or os.path.lexists(path):
+def _existing(root: Path, text: str) -> str:
+    """The file that `text` names from `root`; if it is missing, the one of the same letters in another Unicode form."""
+    path = str(normal(root / text))
+    if text.isascii() or os.path.lexists(path):
         return path
-    forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+    forms = (str(normal(root / unicodedata.normalize(form, text))) for form in ("NFC", "NFD"))
     return next(filter(os.path.lexists, forms), path)
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.addresses import Blob
+from t2i_adapter.data.look import plural
 from t2i_adapter.data.picture import StoredPicture, check_size
 from t2i_adapter.data.rows import Row, Rows
 from t2i_adapter.data.shard_files import describe, find_shards, labels, part_of, starts
@@ -173,14 +174,15 @@ class TarRows(Rows):
         if not self.annotate:
             missing["condition"] = ~has["condition"]
         empty = [name for name, count in zip(self._labels, self.shards, strict=True) if not count]
-        notes = [f"{len(empty)} of {len(self._blobs)} shards have no rows (the first: {empty[0]})"] if empty else []
+        notes = [f"{plural(len(empty), 'shard')} without samples (the first: {empty[0]})"] if empty else []
         for part, is_missing in missing.items():
             count = int(np.count_nonzero(is_missing))
             if count == len(self):
-                text = f"{self.place}: none of the {count:,} samples has a{'n' * (part == 'image')} {part}"
-                raise UserError(f"{text}: {self._wanted(part)}{unused.hint()}.{_ADVICE[part]}")
+                text = f"{self.place}: no sample has {_A[part]}: {self._wanted(part)}{unused.hint()}."
+                raise UserError(f"{text}{_ADVICE[part]}")
             if count:
-                notes.append(f"{count:,} samples have no {part} (the first: {self.key(int(np.argmax(is_missing)))})")
+                first = self.key(int(np.argmax(is_missing)))
+                notes.append(f"{plural(count, 'sample')} without {_A[part]} (the first: {first})")
         self.notes = (*notes, *unused.notes())
 
     def _check_caption_key(self, cells: Mapping[str, Any]) -> None:
@@ -211,6 +213,7 @@ class TarRows(Rows):
         self._lock = threading.Lock()
 
 
+_A = {"image": "an image", "condition": "a condition", "caption": "a caption"}
 _UNPACK = " If the archive holds a data folder, unpack it and name the folder."
 _ADVICE = {
     "image": _UNPACK,
@@ -255,9 +258,9 @@ class Unused:
         """What the plan says about them."""
         found = []
         if self.endings:
-            found.append(f"Members that are not used: {self._list()}")
+            found.append(f"members that are not used: {self._list()}")
         if self.litter:
-            found.append(f"Skips {self.litter:,} files that a system left or hid, such as {self.first_litter}")
+            found.append(f"{plural(self.litter, 'file')} of a system or hidden, such as {self.first_litter}: skipped")
         return found
 
     def _list(self) -> str:
