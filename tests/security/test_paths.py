@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.runs import train_words
@@ -91,8 +93,31 @@ def test_a_manifest_may_name_files_elsewhere_by_their_absolute_paths(
     assert read_manifest(tmp_path, ESCAPES[form](outside), suffix) == ""
 
 
-def read_manifest(tmp_path: Path, path: str, suffix: str) -> str:
-    """The error from reading a manifest of one row whose image is `path`; "" if it is read."""
+@pytest.mark.parametrize("form", BY_DESIGN)
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_table_found_in_a_folder_that_the_user_named_stays_in_it(
+    tmp_path: Path, outside: Path, form: str, suffix: str
+):
+    """A folder may come from somebody else, so its table may not name this machine's files."""
+    message = read_manifest(tmp_path, ESCAPES[form](outside), suffix, names_folder=True)
+    assert "column image" in message and "Rows of a table that you name yourself may" in message
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hub"])
+def test_a_parquet_file_found_in_a_folder_that_the_user_named_stays_in_it(tmp_path: Path, outside: Path, kind: str):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    cells = {"image": [str(outside)], "conditioning_image": [str(outside)], "text": ["a"]}
+    for name, image in (("text", [str(outside)]), ("struct", [{"bytes": None, "path": str(outside)}])):
+        pq.write_table(pa.table({**cells, "image": image}), folder / "0.parquet")
+        assert "leaves the data folder" in fault_of(folder, tmp_path, kind=kind), name
+
+
+def read_manifest(tmp_path: Path, path: str, suffix: str, *, names_folder: bool = False) -> str:
+    """The error from reading a manifest of one row whose image is `path`; "" if it is read.
+
+    names_folder: the user names the manifest's folder.
+    """
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "cond.png").write_bytes(picture("black"))
@@ -101,7 +126,8 @@ def read_manifest(tmp_path: Path, path: str, suffix: str) -> str:
     else:
         text = f'image,conditioning_image,text\n"{path}",cond.png,a\n'
     (folder / f"rows.{suffix}").write_text(text + "\n")
-    data = DataOptions(location=str(folder / f"rows.{suffix}"), prepared_dir=str(tmp_path / "cache"))
+    place = folder if names_folder else folder / f"rows.{suffix}"
+    data = DataOptions(location=str(place), prepared_dir=str(tmp_path / "cache"))
     try:
         open_source(data, seed=0)[0]
     except UserError as fault:

@@ -19,14 +19,16 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def open_rows(location: str, options: DataOptions) -> Table:
-    """Relative paths stay in the manifest's folder; other files are named by absolute paths, or by addresses, which are
-    downloaded. Raises UserError."""
+    """Opens the table at `location`. Raises UserError.
+
+    `PictureReader.beside` says which pictures its rows may name.
+    """
     store = Store(cache_root(options.prepared_dir))
     blobs = find(location)
     if len(blobs) != 1:
         text = f"{location}: names {len(blobs)} files; a manifest is one. Put its rows into one file."
         raise UserError(text, option="data.location")
-    blob, reader = blobs[0], PictureReader.beside(blobs, store)
+    blob, reader = blobs[0], PictureReader.beside(blobs, store, options.location)
     suffix = Path(base_name(blob.name)).suffix.lower()
     if suffix == ".parquet":
         return ParquetTable(blobs, store, reader, options)

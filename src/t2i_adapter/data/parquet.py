@@ -39,7 +39,7 @@ def open_rows(location: str, options: DataOptions) -> ParquetTable:
     """
     blobs = find_shards(location, options.split, ".parquet")
     store = Store(cache_root(options.prepared_dir))
-    return ParquetTable(blobs, store, PictureReader.beside(blobs, store), options)
+    return ParquetTable(blobs, store, PictureReader.beside(blobs, store, options.location), options)
 
 
 class Shard(NamedTuple):

@@ -182,12 +182,17 @@ class PictureReader:
     store: Store | None = None
 
     @classmethod
-    def beside(cls, blobs: Sequence[Blob], store: Store) -> PictureReader:
-        """Reader for the table files `blobs`: paths start at the first one's folder and stay in the folders of the
-        files; addresses are downloaded."""
+    def beside(cls, blobs: Sequence[Blob], store: Store, named: str | None) -> PictureReader:
+        """Reader for the table files `blobs`: relative paths start at the first one's folder and stay in the folders of
+        the files.
+
+        `named`: what the user named. If that is the tables themselves, and not the folder in which they were found,
+        cells may name other files: by absolute paths, or by addresses, which are downloaded.
+        """
         if blobs[0].is_remote:
             return cls(base=blobs[0].name.partition("?")[0].rpartition("/")[0], store=store)
-        return cls(roots=tuple(dict.fromkeys(Path(blob.name).parent for blob in blobs)), store=store)
+        roots = tuple(dict.fromkeys(Path(blob.name).parent for blob in blobs))
+        return cls(roots=roots, store=None if named and local_path(named).is_dir() else store)
 
     def read(self, value: Any, cell: str) -> StoredPicture:
         """The stored bytes of a path, of bytes, or of `datasets`' {"bytes", "path"}.
@@ -266,8 +271,8 @@ class PictureReader:
     def _address(self, url: str, cell: str) -> Blob:
         if self.store is None:
             text = (
-                f"{cell}: {url!r} is an address; only files are read. Download it and write its path, or make the "
-                f"table a manifest ({flag('data.kind')} manifest), whose rows may name addresses."
+                f"{cell}: {url!r} is an address; only files are read. Download it and write its path. Rows of a table "
+                f"that you name yourself may hold addresses: {flag('data.location')} FOLDER/metadata.jsonl"
             )
             raise UserError(text, kind="missing")
         if has_login(url):
@@ -308,7 +313,7 @@ def _leaves(text: str, folder: str, cell: str, advice: str = "Paths must stay in
 
 
 _ADVICE_ABSOLUTE = (
-    "Paths must stay in it. Only a manifest may hold absolute paths; a metadata.jsonl is one if you name the file: "
+    "Paths must stay in it. Rows of a table that you name yourself may hold absolute paths: "
     f"{flag('data.location')} FOLDER/metadata.jsonl"
 )
 _ADVICE_MANIFEST = "Relative paths must stay in it; write the absolute path of a file elsewhere."
