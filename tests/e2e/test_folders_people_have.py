@@ -343,10 +343,10 @@ CASES = {
     ),
     "other columns, named": Case(other_columns, options={"image_column": "img_path", "caption_column": "prompt"}),
     "absolute paths in a manifest": Case(absolute_paths, place="pairs.jsonl"),
-    "absolute paths in metadata.jsonl": Case(absolute_metadata, None, says=("manifest",)),
-    "absolute paths in metadata.jsonl, named": Case(
-        absolute_metadata, place="metadata.jsonl", options={"kind": "manifest"}
+    "absolute paths in metadata.jsonl": Case(
+        absolute_metadata, None, says=("may hold absolute paths: --data FOLDER/metadata.jsonl",)
     ),
+    "absolute paths in metadata.jsonl, named": Case(absolute_metadata, place="metadata.jsonl"),
     "ControlNet's prompt.json": Case(controlnet, options=CONTROLNET, paired=True, place="prompt.json"),
     "a table of pictures, captions beside": Case(images_alone, options={"captions": ".txt"}, place="pairs.jsonl"),
     "a table of pictures, captions of names": Case(

@@ -71,6 +71,8 @@ def detect(location: str, options: DataOptions) -> tuple[str, str]:
         return location, "hub"
     suffix = re.search(r"\.[A-Za-z0-9]+$", base_name(location).rstrip("}"))
     known = _SUFFIXES.get(suffix.group().lower()) if suffix else None
+    if re.search(r"\.tar\.\w+$", base_name(location).lower()):
+        return location, "tar"  # whose reader says how to unpack it
     if path.is_file() and base_name(location).lower().endswith(ARCHIVES):
         text = f"{location}: an archive, which is not read in place. Unpack it: {unpack_command(path)}"
         raise UserError(text, option="data.location")
@@ -95,8 +97,8 @@ def _of_folder(location: str, folder: Path, options: DataOptions) -> tuple[str, 
         **dict.fromkeys(METADATA, "folder"),
         "images": "paired",
         "icons.json": "emoji",
-        "*.tar": "tar",
-        **dict.fromkeys((*_SAVED, "*.parquet", "*.arrow"), "hub"),
+        "*.[tT][aA][rR]": "tar",
+        **dict.fromkeys((*_SAVED, "*.[pP][aA][rR][qQ][uU][eE][tT]", "*.arrow"), "hub"),
     }
     for mark, layout in marks.items():
         if has(mark):
@@ -108,6 +110,11 @@ def _of_folder(location: str, folder: Path, options: DataOptions) -> tuple[str, 
         return str(folder / tables[0]), "manifest"
     if found.pictures:
         return location, "paired"
+    shards = {
+        ending: layout for ending, layout in ((".tar", "tar"), (".parquet", "hub")) if ending in dict(found.other)
+    }
+    if shards:
+        return location, next(iter(shards.values()))
     raise UserError(_not_understood(location, folder, found), option="data.location")
 
 
