@@ -24,8 +24,10 @@ OUTSIDE = {
     "src/t2i_adapter/models/nano/README.md": "nano-card.md",
     "benchmarks/results/conditions_2cpu_2026-11-24.md": "conditions-time.md",
     "recipes": "recipes.md",
+    "benchmarks/results": "results.md",
 }
-"""Path in the repository -> path on the site, of pages outside docs/. `recipes` is the folder; its page shows all."""
+"""Path in the repository -> path on the site, of pages outside docs/. The last two are folders; `folders` makes their
+pages."""
 FILES = "files/"
 """Folder on the site of linked files that are no pages, under their paths in the repository."""
 _LINK = re.compile(r"(?<=\]\()(?P<target>[^()\s#]+)(?:#(?P<heading>[^()\s]*))?(?=\))")
@@ -76,16 +78,23 @@ def without_front_matter(text: str) -> str:
     return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
 
 
-def recipes_page() -> str:
-    """Returns a page with the text of every file in recipes/."""
+def folders() -> dict[str, str]:
+    """Returns path in the repository -> text of the pages that show a folder: recipes whole, results as links.
+
+    Their links are those of a page in docs/.
+    """
     files = sorted((ROOT / "recipes").glob("*.yaml"))
-    start = "# Recipes\n\nA recipe is a file of options to start from: [command-line.md](command-line.md).\n"
-    parts = [f"\n## {file.name}\n\n```yaml\n{file.read_text(encoding='utf-8').rstrip()}\n```\n" for file in files]
-    return start + "".join(parts)
+    recipes = [f"\n## {file.name}\n\n```yaml\n{file.read_text(encoding='utf-8').rstrip()}\n```\n" for file in files]
+    names = sorted(file.name for file in (ROOT / "benchmarks" / "results").iterdir())
+    results = [f"- [{name}](../benchmarks/results/{name})\n" for name in names]
+    return {
+        "recipes": "# Recipes\n\nA recipe is a file of options to start from.\n" + "".join(recipes),
+        "benchmarks/results": "# Results\n\nThe files that programs of `benchmarks/` wrote.\n\n" + "".join(results),
+    }
 
 
 def pages() -> dict[str, str]:
-    """Returns path in the repository -> text of all pages of the site, except the one that is made of recipes/."""
+    """Returns path in the repository -> text of all pages of the site, except those of `folders`."""
     inside = [f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md"))]
     outside = [path for path in OUTSIDE if path.endswith(".md")]
     return {path: (ROOT / path).read_text(encoding="utf-8") for path in inside + outside}
@@ -103,11 +112,12 @@ def write_pages(out: Path) -> None:
     """Writes the site's source to the folder `out`: pages, recipes, pictures, and the files to which pages link."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(ROOT / "docs", out, ignore=shutil.ignore_patterns("*.md"))
-    content = pages()
-    for path, text in content.items():
-        _write(out / place(path), for_site(without_front_matter(text), path))
-    _write(out / OUTSIDE["recipes"], recipes_page())
-    for path in {path for page, text in content.items() for path, _ in targets(text, page)}:
+    linked = set()
+    for path, text in {**pages(), **folders()}.items():
+        page = path if path.endswith(".md") else f"docs/{place(path)}"
+        linked |= {target for target, _ in targets(text, page)}
+        _write(out / place(path), for_site(without_front_matter(text), page))
+    for path in linked:
         if place(path).startswith(FILES):
             (out / place(path)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / path, out / place(path))

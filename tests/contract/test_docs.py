@@ -115,7 +115,7 @@ def test_named_files_of_benchmarks_exist(page: Path):
 
 def test_every_page_is_in_the_navigation_of_the_site_once():
     shown = docs_site.navigation()
-    assert sorted(shown) == sorted([docs_site.place(path) for path in PATHS] + ["recipes.md"])
+    assert sorted(shown) == sorted(docs_site.place(path) for path in (*PATHS, *docs_site.folders()))
 
 
 def test_the_site_is_complete_and_its_links_stay_in_it(tmp_path: Path):
