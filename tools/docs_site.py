@@ -10,6 +10,7 @@ from __future__ import annotations
 import posixpath
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,5 +129,13 @@ def _write(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
+def differences() -> list[str]:
+    """Returns the pages that the navigation does not name, and what it names that is no page, or names twice."""
+    shown, there = navigation(), [place(path) for path in (*pages(), *folders())]
+    return sorted({*(set(shown) ^ set(there)), *(page for page in shown if shown.count(page) > 1)})
+
+
 if __name__ == "__main__":
+    if differences():
+        sys.exit(f"mkdocs.yml: the navigation names each page once; it differs in {', '.join(differences())}")
     write_pages(ROOT / "build" / "docs")
