@@ -50,6 +50,7 @@ SMALLER = (
     (r"(--max_train_steps[= ]|--train\.max_steps )\d+", r"\g<1>2"),
     (r'--report_to="?wandb"?', "--report_to=none"),
     (r" --push_to_hub", ""),
+    (r"--validation_steps=100\b", "--validation_steps=100 --num_validation_images=1"),
 )
 """(pattern, replacement): fewer pictures and steps, which are enough to test that a command works."""
 
