@@ -5,7 +5,7 @@
 
 It runs the verbs make-data emoji, train and evaluate in runs/emoji. The result file is the evaluation with the seconds
 of training, without the numbers of single pairs. Then it writes --picture: the first held-out names in sorted order,
-each with its condition, what the base alone and the base with the adapter generate from one seed, and the target.
+each with its condition, what the base alone and the base with the adapter generate from the same noise, and the target.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def generate_rows(test: Path, adapter: Path) -> tuple[list[str], dict[str, list[
     """Returns names of held-out emoji, and the rows of the picture: heading -> one picture a name.
 
     The names are the first NAMES of the folder `test` in sorted order, without those that repeat an emoji in another
-    skin tone. Every picture is generated from the seed 0, with the options of `evaluate`.
+    skin tone. Their pictures are generated from the seeds 0, 1, ..., with the options of `evaluate`.
     """
     from t2i_adapter.generation.generate import generate
     from t2i_adapter.generation.options import ModelOptions
@@ -75,7 +75,7 @@ def generate_rows(test: Path, adapter: Path) -> tuple[list[str], dict[str, list[
     pipeline = open_models(ModelOptions(adapter=str(adapter))).pipeline()
     sampling = EvaluateOptions(adapter=str(adapter), data=str(test.parent), guidance=GUIDANCE)
     alone, controlled = (
-        generate(pipeline, prompts, given, [0] * len(chosen), size=(SIZE, SIZE), sampling=sampling)
+        generate(pipeline, prompts, given, range(len(chosen)), size=(SIZE, SIZE), sampling=sampling)
         for given in (None, conditions)
     )
     targets = [Image.open(test / row["file_name"]).convert("RGB") for row in chosen]
