@@ -6,7 +6,7 @@ BIN := .venv/bin
 CONSTRAINTS ?= constraints.txt
 STAMP := .venv/.installed
 
-.PHONY: help install demo check test golden bench dist soak fuzz audit lint types clean
+.PHONY: help install demo check test golden bench dist docs soak fuzz audit lint types clean
 
 help:
 	@echo "make install   install the package and the tools of its developers in .venv (network)"
@@ -17,10 +17,11 @@ help:
 	@echo "make golden    record the reference loss curve again; the commit that does so states why"
 	@echo "make bench NAME=time_to_control    run one program of benchmarks/"
 	@echo "make dist      build the sdist and the wheel in dist/"
+	@echo "make docs      build the documentation site in site/, to be opened as files (network, the first time)"
 	@echo "make soak      long tests: killed runs, full disks, damaged files, fuzzing (hours)"
 	@echo "make fuzz      coverage-guided fuzzing with atheris for a minute (network)"
 	@echo "make audit     known vulnerabilities of the installed packages (network)"
-	@echo "make clean     remove .venv, runs, build and dist"
+	@echo "make clean     remove .venv, .venv-docs, runs, build, dist and site"
 
 install: $(STAMP)
 
@@ -59,6 +60,18 @@ dist: install
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation
 
+docs: .venv-docs/.installed
+	.venv-docs/bin/python tools/docs_site.py
+	.venv-docs/bin/zensical build --clean --strict
+
+# The generator has an environment of its own, so that the site is built without torch.
+.venv-docs/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found. Name one: make PYTHON=/path/to/python3.12 docs"; exit 2; }
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --upgrade pip
+	.venv-docs/bin/python -m pip install --quiet --group docs
+	@touch $@
+
 soak: install
 	HYPOTHESIS_PROFILE=soak $(BIN)/pytest tests/fuzz --timeout=7200
 	$(BIN)/pytest tests -m soak --ignore tests/campaigns --timeout=7200
@@ -78,4 +91,4 @@ audit: install
 	$(BIN)/pip-audit --skip-editable
 
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv .venv-docs runs build dist site .cache

@@ -6,12 +6,16 @@ import re
 import shlex
 from pathlib import Path
 
+import docs_site
 import pytest
+import yaml
 from nano_maker.__main__ import parser as nano_maker_parser
-from support.doc_pages import PAGES, commands
+from support.doc_pages import PAGES, code, commands
 
 from t2i_adapter import script
 from t2i_adapter.cli import PROG, VERBS
+from t2i_adapter.config.recipe import load
+from t2i_adapter.config.tree import Config
 from t2i_adapter.flags import parse_flags, parse_train
 from t2i_adapter.imports import resolve
 
@@ -55,10 +59,24 @@ def _check_verb(words: list[str]) -> None:
     name = " ".join(words[:2]) if " ".join(words[:2]) in VERBS else words[0]
     rest = words[len(name.split()) :]
     if VERBS[name].options == VERBS["train"].options:
-        if "FILE.yaml" not in rest:
-            parse_train(rest, PROG)
+        parse_train(_with_recipe_of_ours(rest), PROG)
         return
     parse_flags(resolve(VERBS[name].options), rest, PROG)
+
+
+def _with_recipe_of_ours(words: list[str]) -> list[str]:
+    """The words with a recipe of the repository in place of one that a reader writes or a run has written."""
+    return [
+        "recipes/nano-shapes.yaml" if before == "--recipe" and not (ROOT / word).is_file() else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+
+
+def test_the_recipe_of_a_page_is_read(tmp_path: Path):
+    recipe = tmp_path / "millions.yaml"
+    recipe.write_text(code(ROOT / "docs" / "millions.md", "# millions.yaml"))
+    config = load(recipe, Config())
+    assert config.data.location == "shards/{0000..0999}.tar" and config.checkpoint.resume == "auto"
 
 
 def _check_file(words: list[str]) -> None:
@@ -71,14 +89,50 @@ def _check_file(words: list[str]) -> None:
         assert (ROOT / words[1]).is_file()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda page: page.name)
-def test_the_targets_of_links_exist(page: Path):
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (page.parent / target).exists(), target
+PATHS = list(docs_site.pages())
+"""Pages of the site, as paths in the repository."""
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_targets_of_links_exist(path: str):
+    for target, heading in docs_site.targets((ROOT / path).read_text(encoding="utf-8"), path):
+        assert (ROOT / target).exists(), target
+        if heading:
+            assert heading in _headings(ROOT / target), f"{target}#{heading}"
+
+
+def _headings(page: Path) -> set[str]:
+    """The names by which links reach the headings of a page: words in small letters with hyphens."""
+    lines = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in lines}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".md"], ids=lambda page: page.name)
 def test_named_files_of_benchmarks_exist(page: Path):
     for name in re.findall(r"benchmarks/[\w./-]+\.(?:json|md|py)", page.read_text(encoding="utf-8")):
         assert (ROOT / name).is_file(), name
+
+
+def test_every_page_is_in_the_navigation_of_the_site_once():
+    assert docs_site.differences() == []
+
+
+def test_a_page_that_the_navigation_does_not_name_is_found(monkeypatch: pytest.MonkeyPatch):
+    shown = docs_site.navigation()
+    monkeypatch.setattr(docs_site, "navigation", lambda: [*shown[1:], shown[1], "nowhere.md"])
+    assert docs_site.differences() == sorted([shown[0], shown[1], "nowhere.md"])
+
+
+def test_the_site_is_complete_and_its_links_stay_in_it(tmp_path: Path):
+    out = tmp_path / "docs"
+    docs_site.write_pages(out)
+    for page in docs_site.navigation():
+        for target, _ in docs_site.links((out / page).read_text(encoding="utf-8")):
+            assert "://" in target or (out / page).parent.joinpath(target).is_file(), f"{page}: {target}"
+
+
+def test_the_site_requests_nothing_from_another_host():
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert config["theme"]["font"] is False
+    assert all((ROOT / "docs" / file).is_file() for file in (*config["extra"]["polyfills"], *config["extra_css"]))
+    assert not set(config) & {"extra_javascript", "repo_url"}

@@ -17,6 +17,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.doc_pages import PAGES, code, commands
 
 from t2i_adapter.cli import PROG, main
@@ -43,10 +44,13 @@ SMALLER = (
     (r"--num_test 64\b", "--num_test 2"),
     (r"--num (64|400)\b", "--num 2"),
     (r"\bshapes:\d+", "shapes:4"),
+    (r"\{0000\.\.0999\}", "{0000..0001}"),
+    (r"--nproc_per_node 8\b", "--nproc_per_node 2"),
     (r"(--resolution[= ]|--data\.resolution )1024\b", r"\g<1>128"),
     (r"(--max_train_steps[= ]|--train\.max_steps )\d+", r"\g<1>2"),
     (r'--report_to="?wandb"?', "--report_to=none"),
     (r" --push_to_hub", ""),
+    (r"--validation_steps=100\b", "--validation_steps=100 --num_validation_images=1"),
 )
 """(pattern, replacement): fewer pictures and steps, which are enough to test that a command works."""
 
@@ -56,6 +60,7 @@ NOT_RUN = {
     f"{PROG} train --recipe FILE.yaml": "the form of a command",
     f"{PROG} prepare --recipe FILE.yaml": "the form of a command",
     f"{PROG} plan --recipe recipes/sdxl": "needs the hub; tests/unit/test_plan.py plans for a card too",
+    f"{PROG} plan --recipe recipe-24gb": "needs the hub; tests/unit/test_plan.py plans for a card too",
     f"{PROG} push": "needs the hub; tests/unit/test_push.py runs it against a server",
     f"{PROG} annotate depth": "needs weights of the hub; tests/unit/test_conditions_depth.py has small ones",
     f"{PROG} annotate segmentation": "needs weights; tests/unit/test_conditions_segmentation.py has small ones",
@@ -68,6 +73,9 @@ NOT_RUN = {
 PAGES_WITH_COMMANDS = [page for page in PAGES if page.suffix == ".md" and commands(page)]
 ICONS = {f"thing-{i}": {"body": f'<circle cx="16" cy="16" r="{4 + i % 9}" fill="#f00"/>'} for i in range(60)}
 OWN_ANNOTATOR = ROOT / "docs" / "add-a-condition.md"
+OWN_RECIPE = re.compile(r"(millions|recipe)\.yaml")
+"""Recipes of a reader: they name data that the reader has."""
+MILLIONS = ROOT / "docs" / "millions.md"
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +87,60 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("my-pictures", "runs/demo/data"):
         write_dataset(root / folder, num=4, split="train")
         write_dataset(root / folder, num=2, split="test")
-    (root / "my-photos").mkdir()
-    for number in range(4):
-        shutil.copy(root / f"my-pictures/train/{number:05d}.png", root / f"my-photos/{number}.png")
-        (root / f"my-photos/{number}.txt").write_text("a shape")
     for name in ("house_outline", "circle", "condition", "conditioning_image_1", "conditioning_image_2"):
         shutil.copy(root / "my-pictures/test/00000_cond.png", root / f"{name}.png")
     shutil.copy(root / "my-pictures/test/00000.png", root / "photo.png")
     write_icons(root / "icons.tgz")
+    write_photos(root / "my-photos", root / "my-pictures")
+    write_shards(root / "shards", root / "my-pictures/train")
+    (root / "millions.yaml").write_text(millions_recipe())
     (root / "tones.py").write_text(code(OWN_ANNOTATOR, '"""The picture in a few tones, for adapters that shade."""'))
     run(
         f"{PROG} train --data runs/demo/data --data.resolution 128 --train.max_steps 1 --output_dir runs/demo/adapter",
         root,
     )
     return root
+
+
+def write_photos(folder: Path, pictures: Path) -> None:
+    """Writes pictures with captions in text files beside them, in train/ and test/, from an image folder."""
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True)
+        for number, row in enumerate(rows_of(pictures / split), start=1):
+            with Image.open(pictures / split / row["file_name"]) as picture:
+                picture.save(folder / split / f"{number:04d}.jpg", quality=95)
+            (folder / split / f"{number:04d}.txt").write_text(row["text"])
+
+
+def write_shards(folder: Path, pictures: Path) -> None:
+    """Writes two tar shards with the pairs of an image folder's split."""
+    folder.mkdir()
+    rows = rows_of(pictures)
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard:04d}.tar", "w") as tar:
+            for number, row in enumerate(rows[shard::2]):
+                tar.add(pictures / row["file_name"], f"{number}.png")
+                member = tarfile.TarInfo(f"{number}.txt")
+                member.size = len(row["text"].encode())
+                tar.addfile(member, io.BytesIO(row["text"].encode()))
+
+
+def rows_of(split: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (split / "metadata.jsonl").read_text().splitlines()]
+
+
+def millions_recipe() -> str:
+    """Returns the recipe that docs/millions.md shows, for two small shards and nano."""
+    smaller = (
+        ("{0000..0999}", "{0000..0001}"),
+        ("resolution: 1024", "resolution: 128"),
+        ("max_steps: 20000", "max_steps: 2"),
+        *STAND_INS.items(),
+    )
+    recipe = code(MILLIONS, "# millions.yaml")
+    for shown, instead in smaller:
+        recipe = recipe.replace(shown, instead)
+    return recipe
 
 
 def write_icons(file: Path) -> None:
@@ -121,12 +169,14 @@ def small(command: str, number: int) -> str:
         command = command.replace(name, here)
     if re.search(r"t2i[-_]adapter train ", command):
         command = command.partition(" #")[0]
-        ours = {"--train.max_steps": "2", "--output_dir": f"runs/{number}"}
-        if "--recipe" in command:
+        ours = {"--train.max_steps": "2"}
+        if OWN_RECIPE.search(command):
+            pass
+        elif "--recipe" in command:
             ours |= {"--data": "my-pictures"}
             ours["--output_dir"] = "runs/again" if "resume" in command or number == 0 else f"runs/{number}"
         else:
-            ours |= {"--data.resolution": "128"}
+            ours |= {"--data.resolution": "128", "--output_dir": f"runs/{number}"}
         command += "".join(f" {flag} {value}" for flag, value in ours.items() if flag not in command)
     return command
 

@@ -5,6 +5,7 @@ import json
 import sys
 import tarfile
 
+import emoji as benchmark
 import numpy as np
 import pytest
 from PIL import Image
@@ -144,3 +145,19 @@ def test_write_refuses_unknown_options(package, tmp_path):
     for options in ({"split": "dev"}, {"condition": "depth"}, {"background": "whitish"}):
         with pytest.raises(UserError, match=next(iter(options.values()))):
             emoji.write_dataset(tmp_path, package=package, **options)
+
+
+def test_the_picture_of_the_benchmark_shows_the_first_names_unscaled(tmp_path):
+    names = ["b-dark", "b", "a", "c-medium-light", "d", "e", "f", "g", "h"]
+    rows = [{"name": name, "text": name, "file_name": "x", "conditioning_image_file_name": "y"} for name in names]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = [row["name"] for row in benchmark.first_names(tmp_path)]
+    assert chosen == ["a", "b", "d", "e", "f", "g"]
+    pictures = [Image.new("RGB", (16, 16), (40 * i, 0, 0)) for i in range(len(chosen))]
+    sheet = benchmark.make_picture(chosen, {"target": pictures, "base alone": pictures})
+    step = 16 + benchmark.GAP
+    left, top = sheet.width - len(chosen) * step, sheet.height - 2 * step
+    for column, picture in enumerate(pictures):
+        for row in range(2):
+            x, y = left + column * step, top + row * step
+            assert sheet.crop((x, y, x + 16, y + 16)).tobytes() == picture.tobytes()
