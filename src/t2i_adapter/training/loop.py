@@ -17,6 +17,7 @@ from tqdm import tqdm
 from t2i_adapter.config.tree import to_dict
 from t2i_adapter.errors import Stopped, UserError, flag
 from t2i_adapter.training import checkpoint, nonfinite, tracking
+from t2i_adapter.training.data_record import DataRecord
 from t2i_adapter.training.profile import FOLDER, Profile
 from t2i_adapter.training.resume import versions
 from t2i_adapter.training.saving import Saver
@@ -37,13 +38,15 @@ class Trainer:
         batches: Callable[[int], Iterator[Batch]],
         validate: Callable[[Any, int], float | None] | None,
         stopper: Stopper,
+        data: DataRecord,
     ) -> None:
         """batches: first step -> this rank's micro-batches from there on, in order, on the device.
 
         validate: (adapter, step) -> score of the adapter, higher is better, or None if it is not measured; only the
-        main process calls it. None trains without validation.
+        main process calls it. None trains without validation. data: what the batches are made of.
         """
         self.update, self.batches, self.validate, self.stopper = update, batches, validate, stopper
+        self.data = data
         self.config, self.plan, self.accelerator = update.config, update.plan, update.accelerator
         self.output_dir = Path(self.config.output_dir)
         options = self.config.checkpoint
@@ -227,14 +230,15 @@ class Trainer:
     # Checkpoint and resume ------------------------------------------------------------------------------------------
 
     def _training_state(self) -> checkpoint.TrainingState:
-        update = self.update.state()
+        update, (tensors, data) = self.update.state(), self.data.pack()
         run = {
+            "data": data,
             "plan": self.plan.to_dict(),
             "skipped_steps": self.skipped_steps,
             "options": to_dict(self.config),
             "versions": versions(),
         }
-        return checkpoint.TrainingState(update.tensors, {**update.state, **run})
+        return checkpoint.TrainingState(update.tensors | tensors, {**update.state, **run})
 
     def resume(self, folder: Path) -> None:
         """Continues from a checkpoint as if the run had not stopped. Raises UserError if it does not fit."""
