@@ -6,8 +6,8 @@ Importing this module is light: the generators are imported when they are called
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -128,14 +128,14 @@ def _make(out: Path, options: dict[str, Any], splits: tuple[str, ...], write: Ca
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        building = out.with_name(f".{out.name}-{secrets.token_hex(4)}")
+        building.mkdir()  # not mkdtemp, which ignores the umask
     except OSError as error:
         raise UserError(f"{out}: cannot be made: {error.strerror} ({error.filename}).", option="out") from None
     try:
-        building.chmod(0o755)
         for split in splits:
             _write_split(out, building, split, write)
-        (building / MADE).write_text(json.dumps(made, indent=1) + "\n")
+        (building / MADE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
         building.replace(out)  # an empty folder may stand there
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -160,7 +160,7 @@ def _is_made(out: Path, made: dict[str, str]) -> bool:
     if not marker.is_file():
         raise UserError(f"{out}: is not empty; name a folder that is new or empty.", option="out")
     try:
-        there = json.loads(marker.read_text())
+        there = json.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         there = {}
     if there == made:
