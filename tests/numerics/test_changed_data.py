@@ -37,7 +37,7 @@ def resumed(config: Config, **changes: object) -> Config:
 
 
 def rows_of(config: Config) -> Path:
-    return Path(str(config.data.train_data_dir)) / "train" / "metadata.jsonl"
+    return Path(str(config.data.location)) / "train" / "metadata.jsonl"
 
 
 def edit_pictures(config: Config) -> None:

@@ -22,6 +22,7 @@ from support.runs import read_metrics, tiny_config
 from t2i_adapter import script as compat
 from t2i_adapter.cli import main
 from t2i_adapter.config import recipe as load
+from t2i_adapter.config.read import with_values
 from t2i_adapter.config.tree import (
     CheckpointOptions,
     Config,
@@ -364,6 +365,17 @@ def test_an_option_that_an_older_version_did_not_have_is_as_it_is_by_default():
     assert changes(Config(), options=old) == []
     newer = replace(Config(), train=replace(Config().train, ema_decay=0.9))
     assert [str(change) for change in changes(newer, options=old)] == ["train.ema_decay 0.0 -> 0.9"]
+
+
+@pytest.mark.parametrize(("former", "other"), [("train_data_dir", "dataset_name"), ("dataset_name", "train_data_dir")])
+def test_an_option_that_an_older_version_called_otherwise_is_the_same_one(former: str, other: str):
+    config = with_values(Config(), {"data.location": "pairs"})
+    old = to_dict(config)
+    del old["data"]["location"]
+    old["data"] |= {former: "pairs", other: None}
+    assert changes(config, options=old) == []
+    moved = with_values(Config(), {"data.location": "elsewhere"})
+    assert [str(change) for change in changes(moved, options=old)] == ["data.location pairs -> elsewhere"]
 
 
 @pytest.mark.parametrize(

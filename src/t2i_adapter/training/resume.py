@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from t2i_adapter.config.recipe import RENAMED
 from t2i_adapter.config.tree import Config, to_dict
 from t2i_adapter.errors import UserError, flag
 
@@ -81,6 +82,9 @@ def check_same_run(state: Mapping[str, Any], config: Config, plan: Mapping[str, 
 def changes(state: Mapping[str, Any], config: Config, plan: Mapping[str, Any]) -> list[Change]:
     """What differs between a checkpoint's state.json and the run that resumes from it."""
     before, after, initial = (flat(tree) for tree in (state["options"], to_dict(config), to_dict(Config())))
+    for former, name in RENAMED.items():  # an older version wrote the checkpoint
+        if before.get(former) is not None:
+            before.setdefault(name, before[former])
     found = [
         # An option that the checkpoint's version did not have counts as its default value.
         Change(name, before.get(name, initial[name]), value, is_harmless(name))
