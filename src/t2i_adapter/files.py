@@ -1,10 +1,11 @@
-"""Files and folders: atomic writes, checksums, paths that users write, JSON from anywhere."""
+"""Files and folders: atomic writes, checksums, paths that users write and that are shown to them, JSON."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shlex
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -84,6 +85,38 @@ def sha256(path: Path, *, from_disk: bool = False) -> str:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def show_path(path: str | Path) -> str:
+    """A path as a shell reads it, for everything that is printed to be used again: results, and parts of commands.
+
+    It is quoted if a shell needs that, `~/` stays in front of the quotes, and a leading dash becomes `./-`. Sentences
+    of errors name paths as they are.
+    """
+    text = str(path)
+    if text.startswith("~/"):
+        return "~/" + show_word(text[2:]) if text[2:] else text
+    return show_word(f"./{text}" if text.startswith("-") else text)
+
+
+def show_command(*words: str | Path) -> str:
+    """A command line that a shell reads back as these words. A `Path` is shown by `show_path`."""
+    return " ".join(show_path(word) if isinstance(word, Path) else show_word(word) for word in words)
+
+
+def show_word(text: str) -> str:
+    """One word as a shell reads it; control characters and bytes that are not UTF-8 are escaped, as in $'a\\n'."""
+    if text.isprintable():
+        return shlex.quote(text)
+    shown = "".join(letter if letter.isprintable() and letter not in "\\'" else _escape(letter) for letter in text)
+    return f"$'{shown}'"
+
+
+def _escape(letter: str) -> str:
+    if letter in "\\'":
+        return f"\\{letter}"
+    is_byte = "\udc80" <= letter <= "\udcff"  # a byte of a name that is not UTF-8
+    return "".join(f"\\x{byte:02x}" for byte in letter.encode("utf-8", "surrogateescape" if is_byte else "replace"))
 
 
 def user_path(text: str | Path) -> Path:

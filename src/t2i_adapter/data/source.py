@@ -95,6 +95,13 @@ class Source:
         row = self._rows.row(number)
         return Identity(self._texts(number, row.captions), hash_row(row))
 
+    def files(self, index: int) -> tuple[str | None, str | None]:
+        """Local paths of the pair's image and condition; None for one that is no file of its own. Raises UserError."""
+        row = self._rows.row(int(self._numbers[index]))
+        names = row.image.name, row.condition.name if row.condition else ""
+        image, condition = (name if os.path.isfile(name) else None for name in names)  # noqa: PTH113 - any text
+        return image, condition
+
     def stamp(self, index: int) -> str | None:
         """A text that changes when the pair's stored bytes change, found without reading them; None if unknown."""
         return self._rows.stamp(int(self._numbers[index]))
