@@ -44,9 +44,7 @@ def guarded(action: Callable[[], None], name: Callable[[str], str] = "--{}".form
     except BrokenPipeError:
         if not _reader_is_gone(_STDOUT) and not _reader_is_gone(_STDERR):
             raise
-        for gone in (_STDOUT, _STDERR):
-            if _reader_is_gone(gone):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), gone)  # discards what is still buffered
+        discard_lost_output()
         return 141  # as a program that dies of SIGPIPE
     except OSError as error:
         if error.errno not in _DISK_REMEDIES:
@@ -78,6 +76,15 @@ def _refuse(message: str) -> int:
     with suppress(OSError):
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 2
+
+
+def discard_lost_output() -> None:
+    """Discards what is printed from here on, or is still buffered, if its reader or terminal is gone."""
+    for output in (_STDOUT, _STDERR):
+        if _reader_is_gone(output):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, output)
+            os.close(nowhere)
 
 
 def _reader_is_gone(descriptor: int) -> bool:

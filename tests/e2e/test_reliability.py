@@ -5,13 +5,17 @@ Runs are processes forked from this one, which has the libraries loaded: they ar
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import re
+import select
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -66,7 +70,9 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)], ids=lambda value: str(value)
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0), (signal.SIGHUP, 129)],
+    ids=lambda value: str(value),
 )
 def test_a_signal_saves_and_the_printed_command_goes_on_to_the_same_bits(work: Path, number: signal.Signals, code: int):
     name = f"stopped-by-{number}"
@@ -84,6 +90,37 @@ def test_a_signal_saves_and_the_printed_command_goes_on_to_the_same_bits(work: P
     assert again.wait() == 0, again.said()
     assert f"Resuming from {name}/{saved.name}" in again.said()
     assert_same_run(work / name, work / "straight")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_closed_terminal_saves_the_run(work: Path, workers: int):
+    name, (terminal, inside) = f"hung-up-{workers}", pty.openpty()
+
+    def enter() -> None:
+        """Makes the terminal that of the run, and its standard outputs."""
+        fcntl.ioctl(inside, termios.TIOCSCTTY, 0)
+        sys.stdout.close()
+        sys.stderr.close()
+        for output in (1, 2):
+            os.dup2(inside, output)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        os.close(terminal)
+        os.close(inside)
+
+    more = ("--checkpoint.every", "100", "--train.max_steps", "2000", "--data.num_workers", str(workers))
+    run = Run(work, *words(name, *more), before=enter)
+    os.close(inside)
+
+    def has_trained() -> bool:
+        while select.select([terminal], [], [], 0)[0]:
+            os.read(terminal, 1 << 16)
+        return steps_logged(work / name) >= 2
+
+    until(has_trained)
+    os.close(terminal)
+    assert run.wait() == 129
+    (saved,) = (work / name).glob("checkpoint-*")
+    assert int(saved.name.partition("-")[2]) >= 2
 
 
 def test_auto_starts_goes_on_after_a_kill_and_finds_the_run_finished(work: Path):
