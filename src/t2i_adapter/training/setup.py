@@ -35,7 +35,7 @@ from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.lock import lock
 from t2i_adapter.training.loop import PATIENCE, Trainer
 from t2i_adapter.training.plan import Plan, make_plan
-from t2i_adapter.training.resume import check_same_run
+from t2i_adapter.training.resume import check_same_run, rate_change
 from t2i_adapter.training.signals import Stopper
 from t2i_adapter.training.step import FrozenModel
 from t2i_adapter.training.update import Update
@@ -119,7 +119,7 @@ def set_up(config: Config) -> Setup:
     )
     if resume:
         state = checkpoint.read_state(resume)
-        for line in check_same_run(state, config, plan.to_dict(), resume.name):
+        for line in check_same_run(state, config, plan.to_dict(), resume.name) + rate_change(state, config, plan):
             accelerator.print(line)
     return Setup(**vars(inputs), plan=plan, judge=find_judge(config, inputs.source.annotate), resume=resume)
 
