@@ -40,13 +40,13 @@ def describe_end(trainer: Trainer, source: Source, *, is_published: bool) -> str
 
 def _rows(trainer: Trainer) -> dict[str, str]:
     folder, plan, made = trainer.output_dir, trainer.plan, trainer.step - trainer.first_step
-    entries = _entries(folder)
+    samples, entries = made * plan.global_batch, _entries(folder)
     saved = [path for _, path in checkpoint.list_checkpoints(folder)]
     return {
         "updates": f"{trainer.step:,} of {plan.steps:,}"
         + (f", {made:,} of them after the resume" if trainer.first_step else "")
-        + f"; {made * plan.global_batch:,} samples in {show_seconds(trainer.seconds)}"
-        + f" ({made * plan.global_batch / max(trainer.seconds, 1e-9):.3g} a second)",
+        + f"; {samples:,} sample{'s' * (samples != 1)} in {show_seconds(trainer.seconds)}"
+        + f" ({samples / max(trainer.seconds, 1e-9):.3g} a second)",
         "loss": _loss(entries, trainer.step),
         "control": _control(entries),
         "peak memory": _peak_memory(trainer.accelerator.device),

@@ -74,18 +74,20 @@ def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool) -> None
         trainer = make_trainer(setup, dataset, stopper)
         if setup.resume:
             trainer.resume(setup.resume)
-        tracking.start(accelerator, config)
+        tracking.start(accelerator, config, is_resumed=setup.resume is not None)
         try:
             trainer.fit()
         except Stopped:
             tracking.finish(accelerator)
             raise
+        end = ""
         if accelerator.is_main_process:
             repo_id = repo_id or _find_repository(config, is_resumed=True)
             is_published = publish(trainer, setup.base, repo_id)
-            if summary:
-                print(describe_end(trainer, setup.source, is_published=is_published), flush=True)
+            end = describe_end(trainer, setup.source, is_published=is_published)
         tracking.finish(accelerator)
+        if summary and end:
+            print(end, flush=True)
 
 
 def _find_repository(config: Config, *, is_resumed: bool) -> str | None:
