@@ -124,14 +124,33 @@ def user_path(text: str | Path) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
+        if str(text).partition("/")[0] == "~":
+            raise UserError(f"{text}: {_NO_HOME}. Set HOME, or write the folder in full.") from None
         raise UserError(f"{text}: the path begins with ~ and an unknown user name; write the folder in full.") from None
+
+
+_NO_HOME = "there is no home folder, because HOME is not set and this user has no entry in /etc/passwd"
+
+
+def cache_folder(kind: str, named: str | None, variable: str, *, option: str | None = None) -> Path:
+    """A folder of cached files: `named`, else the environment variable's, else ~/.cache/t2i_adapter/KIND.
+
+    Raises UserError, with the option of `named`, if there is no home folder.
+    """
+    named = named or os.environ.get(variable)
+    if named:
+        return user_path(named)
+    try:
+        return Path.home() / ".cache" / "t2i_adapter" / kind
+    except RuntimeError:
+        text = f"{_NO_HOME}: set {variable} or HOME" + (", or name a folder here" if option else "")
+        raise UserError(f"{text}.", option=option) from None
 
 
 def cache_root(named: str | None) -> Path:
     """Folder of everything that is cached of datasets: `named` (data.prepared_dir), else $T2I_ADAPTER_CACHE, else
-    ~/.cache/t2i_adapter/prepared."""
-    named = named or os.environ.get("T2I_ADAPTER_CACHE")
-    return user_path(named) if named else Path.home() / ".cache" / "t2i_adapter" / "prepared"
+    ~/.cache/t2i_adapter/prepared. Raises UserError."""
+    return cache_folder("prepared", named, "T2I_ADAPTER_CACHE", option="data.prepared_dir")
 
 
 def output_folder(out: str) -> Path:

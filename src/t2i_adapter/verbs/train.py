@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2i_adapter.config import recipe
 from t2i_adapter.config.tree import Config, seconds_of
 from t2i_adapter.errors import Stopped, UserError, redact
-from t2i_adapter.files import show_command, show_path
+from t2i_adapter.files import show_command, show_path, user_path
 from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def run(config: Config, *, dry_run: bool = False, stop_after: int | None = None,
     preload("t2i_adapter.training.setup")
     from t2i_adapter.training.signals import Stopper
 
+    config = replace(config, output_dir=str(user_path(config.output_dir)))  # "~" from a recipe or behind "="
     limit = config.train.max_time
     try:
         with Stopper(seconds_of(limit) if limit else None, stop_after) as stopper:
