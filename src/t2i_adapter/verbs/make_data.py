@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from t2i_adapter.errors import UserError, require
+from t2i_adapter.files import show_command, show_path
 
 Kind = Literal["circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring"]
 MADE = ".made.json"  # the options, beside train/ and test/; hidden, so that `datasets` does not read it
@@ -139,7 +140,7 @@ def _make(out: Path, options: dict[str, Any], splits: tuple[str, ...], write: Ca
         building.replace(out)  # an empty folder may stand there
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    print(f"wrote {out}; train on it with: t2i-adapter train --data {out}")
+    print(f"wrote {show_path(out)}; train on it with: {show_command('t2i-adapter', 'train', '--data', out)}")
 
 
 def _write_split(out: Path, building: Path, split: str, write: Callable[[Path, str], Path]) -> None:
