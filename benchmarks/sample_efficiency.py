@@ -203,7 +203,7 @@ class Bench:
         plan = make_plan(
             config, samples=1, processes=1, precision="fp32", seed=seed, trainable_parameters=1, device="cpu"
         )
-        lr_at = optim.lr_schedule(config.optim, optimizer, plan)
+        lr_at = optim.lr_schedule(config.optim, plan)
         ema = Ema(adapter, config.train.ema_decay) if config.train.ema_decay else None
         points: list[dict[str, Any]] = []
         course = self.course(config, first)

@@ -7,16 +7,19 @@ is stopped has its own (`training/signals.py`). A mistake of ours keeps its trac
 from __future__ import annotations
 
 import errno
+import io
 import os
 import select
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 
 from t2i_adapter.errors import Stopped, UserError, redact
 
-_STDOUT = 1  # file descriptor
+_STDOUT, _STDERR = 1, 2  # file descriptors
 _DISK_REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "make it writable"}
 """Disk errors that the user can fix -> what to do."""
 
@@ -26,6 +29,7 @@ def guarded(action: Callable[[], None], name: Callable[[str], str] = "--{}".form
     # Otherwise transformers warns at each import that torchvision is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.excepthook = _show_traceback
+    _prepare_output()
     try:
         action()
         sys.stdout.flush()
@@ -38,9 +42,9 @@ def guarded(action: Callable[[], None], name: Callable[[str], str] = "--{}".form
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        if not _reader_is_gone():
+        if not _reader_is_gone(_STDOUT) and not _reader_is_gone(_STDERR):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # discards what is still buffered
+        discard_lost_output()
         return 141  # as a program that dies of SIGPIPE
     except OSError as error:
         if error.errno not in _DISK_REMEDIES:
@@ -55,14 +59,36 @@ def _show_traceback(kind: type[BaseException], fault: BaseException, trace: Trac
     print(redact("".join(traceback.format_exception(kind, fault, trace))), end="", file=sys.stderr)
 
 
+def _prepare_output() -> None:
+    """Makes printing work with any output: a letter that its encoding does not have is written as an escape, and what
+    is printed to a closed output is discarded."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - never closed
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _refuse(message: str) -> int:
-    sys.stdout.flush()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    with suppress(OSError):  # the code is returned even if nobody reads the line
+        sys.stdout.flush()
+    with suppress(OSError):
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return 2
 
 
-def _reader_is_gone() -> bool:
-    """Whether the reader of standard output went away, and not the reader of a pipe of our own."""
+def discard_lost_output() -> None:
+    """Discards what is printed from here on, or is still buffered, if its reader or terminal is gone."""
+    for output in (_STDOUT, _STDERR):
+        if _reader_is_gone(output):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, output)
+            os.close(nowhere)
+
+
+def _reader_is_gone(descriptor: int) -> bool:
+    """Whether the reader of an output went away, and not the reader of a pipe of our own."""
     poll = select.poll()
-    poll.register(_STDOUT, 0)
+    poll.register(descriptor, 0)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))

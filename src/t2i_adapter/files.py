@@ -1,10 +1,11 @@
-"""Files and folders: atomic writes, checksums, paths that users write, JSON from anywhere."""
+"""Files and folders: atomic writes, checksums, paths that users write and that are shown to them, JSON."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shlex
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -86,19 +87,70 @@ def sha256(path: Path, *, from_disk: bool = False) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def show_path(path: str | Path) -> str:
+    """A path as a shell reads it, for everything that is printed to be used again: results, and parts of commands.
+
+    It is quoted if a shell needs that, `~/` stays in front of the quotes, and a leading dash becomes `./-`. Sentences
+    of errors name paths as they are.
+    """
+    text = str(path)
+    if text.startswith("~/"):
+        return "~/" + show_word(text[2:]) if text[2:] else text
+    return show_word(f"./{text}" if text.startswith("-") else text)
+
+
+def show_command(*words: str | Path) -> str:
+    """A command line that a shell reads back as these words. A `Path` is shown by `show_path`."""
+    return " ".join(show_path(word) if isinstance(word, Path) else show_word(word) for word in words)
+
+
+def show_word(text: str) -> str:
+    """One word as a shell reads it; control characters and bytes that are not UTF-8 are escaped, as in $'a\\n'."""
+    if text.isprintable():
+        return shlex.quote(text)
+    shown = "".join(letter if letter.isprintable() and letter not in "\\'" else _escape(letter) for letter in text)
+    return f"$'{shown}'"
+
+
+def _escape(letter: str) -> str:
+    if letter in "\\'":
+        return f"\\{letter}"
+    is_byte = "\udc80" <= letter <= "\udcff"  # a byte of a name that is not UTF-8
+    return "".join(f"\\x{byte:02x}" for byte in letter.encode("utf-8", "surrogateescape" if is_byte else "replace"))
+
+
 def user_path(text: str | Path) -> Path:
     """A path that a user wrote, `~` and `~NAME` expanded. Raises UserError if there is no such user."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
+        if str(text).partition("/")[0] == "~":
+            raise UserError(f"{text}: {_NO_HOME}. Set HOME, or write the folder in full.") from None
         raise UserError(f"{text}: the path begins with ~ and an unknown user name; write the folder in full.") from None
+
+
+_NO_HOME = "there is no home folder, because HOME is not set and this user has no entry in /etc/passwd"
+
+
+def cache_folder(kind: str, named: str | None, variable: str, *, option: str | None = None) -> Path:
+    """A folder of cached files: `named`, else the environment variable's, else ~/.cache/t2i_adapter/KIND.
+
+    Raises UserError, with the option of `named`, if there is no home folder.
+    """
+    named = named or os.environ.get(variable)
+    if named:
+        return user_path(named)
+    try:
+        return Path.home() / ".cache" / "t2i_adapter" / kind
+    except RuntimeError:
+        text = f"{_NO_HOME}: set {variable} or HOME" + (", or name a folder here" if option else "")
+        raise UserError(f"{text}.", option=option) from None
 
 
 def cache_root(named: str | None) -> Path:
     """Folder of everything that is cached of datasets: `named` (data.prepared_dir), else $T2I_ADAPTER_CACHE, else
-    ~/.cache/t2i_adapter/prepared."""
-    named = named or os.environ.get("T2I_ADAPTER_CACHE")
-    return user_path(named) if named else Path.home() / ".cache" / "t2i_adapter" / "prepared"
+    ~/.cache/t2i_adapter/prepared. Raises UserError."""
+    return cache_folder("prepared", named, "T2I_ADAPTER_CACHE", option="data.prepared_dir")
 
 
 def output_folder(out: str) -> Path:

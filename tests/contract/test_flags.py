@@ -198,6 +198,7 @@ def test_the_guides_command_line() -> None:
             "max_grad_norm": 1.0,
             "schedule": "constant",
             "warmup_steps": 500,
+            "schedule_from": 0,
             "num_cycles": 1,
             "power": 1.0,
             "step_rules": "",

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import Run, end_all, until
+from support.processes import Run, Terminal, end_all, until
 from support.runs import losses
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -66,7 +66,9 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)], ids=lambda value: str(value)
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0), (signal.SIGHUP, 129)],
+    ids=lambda value: str(value),
 )
 def test_a_signal_saves_and_the_printed_command_goes_on_to_the_same_bits(work: Path, number: signal.Signals, code: int):
     name = f"stopped-by-{number}"
@@ -84,6 +86,41 @@ def test_a_signal_saves_and_the_printed_command_goes_on_to_the_same_bits(work: P
     assert again.wait() == 0, again.said()
     assert f"Resuming from {name}/{saved.name}" in again.said()
     assert_same_run(work / name, work / "straight")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_closed_terminal_saves_the_run(work: Path, workers: int):
+    name, terminal = f"hung-up-{workers}", Terminal()
+    more = ("--checkpoint.every", "100", "--train.max_steps", "2000", "--data.num_workers", str(workers))
+    run = Run(work, *words(name, *more), before=terminal.enter)
+    terminal.leave_to_run()
+    until(lambda: terminal.shown() and steps_logged(work / name) >= 2)
+    terminal.close()
+    assert run.wait() == 129
+    (saved,) = (work / name).glob("checkpoint-*")
+    assert int(saved.name.partition("-")[2]) >= 2
+
+
+def test_wandb_without_a_key_waits_at_no_prompt_and_a_resume_is_the_same_wandb_run(work: Path):
+    pytest.importorskip("wandb")
+
+    def without_login(terminal: Terminal) -> None:
+        for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+            os.environ.pop(name, None)
+        terminal.enter()
+
+    name = "to wandb"
+    for steps in (1, 2):
+        terminal = Terminal()
+        more = ("--tracking.report_to", "wandb", "--train.max_steps", str(steps), "--checkpoint.resume", "auto")
+        run = Run(work, *words(name, *more), before=lambda terminal=terminal: without_login(terminal))
+        terminal.leave_to_run()
+        until(lambda terminal=terminal: "Done" in terminal.shown(), 100)
+        assert run.wait(60) == 0
+        assert "no API key was found" in terminal.shown() and "Enter your choice" not in terminal.shown()
+        terminal.close()
+    runs = [folder.name.rpartition("-")[2] for folder in (work / name / "logs" / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2 and len(set(runs)) == 1
 
 
 def test_auto_starts_goes_on_after_a_kill_and_finds_the_run_finished(work: Path):

@@ -22,6 +22,7 @@ from support.runs import read_metrics, tiny_config
 from t2i_adapter import script as compat
 from t2i_adapter.cli import main
 from t2i_adapter.config import recipe as load
+from t2i_adapter.config.read import with_values
 from t2i_adapter.config.tree import (
     CheckpointOptions,
     Config,
@@ -366,6 +367,17 @@ def test_an_option_that_an_older_version_did_not_have_is_as_it_is_by_default():
     assert [str(change) for change in changes(newer, options=old)] == ["train.ema_decay 0.0 -> 0.9"]
 
 
+@pytest.mark.parametrize(("former", "other"), [("train_data_dir", "dataset_name"), ("dataset_name", "train_data_dir")])
+def test_an_option_that_an_older_version_called_otherwise_is_the_same_one(former: str, other: str):
+    config = with_values(Config(), {"data.location": "pairs"})
+    old = to_dict(config)
+    del old["data"]["location"]
+    old["data"] |= {former: "pairs", other: None}
+    assert changes(config, options=old) == []
+    moved = with_values(Config(), {"data.location": "elsewhere"})
+    assert [str(change) for change in changes(moved, options=old)] == ["data.location pairs -> elsewhere"]
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("90", 90), ("90m", 5400), ("1h30m", 5400), ("2h", 7200), ("12:00:00", 43200), ("1-12:00:00", 129600)],
@@ -378,3 +390,47 @@ def test_times(text: str, seconds: int):
 def test_what_is_no_time_is_refused(text: str):
     with pytest.raises(UserError, match="train.max_time .*write 90m"):
         TrainOptions(max_time=text)
+
+
+def resume_lines(config: Config, capsys: pytest.CaptureFixture[str], **options: Any) -> list[str]:
+    """What the run prints about its learning rate when it resumes with these options of `optim` and `train`."""
+    names = {"max_steps": "train.max_steps", "epochs": "train.epochs"}
+    values = {names.get(name, f"optim.{name}"): value for name, value in options.items()}
+    capsys.readouterr()
+    run(with_values(config, {**values, "checkpoint.resume": "checkpoint-4", "checkpoint.allow_changed": True}))
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("Learning rate: ")]
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({"schedule": "cosine", "max_steps": 8}, "0.0005, 0.5 of the peak rate"),
+        ({"schedule": "cosine", "max_steps": 8, "schedule_from": 4}, None),
+        ({"schedule": "cosine", "max_steps": 12, "schedule_from": 2}, "0.0009045, 0.9 of the peak rate"),
+        ({"lr": 1e-4}, "0.0001, 1 of the peak rate"),
+        ({"schedule": "constant_with_warmup", "warmup_steps": 8}, "0.0005, 0.5 of the peak rate"),
+        ({"max_steps": 7}, None),
+    ],
+    ids=str,
+)
+def test_a_resume_says_which_learning_rate_the_next_step_gets(
+    config: Config, capsys: pytest.CaptureFixture[str], options: dict[str, Any], rate: str | None
+):
+    config = with_values(config, {"optim.schedule": "constant", "optim.warmup_steps": 0, "train.max_steps": 5})
+    run(config)
+    had = "step 4 had 0.001, 1 of it."
+    assert resume_lines(config, capsys, **options) == ([f"Learning rate: step 5 gets {rate}; {had}"] if rate else [])
+    if "schedule_from" in options:
+        logged = {row["step"]: row["lr"] for row in read_metrics(config.output_dir)}
+        assert logged[options["schedule_from"]] == 1e-3 > logged[options["max_steps"]] > 0
+
+
+def test_another_end_of_a_cosine_is_another_rate(config: Config, capsys: pytest.CaptureFixture[str]):
+    run(with_values(config, {"optim.warmup_steps": 0, "train.max_steps": 5}))
+    (line,) = resume_lines(with_values(config, {"optim.warmup_steps": 0}), capsys, max_steps=8)
+    assert line.startswith("Learning rate: step 5 gets 0.0005, 0.5 of the peak rate; step 4 had 0.0003455, 0.35 of it")
+
+
+def test_a_schedule_that_begins_after_the_end_is_refused(config: Config):
+    with pytest.raises(UserError, match="optim.schedule_from 6: allowed is 0 to 5"):
+        set_up(with_values(config, {"optim.schedule_from": 6}))

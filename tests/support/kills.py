@@ -140,7 +140,7 @@ def newest_checkpoint(out: Path, before: int, found: Result) -> int:
 
 def moment(output: str) -> str:
     """What a killed start was doing, found from its output."""
-    marks = {"The adapter is in": "after the last step", "training: ": "training", "prepared: ": "loading the base"}
+    marks = {"Done\n": "after the last step", "training: ": "training", "prepared: ": "loading the base"}
     return next((name for mark, name in marks.items() if mark in output), "starting or preparing")
 
 

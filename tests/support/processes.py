@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import pty
+import select
 import signal
 import socket
 import sys
+import termios
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -73,6 +77,41 @@ class Run:
 
     def said(self) -> str:
         return self.log.read_text()
+
+
+class Terminal:
+    """A terminal for a `Run`, which gets it by `before=terminal.enter`. Nobody types into it."""
+
+    def __init__(self) -> None:
+        self._here, self._inside = pty.openpty()
+        self._shown = b""
+
+    def enter(self) -> None:
+        """Makes it the terminal of this process, and its standard input and outputs."""
+        fcntl.ioctl(self._inside, termios.TIOCSCTTY, 0)
+        sys.stdout.close()
+        sys.stderr.close()
+        for stream in (0, 1, 2):
+            os.dup2(self._inside, stream)
+        sys.stdin = os.fdopen(0)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        os.close(self._here)
+        os.close(self._inside)
+
+    def leave_to_run(self) -> None:
+        """Closes this process's own end of the run's side, after the run has started."""
+        os.close(self._inside)
+
+    def shown(self) -> str:
+        """What was printed so far. A program that prints waits until this is read."""
+        with contextlib.suppress(OSError):  # the run has ended
+            while select.select([self._here], [], [], 0)[0]:
+                self._shown += os.read(self._here, 1 << 16)
+        return self._shown.decode()
+
+    def close(self) -> None:
+        """Closes the terminal, as a user closes its window."""
+        os.close(self._here)
 
 
 def end_all() -> None:

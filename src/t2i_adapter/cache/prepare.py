@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,9 @@ from t2i_adapter.data.source import Source, shards_of
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import sweep
 
+HEAD_BYTES = 8
+"""Bytes of a digest that a dataset keeps of each sample."""
+
 
 def prepare(
     source: Source,
@@ -40,6 +44,7 @@ def prepare(
     in_channels: int,
     extra_captions: Sequence[str] = ("",),
     bad_list: Path | None = None,
+    check: Callable[[Source, np.ndarray, np.ndarray], None] | None = None,
 ) -> CachedDataset | LiveDataset:
     """The dataset of a run; its missing records are made first.
 
@@ -47,6 +52,8 @@ def prepare(
         in_channels: of the condition, 1 (grey) or 3.
         extra_captions: captions to encode besides the source's; "" is for dropped captions.
         bad_list: file that gets a line for each skipped row (`on_bad_sample skip`).
+        check: called before a picture is encoded, with the source, the numbers (N,) of its good rows and their digests
+            (N,32). What it raises ends the preparation.
 
     With a cache, files that are new or have changed are read, so a damaged or missing picture is found here. With
     `cache none` the pictures are opened only if they must be sorted by crop size. Raises UserError.
@@ -56,7 +63,7 @@ def prepare(
     notes = context.root / NOTES / context.run_id if context.world > 1 else None
     sweep(context.root / NOTES, "*")
     bad = BadRows(options, len(source), notes, context.rank)
-    make = _live if options.cache == "none" else _cached
+    make = _live if options.cache == "none" else partial(_cached, check=check)
     try:
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             dataset, new = make(pool, source, transform, bad, context)
@@ -73,12 +80,19 @@ def prepare(
 
 
 def _cached(
-    pool: Executor, source: Source, transform: PairTransform, bad: BadRows, context: PrepareContext
+    pool: Executor,
+    source: Source,
+    transform: PairTransform,
+    bad: BadRows,
+    context: PrepareContext,
+    check: Callable[[Source, np.ndarray, np.ndarray], None] | None,
 ) -> tuple[CachedDataset, str]:
     """The pairs with all their image records in the cache; and how many pairs are new, in words."""
     made_by = transform.fingerprint(context.base.vae_fingerprint)
     folder = open_folder(context.root, "images", made_by, {"base": context.base.name, **transform.about()})
     numbers, digests = read_digests(pool, source, context, bad)
+    if check:
+        check(source, numbers, digests)
     images, views = Shards(folder), transform.framing.count
     rows = find_rows(images, digests, views)
     missing = find_missing(rows, numbers, digests)
@@ -97,10 +111,13 @@ def _cached(
         lost = is_bad(digests, numbers, bad)
         for number in numbers[lost].tolist():
             bad.add(BadRow.of(source, number, UserError("has the same pictures as another row, which is bad.")))
-        rows, numbers = find_rows(images, digests[~lost], views), numbers[~lost]
+        numbers, digests = numbers[~lost], digests[~lost]
+        rows = find_rows(images, digests, views)
     _check_any(numbers, source)
     groups, shards = groups_of(images.tags[rows[0]]), shards_of(source.shards, numbers)
-    return CachedDataset(source, transform, numbers, groups, shards, None, rows, images), f"{len(missing)} new"
+    heads = digests[:, :HEAD_BYTES].copy()
+    dataset = CachedDataset(source, transform, numbers, groups, shards, None, rows, images, digests=heads)
+    return dataset, f"{len(missing)} new"
 
 
 def _live(
@@ -109,28 +126,32 @@ def _live(
     """The pairs without records. Pictures are opened, once, only to sort them by crop size."""
     numbers = np.arange(len(source), dtype=np.int32)
     groups: tuple[np.ndarray, ...] = (numbers,)
+    heads = None
     if len(transform.framing.targets()) > 1:
         answers = run_ahead(pool, lambda number: _crop_size(source, transform, number), range(len(source)), 64)
-        tags = np.zeros(len(source), np.int64)
+        tags, heads = np.zeros(len(source), np.int64), np.zeros((len(source), HEAD_BYTES), np.uint8)
         for number, answer in enumerate(context.bar(answers, len(source), "measuring pictures")):
             if isinstance(answer, BadRow):
                 bad.add(answer)
             else:
-                tags[number] = answer
+                tags[number], head = answer
+                heads[number] = np.frombuffer(head, np.uint8)
         bad.settle()
         numbers = numbers[~np.isin(numbers, list(bad.found))]
-        groups = groups_of(tags[numbers])
+        groups, heads = groups_of(tags[numbers]), heads[numbers]
     _check_any(numbers, source)
-    return LiveDataset(source, transform, numbers, groups, shards_of(source.shards, numbers), None), "read when drawn"
+    shards = shards_of(source.shards, numbers)
+    return LiveDataset(source, transform, numbers, groups, shards, None, digests=heads), "read when drawn"
 
 
-def _crop_size(source: Source, transform: PairTransform, number: int) -> int | BadRow:
+def _crop_size(source: Source, transform: PairTransform, number: int) -> tuple[int, bytes] | BadRow:
+    """A row's crop size, as in `groups_of`, and the first bytes of its digest."""
     try:
-        image = source[number].image
+        sample = source[number]
     except UserError as fault:
         return BadRow.of(source, number, fault)
-    height, width = transform.framing.target((image.height, image.width))
-    return height << 16 | width
+    height, width = transform.framing.target((sample.image.height, sample.image.width))
+    return height << 16 | width, bytes.fromhex(sample.digest)[:HEAD_BYTES]
 
 
 def _check_any(numbers: np.ndarray, source: Source) -> None:

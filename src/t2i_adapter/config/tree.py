@@ -259,6 +259,9 @@ class OptimOptions:
     """Shape of the learning rate over the run."""
     warmup_steps: int = 100
     """Updates over which the learning rate rises from 0, for the schedules that have a warm-up."""
+    schedule_from: int = 0
+    """Update at which the schedule and its warm-up begin; before it the rate is the peak. To end a constant run by a
+    cosine, resume it with the step that it has reached."""
     num_cycles: int = 1
     """Hard restarts of cosine_with_restarts."""
     power: float = 1.0
@@ -274,6 +277,7 @@ class OptimOptions:
         require("optim.eps", 0 < self.eps < inf, self.eps, "allowed is a number above 0")
         require("optim.max_grad_norm", self.max_grad_norm > 0, self.max_grad_norm, "allowed is a number above 0")
         require("optim.warmup_steps", self.warmup_steps >= 0, self.warmup_steps, "0 or more")
+        require("optim.schedule_from", self.schedule_from >= 0, self.schedule_from, "0 or more")
         require("optim.num_cycles", self.num_cycles >= 1, self.num_cycles, "1 or more")
         if self.schedule == "piecewise_constant":
             form = re.fullmatch(r"([\d.e+-]+:\d+,)*[\d.e+-]+", self.step_rules)

@@ -151,7 +151,7 @@ def write_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     rows = [_write_sample(folder, i, icon, size, condition, background) for i, icon in enumerate(icons)]
     # The table is written last: a folder that has one is complete.
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 

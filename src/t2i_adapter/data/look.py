@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from t2i_adapter.data.names import is_litter, is_picture
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import show_path
 
 TEXTS = (".txt", ".caption")
 """Endings of captions beside pictures, the first one winning."""
@@ -123,7 +123,7 @@ def unpack_command(archive: Path) -> str:
     """The command line that unpacks an archive beside itself."""
     name = archive.name.lower()
     target = archive.with_name(archive.name[: len(archive.name) - len(next(e for e in ARCHIVES if name.endswith(e)))])
-    file, folder = shlex.quote(str(archive)), shlex.quote(str(target))
+    file, folder = show_path(archive), show_path(target)
     if name.endswith(".zip"):
         return f"python3 -m zipfile -e {file} {folder}"
     if name.endswith((".7z", ".rar")):

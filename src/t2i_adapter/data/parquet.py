@@ -61,6 +61,7 @@ class ParquetTable(Table):
     ) -> None:
         """`place` is the dataset's name in messages; default is the shards' names. Raises UserError."""
         self._blobs, self._store = list(blobs), store
+        self.captions_are_remote = any(blob.is_remote for blob in blobs)
         self._labels = labels(blobs)
         with ThreadPoolExecutor(_THREADS) as pool:
             self._shards = list(pool.map(self._shard, blobs))

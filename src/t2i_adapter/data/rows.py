@@ -35,12 +35,14 @@ class Rows(ABC):
         shards: number of rows of each stored shard, in order; they sum to the number of rows.
         annotate: the annotator that makes the conditions; None if the data has condition pictures.
         notes: lines for the plan about what was found and is not used, or is read in a way that may surprise.
+        captions_are_remote: whether reading captions may download the pictures too.
     """
 
     place: str
     shards: tuple[int, ...]
     annotate: str | None
     notes: tuple[str, ...] = ()
+    captions_are_remote: bool = False
 
     def __len__(self) -> int:
         return sum(self.shards)

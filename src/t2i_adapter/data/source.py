@@ -45,6 +45,7 @@ class Source:
             is cheap. A source that reads equally fast in any order has one.
         annotate: the annotator that makes the conditions, in which case `Sample.condition` is None; None if the data
             has condition pictures.
+        captions_are_remote: whether reading captions may download the pictures too.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Source:
         """`numbers`: the rows to use, ascending. `what`: the layout, for `describe`. `captions`: as in the options."""
         self._rows, self._numbers, self._background, self._what = rows, numbers, background, what
         self._captions = captions
-        self.annotate = rows.annotate
+        self.annotate, self.captions_are_remote = rows.annotate, rows.captions_are_remote
         self.shards = shards_of(rows.shards, numbers)
 
     def __len__(self) -> int:
@@ -93,6 +94,13 @@ class Source:
             return Identity(self._texts(number, stored), digest)
         row = self._rows.row(number)
         return Identity(self._texts(number, row.captions), hash_row(row))
+
+    def files(self, index: int) -> tuple[str | None, str | None]:
+        """Local paths of the pair's image and condition; None for one that is no file of its own. Raises UserError."""
+        row = self._rows.row(int(self._numbers[index]))
+        names = row.image.name, row.condition.name if row.condition else ""
+        image, condition = (name if os.path.isfile(name) else None for name in names)  # noqa: PTH113 - any text
+        return image, condition
 
     def stamp(self, index: int) -> str | None:
         """A text that changes when the pair's stored bytes change, found without reading them; None if unknown."""

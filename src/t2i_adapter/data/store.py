@@ -98,7 +98,7 @@ class Store:
     def _locked(self, name: str) -> Iterator[None]:
         """One thread of one process downloads a file; the others wait for it."""
         _make_folder(self._fetched)
-        with (self._fetched / f".lock-{name[:2]}").open("a") as file:
+        with (self._fetched / f".lock-{name[:2]}").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -48,6 +48,7 @@ class TarRows(Rows):
 
     def __init__(self, blobs: Sequence[Blob], options: DataOptions, store: Store) -> None:
         self.place, self.annotate = describe(blobs), options.condition
+        self.captions_are_remote = any(blob.is_remote for blob in blobs)
         self._blobs, self._store, self._options = list(blobs), store, options
         self._labels = labels(blobs)
         with ThreadPoolExecutor(_THREADS) as pool:

@@ -6,7 +6,6 @@ The access token goes to the hub's client only; it is removed from every message
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from huggingface_hub.utils import get_session
 
 from t2i_adapter.errors import UserError, flag, redact, register_secret
 from t2i_adapter.export.card import CARD, PICTURE_NAME, PICTURES
-from t2i_adapter.files import user_path
+from t2i_adapter.files import show_command, user_path
 from t2i_adapter.models.record import CONFIG, FILE_NAME, WEIGHTS, WEIGHTS_FP16, read_metadata
 
 READ_TIMEOUT = 100.0
@@ -60,7 +59,7 @@ def push(folder: str | Path, repo_id: str, *, token: str | None, message: str = 
 
 def push_command(folder: str | Path, repo_id: str) -> str:
     """Returns the command that uploads the folder later."""
-    return shlex.join(["t2i-adapter", "push", "--folder", str(folder), "--model_id", repo_id])
+    return show_command("t2i-adapter", "push", "--folder", Path(folder), "--model_id", repo_id)
 
 
 def _operations(folder: Path) -> Iterator[CommitOperationAdd]:

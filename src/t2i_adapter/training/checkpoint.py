@@ -15,13 +15,13 @@ import hashlib
 import json
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -271,6 +271,15 @@ def load(folder: Path) -> tuple[dict[str, Tensor], TrainingState]:
     except (OSError, SafetensorError) as fault:
         raise UserError(f"{folder}: {fault}; resume from another checkpoint.") from fault
     return weights, TrainingState(tensors, read_state(folder))
+
+
+def read_tensors(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those tensors of training.safetensors that exist. Raises UserError if the file cannot be read."""
+    try:
+        with safe_open(folder / TENSORS, "pt") as file:
+            return {name: file.get_tensor(name) for name in set(names) & set(file.keys())}
+    except (OSError, SafetensorError) as fault:
+        raise UserError(f"{folder}: {fault}; resume from another checkpoint.") from fault
 
 
 def read_state(folder: Path) -> dict[str, Any]:

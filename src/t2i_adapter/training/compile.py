@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
@@ -38,7 +39,8 @@ def compile_unet(unet: Any, device: torch.device, kind: Compile, steps: int | No
         return 0
     if steps is not None and steps < SHORT_RUN:
         log(f"--train.compile {kind}: compiling takes a minute or more, and {steps} updates may not make up for it.")
-    os.environ.setdefault(CACHE_VARIABLE, str(Path.home() / ".cache" / "t2i_adapter" / "compiled"))
+    if CACHE_VARIABLE not in os.environ:
+        os.environ[CACHE_VARIABLE] = _cache_folder()
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_SHAPES)
@@ -51,6 +53,14 @@ def compile_unet(unet: Any, device: torch.device, kind: Compile, steps: int | No
     if kind == "graphs":  # this pass may overwrite the graphs' memory of the last
         unet.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
     return len(parts)
+
+
+def _cache_folder() -> str:
+    """Where only the user can write, because what lies there is run; without a home folder a new temporary one."""
+    try:
+        return str(Path.home() / ".cache" / "t2i_adapter" / "compiled")
+    except RuntimeError:
+        return tempfile.mkdtemp(prefix="t2i-adapter-compiled-")
 
 
 class _Switch:

@@ -24,6 +24,7 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.files import cache_root
 from t2i_adapter.models.base import Base
 from t2i_adapter.training.cpu.feeding import build_in_process
+from t2i_adapter.training.data_record import DataCheck
 from t2i_adapter.types import Batch, PartialBatch
 
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -31,11 +32,18 @@ BAD_SAMPLES = "bad_samples.jsonl"
 
 
 def prepare_data(
-    config: Config, accelerator: Accelerator, base: Base, source: Source, dtype: torch.dtype, prompts: Sequence[str]
+    config: Config,
+    accelerator: Accelerator,
+    base: Base,
+    source: Source,
+    dtype: torch.dtype,
+    prompts: Sequence[str],
+    check: DataCheck | None = None,
 ) -> CachedDataset | LiveDataset:
     """Encodes what the cache does not have, and returns the dataset; skipped rows are listed in the run's folder.
 
     dtype: arithmetic of the text encoders. prompts: captions to encode besides the source's and the empty one.
+    check: compares the pictures with those of the checkpoint to resume from, before any is encoded. Raises UserError.
     """
     run_id = [secrets.token_hex(8)]
     broadcast_object_list(run_id)
@@ -56,6 +64,7 @@ def prepare_data(
         in_channels=config.adapter.in_channels,
         extra_captions=("", *prompts),
         bad_list=Path(config.output_dir) / BAD_SAMPLES,
+        check=check and check.check_pictures,
     )
 
 

@@ -132,7 +132,9 @@ def _output_bytes(config: Config, trained: int) -> int:
 
 def _resident_bytes() -> int:
     """Memory of this process with its libraries loaded: what a run has before its first weight."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmRSS")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -140,5 +142,5 @@ def _memory_of(device: torch.device) -> int:
     """All memory of a GPU; of a CPU, the memory that is available now."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024

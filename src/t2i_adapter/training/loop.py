@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from t2i_adapter.config.tree import to_dict
 from t2i_adapter.errors import Stopped, UserError, flag
 from t2i_adapter.training import checkpoint, nonfinite, tracking
+from t2i_adapter.training.data_record import DataRecord
 from t2i_adapter.training.profile import FOLDER, Profile
 from t2i_adapter.training.resume import versions
 from t2i_adapter.training.saving import Saver
@@ -24,6 +26,8 @@ from t2i_adapter.training.signals import Reason, Stopper
 from t2i_adapter.training.update import Update
 from t2i_adapter.types import Batch
 
+METRICS = "metrics.jsonl"
+"""In a run's folder: a line of JSON for each log entry."""
 PATIENCE = timedelta(days=7)
 """How long ranks wait for each other: the main process may prepare data or validate for hours."""
 
@@ -37,18 +41,24 @@ class Trainer:
         batches: Callable[[int], Iterator[Batch]],
         validate: Callable[[Any, int], float | None] | None,
         stopper: Stopper,
+        data: DataRecord,
     ) -> None:
         """batches: first step -> this rank's micro-batches from there on, in order, on the device.
 
         validate: (adapter, step) -> score of the adapter, higher is better, or None if it is not measured; only the
-        main process calls it. None trains without validation.
+        main process calls it. None trains without validation. data: what the batches are made of.
+
+        After `fit`, `first_step` is the step that it began at, and `seconds` what it took.
         """
         self.update, self.batches, self.validate, self.stopper = update, batches, validate, stopper
+        self.data = data
         self.config, self.plan, self.accelerator = update.config, update.plan, update.accelerator
         self.output_dir = Path(self.config.output_dir)
         options = self.config.checkpoint
         self.saver = Saver(self.output_dir, checkpoint.KeepPolicy(options.keep, options.keep_every), tqdm.write)
         self.skipped_steps = 0
+        self.first_step = 0
+        self.seconds = 0.0
 
     @property
     def step(self) -> int:
@@ -61,12 +71,14 @@ class Trainer:
         Raises Stopped, after saving a checkpoint, if a signal or a limit ends the run early.
         """
         self.stopper.begin_training(PATIENCE)
+        self.first_step, began = self.step, time.monotonic()
         try:
             self._validate_first()
             with self.update.running():
                 self._train()
         finally:
             self.saver.close()
+        self.seconds = time.monotonic() - began
         self.stopper.end_training()
 
     def _train(self) -> None:
@@ -122,7 +134,7 @@ class Trainer:
 
     def _track(self, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            tracking.append_metrics(self.output_dir / "metrics.jsonl", values, self.step)
+            tracking.append_metrics(self.output_dir / METRICS, values, self.step)
             tracking.log(self.accelerator, values, self.step)
 
     def _save(self) -> None:
@@ -227,14 +239,15 @@ class Trainer:
     # Checkpoint and resume ------------------------------------------------------------------------------------------
 
     def _training_state(self) -> checkpoint.TrainingState:
-        update = self.update.state()
+        update, (tensors, data) = self.update.state(), self.data.pack()
         run = {
+            "data": data,
             "plan": self.plan.to_dict(),
             "skipped_steps": self.skipped_steps,
             "options": to_dict(self.config),
             "versions": versions(),
         }
-        return checkpoint.TrainingState(update.tensors, {**update.state, **run})
+        return checkpoint.TrainingState(update.tensors | tensors, {**update.state, **run})
 
     def resume(self, folder: Path) -> None:
         """Continues from a checkpoint as if the run had not stopped. Raises UserError if it does not fit."""
@@ -248,4 +261,4 @@ class Trainer:
             for line in checkpoint.set_aside_after(self.output_dir, self.step):
                 tqdm.write(line)
             self.saver.started_from(folder, self.step)
-            tracking.truncate_metrics(self.output_dir / "metrics.jsonl", self.step)
+            tracking.truncate_metrics(self.output_dir / METRICS, self.step)

@@ -42,22 +42,24 @@ def make_optimizer(options: OptimOptions, parameters: Any, lr: float) -> torch.o
     return importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **settings)
 
 
-def lr_schedule(options: OptimOptions, optimizer: torch.optim.Optimizer, plan: Plan) -> Callable[[int], float]:
+def lr_schedule(options: OptimOptions, plan: Plan) -> Callable[[int], float]:
     """step -> learning rate, for any of diffusers' schedules.
 
-    It counts updates of the whole run, so it is equal for any number of ranks, and a resumed run needs no state.
+    It counts updates of the whole run, so it is equal for any number of ranks, and a resumed run needs no state. The
+    schedule begins at update `options.schedule_from`, and has the peak rate before.
     """
+    first = options.schedule_from
     scheduler = get_scheduler(
         options.schedule,
-        optimizer=optimizer,
+        optimizer=torch.optim.SGD([torch.zeros(1)], lr=plan.lr),  # diffusers reads its rate
         step_rules=options.step_rules or None,
         num_warmup_steps=options.warmup_steps,
-        num_training_steps=plan.steps,
+        num_training_steps=plan.steps - first,
         num_cycles=options.num_cycles,
         power=options.power,
     )
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]
-    return lambda step: plan.lr * factor(step)
+    return lambda step: plan.lr * (factor(step - first) if step >= first else 1.0)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

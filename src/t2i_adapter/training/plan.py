@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from t2i_adapter.config.tree import Config
+from t2i_adapter.errors import require
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Plan:
     epochs: float
     lr: float
     warmup_steps: int
+    schedule_from: int
     precision: str
     seed: int
     trainable_parameters: int
@@ -32,6 +34,7 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as text, one row a subject."""
+        begins = f"; the schedule begins at update {self.schedule_from:,}" if self.schedule_from else ""
         rows = (
             ("training pairs", f"{self.samples:,}"),
             (
@@ -39,7 +42,7 @@ class Plan:
                 f"{self.global_batch} = {self.batch_size} x {self.accumulate} accumulated x {self.processes} processes",
             ),
             ("updates", f"{self.steps:,} ({self.epochs:.2f} epochs, {self.steps * self.global_batch:,} samples)"),
-            ("learning rate", f"{self.lr:g} after {self.warmup_steps} warm-up updates"),
+            ("learning rate", f"{self.lr:g} after {self.warmup_steps} warm-up updates{begins}"),
             ("trained", f"{self.trainable_parameters:,} parameters; the base is frozen"),
             ("arithmetic", f"{self.precision} on {self.device}"),
             ("seed", f"{self.seed}"),
@@ -54,6 +57,7 @@ def make_plan(
     train, optim = config.train, config.optim
     global_batch = train.batch_size * train.gradient_accumulation_steps * processes
     steps = train.max_steps or train.epochs * math.ceil(samples / global_batch)
+    require("optim.schedule_from", optim.schedule_from < steps, optim.schedule_from, f"allowed is 0 to {steps - 1}")
     warms_up = optim.schedule not in ("constant", "piecewise_constant")
     return Plan(
         samples=samples,
@@ -65,6 +69,7 @@ def make_plan(
         epochs=steps * global_batch / samples,
         lr=optim.lr * (global_batch if optim.scale_lr else 1),
         warmup_steps=optim.warmup_steps if warms_up else 0,
+        schedule_from=optim.schedule_from,
         precision=precision,
         seed=seed,
         trainable_parameters=trainable_parameters,

@@ -10,6 +10,7 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.export import hub
 from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.export.card import write_card
+from t2i_adapter.files import show_path
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.record import Metadata
 from t2i_adapter.training.loop import Trainer
@@ -25,8 +26,10 @@ def find_repository(config: Config) -> str | None:
     return hub.check_access(config.output_dir, model_id=options.model_id, token=options.token, private=options.private)
 
 
-def publish(trainer: Trainer, base: Base, repo_id: str | None) -> None:
+def publish(trainer: Trainer, base: Base, repo_id: str | None) -> bool:
     """Writes the adapter and its card into the output folder, then pushes them if `repo_id` is not None.
+
+    Returns whether they were pushed.
 
     Everything is on the disk before the push. If the push fails, a line with the command that pushes later is printed.
     """
@@ -43,16 +46,18 @@ def publish(trainer: Trainer, base: Base, repo_id: str | None) -> None:
         samples=samples,
         license=config.hub.license,
     )
-    print(f"The adapter is in {folder}.", flush=True)
     if repo_id is None:
-        return
+        return False
     try:
         print(f"Published: {hub.push(folder, repo_id, token=config.hub.token)}", flush=True)
     except UserError as fault:
         print(
-            f"{fault}\nThe adapter is safe in {folder}; to push it later: {hub.push_command(folder, repo_id)}",
+            f"{fault}\nThe adapter is safe in {show_path(folder)}; to push it later: "
+            f"{hub.push_command(folder, repo_id)}",
             flush=True,
         )
+        return False
+    return True
 
 
 def metadata(trainer: Trainer, base: Base) -> Metadata:

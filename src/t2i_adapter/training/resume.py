@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
-from t2i_adapter.config.tree import Config, to_dict
+from t2i_adapter.config.recipe import RENAMED
+from t2i_adapter.config.tree import Config, OptimOptions, to_dict
 from t2i_adapter.errors import UserError, flag
+from t2i_adapter.training.optim import lr_schedule
+from t2i_adapter.training.plan import Plan
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "sdxl-t2i-adapter")
 """Libraries that a run's numbers depend on."""
@@ -78,9 +82,30 @@ def check_same_run(state: Mapping[str, Any], config: Config, plan: Mapping[str, 
     return lines
 
 
+def rate_change(state: Mapping[str, Any], config: Config, plan: Plan) -> list[str]:
+    """A line if the next step gets another learning rate than the checkpoint's options would give it."""
+    step, saved = state["step"], state["options"]["optim"]
+    known = {name: value for name, value in saved.items() if name in OptimOptions.__dataclass_fields__}
+    try:
+        old_plan = replace(plan, steps=state["plan"]["steps"], lr=state["plan"]["lr"])
+        old, new = lr_schedule(OptimOptions(**known), old_plan), lr_schedule(config.optim, plan)
+        would_be, now, last = old(step), new(step), old(step - 1)
+    except (UserError, KeyError, TypeError, ValueError, ArithmeticError):  # options of another version
+        return []
+    if step >= plan.steps or math.isclose(would_be, now, rel_tol=1e-9):
+        return []
+    return [
+        f"Learning rate: step {step + 1} gets {now:.4g}, {now / plan.lr:.2g} of the peak rate; "
+        f"step {step} had {last:.4g}, {last / old_plan.lr:.2g} of it."
+    ]
+
+
 def changes(state: Mapping[str, Any], config: Config, plan: Mapping[str, Any]) -> list[Change]:
     """What differs between a checkpoint's state.json and the run that resumes from it."""
     before, after, initial = (flat(tree) for tree in (state["options"], to_dict(config), to_dict(Config())))
+    for former, name in RENAMED.items():  # an older version wrote the checkpoint
+        if before.get(former) is not None:
+            before.setdefault(name, before[former])
     found = [
         # An option that the checkpoint's version did not have counts as its default value.
         Change(name, before.get(name, initial[name]), value, is_harmless(name))

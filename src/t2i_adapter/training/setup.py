@@ -30,11 +30,12 @@ from t2i_adapter.models.base import Base
 from t2i_adapter.models.open import open_base
 from t2i_adapter.training import checkpoint, optim, tracking
 from t2i_adapter.training.data import make_batches, prepare_data
+from t2i_adapter.training.data_record import DataCheck, DataRecord
 from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.lock import lock
 from t2i_adapter.training.loop import PATIENCE, Trainer
 from t2i_adapter.training.plan import Plan, make_plan
-from t2i_adapter.training.resume import check_same_run
+from t2i_adapter.training.resume import check_same_run, rate_change
 from t2i_adapter.training.signals import Stopper
 from t2i_adapter.training.step import FrozenModel
 from t2i_adapter.training.update import Update
@@ -64,11 +65,18 @@ class Inputs:
         return DTYPES[self.accelerator.mixed_precision]
 
     def prepare_data(self) -> CachedDataset | LiveDataset:
-        """Encodes what the cache does not have yet, which may take hours, and frees the encoders' memory."""
-        prompts = [row.prompt for row in self.rows]
-        dataset = prepare_data(self.config, self.accelerator, self.base, self.source, self.dtype, prompts)
+        """Encodes what the cache does not have yet, which may take hours, and frees the encoders' memory.
+
+        Raises UserError, before that if the pictures are not those of the checkpoint to resume from.
+        """
+        prompts, check = [row.prompt for row in self.rows], self.data_check()
+        dataset = prepare_data(self.config, self.accelerator, self.base, self.source, self.dtype, prompts, check)
         release(self.accelerator.device)
         return dataset
+
+    def data_check(self) -> DataCheck | None:
+        """Compares the data with that of the checkpoint to resume from; None for a new run."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,11 @@ class Setup(Inputs):
     plan: Plan
     judge: Annotator | None
     resume: Path | None
+
+    def data_check(self) -> DataCheck | None:
+        if self.resume is None:
+            return None
+        return DataCheck(DataRecord.read(self.resume), self.resume.name, self.config.checkpoint.allow_changed)
 
 
 def open_inputs(config: Config, accelerator: Accelerator, seed: int) -> Inputs:
@@ -106,7 +119,7 @@ def set_up(config: Config) -> Setup:
     )
     if resume:
         state = checkpoint.read_state(resume)
-        for line in check_same_run(state, config, plan.to_dict(), resume.name):
+        for line in check_same_run(state, config, plan.to_dict(), resume.name) + rate_change(state, config, plan):
             accelerator.print(line)
     return Setup(**vars(inputs), plan=plan, judge=find_judge(config, inputs.source.annotate), resume=resume)
 
@@ -195,8 +208,14 @@ def _seed(accelerator: Accelerator, config: Config, resume: Path | None) -> int:
 
 
 def make_trainer(setup: Setup, dataset: CachedDataset | LiveDataset, stopper: Stopper | None = None) -> Trainer:
-    """Loads the UNet and builds the trainer. `Encoders` load a text encoder or VAE only if a batch needs one."""
+    """Loads the UNet and builds the trainer. `Encoders` load a text encoder or VAE only if a batch needs one.
+
+    Raises UserError if the data is not that of the checkpoint to resume from.
+    """
     config, accelerator, plan, dtype = setup.config, setup.accelerator, setup.plan, setup.dtype
+    record, check = DataRecord.of(dataset), setup.data_check()
+    for line in check.check(record, dataset.source, dataset.numbers) if check else ():
+        accelerator.print(line)
     frozen = load_frozen_model(config, setup.base, accelerator.device, dtype, steps=plan.steps)
     encoders = Encoders(setup.base, accelerator.device, dtype, max_tokens=config.data.max_tokens)
     seeded = replace(config, train=replace(config.train, seed=plan.seed))
@@ -214,7 +233,7 @@ def make_trainer(setup: Setup, dataset: CachedDataset | LiveDataset, stopper: St
 
     validator = _validator(setup, frozen, dataset, encoders)
     update = Update(config, plan, accelerator, setup.adapter, frozen)
-    return Trainer(update, batches, validator, stopper or Stopper())
+    return Trainer(update, batches, validator, stopper or Stopper(), record)
 
 
 def _validator(

@@ -1,6 +1,7 @@
 """Stops a run early on a signal or a time limit, at the same step on every rank.
 
     SIGTERM             finish the step, save, exit code 143
+    SIGHUP              finish the step, save, exit code 129: the terminal was closed; `nohup` keeps it ignored
     SIGINT              finish the step, save, exit code 130; a second one exits at once
     SIGUSR1, max_time   finish the step, save, exit code 0: the scheduler's limit is near, and it starts the job again
 
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from t2i_adapter.errors import Stopped
+from t2i_adapter.exits import discard_lost_output
 
 T = TypeVar("T")
 
@@ -31,15 +33,16 @@ T = TypeVar("T")
 class Reason(IntEnum):
     """Why a run stops. If ranks have different reasons, the largest number is the run's reason."""
 
-    STEP_REACHED = 1
+    SIGHUP = int(signal.SIGHUP)
     SIGINT = int(signal.SIGINT)
+    STEP_REACHED = 3
     SIGUSR1 = int(signal.SIGUSR1)
     TIME_IS_UP = 14
     SIGTERM = int(signal.SIGTERM)
 
     @property
     def exit_code(self) -> int:
-        return {Reason.SIGTERM: 143, Reason.SIGINT: 130}.get(self, 0)
+        return {Reason.SIGTERM: 143, Reason.SIGINT: 130, Reason.SIGHUP: 129}.get(self, 0)
 
     @property
     def text(self) -> str:
@@ -47,6 +50,7 @@ class Reason(IntEnum):
         return texts.get(self, self.name)
 
 
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ONE_KEYSTROKE = 1.0
 """Seconds within which SIGINT counts once: under torchrun a process receives Ctrl-C from terminal and launcher."""
 
@@ -72,8 +76,9 @@ class Stopper:
 
     def __enter__(self) -> Stopper:
         if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self._old_handlers[number] = signal.signal(number, self._handle)
+            for number in HANDLED:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._old_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -144,6 +149,7 @@ class Stopper:
             os._exit(130)
         if not self._signal:
             self._signal, self._signal_time = Reason(number), now
+            discard_lost_output()
             if not self._in_training:
                 text = f"stopped by {self._signal.text}; nothing was trained yet, and the cache keeps what was encoded."
                 raise Stopped(text, self._signal.exit_code)

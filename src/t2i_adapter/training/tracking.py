@@ -7,25 +7,31 @@ import importlib
 import json
 import logging
 import math
+import netrc
 import os
+import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from PIL.Image import Image
+from tqdm import tqdm
 
 from t2i_adapter.config.tree import Config, to_dict
 from t2i_adapter.errors import UserError, flag, redact
-from t2i_adapter.files import parse_json, write_atomic
+from t2i_adapter.files import parse_json, show_command, write_atomic
 from t2i_adapter.training.resume import flat
 
 logger = logging.getLogger(__name__)
+WANDB_RUN = "wandb.json"
+"""In a run's folder: {"id"} of the wandb run that it is logged to."""
 
 
 def trackers_named(report_to: str) -> list[str] | None:
@@ -46,13 +52,13 @@ def trackers_named(report_to: str) -> list[str] | None:
     return names
 
 
-def start(accelerator: Accelerator, config: Config) -> None:
+def start(accelerator: Accelerator, config: Config, *, is_resumed: bool) -> None:
     """Opens the trackers on the main process, with the run's options without secrets."""
-    if not accelerator.log_with:
+    if not accelerator.log_with or not accelerator.is_main_process:
         return
     _warn_once.cache_clear()
     folder = Path(config.output_dir) / config.tracking.logging_dir
-    places = {"wandb": {"dir": str(folder)}}  # its default is the current folder
+    places: dict[str, dict[str, Any]] = {}
     options = {
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in flat(to_dict(config)).items()
@@ -61,9 +67,40 @@ def start(accelerator: Accelerator, config: Config) -> None:
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         sys.argv[:] = [redact(word) for word in sys.argv]  # trackers record the command line
+        if any(str(getattr(kind, "name", kind)).lower() == "wandb" for kind in accelerator.log_with):
+            places["wandb"] = _wandb_options(folder, Path(config.output_dir) / WANDB_RUN, is_resumed)
         accelerator.init_trackers(config.tracking.project, options, places)
 
     _guarded(begin, "start")
+
+
+def _wandb_options(folder: Path, file: Path, is_resumed: bool) -> dict[str, Any]:
+    """Arguments of `wandb.init`. A resumed run continues its wandb run, whose id is in `file`. Without an API key wandb
+    would wait for one at a prompt, so it logs offline."""
+    run_id = parse_json(file.read_bytes())["id"] if is_resumed and file.is_file() else secrets.token_hex(4)
+    write_atomic(file, [json.dumps({"id": run_id}).encode()])
+    options = {"dir": str(folder), "id": run_id, "resume": "allow"}  # the default of dir is the current folder
+    if _wandb_has_key():
+        return options
+    tqdm.write(
+        "wandb: no API key was found (WANDB_API_KEY, or `wandb login`), so this run is logged offline. "
+        f"To upload it later: {show_command('wandb', 'sync', folder / 'wandb')}/offline-run-*-{run_id}"
+    )
+    return {**options, "mode": "offline"}
+
+
+def _wandb_has_key() -> bool:
+    """Whether wandb needs not ask for an API key: it has one, or it is set not to go online."""
+    settings = importlib.import_module("wandb").setup().settings
+    if settings.mode not in (None, "online") or settings.api_key:
+        return True
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    try:
+        logins = netrc.netrc(os.environ.get("NETRC") or Path("~/.netrc").expanduser())
+    except (OSError, RuntimeError, netrc.NetrcParseError):
+        return False
+    return logins.authenticators(urlsplit(settings.base_url).hostname or "") is not None
 
 
 def log(accelerator: Accelerator, values: Mapping[str, float], step: int) -> None:

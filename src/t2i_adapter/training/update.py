@@ -39,7 +39,7 @@ class Update:
         self.adapter.to(accelerator.device).train()
         self._weights = list(adapter.parameters())
         self._optimizer = optim.make_optimizer(config.optim, self._weights, plan.lr)
-        self.lr_at = optim.lr_schedule(config.optim, self._optimizer, plan)
+        self.lr_at = optim.lr_schedule(config.optim, plan)
         self._ema = Ema(adapter, config.train.ema_decay) if config.train.ema_decay else None
         self._threads = cpu_gradients(config, accelerator, adapter, self.losses)
         # accelerate adds DDP, autocast and loss scaling.

@@ -23,7 +23,7 @@ import tyro
 
 from t2i_adapter.config.dataset import DatasetOptions
 from t2i_adapter.errors import UserError, flag
-from t2i_adapter.files import user_path, write_atomic
+from t2i_adapter.files import show_path, user_path, write_atomic
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,7 +76,7 @@ def run(options: AnnotateOptions) -> None:
     check_picture_file(options.out, "out")
     photo = read_photo(str(options.photo), "PHOTO")
     annotate(open_annotator(options.kind), photo).save(options.out)
-    print(options.out)
+    print(show_path(options.out))
 
 
 def check_picture_file(path: Path, option: str) -> None:
@@ -156,7 +156,8 @@ def report(work: Work, options: AnnotateOptions, made: int, bad: dict[int, str])
     listed = work.folder / BAD_ROWS
     listed.unlink(missing_ok=True)
     if not reasons:
-        print(f"{made:,} pairs in {work.folder}; train on them with: --data {options.out}")
+        place = show_path(options.out or work.folder)
+        print(f"{made:,} pairs in {show_path(work.folder)}; train on them with: --data {place}")
         return
     listed.write_text("".join(f"{reason}\n" for reason in reasons), encoding="utf-8")
     for reason in reasons[:BAD_ROWS_PRINTED]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i_adapter.errors import UserError, flag
+from t2i_adapter.files import show_path
 from t2i_adapter.verbs.annotate import check_picture_file
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def run(options: ConditionsOptions) -> None:
     check_picture_file(options.sheet, "sheet")
     photo = read_photo(str(options.photo)) if options.photo else scene()
     make_kinds_sheet(photo, options.kinds or local_kinds()).save(options.sheet)
-    print(options.sheet)
+    print(show_path(options.sheet))
 
 
 def describe_kind(name: str) -> str:

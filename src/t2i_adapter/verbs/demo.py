@@ -23,6 +23,7 @@ from t2i_adapter.config.tree import (
     TrainOptions,
 )
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import show_path
 from t2i_adapter.verbs.evaluate import EvaluateOptions
 from t2i_adapter.verbs.generate import GenerateOptions
 from t2i_adapter.verbs.make_data import Kind, ShapesOptions, make_shapes
@@ -99,8 +100,8 @@ def run(options: DemoOptions) -> None:
                 )
             )
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. {_verdict(out)}")
-    print(f"  look at   {out / 'sheet.png'}  and  {out / 'report.html'}")
-    print(f"  adapter   {adapter}")
+    print(f"  look at   {show_path(out / 'sheet.png')}  and  {show_path(out / 'report.html')}")
+    print(f"  adapter   {show_path(adapter)}")
 
 
 def _make_data(options: DemoOptions, data: Path) -> None:

@@ -13,6 +13,7 @@ import tyro
 
 from t2i_adapter.config.tree import BaseOptions, DataOptions
 from t2i_adapter.errors import UserError, require
+from t2i_adapter.files import show_path
 from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def _write_files(report: Report, source: Source, options: DoctorOptions) -> None
     if options.skip_list:
         keys = skip_keys(report.scan, report.findings)
         _write("skip_list", options.skip_list, "".join(f"{key}\n" for key in keys))
-        print(f"{options.skip_list}: {len(keys)} rows; to skip them, train with --data.skip {options.skip_list}")
+        place = show_path(options.skip_list)
+        print(f"{place}: {len(keys)} rows; to skip them, train with --data.skip {place}")
 
 
 def _write(option: str, file: Path, text: str) -> None:

@@ -59,7 +59,7 @@ def run(options: EvaluateOptions) -> Evaluation:
     from t2i_adapter.evaluation.evaluate import evaluate
     from t2i_adapter.evaluation.pairs import read_pairs
     from t2i_adapter.evaluation.report import to_text, write_files
-    from t2i_adapter.files import output_folder
+    from t2i_adapter.files import output_folder, show_path
     from t2i_adapter.generation.pipeline import open_models
     from t2i_adapter.models.adapter import check_resolution
 
@@ -82,7 +82,7 @@ def run(options: EvaluateOptions) -> Evaluation:
     )
     settings = {**_settings(options, models, resolution), "judge": judge.record() if judge else None}
     files = write_files(out, evaluation, settings)
-    print("\n".join([to_text(evaluation), *map(str, files)]))
+    print("\n".join([to_text(evaluation), *map(show_path, files)]))
     return evaluation
 
 

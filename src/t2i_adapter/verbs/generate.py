@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i_adapter.errors import UserError, flag, require
-from t2i_adapter.files import output_folder, user_path
+from t2i_adapter.files import output_folder, show_command, show_path, user_path
 from t2i_adapter.generation.options import ModelOptions, SamplingOptions
 from t2i_adapter.generation.prompts import Request, is_unicode, match_files, read_prompts
 from t2i_adapter.imports import preload
@@ -140,7 +139,7 @@ def run(options: GenerateOptions) -> None:
         text = _parameters(options, models, size, job, annotator)
         path = _save(out, picture, record, text, conditions[job.source] if job.is_photo else None)
         with tqdm.external_write_mode():
-            print(shlex.quote(str(path)), flush=True)
+            print(show_path(path), flush=True)
 
 
 @dataclass(frozen=True)
@@ -263,7 +262,7 @@ def _command(options: GenerateOptions) -> str:
         else:
             [word] = value if isinstance(value, tuple) else (str(value),)
             words += [f"--{name}={word}"] if word.startswith("-") else [f"--{name}", word]
-    return shlex.join(words)
+    return show_command(*words)
 
 
 def _save(

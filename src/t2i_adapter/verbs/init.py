@@ -6,7 +6,6 @@ torch.
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import yaml
 from t2i_adapter.config.dataset import DatasetOptions
 from t2i_adapter.config.tree import NANO, DataOptions
 from t2i_adapter.errors import UserError, require
+from t2i_adapter.files import show_path
 from t2i_adapter.imports import preload
 from t2i_adapter.verbs.plan import GIB, card_bytes
 
@@ -82,7 +82,7 @@ def run(options: InitOptions) -> None:
     except OSError as fault:
         raise UserError(f"{options.out}: cannot be written ({fault.strerror}).", option="out") from fault
     card = options.card or (f"a card of {memory / GIB:.0f} GiB" if memory else "a CPU")
-    print(f"{options.out}: a recipe for {card}. Train with:\n  t2i-adapter train --recipe {shlex.quote(options.out)}")
+    print(f"{options.out}: a recipe for {card}. Train with:\n  t2i-adapter train --recipe {show_path(options.out)}")
 
 
 def open_data(options: InitOptions, is_asking: bool) -> tuple[DataOptions, Source]:

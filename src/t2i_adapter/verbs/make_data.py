@@ -6,8 +6,8 @@ Importing this module is light: the generators are imported when they are called
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from t2i_adapter.errors import UserError, require
+from t2i_adapter.files import show_command, show_path
 
 Kind = Literal["circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring"]
 MADE = ".made.json"  # the options, beside train/ and test/; hidden, so that `datasets` does not read it
@@ -128,18 +129,18 @@ def _make(out: Path, options: dict[str, Any], splits: tuple[str, ...], write: Ca
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        building = out.with_name(f".{out.name}-{secrets.token_hex(4)}")
+        building.mkdir()  # not mkdtemp, which ignores the umask
     except OSError as error:
         raise UserError(f"{out}: cannot be made: {error.strerror} ({error.filename}).", option="out") from None
     try:
-        building.chmod(0o755)
         for split in splits:
             _write_split(out, building, split, write)
-        (building / MADE).write_text(json.dumps(made, indent=1) + "\n")
+        (building / MADE).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
         building.replace(out)  # an empty folder may stand there
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    print(f"wrote {out}; train on it with: t2i-adapter train --data {out}")
+    print(f"wrote {show_path(out)}; train on it with: {show_command('t2i-adapter', 'train', '--data', out)}")
 
 
 def _write_split(out: Path, building: Path, split: str, write: Callable[[Path, str], Path]) -> None:
@@ -160,7 +161,7 @@ def _is_made(out: Path, made: dict[str, str]) -> bool:
     if not marker.is_file():
         raise UserError(f"{out}: is not empty; name a folder that is new or empty.", option="out")
     try:
-        there = json.loads(marker.read_text())
+        there = json.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         there = {}
     if there == made:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from t2i_adapter.config import recipe
 from t2i_adapter.config.tree import Config, seconds_of
 from t2i_adapter.errors import Stopped, UserError, redact
+from t2i_adapter.files import show_command, show_path, user_path
 from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
@@ -19,21 +20,22 @@ if TYPE_CHECKING:
     from t2i_adapter.training.signals import Stopper
 
 
-def run(config: Config, *, dry_run: bool = False, stop_after: int | None = None) -> None:
+def run(config: Config, *, dry_run: bool = False, stop_after: int | None = None, summary: bool = True) -> None:
     """Trains an adapter.
 
     dry_run: prints the options and the plan, and returns before a file is written or a weight is loaded.
-    stop_after: a step after which the run stops as if `max_time` were reached.
+    stop_after: a step after which the run stops as if `max_time` were reached. summary: prints one at the end.
 
     Raises UserError as early as an error can be found, and Stopped if a signal or a limit ends the run early.
     """
     preload("t2i_adapter.training.setup")
     from t2i_adapter.training.signals import Stopper
 
+    config = replace(config, output_dir=str(user_path(config.output_dir)))  # "~" from a recipe or behind "="
     limit = config.train.max_time
     try:
         with Stopper(seconds_of(limit) if limit else None, stop_after) as stopper:
-            _run(config, stopper, dry_run)
+            _run(config, stopper, dry_run, summary)
     except Stopped as stop:
         is_main = os.environ.get("RANK", "0") == "0"
         raise Stopped(f"{stop}{_resume_command(config)}" if is_main else "", stop.code) from None
@@ -44,11 +46,12 @@ def run(config: Config, *, dry_run: bool = False, stop_after: int | None = None)
         raise
 
 
-def _run(config: Config, stopper: Stopper, dry_run: bool) -> None:
+def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool) -> None:
     from t2i_adapter.training import checkpoint, tracking
     from t2i_adapter.training.lock import lock
     from t2i_adapter.training.publish import publish
     from t2i_adapter.training.setup import make_trainer, set_up, write_options
+    from t2i_adapter.training.summary import describe_end
 
     setup = set_up(config)
     accelerator = setup.accelerator
@@ -56,8 +59,9 @@ def _run(config: Config, stopper: Stopper, dry_run: bool) -> None:
     if dry_run:
         accelerator.print(f"Options\n{recipe.dump(config)}")
         return
-    if _is_finished(setup):
-        accelerator.print(f"Finished already, with {setup.resume}: the adapter is in {config.output_dir}.")
+    if setup.resume and _is_finished(setup, setup.resume):
+        place = show_path(config.output_dir)
+        accelerator.print(f"Finished already, with {show_path(setup.resume)}: the adapter is in {place}.")
         return
     with ExitStack() as stack:
         repo_id = None
@@ -72,16 +76,20 @@ def _run(config: Config, stopper: Stopper, dry_run: bool) -> None:
         trainer = make_trainer(setup, dataset, stopper)
         if setup.resume:
             trainer.resume(setup.resume)
-        tracking.start(accelerator, config)
+        tracking.start(accelerator, config, is_resumed=setup.resume is not None)
         try:
             trainer.fit()
         except Stopped:
             tracking.finish(accelerator)
             raise
+        end = ""
         if accelerator.is_main_process:
             repo_id = repo_id or _find_repository(config, is_resumed=True)
-            publish(trainer, setup.base, repo_id)
+            is_published = publish(trainer, setup.base, repo_id)
+            end = describe_end(trainer, setup.source, is_published=is_published)
         tracking.finish(accelerator)
+        if summary and end:
+            print(end, flush=True)
 
 
 def _find_repository(config: Config, *, is_resumed: bool) -> str | None:
@@ -101,18 +109,18 @@ def _find_repository(config: Config, *, is_resumed: bool) -> str | None:
         return None
 
 
-def _is_finished(setup: Setup) -> bool:
-    """Whether the run to resume has made its last step and has written its adapter after it."""
+def _is_finished(setup: Setup, resume: Path) -> bool:
+    """Whether the run of the checkpoint `resume` has made its last step and has written its adapter after it."""
     from t2i_adapter.models.record import read_metadata
     from t2i_adapter.training import checkpoint
 
-    if setup.resume is None or setup.config.checkpoint.resume not in ("auto", "latest"):
+    if setup.config.checkpoint.resume not in ("auto", "latest"):
         return False
     try:
         record = read_metadata(setup.config.output_dir)
     except UserError:  # the end of this run replaces it
         return False
-    step = checkpoint.read_state(setup.resume)["step"]
+    step = checkpoint.read_state(resume)["step"]
     return step >= setup.plan.steps and record is not None and record.steps == step
 
 
@@ -126,6 +134,7 @@ def _resume_command(config: Config) -> str:
     here, world = os.environ.get("LOCAL_WORLD_SIZE", "1"), os.environ.get("WORLD_SIZE", "1")
     if here != world:
         return " Resume with the command that started it, and --checkpoint.resume auto."
-    launch = "t2i-adapter" if world == "1" else f"torchrun --nproc_per_node {world} -m t2i_adapter"
-    token = " --hub.token TOKEN" if config.hub.token else ""
-    return f" Resume with:\n  {launch} train --recipe {shlex.quote(str(file))} --checkpoint.resume auto{token}"
+    launch = ["t2i-adapter"] if world == "1" else ["torchrun", "--nproc_per_node", world, "-m", "t2i_adapter"]
+    token = ["--hub.token", "TOKEN"] if config.hub.token else []
+    command = show_command(*launch, "train", "--recipe", file, "--checkpoint.resume", "auto", *token)
+    return f" Resume with:\n  {command}"

@@ -45,13 +45,13 @@ def run(options: VerifyOptions) -> None:
     with tempfile.TemporaryDirectory(prefix="t2i-adapter-verify-") as scratch:
         config = shortened(options.config, options.steps)
         straight, stopped = (replace(config, output_dir=f"{scratch}/{name}") for name in ("straight", "stopped"))
-        train(straight)
+        train(straight, summary=False)
         try:
-            train(stopped, stop_after=options.steps // 2)
+            train(stopped, stop_after=options.steps // 2, summary=False)
         except Stopped as stop:
             if stop.code:  # a signal, not `stop_after`
                 raise
-        train(replace(stopped, checkpoint=replace(stopped.checkpoint, resume="auto")))
+        train(replace(stopped, checkpoint=replace(stopped.checkpoint, resume="auto")), summary=False)
         found = differences(Path(straight.output_dir), Path(stopped.output_dir), options.steps)
     width = max(map(len, found))
     for name, difference in found.items():

@@ -57,7 +57,7 @@ def write_dataset(
         scene = sample_scene(seed, start + i, max_shapes=max_shapes, kinds=kinds, patterns=patterns)
         rows.append(_write_sample(folder, i, scene, size, condition))
     # The table is written last: a folder that has one is complete.
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 
