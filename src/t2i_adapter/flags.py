@@ -7,6 +7,7 @@ Words are read here, by the options' types (`config.read`); tyro only prints `--
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -284,6 +285,25 @@ def flag_namer(names: Mapping[str, str]) -> Callable[[str], str]:
         return names.get(path) or names.get(plain) or plain_flag(plain)
 
     return name
+
+
+def changed_options(options: Any) -> dict[str, Any]:
+    """Returns name -> value of the fields of a dataclass that differ from their default, in their order."""
+    values = {field.name: (getattr(options, field.name), field.default) for field in fields(options)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def command_line(verb: str, options: Any) -> str:
+    """Returns the command line that sets a verb's options, those of a flat dataclass; defaults are omitted."""
+    words = ["t2i-adapter", verb]
+    for name, value in changed_options(options).items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            first, *more = map(str, value if isinstance(value, tuple) else (value,))
+            words += [f"--{name}={first}"] if first.startswith("-") else [f"--{name}", first]
+            words += more
+    return shlex.join(words)
 
 
 def _check_sources(config: Config) -> None:
