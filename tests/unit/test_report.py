@@ -172,12 +172,12 @@ def test_the_page_is_bounded_and_typical_pairs_stay_large() -> None:
 
 
 def test_a_scaled_page_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "Scaled down" not in plain_page()
+    assert "scaled down" not in plain_page()
     monkeypatch.setattr(page, "LOSSY_PIXELS", 4000)
     monkeypatch.setattr(page, "LEAST_SIDE", 8)
     shown = page_of(evaluation())
     side = math.isqrt(4000 // ((COUNT - 5) * 5))
-    assert f"Scaled down from 24 px: to {side} px for the other pairs." in shown
+    assert f"The pictures are scaled down from 24 px to {side} px." in shown
     widths = Counter(a["width"] for a in Elements(shown).of("img") if a.get("src"))
     assert widths == {"24": 25, str(side): (COUNT - 5) * 5}
 
@@ -218,7 +218,9 @@ def test_the_verdict_needs_separate_intervals(metric: str) -> None:
 
     assert verdict({ADAPTER: good, **both}) == ("better", "good")
     assert verdict({ADAPTER: wide, **both}) == ("better", "good")
-    assert verdict({ADAPTER: wide, OTHER_CONDITION: wide, NO_ADAPTER: bad}) == ("open", "open")
+    near = [0.0, 1.0, 0.4] * 3
+    assert verdict({ADAPTER: wide, OTHER_CONDITION: near, NO_ADAPTER: bad}) == ("open", "open")
+    assert verdict({ADAPTER: near, OTHER_CONDITION: wide, NO_ADAPTER: bad}) == ("open", "open")
     assert verdict({ADAPTER: bad, OTHER_CONDITION: bad, NO_ADAPTER: good}) == ("worse", "bad")
     alone = evaluation({ADAPTER: good}, metric=metric, columns=(ADAPTER,))
     assert headline(alone).verdict == "open" and headline(alone).wins == ""

@@ -89,8 +89,9 @@ def make_report(evaluation: Evaluation, settings: Mapping[str, Any], changed: Ma
 {_answer(evaluation, answer)}
 <h2>Typical pairs</h2>
 <p class="note">The pairs are ranked by the adapter's own value, from the best to the worst, and these are evenly spaced
-among them. All pictures of a pair begin with the same noise. <span class="screen">Choose a picture to see it large over
-its condition. <a href="#all">All pairs</a> are at the end of the page.</span></p>
+among them. All generated pictures of a pair begin with the same noise. <span class="screen">Choose a picture to see it
+large over its condition. <a href="#all">All pairs</a> are at the end of the page.</span>
+{pages.note(pages.sizes.typical)}</p>
 <section class="featured">
 {"".join(pages.typical(typical))}
 </section>
@@ -102,8 +103,9 @@ the best that a generated picture can reach.</p>
 <h2>Settings</h2>
 {_settings(settings, changed, command)}
 <h2 id="all">All other pairs</h2>
-<p class="note">By rank. From left to right: {", ".join(PICTURE_NAMES[column] for column in columns)}.{pages.note()}</p>
-<section class="grid">
+<p class="note">By rank. From left to right: {", ".join(PICTURE_NAMES[column] for column in columns)}.
+{pages.note(pages.sizes.others)}</p>
+<section class="others">
 {"".join(pages.others({index for index, _ in typical}))}
 </section>
 </main>"""
@@ -138,12 +140,10 @@ class _Pairs:
         places = ((index, f"rank {rank} of {total}") for rank, index in enumerate(self.ranks, 1) if index not in shown)
         return (self._pair(index, place, self.sizes.others) for index, place in places)
 
-    def note(self) -> str:
-        """Says at which size the page holds the pictures, if it is not their own."""
-        side = max(self.evaluation.pairs[0].target.size)
-        held = {"typical pairs": self.sizes.typical, "other pairs": self.sizes.others}
-        scaled = [f"{size} px for the {name}" for name, size in held.items() if size < side]
-        return f" Scaled down from {side} px: to {' and '.join(scaled)}." if scaled else ""
+    def note(self, side: int) -> str:
+        """Says that pictures are scaled down to `side` pixels; "" if they are not."""
+        own = max(self.evaluation.pairs[0].target.size)
+        return f"The pictures are scaled down from {own} px to {side} px." if side < own else ""
 
     def _pair(self, index: int, place: str, side: int) -> str:
         pair = self.evaluation.pairs[index]

@@ -99,7 +99,7 @@ def run(options: DemoOptions) -> None:
                 )
             )
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes.")
-    print(f"  look at   {out / 'sheet.png'}  and  {out / 'report.html'}")
+    print(f"  look at   {out / 'report.html'}  and  {out / 'sheet.png'}")
     print(f"  adapter   {adapter}")
 
 
