@@ -10,7 +10,7 @@ resumes; its seconds then count from its last start. Each of the last three arms
 recipe changed.
 
 After each arm it writes the numbers of all finished arms to the result file, with the digest of the base, and their
-pictures to docs/images/five_adapters.png: condition, no adapter, adapter, target.
+pictures to docs/images/five_adapters.png: condition, no adapter, adapter, another pair's condition, target.
 """
 
 from __future__ import annotations

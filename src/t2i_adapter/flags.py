@@ -17,6 +17,7 @@ from t2i_adapter.config.read import allowed, describe, nearest, option_types, re
 from t2i_adapter.config.recipe import RENAMED, load
 from t2i_adapter.config.tree import Config
 from t2i_adapter.errors import UserError, plain_flag, register_secret
+from t2i_adapter.files import show_command
 
 T = TypeVar("T")
 
@@ -284,6 +285,25 @@ def flag_namer(names: Mapping[str, str]) -> Callable[[str], str]:
         return names.get(path) or names.get(plain) or plain_flag(plain)
 
     return name
+
+
+def changed_options(options: Any) -> dict[str, Any]:
+    """Returns name -> value of the fields of a dataclass that differ from their default, in their order."""
+    values = {field.name: (getattr(options, field.name), field.default) for field in fields(options)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def command_line(verb: str, options: Any) -> str:
+    """Returns the command line that sets a verb's options, those of a flat dataclass; defaults are omitted."""
+    words = ["t2i-adapter", verb]
+    for name, value in changed_options(options).items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            first, *more = map(str, value if isinstance(value, tuple) else (value,))
+            words += [f"--{name}={first}"] if first.startswith("-") else [f"--{name}", first]
+            words += more
+    return show_command(*words)
 
 
 def _check_sources(config: Config) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from support.tiny import write_circles
 
 from t2i_adapter.cli import main
+from t2i_adapter.reports.sheet import WIDTH
 from t2i_adapter.verbs.annotate import BAD_ROWS, LIST
 
 
@@ -177,7 +178,9 @@ def test_the_list_of_kinds_and_the_sheet(tmp_path: Path, capsys: pytest.CaptureF
     listed = capsys.readouterr().out
     for text in ("canny\n", "low=100 high=200 vary=0", "white on black", "licence: Apache-2.0 (OpenCV)", "palette\n"):
         assert text in listed
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)).save(tmp_path / "photo.png")
+    cell = (WIDTH - 2 * 24 - 3 * 12) // 4  # of a sheet of four columns: margins and gaps are its own
+    photo = np.random.default_rng(0).integers(0, 256, (50, cell, 3), np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
     shown = ["--kinds", "canny,low=1", "palette", "grey"]
     assert main(["conditions", "--sheet", str(tmp_path / "a.png"), "--photo", str(tmp_path / "photo.png"), *shown]) == 0
     sheet = np.asarray(Image.open(tmp_path / "a.png"))
@@ -185,7 +188,7 @@ def test_the_list_of_kinds_and_the_sheet(tmp_path: Path, capsys: pytest.CaptureF
     windows = np.lib.stride_tricks.sliding_window_view(sheet[..., 0], grey.shape)
     assert (windows[:, :, 0] == grey[0]).all(axis=2).any(), "the grey map stands on it, pixel for pixel"
     assert main(["conditions", "--sheet", str(tmp_path / "b.png"), "--kinds", "canny", "lines"]) == 0
-    assert Image.open(tmp_path / "b.png").size[0] > 256
+    assert Image.open(tmp_path / "b.png").width == WIDTH
 
 
 def test_an_adapter_records_how_its_conditions_are_made(

@@ -32,7 +32,7 @@ def test_the_demo_writes_its_results_and_can_be_repeated(tmp_path: Path):
     result = json.loads((out / "evaluation.json").read_text())
     assert result["num"] == 3
     mean = result["metrics"]["iou"]["adapter"]["mean"]
-    assert f"IoU with their condition is {mean:.2f}" in first
+    assert f"IoU of the objects is {mean:.2f}" in first
     for name in ("sheet.png", "report.html"):
         assert (out / name).stat().st_size > 1000 and str(Path("runs/demo") / name) in first
     assert len(list((out / "pictures").glob("*.png"))) == 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from html import escape
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from t2i_adapter.doctor.findings import Finding
 from t2i_adapter.doctor.report import Report, summary
 from t2i_adapter.doctor.scan import Scan
 from t2i_adapter.errors import UserError
-from t2i_adapter.reports.html import inline_image, make_page, table
+from t2i_adapter.reports.html import inline_image, make_page, quoted, table, text
 
 WORST = 12
 """Rows shown of each finding."""
@@ -24,23 +23,36 @@ SAMPLE = 24
 
 def make_html(report: Report, source: Source, seed: int) -> str:
     """Returns the page; all text is escaped. It reads the rows that it shows once more. `seed` chooses the sample."""
-    facts = [[escape(name), escape(text)] for name, text in summary(report).items()]
-    parts = [f"<p>{escape(report.verdict)}.</p>", table(["", "the dataset, and what a run takes"], facts)]
-    parts += [_section(finding, report.scan, source) for finding in report.findings]
+    facts = table(["name", "value"], [[text(name), text(value)] for name, value in summary(report).items()], "facts")
     total = len(report.scan.rows)
     sample = np.random.default_rng(seed).choice(total, min(SAMPLE, total), replace=False).tolist()
-    parts += ["<h2>A random sample</h2>", _rows(((n, "") for n in sorted(sample)), report.scan, source)]
-    return make_page(f"Doctor: {report.place}", "\n".join(parts))
+    look = "bad" if report.count("error") else "warn" if report.findings else "good"
+    body = f"""<main>
+<p class="kicker">{text(report.place)}</p>
+<section class="answer {look}">
+<h1>{text(report.verdict[0].upper() + report.verdict[1:])}.</h1>
+</section>
+{"".join(_section(finding, report.scan, source) for finding in report.findings)}
+<h2>The dataset, and what a run takes</h2>
+{facts}
+<h2>A random sample</h2>
+{_rows(((n, "") for n in sorted(sample)), report.scan, source)}
+</main>"""
+    return make_page(f"Doctor: {report.place}", body)
 
 
 def _section(finding: Finding, scan: Scan, source: Source) -> str:
     kind = finding.about
     where = finding.whole or f"{len(finding.reasons)} of {len(scan.rows)} rows"
-    shown = _rows(list(worst(finding, scan).items())[:WORST], scan, source) if finding.reasons else ""
-    return (
-        f"<h2>{escape(kind.level)}: {escape(kind.what)}</h2>\n"
-        f"<p>{escape(where)}. What to do: {escape(kind.advice)}.</p>\n{shown}"
-    )
+    shown = list(worst(finding, scan).items())[:WORST]
+    if 0 < len(shown) < len(finding.reasons):
+        where += f"; {len(shown)} of them are shown"
+    return f"""<section class="finding {text(kind.level)}">
+<h2><span class="level">{text(kind.level)}</span>{text(kind.what)}</h2>
+<p>{text(where)}. What to do: {text(kind.advice)}.</p>
+{_rows(shown, scan, source) if shown else ""}
+</section>
+"""
 
 
 def worst(finding: Finding, scan: Scan) -> dict[int, str]:
@@ -58,19 +70,19 @@ def worst(finding: Finding, scan: Scan) -> dict[int, str]:
 
 
 def _rows(rows: Iterable[tuple[int, str]], scan: Scan, source: Source) -> str:
-    cells = []
-    for number, reason in rows:
-        text = f"<code>{escape(scan.keys[number])}</code>" + (f"<br>{escape(reason)}" if reason else "")
-        cells.append([text, *_pictures(number, source)])
-    return table(["row", "image", "condition", "caption"], cells)
+    return f'<section class="rows">\n{"".join(_row(number, reason, scan, source) for number, reason in rows)}</section>'
 
 
-def _pictures(number: int, source: Source) -> tuple[str, str, str]:
-    """The image, condition and caption cells of a row; if it cannot be read, the reason."""
+def _row(number: int, reason: str, scan: Scan, source: Source) -> str:
+    """The image, the condition and the captions of a row, if it can be read, with its key and the reason."""
     try:
         with quiet():
             sample = source[number]
     except UserError as fault:
-        return f"<small>{escape(str(fault))}</small>", "", ""
-    condition = inline_image(sample.condition) if sample.condition is not None else ""
-    return inline_image(sample.image), condition, "<br>".join(escape(caption) for caption in sample.captions)
+        shown, reason = "", reason or str(fault)
+    else:
+        condition = inline_image(sample.condition, "condition") if sample.condition is not None else ""
+        captions = "".join(f"<p>{quoted(caption)}</p>" for caption in sample.captions)
+        shown = f'<div class="shown">{inline_image(sample.image, "image")}{condition}</div>\n{captions}'
+    why = f"<p><b>{quoted(reason)}</b></p>" if reason else ""
+    return f'<article class="row">\n{shown}\n<p><code>{quoted(scan.keys[number])}</code></p>{why}\n</article>\n'

@@ -259,7 +259,7 @@ def _evaluation(content: Mapping[str, Any]) -> str:
     return (
         f"## Evaluation\n\n{int(content['num'])} held-out pairs; means with 95 % bootstrap intervals. "
         "`iou` and `edge_f1`: higher is better; colours (CIEDE2000): lower is better.\n\n"
-        f"{table}\n\n![condition, no adapter, adapter, target]({PICTURES}/sheet.png)"
+        f"{table}\n\n![condition, no adapter, adapter, another pair's condition, target]({PICTURES}/sheet.png)"
     )
 
 

@@ -1,52 +1,111 @@
-"""Makes self-contained HTML pages: pictures are inline, and a policy in the head forbids scripts and loading."""
+"""Makes self-contained HTML pages: style, script and pictures are inline, and a policy in the head forbids all else.
+
+The policy names the style and the script by their digests. So no other script or style runs, even if a text of a
+dataset were not escaped.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Iterable, Sequence
+from functools import cache
 from html import escape
+from importlib.resources import files
 
 from PIL import Image
 
-from t2i_adapter.reports.sheet import thumbnail
+from t2i_adapter.errors import redact
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #1c1c1c; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .35rem .7rem; text-align: left; }
-th { border-bottom: 2px solid #999; } td { border-bottom: 1px solid #ddd; } td.number { white-space: nowrap; }
-small { color: #666; } img { display: block; max-width: 100%; } code { overflow-wrap: anywhere; }
-"""
+LARGEST = 384
+"""Pixels of a side of an inline picture, unless the caller asks for another size."""
+QUALITY, SCALED_QUALITY = 90, 80
+"""WebP quality of a lossy picture at its own size, and of one that was scaled down."""
+_FEW_COLORS = 16
+"""Pictures with so few colours (maps of lines, masks) are lossless; they are smaller that way."""
 
 
-def make_page(title: str, body: str) -> str:
-    """Returns a whole document. `title` is text and is escaped; `body` is HTML."""
+def make_page(title: str, body: str, *, viewer: bool = False) -> str:
+    """Returns a whole document.
+
+    Args:
+        title: text, which is escaped.
+        body: HTML.
+        viewer: adds the script that opens pictures large. It expects the elements of `evaluation/page.py`.
+    """
+    style, script = _resource("page.css"), _resource("viewer.js")
+    policy = f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; base-uri 'none'; form-action 'none'"
+    if viewer:
+        policy += f"; script-src '{_digest(script)}'"
+        body += f"\n{_resource('viewer.html')}<script>{script}</script>"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{escape(title)}</title>
-<style>{_STYLE}</style>
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{text(title)}</title>
+<style>{style}</style>
 </head>
 <body>
-<h1>{escape(title)}</h1>
 {body}
 </body>
 </html>
 """
 
 
-def table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns an HTML table. Headings and cells are HTML."""
-    head = "".join(f"<th>{heading}</th>" for heading in headings)
-    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
+def text(value: object) -> str:
+    """Returns any text as HTML: escaped, without secrets, and with unprintable characters as escapes."""
+    return escape(redact(str(value)))
 
 
-def inline_image(picture: Image.Image) -> str:
-    """Returns an <img> element that holds the picture's thumbnail as PNG."""
+def quoted(value: object) -> str:
+    """Returns a text from a dataset as HTML; its writing direction does not change that of the text around it."""
+    return f'<bdi dir="auto">{text(value)}</bdi>' if str(value).strip() else '<i class="faint">(empty)</i>'
+
+
+def table(headings: Iterable[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """Returns an HTML table. Headings and cells are HTML; the first cell of a row is its heading. `kind`: CSS class.
+
+    On small screens the cells of a row stand below each other, each with its heading.
+    """
+    names = list(headings)
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    lines = []
+    for first, *cells in rows:
+        data = (
+            f'<td><span class="label">{name}</span><span>{cell}</span></td>'
+            for name, cell in zip(names[1:], cells, strict=True)
+        )
+        lines.append(f'<tr><th scope="row">{first}</th>{"".join(data)}</tr>')
+    return f'<table class="{kind}">\n<thead><tr>{head}</tr></thead>\n<tbody>{"".join(lines)}</tbody>\n</table>'
+
+
+def inline_image(picture: Image.Image, alt: str = "", *, largest: int = LARGEST, lossless: bool = False) -> str:
+    """Returns an <img> element that holds the picture as WebP, scaled down to at most `largest` pixels a side."""
+    smaller = picture.convert("RGB")
+    smaller.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+    quality = QUALITY if smaller.size == picture.size else SCALED_QUALITY
+    data = base64.b64encode(_encode(smaller, lossless, quality)).decode()
+    size = f'width="{smaller.width}" height="{smaller.height}"'
+    return f'<img alt="{text(alt)}" {size} decoding="async" src="data:image/webp;base64,{data}">'
+
+
+def _encode(picture: Image.Image, lossless: bool, quality: int) -> bytes:
     buffer = io.BytesIO()
-    thumbnail(picture).save(buffer, "PNG", optimize=True)
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    if lossless or picture.getcolors(_FEW_COLORS):
+        picture.save(buffer, "WEBP", lossless=True, method=0, quality=0)
+    else:
+        picture.save(buffer, "WEBP", method=2, quality=quality)
+    return buffer.getvalue()
+
+
+@cache
+def _resource(name: str) -> str:
+    return files("t2i_adapter.reports").joinpath(name).read_text(encoding="utf-8")
+
+
+def _digest(content: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"

@@ -60,6 +60,7 @@ def run(options: EvaluateOptions) -> Evaluation:
     from t2i_adapter.evaluation.pairs import read_pairs
     from t2i_adapter.evaluation.report import to_text, write_files
     from t2i_adapter.files import output_folder, show_path
+    from t2i_adapter.flags import changed_options, command_line
     from t2i_adapter.generation.pipeline import open_models
     from t2i_adapter.models.adapter import check_resolution
 
@@ -81,7 +82,9 @@ def run(options: EvaluateOptions) -> Evaluation:
         models.pipeline(), pairs, sampling=options, seed=options.seed, judge=judge, max_tokens=models.max_tokens
     )
     settings = {**_settings(options, models, resolution), "judge": judge.record() if judge else None}
-    files = write_files(out, evaluation, settings)
+    files = write_files(
+        out, evaluation, settings, changed=changed_options(options), command=command_line("evaluate", options)
+    )
     print("\n".join([to_text(evaluation), *map(show_path, files)]))
     return evaluation
 

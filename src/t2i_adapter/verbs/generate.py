@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i_adapter.errors import UserError, flag, require
-from t2i_adapter.files import output_folder, show_command, show_path, user_path
+from t2i_adapter.files import output_folder, show_path, user_path
+from t2i_adapter.flags import command_line
 from t2i_adapter.generation.options import ModelOptions, SamplingOptions
 from t2i_adapter.generation.prompts import Request, is_unicode, match_files, read_prompts
 from t2i_adapter.imports import preload
@@ -216,7 +217,7 @@ def _picture_record(
         max_tokens=models.max_tokens,
     )
     return {
-        "command": _command(single),
+        "command": command_line("generate", single),
         "options": asdict(single),
         "adapter_sha256": models.digest,
         "image_sha256": hashlib.sha256(user_path(job.file).read_bytes()).hexdigest(),
@@ -248,21 +249,6 @@ def _parameters(
         "Version": f"sdxl-t2i-adapter {version('sdxl-t2i-adapter')}",
     }
     return parameters(job.prompt, options.negative, fields)
-
-
-def _command(options: GenerateOptions) -> str:
-    """Returns the command line that sets these options; options at their default are omitted."""
-    words = ["t2i-adapter", "generate"]
-    for name, field in GenerateOptions.__dataclass_fields__.items():
-        value = getattr(options, name)
-        if value == field.default:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{name}")
-        else:
-            [word] = value if isinstance(value, tuple) else (str(value),)
-            words += [f"--{name}={word}"] if word.startswith("-") else [f"--{name}", word]
-    return show_command(*words)
 
 
 def _save(

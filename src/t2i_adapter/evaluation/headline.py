@@ -1,0 +1,184 @@
+"""The answer of an evaluation: which metric answers, whether the adapter beats the controls, and typical pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from t2i_adapter.evaluation.evaluate import ADAPTER, NO_ADAPTER, OTHER_CONDITION, Evaluation
+from t2i_adapter.evaluation.metrics import TOLERANCE, Estimate
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric in words.
+
+    Attributes:
+        name: the metric within a sentence.
+        meaning: one or two sentences for a reader who does not know the metric.
+        higher_is_better: whether a larger value is the better one.
+        digits: decimals to show.
+        most: end of the metric's range; None if it has none.
+    """
+
+    name: str
+    meaning: str
+    higher_is_better: bool = True
+    digits: int = 2
+    most: float | None = 1.0
+
+    @property
+    def direction(self) -> str:
+        return "higher is better" if self.higher_is_better else "lower is better"
+
+    def show(self, value: float) -> str:
+        return f"{value:.{self.digits}f}"
+
+    def show_estimate(self, estimate: Estimate) -> str:
+        """For example "0.93 (0.92 to 0.94)"."""
+        return f"{self.show(estimate.mean)} ({self.show(estimate.low)} to {self.show(estimate.high)})"
+
+
+METRICS = {
+    "iou": Metric(
+        "IoU of the objects",
+        "IoU compares the objects of the generated picture with the true ones: "
+        "their common area divided by the area that both cover. 0 is no overlap, 1 is the exact shape and place.",
+    ),
+    "edge_f1": Metric(
+        "F1 of the objects' outline",
+        "F1 of the two outlines; "
+        f"a pixel matches within {100 * TOLERANCE:.2f} % of the side. 0 is no match, 1 is a full match.",
+    ),
+    "condition_f1": Metric(
+        "agreement with the condition (F1)",
+        "The condition of the generated picture is compared with the pair's own; "
+        f"a pixel matches within {100 * TOLERANCE:.2f} % of the side. "
+        "0 is no common line, 1 is every line in its place.",
+    ),
+    "condition_error": Metric(
+        "difference from the condition (RMS)",
+        "The condition of the generated picture is compared with the pair's own. 0 is equal, 1 is black against white.",
+        higher_is_better=False,
+        digits=3,
+    ),
+    "object_color": Metric(
+        "colour of the objects against the prompt (CIEDE2000)",
+        "A difference of 1 is just visible; unrelated colours differ by 30 and more.",
+        higher_is_better=False,
+        most=None,
+    ),
+    "background_color": Metric(
+        "colour of the background against the prompt (CIEDE2000)",
+        "A difference of 1 is just visible; unrelated colours differ by 30 and more.",
+        higher_is_better=False,
+        most=None,
+    ),
+}
+CONTROLS = {OTHER_CONDITION: "with another pair's condition", NO_ADAPTER: "without the adapter"}
+"""Column -> its words in a sentence."""
+
+Verdict = Literal["better", "open", "worse"]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The answer of an evaluation.
+
+    Attributes:
+        metric: the key of the metric that answers.
+        verdict: "better" if the adapter's interval lies on the better side of every control's interval, "worse" if it
+            lies on the worse side of one, else "open".
+        title: the verdict as a short sentence.
+        sentence: the means and intervals of the adapter and the controls.
+        line: means of the adapter and the controls and the adapter's interval, on one short line.
+        wins: a sentence with the number of pairs in which the adapter beats all controls; "" without controls.
+    """
+
+    metric: str
+    verdict: Verdict
+    title: str
+    sentence: str
+    line: str
+    wins: str
+
+
+def headline(evaluation: Evaluation) -> Headline:
+    """Returns the answer. The evaluation needs the column ADAPTER."""
+    key = headline_metric(evaluation)
+    metric, estimates = METRICS[key], evaluation.estimates[key]
+    controls = [column for column in CONTROLS if column in estimates]
+    sentence = f"The {metric.name} is {metric.show_estimate(estimates[ADAPTER])} with the adapter"
+    against = [f"{metric.show_estimate(estimates[column])} {CONTROLS[column]}" for column in controls]
+    sentence += f", against {' and '.join(against)}." if against else "."
+    means = [f"{metric.show(estimates[column].mean)} {CONTROLS[column]}" for column in controls]
+    line = ", ".join([f"{metric.show_estimate(estimates[ADAPTER])} with the adapter", *means])
+    verdict = _verdict(estimates[ADAPTER], [estimates[column] for column in controls], metric)
+    titles = {
+        "better": "Yes, the adapter controls the picture.",
+        "open": "Control is not shown: the intervals overlap." if controls else "No control was generated.",
+        "worse": "No, the adapter does not control the picture.",
+    }
+    return Headline(key, verdict, titles[verdict], sentence, f"{metric.name}: {line}", _wins(evaluation, key, controls))
+
+
+def headline_metric(evaluation: Evaluation) -> str:
+    """Returns the judge's metric if there was a judge, else "iou"."""
+    return next((key for key in ("condition_f1", "condition_error") if key in evaluation.estimates), "iou")
+
+
+def rank_pairs(evaluation: Evaluation) -> list[int]:
+    """Returns the indices of all pairs, best first by the adapter's value of the headline metric.
+
+    Pairs without a value come last; equal pairs keep their order.
+    """
+    key = headline_metric(evaluation)
+    values, sign = evaluation.values[key][ADAPTER], -1 if METRICS[key].higher_is_better else 1
+
+    def badness(index: int) -> tuple[bool, float]:
+        value = values[index]
+        return (True, 0.0) if value is None else (False, sign * value)
+
+    return sorted(range(len(values)), key=badness)
+
+
+def typical_pairs(evaluation: Evaluation, count: int = 5) -> list[tuple[int, str]]:
+    """Returns (index of a pair, its place in words) at `count` evenly spaced ranks, from the best to the worst."""
+    ranks, total = rank_pairs(evaluation), len(evaluation.pairs)
+    count = min(count, total)
+    places = [round(n * (total - 1) / max(1, count - 1)) for n in range(count)]
+    names = {0: "best", total - 1: "worst"}
+    if count % 2 and count > 1:
+        names.setdefault(places[count // 2], "median")
+    if count == 5:
+        names.setdefault(places[1], "upper quartile")
+        names.setdefault(places[3], "lower quartile")
+    return [
+        (
+            ranks[place],
+            f"{names[place]}, rank {place + 1} of {total}" if place in names else f"rank {place + 1} of {total}",
+        )
+        for place in places
+    ]
+
+
+def _verdict(adapter: Estimate, controls: Sequence[Estimate], metric: Metric) -> Verdict:
+    def is_better(a: Estimate, b: Estimate) -> bool:
+        return a.low > b.high if metric.higher_is_better else a.high < b.low
+
+    if any(is_better(control, adapter) for control in controls):
+        return "worse"
+    return "better" if controls and all(is_better(adapter, control) for control in controls) else "open"
+
+
+def _wins(evaluation: Evaluation, key: str, controls: Sequence[str]) -> str:
+    """Counts the pairs that have all values."""
+    if not controls:
+        return ""
+    sign = 1 if METRICS[key].higher_is_better else -1
+    rows = zip(*(evaluation.values[key][column] for column in (ADAPTER, *controls)), strict=True)
+    whole = [[sign * value for value in row if value is not None] for row in rows if None not in row]
+    won = sum(own > max(others) for own, *others in whole)
+    beaten = "both controls" if len(controls) == 2 else "the control"
+    return f"The adapter is better than {beaten} in {won} of {len(whole)} pairs."
