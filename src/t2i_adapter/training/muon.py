@@ -93,13 +93,20 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Approximates U V' of the singular value decomposition U S V' of (m,n) by Newton-Schulz rounds in bfloat16, scaled
-    to the RMS of an AdamW update."""
+    """Approximates U V' of the singular value decomposition U S V' of (m,n) by Newton-Schulz rounds, scaled to the RMS
+    of an AdamW update."""
     a, b, c = _QUINTIC
-    x = (matrix / (matrix.norm() + 1e-7)).bfloat16()
+    x = (matrix / (matrix.norm() + 1e-7)).to(_product_type(matrix))
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     for _ in range(_ROUNDS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.T if tall else x).to(matrix.dtype) * (_ADAM_RMS * max(matrix.shape) ** 0.5)
+
+
+def _product_type(matrix: Tensor) -> torch.dtype:
+    """bfloat16, whose few digits the rounds do not need; float32 on a CPU without AVX-512, where products in
+    bfloat16 are emulated and take more than ten times as long."""
+    is_slow = matrix.device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+    return torch.float32 if is_slow else torch.bfloat16
