@@ -303,8 +303,22 @@ CASES = {
     ),
     **{
         f"img and {name}": Case(beside(name), paired=True)
-        for name in ("control", "conditioning", "cond", "conditions", "Conditioning_Images")
+        for name in (
+            "control",
+            "conditioning",
+            "cond",
+            "conditions",
+            "Conditioning_Images",
+            "condition_images",
+            "control1",
+        )
     },
+    "img and a folder of another name": Case(
+        beside("canny"), None, paired=True, says=("--data.conditioning_dir (canny?)",)
+    ),
+    "img and a folder of another name, named": Case(
+        beside("canny"), paired=True, options={"conditioning_dir": "canny"}
+    ),
     "pairs in subfolders": Case(nested_pairs, paired=True),
     "conditions by option": Case(
         sd_scripts, paired=True, options={"conditioning_dir": "masks/canny"}, says=("a folder of pictures",)

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 IMAGES = ("images", "image", "imgs", "img", "pictures", "targets", "target")
 """Names, in any case, of a folder that holds the pictures if there is one."""
 CONDITIONS = (
-    *("conditions", "condition", "conds", "cond", "conditionings", "conditioning", "conditioning_images"),
-    *("conditioning_image", "controls", "control", "control_images", "control_image", "hints", "hint"),
+    *("conditions", "condition", "conds", "cond", "condition_images", "condition_image", "conditionings"),
+    *("conditioning", "conditioning_images", "conditioning_image", "controls", "control", "control1"),
+    *("control_images", "control_image", "hints", "hint"),
 )
 """Names, in any case, of a folder that holds the conditions."""
 SPLITS = ("train", "test", "validation", "valid", "val")
@@ -245,10 +246,12 @@ class PairedRows(Rows):
         if self.annotate:
             return _array([]), np.empty(0, np.int64), 0
         if self._conditions is None:
+            others = [path.name for path in sorted(self._folder.iterdir()) if path.is_dir() and path != self._pictures]
+            named = f" ({', '.join(others[:3])}?)" if others and self._pictures != self._folder else ""
             raise UserError(
                 f"{self._folder}: there are no condition pictures. Make them from the pictures with "
                 f"{flag('data.condition')} canny (`t2i-adapter conditions` lists the kinds), put them into a folder "
-                f"control/ there under the pictures' names, or name their folder with {flag('data.conditioning_dir')}.",
+                f"control/ there under the pictures' names, or name their folder with {flag('data.conditioning_dir')}{named}.",
                 kind="no condition",
             )
         walked = walk(self._conditions)
