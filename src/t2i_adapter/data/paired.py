@@ -251,7 +251,8 @@ class PairedRows(Rows):
             raise UserError(
                 f"{self._folder}: there are no condition pictures. Make them from the pictures with "
                 f"{flag('data.condition')} canny (`t2i-adapter conditions` lists the kinds), put them into a folder "
-                f"control/ there under the pictures' names, or name their folder with {flag('data.conditioning_dir')}{named}.",
+                "control/ there under the pictures' names, or name their folder with "
+                f"{flag('data.conditioning_dir')}{named}.",
                 kind="no condition",
             )
         walked = walk(self._conditions)
