@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.processors import loads_processors
 
 from t2i_adapter.annotators.depth import INVERSE, METRIC, _padding, to_grey
 from t2i_adapter.annotators.pretrained import PINNED, UNUSED
@@ -120,6 +123,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+@loads_processors
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (97, 61), (40, 90), (1, 1)])
 def test_each_model_returns_a_map_of_the_image(model: Path, width: int, height: int):
     annotator = open_annotator(f"depth,model={model}")
@@ -131,6 +135,7 @@ def test_each_model_returns_a_map_of_the_image(model: Path, width: int, height: 
         assert annotate(annotator, noise(width, height, seed=1)).tobytes() != first.tobytes()
 
 
+@loads_processors
 def test_maps_do_not_depend_on_the_number_of_threads(model: Path):
     import torch
 
@@ -211,12 +216,14 @@ def without(folder: Path, start: str) -> Path:
     return folder
 
 
+@loads_processors
 def test_midas_without_its_unused_weights_is_accepted(tmp_path: Path):
     whole, published = write_dpt(tmp_path / "whole"), without(write_dpt(tmp_path / "published"), UNUSED)
     maps = [annotate(open_annotator(f"depth,model={folder}"), noise(40, 40)) for folder in (whole, published)]
     assert maps[0].tobytes() == maps[1].tobytes()
 
 
+@loads_processors
 def test_a_model_without_other_weights_is_refused(tmp_path: Path):
     folder = without(write_dpt(tmp_path / "headless"), "head.")
     with pytest.raises(UserError, match="weights are missing, first head"):
@@ -230,7 +237,11 @@ def test_a_missing_folder_is_not_searched_on_the_hub(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("nobody/nothing", "revision=COMMIT"), ("EMPTY", "has no weights"), ("SEGFORMER", "type is segformer")],
+    [
+        ("nobody/nothing", "revision=COMMIT"),
+        ("EMPTY", "has no weights"),
+        pytest.param("SEGFORMER", "cannot be loaded", marks=loads_processors),
+    ],
 )
 def test_a_wrong_model_is_one_line(model: str, message: str, tmp_path: Path):
     (tmp_path / "EMPTY").mkdir()
@@ -238,13 +249,27 @@ def test_a_wrong_model_is_one_line(model: str, message: str, tmp_path: Path):
         from test_conditions_segmentation import write_segformer
 
         write_segformer(tmp_path / "SEGFORMER")
-        message = "cannot be loaded"
     name = str(tmp_path / model) if model.isupper() else model
     with pytest.raises(UserError, match=message) as caught:
         annotate(open_annotator(f"depth,model={name}"), noise(8, 8))
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
+def test_a_missing_package_is_one_line(tmp_path: Path):
+    """The processor needs torchvision with transformers before 5.22; with all versions this network needs timm."""
+    folder = write_depth_anything(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["backbone_config"] = {"model_type": "timm_backbone", "backbone": "resnet18"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"not installed \(.*(Torchvision|timm) library.*Install that package"
+    ) as caught:
+        annotate(open_annotator(f"depth,model={folder}"), noise(8, 8))
+    assert "\n" not in str(caught.value)
+
+
+@loads_processors
 def test_a_commit_that_was_downloaded_needs_no_hub(tmp_path: Path):
     from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.processors import loads_processors
 
 from t2i_adapter.annotators.registry import annotate, open_annotator
 from t2i_adapter.annotators.segmentation import PALETTE, distinct, is_good, paint
@@ -88,6 +89,7 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+@loads_processors
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (97, 61), (1, 1)])
 def test_every_pixel_has_a_colour_of_ade20k(segformer: Path, width: int, height: int):
     annotator = open_annotator(f"segmentation,model={segformer}")
@@ -100,6 +102,7 @@ def test_every_pixel_has_a_colour_of_ade20k(segformer: Path, width: int, height:
     assert width == 1 or len(found) > 1
 
 
+@loads_processors
 def test_colours_are_the_models_own_classes(segformer: Path):
     """Against transformers' own post-processing."""
     from transformers import SegformerForSemanticSegmentation, SegformerImageProcessorPil
@@ -123,12 +126,14 @@ def test_the_palette_is_ade20ks():
     assert (twins > 1).sum() == 1  # road and computer share a grey in the dataset itself
 
 
+@loads_processors
 def test_a_model_of_more_classes_is_refused(tmp_path: Path):
     folder = write_segformer(tmp_path / "many", classes=151)
     with pytest.raises(UserError, match="has 151 classes"):
         annotate(open_annotator(f"segmentation,model={folder}"), noise(16, 16))
 
 
+@loads_processors
 @pytest.mark.parametrize(("width", "height"), [(64, 48), (31, 57), (1, 1)])
 def test_sam_draws_parts_of_the_image(sam: Path, width: int, height: int):
     annotator = open_annotator(f"sam,points=4,sure=-100,stable=0,model={sam}")
@@ -139,6 +144,7 @@ def test_sam_draws_parts_of_the_image(sam: Path, width: int, height: int):
         assert np.asarray(first).any()
 
 
+@loads_processors
 def test_sam_without_good_masks_is_black(sam: Path):
     drawn = annotate(open_annotator(f"sam,points=2,sure=1000,model={sam}"), noise(24, 24))
     assert not np.asarray(drawn).any()

@@ -96,7 +96,9 @@ def locate(model: str, revision: str, files: Iterable[str]) -> Path:
 
 @cache
 def open_model(auto: str, model: str, revision: str) -> tuple[Any, Any]:
-    """Returns the image processor (its Pillow version needs no torchvision) and the network, float32, on the CPU.
+    """Returns the image processor (its Pillow version) and the network, float32, on the CPU.
+
+    transformers before 5.22 loads both versions of an image processor only if torchvision is installed.
 
     Args:
         auto: class of `transformers` that loads the model, such as "AutoModelForDepthEstimation".
@@ -113,6 +115,12 @@ def open_model(auto: str, model: str, revision: str) -> tuple[Any, Any]:
         network, report = getattr(transformers, auto).from_pretrained(
             folder, use_safetensors=True, dtype="float32", trust_remote_code=False, output_loading_info=True
         )
+    except ImportError as fault:
+        raise UserError(
+            f"model={model}: transformers {transformers.__version__} needs a package for it that is not installed "
+            f"({first_line(fault).partition('. ')[0]}). Install that package; transformers 5.22 and newer need no "
+            "torchvision."
+        ) from fault
     except (OSError, ValueError) as fault:
         raise UserError(
             f"model={model}, revision={revision}: cannot be loaded ({first_line(fault)}). "

@@ -125,7 +125,7 @@ def derangement(count: int, seed: int) -> list[int]:
 
 def picture_seeds(count: int, seed: int) -> list[int]:
     """Returns a seed for each pair; all columns of a pair start from the same noise."""
-    return [int(s.generate_state(1, np.uint64)[0] >> 1) for s in np.random.SeedSequence(seed).spawn(count)]
+    return [int(s.generate_state(1, np.uint64)[0]) >> 1 for s in np.random.SeedSequence(seed).spawn(count)]
 
 
 def _measure_columns(
