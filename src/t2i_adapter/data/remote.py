@@ -6,7 +6,9 @@ A request that fails for a passing reason is retried. `store.Store` keeps what i
 from __future__ import annotations
 
 import glob
+import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -179,6 +181,16 @@ def _file_system(url: str) -> tuple[Any, str]:
         extra = "'sdxl-t2i-adapter[s3]'" if scheme == "s3" else "aiohttp"
         raise UserError(f"{url}: {scheme}:// needs a package that is not installed: pip install {extra}") from fault
     return system, system._strip_protocol(url)
+
+
+def _start_anew() -> None:
+    """Makes fsspec start its thread again in a forked process; versions up to 2025.3 wait forever for the parent's."""
+    if asyn := sys.modules.get("fsspec.asyn"):
+        asyn.reset_lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 def _settings(scheme: str) -> dict[str, Any]:
