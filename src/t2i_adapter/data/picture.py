@@ -149,7 +149,8 @@ def decode(stored: StoredPicture, background: Color = WHITE, *, is_photo: bool =
     except UserError:
         raise
     except Exception as fault:  # Pillow's decoders raise many types of errors for damaged files
-        raise UserError(f"{stored.name}: damaged picture: {fault}.", kind="unreadable") from fault
+        by = "HEIC picture, as the extra [heif] reads it" if _is_heif(stored.data) else "picture"
+        raise UserError(f"{stored.name}: damaged {by}: {fault}.", kind="unreadable") from fault
     result.info = {_NOTES: Notes(levels, is_transparent, colours)}  # without the profile, which does not fit any more
     return result
 
