@@ -213,7 +213,7 @@ def test_the_size_in_a_heif_header_is_checked_and_must_be_true():
     pillow_heif.from_pillow(Image.new("RGB", (3000, 3000))).save(buffer, quality=10)
     data = buffer.getvalue()
     size = data.index(b"ispe") + 8
-    for side, message in ((30_000, "30000x30000 pixels; at most"), (64, "damaged picture")):
+    for side, message in ((30_000, "30000x30000 pixels; at most"), (64, "damaged HEIC picture")):
         claimed = data[:size] + struct.pack(">II", side, side) + data[size + 8 :]
         with pytest.raises(UserError, match=message):
             decode(StoredPicture("x", claimed))
