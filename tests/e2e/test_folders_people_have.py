@@ -255,6 +255,11 @@ def not_all_captioned(folder: Path) -> None:
     (folder / "b.txt").unlink()
 
 
+def lone_caption(folder: Path) -> None:
+    write_pictures(folder)
+    (folder / "z.txt").write_text("picture z")
+
+
 def extra_condition(folder: Path) -> None:
     beside("control")(folder)
     save(folder / "control" / "z.webp", condition_of("a"))
@@ -333,6 +338,7 @@ CASES = {
     "conditions with other names": Case(
         suffixed_conditions, None, paired=True, says=("such as a_canny.png", "such as a.png", "Rename them")
     ),
+    "a caption too many": Case(lone_caption, says=("1 caption file without a picture",)),
     "a condition too many": Case(extra_condition, paired=True, says=("1 condition", "not used")),
     "a condition too few": Case(missing_condition, None, paired=True, says=("b.png: has no condition",)),
     "endings in capitals": Case(capital_endings, paired=True),

@@ -142,10 +142,10 @@ class PairedRows(Rows):
         if not pictures:
             raise UserError(f"{found.pictures}: there are no pictures in it.", option="data.location")
         _check_one_stem(pictures, stems, found.pictures)
-        self._texts = self._find_texts(files, stems)
+        self._texts, lone = self._find_texts(files, stems)
         self._doubled: frozenset[int] = frozenset()
         self._condition_names, self._condition_of, unpaired = self._find_conditions(stems)
-        self.notes = tuple(_notes(folder, found, skip, files, loops, unpaired))
+        self.notes = tuple(_notes(folder, found, skip, files, loops, unpaired, lone))
 
     def key(self, index: int) -> str:
         return f"{self._folder.name}/{self._name(index)}"
@@ -219,15 +219,17 @@ class PairedRows(Rows):
     def _endings(self) -> tuple[str, ...]:
         return (self._mode,) if self._mode.startswith(".") else TEXTS
 
-    def _find_texts(self, files: list[str], stems: pa.Array) -> list[tuple[np.ndarray, pa.Array]]:
-        """For each ending of captions: each picture's text by number, and the texts' names."""
+    def _find_texts(self, files: list[str], stems: pa.Array) -> tuple[list[tuple[np.ndarray, pa.Array]], int]:
+        """For each ending of captions: each picture's text by number, and the texts' names. And how many texts have no
+        picture."""
         if self._mode in ("none", "filename"):
-            return []
-        found = []
+            return [], 0
+        found, lone = [], 0
         for ending in self._endings():
             names = [name for name in files if name.lower().endswith(ending.lower())]
             whole = _array([same_form(name[: -len(ending)]) for name in names])
             numbers = _numbers(stems, whole)
+            lone += len(names) - len(np.unique(numbers[numbers != _NONE]))
             if (numbers != _NONE).any():
                 found.append((numbers, _array(names)))
         if not found:
@@ -239,7 +241,7 @@ class PairedRows(Rows):
                 option="data.captions",
                 kind="caption",
             )
-        return found
+        return found, lone
 
     def _find_conditions(self, stems: pa.Array) -> tuple[pa.Array, np.ndarray, int]:
         """Names of the conditions, each picture's condition by number, and how many conditions have no picture."""
@@ -275,7 +277,7 @@ class PairedRows(Rows):
 
 
 def _notes(
-    folder: Path, found: _Folders, skip: tuple[Path, ...], files: list[str], loops: list[str], unpaired: int
+    folder: Path, found: _Folders, skip: tuple[Path, ...], files: list[str], loops: list[str], unpaired: int, lone: int
 ) -> Iterable[str]:
     """Lines about what lies in the folder and is not read, or not as other trainers read it."""
     repeats = sorted({part for name in files for part in name.split("/")[:-1] if _REPEATS.fullmatch(part)})
@@ -284,6 +286,8 @@ def _notes(
         yield f"folders of repeats ({names}) are read as plain folders: an epoch has each picture once"
     if unpaired:
         yield f"{plural(unpaired, 'condition')} in {found.conditions[0]} without a picture of the same name: not used"
+    if lone:
+        yield f"{plural(lone, 'caption file')} without a picture of the same name: not used"
     unread = Counter(_ending(name) for name in files if _ending(name) in _UNREAD)
     if unread:
         counts = ", ".join(f"{count} {ending}" for ending, count in unread.most_common())
