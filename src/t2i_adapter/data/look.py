@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from t2i_adapter.data.names import is_litter, is_picture
+from t2i_adapter.data.names import is_litter, is_picture, split_ending
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import show_path
 
@@ -73,7 +73,7 @@ def look_at(folder: Path) -> Look:
             if kind in tops and not inner:
                 tops[kind].append(name)
             if kind == "other":
-                other[os.path.splitext(name)[1].lower() or "without ending"] += 1  # noqa: PTH122 - thousands of them
+                other[split_ending(name)[1] or "without ending"] += 1
         if sum(counts.values()) > _MAX_FILES:
             is_whole = False
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from posixpath import splitext
 
 PICTURE_ENDINGS = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
@@ -25,6 +26,12 @@ def is_litter(name: str) -> bool:
     `name` is one name, or the path of a member of an archive: a member of a litter folder is litter too.
     """
     return any(map(_is_litter, name.split("/")))
+
+
+def split_ending(name: str) -> tuple[str, str]:
+    """ "a/b.v2.PNG" -> ("a/b.v2", ".png"). Works on text: a `Path` for each of a million names takes seconds."""
+    stem, ending = splitext(name)
+    return stem, ending.lower()
 
 
 def same_form(name: str) -> str:

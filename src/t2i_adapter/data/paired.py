@@ -5,7 +5,6 @@ It also reads how other trainers lay out their data: subfolders, folders of repe
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.addresses import file_stamp
 from t2i_adapter.data.folder import no_split
 from t2i_adapter.data.look import ARCHIVES, MANIFESTS, TEXTS, plural, walk
-from t2i_adapter.data.names import is_picture, same_form
+from t2i_adapter.data.names import is_picture, same_form, split_ending
 from t2i_adapter.data.picture import StoredPicture, read_file
 from t2i_adapter.data.rows import Row, Rows, read_caption
 from t2i_adapter.errors import UserError, flag
@@ -197,15 +196,13 @@ class PairedRows(Rows):
         assert self._conditions is not None
         number = int(self._condition_of[index])
         if number == _NONE:
-            text = (
-                f"{self.where(index)}: has no condition: there is no {self._conditions / _stem(self._name(index))} "
-                "with a picture's ending, such as .png."
-            )
+            wanted = self._conditions / split_ending(self._name(index))[0]
+            text = f"{self.where(index)}: has no condition: there is no {wanted} with a picture's ending, such as .png."
             raise UserError(text, kind="missing")
         found = [self._condition_names[number].as_py()]
         if number in self._doubled:
-            stem = same_form(_stem(found[0]))
-            found = [name for name in self._condition_names.to_pylist() if same_form(_stem(name)) == stem]
+            stem = same_form(split_ending(found[0])[0])
+            found = [name for name in self._condition_names.to_pylist() if same_form(split_ending(name)[0]) == stem]
             text = f"{self.where(index)}: has several conditions: {', '.join(found)} in {self._conditions}. Keep one."
             raise UserError(text, kind="unreadable")
         return self._conditions / found[0]
@@ -288,7 +285,8 @@ def _notes(
         yield f"{plural(unpaired, 'condition')} in {found.conditions[0]} without a picture of the same name: not used"
     if lone:
         yield f"{plural(lone, 'caption file')} without a picture of the same name: not used"
-    unread = Counter(_ending(name) for name in files if _ending(name) in _UNREAD)
+    endings = (split_ending(name)[1] for name in files)
+    unread = Counter(ending for ending in endings if ending in _UNREAD)
     if unread:
         counts = ", ".join(f"{count} {ending}" for ending, count in unread.most_common())
         yield f"files in formats that are not read are skipped: {counts}"
@@ -345,15 +343,7 @@ def _numbers(stems: pa.Array, others: pa.Array) -> np.ndarray:
 
 
 def _stems(names: list[str]) -> pa.Array:
-    return _array([same_form(_stem(name)) for name in names])
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]  # noqa: PTH122 - a million of them
-
-
-def _ending(name: str) -> str:
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a million of them
+    return _array([same_form(split_ending(name)[0]) for name in names])
 
 
 def _array(names: list[str]) -> pa.Array:

@@ -18,6 +18,7 @@ from PIL.Image import Image
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.formats import open_layout
 from t2i_adapter.data.geometry import aspect_gap
+from t2i_adapter.data.names import split_ending
 from t2i_adapter.data.picture import color, decode
 from t2i_adapter.data.rows import Row, Rows
 from t2i_adapter.errors import UserError
@@ -152,7 +153,7 @@ def open_source(options: DataOptions, seed: int) -> Source:
 
 def caption_of(file_name: str) -> str:
     """The caption that a picture's file name makes: without its ending, underscores as spaces."""
-    return " ".join(os.path.splitext(file_name)[0].replace("_", " ").split())  # noqa: PTH122 - a million of them
+    return " ".join(split_ending(file_name)[0].replace("_", " ").split())
 
 
 def skip_rows(rows: Rows, skip: str | None) -> tuple[Sequence[int] | np.ndarray, str]:

@@ -218,10 +218,13 @@ class PictureReader:
             path = self.store.local(blob) if blob.is_remote and self.store else Path(blob.name)
         except UserError as fault:
             raise fault.within(cell) from fault
-        if "\\" in value and not os.path.exists(path):  # noqa: PTH110 - also for a name that is too long
-            text = f"{cell}: {path}: no such file. It has backslashes; between folders stands /."
-            raise UserError(text, kind="missing")
-        return StoredPicture(blob.name, read_file(path, cell))
+        try:
+            return StoredPicture(blob.name, read_file(path, cell))
+        except UserError as fault:
+            if fault.kind == "missing" and "\\" in value:
+                text = f"{cell}: {path}: no such file. It has backslashes; between folders stands /."
+                raise UserError(text, kind="missing") from fault
+            raise
 
     def caption(self, value: Any, ending: str, cell: str) -> str:
         """The text of the file beside the picture that a cell names, which has its name and `ending`. Raises

@@ -15,8 +15,10 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.addresses import base_name
 from t2i_adapter.data.table import PictureReader, Table
 from t2i_adapter.errors import UserError, redact
+from t2i_adapter.files import show_word
 
 FILE_NAME = "file_name"
 BOM = b"\xef\xbb\xbf"
@@ -111,10 +113,10 @@ def check_text_file(path: Path, place: str) -> None:
     except OSError as fault:
         raise UserError(f"{place}: cannot be read: {fault.strerror}.") from fault
     if head.startswith(_UTF16) or b"\0" in head:
-        name = os.path.basename(place)  # noqa: PTH119 - may be an address
+        name = base_name(place)
         raise UserError(
             f"{place}: is UTF-16 text, or not text; UTF-8 is needed. Convert it: "
-            f"iconv -f UTF-16 -t UTF-8 {name} > new_{name}",
+            f"iconv -f UTF-16 -t UTF-8 {show_word(name)} > {show_word(f'new_{name}')}",
             kind="row",
         )
 

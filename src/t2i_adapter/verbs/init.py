@@ -121,16 +121,13 @@ def quick_look(source: Source, data: DataOptions) -> Iterator[str]:
     from t2i_adapter.config.tree import BaseOptions
     from t2i_adapter.data.pair import PairTransform
     from t2i_adapter.data.source import open_source
-    from t2i_adapter.doctor.findings import FINDING_KINDS
     from t2i_adapter.doctor.report import diagnose, finding_line
     from t2i_adapter.models.open import open_base
 
     few = open_source(replace(data, max_train_samples=LOOKED_AT, on_bad_sample="skip"), seed=0)
     transform = PairTransform.of(data, 3, few.annotate)
     report = diagnose(few, transform, open_base(BaseOptions()), data, timed_rows=0, workers=0)
-    for finding in report.findings:
-        if finding.kind in FINDING_KINDS:
-            yield finding_line(finding, report.scan)
+    yield from (finding_line(finding, report.scan) for finding in report.findings)
     rows = "every row" if len(few) == len(source) else f"{len(few)} of {len(source)} rows"
     yield f"Looked at {rows}: {report.verdict}. `t2i-adapter doctor` reads all of them and checks more."
 
