@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.object_store import Rows, read_rows, write_manifest, write_paired, write_parquet_shards, write_tar_shards
+from support.sources import fault_of, open_at
 from support.tiny import write_circles
 
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data import emoji, shapes
 from t2i_adapter.data.formats import LAYOUTS, detect
-from t2i_adapter.data.source import Source, open_source
-from t2i_adapter.errors import UserError
+from t2i_adapter.data.source import Source
 
 NUM = 6
 
@@ -34,16 +34,6 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def rows(data: Path) -> Rows:
     return read_rows(data / "train")
-
-
-def open_at(place: object, **options: Any) -> Source:
-    return open_source(DataOptions(location=str(place), **options), seed=0)
-
-
-def fault_of(place: object, index: int = 0, **options: Any) -> str:
-    with pytest.raises(UserError) as fault:
-        open_at(place, **options)[index]
-    return str(fault.value)
 
 
 def pairs(source: Source) -> set[tuple[str, tuple[str, ...]]]:

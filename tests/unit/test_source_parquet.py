@@ -14,13 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support.sources import fault_of, open_at
 from support.tiny import write_circles
 
-from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.parquet import ParquetTable
 from t2i_adapter.data.shard_files import split_of
-from t2i_adapter.data.source import Source, open_source
-from t2i_adapter.errors import UserError
 
 
 @pytest.fixture
@@ -42,17 +40,6 @@ def write(folder: Path, **shards: dict[str, Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table({column: [cell] for column, cell in row.items()}), path)
     return folder
-
-
-def open_at(place: object, **options: Any) -> Source:
-    return open_source(DataOptions(location=str(place), **options), seed=0)
-
-
-def fault_of(place: object, index: int = 0, **options: Any) -> str:
-    with pytest.raises(UserError) as fault:
-        open_at(place, **options)[index]
-    assert "\n" not in str(fault.value)
-    return str(fault.value)
 
 
 BOTH = pytest.mark.parametrize("pattern", ["", "*.parquet"], ids=["folder", "glob"])

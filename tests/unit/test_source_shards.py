@@ -7,17 +7,15 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.object_store import Rows, read_rows, write_parquet_shards, write_tar, write_tar_shards
+from support.sources import fault_of, open_at
 from support.tiny import write_circles
 
-from t2i_adapter.config.tree import DataOptions
-from t2i_adapter.data.source import Source, open_source
 from t2i_adapter.data.tar_index import split_name
 from t2i_adapter.errors import UserError
 
@@ -31,17 +29,6 @@ def rows(tmp_path: Path) -> Rows:
 def members(rows: Rows) -> dict[str, bytes]:
     """The members of a shard with one complete sample, "a"."""
     return {"a.png": rows[0]["image"].read_bytes(), "a.cond.png": rows[0]["condition"].read_bytes(), "a.txt": b"circle"}
-
-
-def open_at(place: object, **options: Any) -> Source:
-    return open_source(DataOptions(location=str(place), **options), seed=0)
-
-
-def fault_of(place: object, index: int = 0, **options: Any) -> str:
-    with pytest.raises(UserError) as fault:
-        open_at(place, **options)[index]
-    assert "\n" not in str(fault.value)
-    return str(fault.value)
 
 
 @pytest.mark.parametrize(
