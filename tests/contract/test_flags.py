@@ -209,6 +209,7 @@ def test_the_guides_command_line() -> None:
             "noise_draws": 1,
             "max_steps": 15000,
             "epochs": 1,
+            "stop_when": "done",
             "mixed_precision": "fp16",
             "gradient_checkpointing": False,
             "checkpoint_blocks": "all",
@@ -240,6 +241,9 @@ def test_the_guides_command_line() -> None:
             "steps": 20,
             "guidance": 5.0,
             "judge": None,
+            "budget": 0.05,
+            "held_out": 32,
+            "split": None,
         },
         "tracking": {
             "report_to": "wandb",

@@ -299,6 +299,9 @@ class TrainOptions:
     """Updates of the whole run; None derives them from epochs."""
     epochs: int = 1
     """Passes over the dataset, if max_steps is not given."""
+    stop_when: Literal["done", "plateau"] = "done"
+    """`plateau` ends the run, as if max_steps were reached, when held-out pairs show that more training brings less
+    than 2 % of what is left to gain (docs/control.md). `done` makes all updates."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the frozen base, and of autocast for the adapter, whose weights stay fp32. None takes accelerate's
     configuration."""
@@ -395,6 +398,13 @@ class ValidationOptions:
     judge: str | None = None
     """Annotator that makes a condition of each validation picture, which is compared with the row's own condition. The
     score, how well the adapter controls, is logged. None is the annotator of data.condition; `none` turns it off."""
+    budget: float = 0.05
+    """Share of the training time, 0 up to 0.5, for measuring control on held-out pairs; 0 measures nothing."""
+    held_out: int = 32
+    """Held-out pairs that control is measured on: of `split`, or left out of training."""
+    split: str | None = None
+    """Split of the held-out pairs. None is the dataset's split validation, val or test, if it is a local folder that
+    has one; otherwise pairs are left out of training. `none` leaves none out and measures on pairs of the training."""
 
     def __post_init__(self) -> None:
         prompts, images = len(self.prompts), len(self.images)
@@ -411,6 +421,8 @@ class ValidationOptions:
         require("validation.every", self.every >= 1, self.every, "1 or more")
         require("validation.steps", self.steps >= 1, self.steps, "1 or more")
         require("validation.guidance", 0 <= self.guidance < inf, self.guidance, "allowed is 0 or more")
+        require("validation.budget", 0 <= self.budget <= 0.5, self.budget, "allowed is a share from 0 to 0.5")
+        require("validation.held_out", 8 <= self.held_out <= 1024, self.held_out, "allowed is 8 to 1024 pairs")
 
     def pairs(self) -> list[tuple[str, str]]:
         """(prompt, image file) of each row of pictures, a single one repeated."""
