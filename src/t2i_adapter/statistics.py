@@ -62,6 +62,22 @@ def upper_bound(values: Sequence[float] | np.ndarray, alpha: float) -> float:
     return mean_interval(values, 2 * alpha).high
 
 
+def difference_lower_bound(
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, alpha: float
+) -> float:
+    """The one-sided bound that lies above mean(first) - mean(second) with probability `alpha`, for two independent
+    samples of unequal variance (Welch 1947); -inf if one of them has a single value."""
+    samples = [np.asarray(values, float) for values in (first, second)]
+    difference = float(samples[0].mean() - samples[1].mean())
+    if min(len(values) for values in samples) < 2:
+        return -math.inf
+    errors = [float(values.var(ddof=1)) / len(values) for values in samples]
+    if not sum(errors):
+        return difference
+    freedom = sum(errors) ** 2 / sum(e * e / (len(v) - 1) for e, v in zip(errors, samples, strict=True))
+    return difference - t_quantile(1 - alpha, max(1, math.floor(freedom))) * math.sqrt(sum(errors))
+
+
 def look_alpha(look: int, alpha: float = ALPHA) -> float:
     """What look number `look`, from 1, may spend: alpha / (k (k + 1)). Over all looks this sums to `alpha`, so by the
     union bound some look makes a wrong statement with probability `alpha` at most, however many looks there are."""
