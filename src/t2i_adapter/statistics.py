@@ -45,10 +45,12 @@ def mean_interval(values: Sequence[float] | np.ndarray, alpha: float = ALPHA) ->
     One value has an infinite interval. Pass the pairs' differences for a paired comparison.
     """
     array = np.asarray(values, float)
-    mean = float(array.mean())
-    if len(array) < 2:
+    count = len(array)
+    mean = float(array.sum()) / count
+    if count < 2:
         return Interval(mean, -math.inf, math.inf)
-    half = t_quantile(1 - alpha / 2, len(array) - 1) * float(array.std(ddof=1)) / math.sqrt(len(array))
+    squares = float(np.square(array - mean).sum())
+    half = t_quantile(1 - alpha / 2, count - 1) * math.sqrt(squares / (count - 1) / count)
     return Interval(mean, mean - half, mean + half)
 
 

@@ -34,6 +34,11 @@ WINDOW_SHARE = 0.2
 """Length of a window of `plateau`, as a share of the updates so far."""
 WINDOW_LOOKS = 3
 """Looks that a window has at least."""
+LEAST_PAIRS = 16
+"""Pairs below which the absence of something, `not_read` or `plateau`, is not said: if a quarter of the pairs has all of
+the use or gain, eight pairs have none of it in a tenth of the runs."""
+SKEW = 3
+"""Divides the error of `not_read` and `plateau`: Student's bound of skewed values misses more often than it should."""
 KEPT = 4
 """Checkpoints that wait for the choice of the best one, at most."""
 USUAL_CAUSES = (
@@ -129,6 +134,7 @@ class Advisor:
         self.looks: list[Look] = []
         """The looks so far, in float32 precision, without those that have a NaN or inf loss."""
         self._remaining: list[np.ndarray] = []  # (N,) of each look
+        self._means: list[float] = []  # of `_remaining`
         self._said: dict[str, int] = {}  # statement -> its step
         self._tests: dict[str, int] = {}  # statement -> how often it was tested
         self._plateau: np.ndarray | None = None  # (N,) remaining loss of the window that showed a plateau
@@ -152,6 +158,7 @@ class Advisor:
             return []
         self.looks.append(look)
         self._remaining.append(remaining(look))
+        self._means.append(float(self._remaining[-1].mean()))
         self._keep()
         found = [self._read(), self._not_read(causes), self._plateau_over(), self._no_gain(), self._overfitting()]
         return [advice for advice in found if advice is not None]
@@ -238,10 +245,11 @@ class Advisor:
 
     def _not_read(self, causes: Sequence[str]) -> Advice | None:
         """After enough updates, the upper bound of the use is below LEAST_USE."""
-        if {"read", "not_read"} & set(self._said) or self._step < self.least_updates or len(self.looks) < WINDOW_LOOKS:
+        is_early = self._step < self.least_updates or len(self.looks) < WINDOW_LOOKS
+        if {"read", "not_read"} & set(self._said) or is_early or self._has_few_pairs:
             return None
         values = use(self.looks[-1])
-        if upper_bound(values, self._spend("not_read")) >= LEAST_USE:
+        if upper_bound(values, self._spend("not_read") / SKEW) >= LEAST_USE:
             return None
         interval = mean_interval(values)
         text = (
@@ -261,10 +269,10 @@ class Advisor:
         """The gain from a window of looks to the next is below MARGIN of what was left: the lower bound of the pairs'
         remaining loss in the last window, minus 1 - MARGIN times that of the window before it, is above 0."""
         windows = self._windows()
-        if "read" not in self._said or self.is_plateau or windows is None:
+        if "read" not in self._said or self.is_plateau or windows is None or self._has_few_pairs:
             return None
         earlier, last = (np.mean([self._remaining[i] for i in window], axis=0) for window in windows)
-        is_flat = lower_bound(last - (1 - MARGIN) * earlier, self._spend("plateau")) > 0
+        is_flat = lower_bound(last - (1 - MARGIN) * earlier, self._spend("plateau") / SKEW) > 0
         if not is_flat or self._score_rises(self.looks[windows[0][-1]].step):
             return None
         self._plateau = last
@@ -322,7 +330,7 @@ class Advisor:
         if "overfitting" in self._said or not is_measured or not earlier:
             return None
         error = self._spend("overfitting") / len(earlier)
-        best = min(earlier, key=lambda i: self._remaining[i].mean())
+        best = min(earlier, key=self._means.__getitem__)
         loss = self._remaining[position] - self._remaining[best]
         seen = _remaining_in_training(self.looks[position]) - _remaining_in_training(self.looks[best])
         if lower_bound(loss, error) <= 0 or difference_lower_bound(loss, seen, error) <= 0:
@@ -349,7 +357,11 @@ class Advisor:
 
     def _top(self) -> int:
         """Position of the look with the highest benefit."""
-        return min(range(len(self.looks)), key=lambda i: self._remaining[i].mean())
+        return int(np.argmin(self._means))
+
+    @property
+    def _has_few_pairs(self) -> bool:
+        return len(self.looks[-1].right) < LEAST_PAIRS
 
     @property
     def _step(self) -> int:
