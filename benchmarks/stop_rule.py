@@ -229,8 +229,8 @@ def simulate(row: Row, runs: int) -> dict[str, Any]:
     """The row with what its runs showed: the share of runs with the statement, the look that it was made at (median and
     90 % quantile of those runs), and without effect the share in which a plain test of 5 % at each look claims a use.
 
-    For the U-curve also by how much the true benefit of the best checkpoint, and that of the measured maximum, are below
-    the run's highest.
+    For the U-curve also by how much the true benefit of the best checkpoint, and that of the measured maximum, are
+    below the run's highest.
     """
     rng = np.random.default_rng([*row.scenario.encode(), *row.law.encode(), row.pairs])
     said: list[int] = []
@@ -277,6 +277,8 @@ def table(results: list[dict[str, Any]]) -> str:
         shown = f"{100 * result['share']:.1f} %"
         if not result["is_wrong"] and "look" in result:
             shown += f", look {result['look']:.0f} ({result['look_90']:.0f})"
+        if "plain_test" in result:
+            shown += f"; plain tests {100 * result['plain_test']:.1f} %"
         lines.setdefault(tuple(result[key] for key in keys), {})[result["pairs"]] = shown
     head = ["scenario", "statement", "law", "spread", *(f"N = {count}" for count in counts)]
     out = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]

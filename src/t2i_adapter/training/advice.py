@@ -29,14 +29,15 @@ from t2i_adapter.statistics import (
 LEAST_USE = 0.01
 """Use below which the condition counts as not read, as a share of the loss without the adapter."""
 MARGIN = 0.02
-"""Gain of a window below which no gain is left, as a share of the loss that is left."""
+"""Gain of a window below which no gain is left, and loss above which an adapter may overfit, as shares of the loss that
+is left."""
 WINDOW_SHARE = 0.2
 """Length of a window of `plateau`, as a share of the updates so far."""
 WINDOW_LOOKS = 3
 """Looks that a window has at least."""
 LEAST_PAIRS = 16
-"""Pairs below which the absence of something, `not_read` or `plateau`, is not said: if a quarter of the pairs has all of
-the use or gain, eight pairs have none of it in a tenth of the runs."""
+"""Pairs below which the absence of something, `not_read` or `plateau`, is not said: if a quarter of the pairs has all
+of the use or gain, eight pairs have none of it in a tenth of the runs."""
 SKEW = 3
 """Divides the error of `not_read` and `plateau`: Student's bound of skewed values misses more often than it should."""
 KEPT = 4
@@ -322,18 +323,19 @@ class Advisor:
         return self._say("plateau_over", text, gain=gain)
 
     def _overfitting(self) -> Advice | None:
-        """The loss of held-out pairs is higher than at their best look, and it rose by more than the loss of pairs of
-        the training. The best of n earlier looks is chosen by the data, so the error is divided by n."""
+        """The loss of held-out pairs is MARGIN or more above that of their best look, and it rose by more than the loss
+        of pairs of the training. The data choose the best of n earlier looks, so the error is divided by n."""
         position = len(self.looks) - 1
         earlier = [i for i in range(position) if self.looks[i].training is not None]
         is_measured = self.held_out and self.looks[-1].training is not None
-        if "overfitting" in self._said or not is_measured or not earlier:
+        if "read" not in self._said or "overfitting" in self._said or not is_measured or not earlier:
             return None
         error = self._spend("overfitting") / len(earlier)
         best = min(earlier, key=self._means.__getitem__)
         loss = self._remaining[position] - self._remaining[best]
         seen = _remaining_in_training(self.looks[position]) - _remaining_in_training(self.looks[best])
-        if lower_bound(loss, error) <= 0 or difference_lower_bound(loss, seen, error) <= 0:
+        is_small = float(loss.mean()) < MARGIN * self._means[best]
+        if is_small or lower_bound(loss, error) <= 0 or difference_lower_bound(loss, seen, error) <= 0:
             return None
         of_held_out, of_training = mean_interval(loss), mean_interval(seen)
         change = "rose" if of_training.mean > 0 else "fell"
