@@ -298,7 +298,7 @@ def test_looks_out_of_order_or_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="step 100 after one at step 200"):
         advisor.add(first)
     with pytest.raises(ValueError, match="shape"):
-        advisor.add(Look(300, *(losses[:16] for losses in (first.right, first.other, first.none))))
+        advisor.add(Look(300, first.right[:16], first.other[:16], first.none[:16]))
 
 
 def test_a_statement_is_written_with_its_numbers() -> None:
