@@ -56,8 +56,8 @@ class Look:
     """Updates made so far."""
     right: np.ndarray
     """(N,T) loss of each pair in each noise band, with the pair's own condition."""
-    other: np.ndarray
-    """(N,T) loss with the condition of another pair."""
+    other: np.ndarray | None
+    """(N,T) loss with the condition of another pair; None if this look did not measure it."""
     none: np.ndarray
     """(N,T) loss of the base without the adapter, above 0; the same in all looks of a run."""
     training: np.ndarray | None = None
@@ -87,6 +87,7 @@ class Advice:
 
 def use_by_band(look: Look) -> np.ndarray:
     """(N,T) use of each pair in each noise band: L(other) - L(right), in units of the band's mean L(none)."""
+    assert look.other is not None
     return (look.other - look.right) / look.none.mean(0)
 
 
@@ -155,7 +156,8 @@ class Advisor:
                 raise ValueError(f"a look at step {look.step} after one at step {last.step}")
             if look.right.shape != last.right.shape:
                 raise ValueError(f"a look of shape {look.right.shape} after one of {last.right.shape}")
-        if not all(np.isfinite(losses).all() for losses in (look.right, look.other, look.none)):
+        measured = (losses for losses in (look.right, look.other, look.none) if losses is not None)
+        if not all(np.isfinite(losses).all() for losses in measured):
             return []
         self.looks.append(look)
         self._remaining.append(remaining(look))
@@ -163,6 +165,11 @@ class Advisor:
         self._keep()
         found = [self._read(), self._not_read(causes), self._plateau_over(), self._no_gain(), self._overfitting()]
         return [advice for advice in found if advice is not None]
+
+    @property
+    def is_read(self) -> bool:
+        """True if `read` was said."""
+        return "read" in self._said
 
     @property
     def is_plateau(self) -> bool:
@@ -225,7 +232,7 @@ class Advisor:
     def _read(self) -> Advice | None:
         """The first look whose lower bound of the use is above 0. Half of the look's error goes to the mean over the
         bands, half is shared by the bands: an adapter that reads in one band only is seen in that band."""
-        if "read" in self._said:
+        if self.is_read or self.looks[-1].other is None:
             return None
         error, by_band = self._spend("read"), use_by_band(self.looks[-1])
         pooled, bands = by_band.mean(1), by_band.shape[1]
@@ -247,7 +254,8 @@ class Advisor:
     def _not_read(self, causes: Sequence[str]) -> Advice | None:
         """After enough updates, the upper bound of the use is below LEAST_USE."""
         is_early = self._step < self.least_updates or len(self.looks) < WINDOW_LOOKS
-        if {"read", "not_read"} & set(self._said) or is_early or self._has_few_pairs:
+        is_said = self.is_read or "not_read" in self._said
+        if is_said or is_early or self._has_few_pairs or self.looks[-1].other is None:
             return None
         values = use(self.looks[-1])
         if upper_bound(values, self._spend("not_read") / SKEW) >= LEAST_USE:
@@ -270,7 +278,7 @@ class Advisor:
         """The gain from a window of looks to the next is below MARGIN of what was left: the lower bound of the pairs'
         remaining loss in the last window, minus 1 - MARGIN times that of the window before it, is above 0."""
         windows = self._windows()
-        if "read" not in self._said or self.is_plateau or windows is None or self._has_few_pairs:
+        if not self.is_read or self.is_plateau or windows is None or self._has_few_pairs:
             return None
         earlier, last = (np.mean([self._remaining[i] for i in window], axis=0) for window in windows)
         is_flat = lower_bound(last - (1 - MARGIN) * earlier, self._spend("plateau") / SKEW) > 0
@@ -328,7 +336,7 @@ class Advisor:
         position = len(self.looks) - 1
         earlier = [i for i in range(position) if self.looks[i].training is not None]
         is_measured = self.held_out and self.looks[-1].training is not None
-        if "read" not in self._said or "overfitting" in self._said or not is_measured or not earlier:
+        if not self.is_read or "overfitting" in self._said or not is_measured or not earlier:
             return None
         error = self._spend("overfitting") / len(earlier)
         best = min(earlier, key=self._means.__getitem__)

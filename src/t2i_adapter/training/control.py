@@ -87,7 +87,8 @@ class Findings:
         for entry in self.entries:
             gain, score = entry.get("gain"), entry.get("score")
             if gain:
-                found |= {"control/use": gain["use"]["mean"], "control/benefit": gain["benefit"]["mean"]}
+                found["control/benefit"] = gain["benefit"]["mean"]
+                found |= {"control/use": gain["use"]["mean"]} if gain["use"] else {}
                 found |= {f"control/benefit_t{band['t']}": band["benefit"]["mean"] for band in gain["bands"]}
             if score:
                 columns = ("adapter", "other_condition", "no_adapter")
@@ -152,14 +153,17 @@ class Control:
 
         elapsed: seconds of the run so far, looks included.
         """
-        if self.seconds + self._last > self.budget * elapsed and self.seconds:
+        if not self.is_paid(elapsed):
             return None
         began = time.monotonic()
-        own, control = self.gain.right(adapter), self.gain.other(adapter)
+        is_full = step in self.plan.picture_steps or step in (self.plan.steps[0], self.plan.steps[-1])
+        own = self.gain.right(adapter)
+        control = self.gain.other(adapter) if is_full or not self.advisor.is_read else None
         if self._none is None:
             self._none = self.gain.none(adapter)
         score, score_entry, ceiling = self._draw(adapter, step)
-        look = Look(step, own, control, self._none, self._training(adapter), score, ceiling)
+        training = self._training(adapter) if is_full else None
+        look = Look(step, own, control, self._none, training, score, ceiling)
         statements = [self._with_causes(found, adapter) for found in self.advisor.add(look)]
         self._last = time.monotonic() - began
         self.seconds += self._last
@@ -167,6 +171,11 @@ class Control:
         entries += [{"advice": statement.to_json()} for statement in statements]
         self._write()
         return Findings(entries, [line(statement) for statement in statements])
+
+    def is_paid(self, elapsed: float) -> bool:
+        """Whether the budget of the time so far pays for a look like the last one; what the first costs is not known
+        before it."""
+        return not self.seconds or self.seconds + self._last <= self.budget * elapsed
 
     def _with_causes(self, statement: Advice, adapter: Any) -> Advice:
         """A statement that the condition is not read, with what was found to be the reason."""
@@ -182,14 +191,15 @@ class Control:
         return np.stack([self.seen.right(adapter), self._seen_none], axis=1)
 
     def _gain_entry(self, look: Look, elapsed: float) -> dict[str, Any]:
-        uses, benefits = advice.use_by_band(look), advice.benefit_by_band(look)
+        uses = None if look.other is None else advice.use_by_band(look)
+        benefits, losses = advice.benefit_by_band(look), {"right": look.right, "other": look.other, "none": look.none}
         seen = advice.training_benefit(look)
         bands = [
             {
                 "t": t,
-                "use": mean_interval(uses[:, band]).to_json(),
+                "use": None if uses is None else mean_interval(uses[:, band]).to_json(),
                 "benefit": mean_interval(benefits[:, band]).to_json(),
-                **{name: float(getattr(look, name)[:, band].mean()) for name in ("right", "other", "none")},
+                **{name: None if loss is None else float(loss[:, band].mean()) for name, loss in losses.items()},
             }
             for band, t in enumerate(self.gain.timesteps)
         ]
@@ -197,7 +207,7 @@ class Control:
             "pairs": len(look.right),
             "on": self.origin,
             "look": len(self.advisor.looks),
-            "use": mean_interval(advice.use(look)).to_json(),
+            "use": None if uses is None else mean_interval(advice.use(look)).to_json(),
             "benefit": mean_interval(advice.benefit(look)).to_json(),
             "training_benefit": None if seen is None else mean_interval(seen).to_json(),
             "bands": bands,

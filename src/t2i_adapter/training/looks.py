@@ -13,9 +13,15 @@ BANDS = 4
 """Noise levels of each pair, as in `gain.BANDS`."""
 FORWARDS_A_SAMPLE = 2.7
 """Cost of training on one sample: forward, backward through the frozen UNet, and the adapter."""
-FEWEST_PAIRS, FEWEST_PICTURES, MOST_PICTURES = 8, 4, 16
-WANTED_LOOKS = 8
-"""A run that can pay for fewer looks measures fewer pairs at each."""
+FEWEST_PAIRS, WANTED_PAIRS = 8, 16
+"""With fewer than the first nothing can be said; with fewer than the second not that something is absent
+(`advice.LEAST_PAIRS`)."""
+FEWEST_PICTURES, MOST_PICTURES = 4, 16
+WANTED_LOOKS, FEWEST_LOOKS = 8, 4
+"""A run that can pay for fewer looks measures fewer pairs at each; with fewer than the second, as few as possible."""
+EACH, FIRST = 1.5, 2.5
+"""Losses of a pair at a look: with its own condition, and half a one for those that not every look measures, with
+another's and of pairs of the training. The first look measures these, and what the adapter does not change."""
 MOST_LOOKS = 40
 """More looks say no more, and each must be surer of itself the more there are (`statistics.look_alpha`)."""
 PICTURE_SHARE = 0.5
@@ -55,27 +61,37 @@ def plan_looks(
         columns: pictures of each pair at a look: with its own condition, and with another's if they are scored.
     """
     total = budget * steps * samples * FORWARDS_A_SAMPLE
-    drawing = _plan_pictures(total * PICTURE_SHARE, min(pairs, MOST_PICTURES), picture_forwards, columns)
-    pictures, drawings = drawing
-    rest = total - (pictures * (1 + columns * drawings) * (picture_forwards + DECODE_FORWARDS) if pictures else 0)
-    # A look measures the own and another's condition, and the own one on half as many pairs of the training; the first
-    # look also measures what the adapter does not change.
-    each, first = 2.5 * BANDS, 1.5 * BANDS
-    measured = min(pairs, int(rest / (first + WANTED_LOOKS * each)))
-    if measured < FEWEST_PAIRS:
-        measured = FEWEST_PAIRS
-    count = min(int((rest / measured - first) / each), MOST_LOOKS)
-    if count < 1 or pairs < FEWEST_PAIRS:
+    most = min(pairs, MOST_PICTURES)
+    enough = WANTED_PAIRS * BANDS * (FIRST + EACH * WANTED_LOOKS)
+    pictures, drawings = _plan_pictures(min(total * PICTURE_SHARE, total - enough), most, picture_forwards, columns)
+    rest = total - pictures * (1 + columns * drawings) * (picture_forwards + DECODE_FORWARDS)
+    measured = min(pairs, max(WANTED_PAIRS, int(rest / BANDS / (FIRST + EACH * WANTED_LOOKS))))
+    if _count_looks(rest, measured) < FEWEST_LOOKS:
+        measured = min(pairs, FEWEST_PAIRS)
+    count = _count_looks(rest, measured)
+    if count < 1 or measured < FEWEST_PAIRS:
         return LookPlan((), 0, frozenset(), 0)
-    gap = measured * each / (budget * samples * FORWARDS_A_SAMPLE)  # updates that pay for one look
-    chosen = _spread(steps, math.ceil(gap * (1 + first / each)), math.ceil(gap))
+    losses = measured * BANDS
+    # The first look is paid for by the whole budget so far, those after it by the part that pictures leave.
+    first, gap = (math.ceil(losses * n / (part / steps)) for n, part in ((FIRST + EACH, total), (EACH, rest)))
+    chosen = _spread(steps, first, gap)
+    if losses * (FIRST + EACH * len(chosen)) > rest:
+        chosen = (*chosen[:-2], chosen[-1])
+    drawings = min(drawings, len(chosen))
     drawn = {chosen[round((index + 1) * len(chosen) / drawings) - 1] for index in range(drawings)} if pictures else ()
     return LookPlan(chosen, measured, frozenset(drawn), pictures)
+
+
+def _count_looks(total: float, pairs: int) -> int:
+    """How many looks at so many pairs `total` pays for."""
+    return min(int((total / (pairs * BANDS) - FIRST) / EACH), MOST_LOOKS) if pairs else 0
 
 
 def _plan_pictures(total: float, most: int, forwards: int, columns: int) -> tuple[int, int]:
     """(number of pictures of each column at a look, number of such looks), both 0 if they cost more than `total`."""
     each = forwards + DECODE_FORWARDS
+    if total <= 0 or not most:
+        return 0, 0
     pictures = min(most, int(total / (each * (1 + columns * 6))))
     pictures = max(pictures, min(FEWEST_PICTURES, most))
     drawings = int((total / (pictures * each) - 1) / columns)
