@@ -113,4 +113,4 @@ def write_pictures(folder: Path, steps: Sequence[int], *, pairs: int = 2, side: 
     for place, step in enumerate(steps):
         (control / f"step-{step:06d}").mkdir()
         for pair in range(pairs):
-            save(control / f"step-{step:06d}" / f"{pair}.png", 4 * place % 250, pair)
+            save(control / f"step-{step:06d}" / f"{pair}.png", 20 * place % 250, pair)
