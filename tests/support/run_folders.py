@@ -38,7 +38,7 @@ def log_entry(step: int, loss: float = 0.2) -> dict[str, Any]:
     return {"step": step, "loss": loss, "grad_norm": 1.5, "samples_per_s": 40.0, "wait_share": 0.01, "lr": 0.01}
 
 
-def gain_entry(step: int, benefit: float, **more: Any) -> dict[str, Any]:
+def gain_entry(step: int, benefit: float, /, **more: Any) -> dict[str, Any]:
     """A look at the control gain in four bands."""
     bands = [
         {"t": t, "use": interval(benefit / 2), "benefit": interval(benefit * t / 937), "right": 0.1, "other": 0.2}

@@ -157,7 +157,7 @@ def _shown(value: object) -> str:
 
 def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], colours: Sequence[str] = ()) -> None:
     """Prints aligned columns without the empty ones. On a terminal lines end at its edge, and states have colours."""
-    is_terminal = sys.stdout.isatty()
+    is_terminal = _is_terminal()
     cells = [[redact(cell).replace("\n", " ") for cell in row] for row in (headings, *rows)]
     used = [place for place in range(len(headings)) if any(row[place] for row in cells[1:])]
     widths = {place: max(len(row[place]) for row in cells) for place in used}
@@ -167,6 +167,10 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], colours
         if is_terminal and "NO_COLOR" not in os.environ:
             line = _coloured(line, number, row, colours)
         print(line)
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
 
 
 def _coloured(line: str, number: int, row: Sequence[str], colours: Sequence[str]) -> str:
