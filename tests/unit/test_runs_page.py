@@ -119,7 +119,7 @@ def test_hostile_texts_add_no_element_and_no_attribute(tmp_path: Path) -> None:
 
 def test_a_page_is_written_whole_and_a_fault_costs_the_page_alone(tmp_path: Path) -> None:
     file = write_report(write_run(tmp_path / "run", entries_of(100)))
-    assert file == tmp_path / "run" / "report.html" and file.read_text().rstrip().endswith("</html>")
+    assert file and file == tmp_path / "run" / "report.html" and file.read_text().rstrip().endswith("</html>")
     assert write_report(tmp_path / "missing") is None
     (tmp_path / "taken" / "report.html").mkdir(parents=True)
     assert write_report(tmp_path / "taken") is None

@@ -133,7 +133,7 @@ def _check_folder(folder: Path) -> None:
 def _row(run: Run) -> list[str]:
     from t2i_adapter.runs.words import ADVICE, moment, percent, value
 
-    looks, scores, advice = run.metrics.looks[-1:], run.metrics.scores[-1:], run.metrics.advice[-1:]
+    look, score, advice = run.metrics.last_look, run.metrics.last_score, run.metrics.advice[-1:]
     left = run.seconds_left
     time = f"{show_seconds(left)} left" if left is not None else moment(run.ended or run.started)
     steps = f"{run.step:,}" + (f"/{run.steps:,}" if run.steps and run.steps != run.step else "")
@@ -143,8 +143,8 @@ def _row(run: Run) -> list[str]:
         run.state,
         steps if run.step or run.steps else "",
         "" if run.loss is None else f"{run.loss:.4f}",
-        percent(looks[0].benefit) if looks else "",
-        value(scores[0].columns["adapter"], 2) if scores else "",
+        percent(look.benefit) if look else "",
+        value(score.columns["adapter"], 2) if score else "",
         "" if run.samples_per_s is None else f"{run.samples_per_s:.3g}",
         time,
         said,
