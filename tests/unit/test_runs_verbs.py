@@ -40,6 +40,15 @@ def test_ls_prints_a_line_for_each_run_by_its_start(runs: Path, capsys: pytest.C
     assert len(lines_of(capsys, "ls", "runs/deep", "runs/deep/killed")) == 2, "a run that is found twice has one line"
 
 
+def test_the_score_of_validation_pictures_is_shown_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run", [{"step": 1, "control": 0.5}, {"step": 2, "control": 0.75}])
+    assert (
+        " 0.75 " in lines_of(capsys, "ls", str(tmp_path))[1] and "0.5" not in lines_of(capsys, "ls", str(tmp_path))[1]
+    )
+    assert main(["runs", "report", str(folder)]) == 0
+    assert "<title>score: 0.75 at 2</title>" in (folder / "report.html").read_text()
+
+
 def test_ls_json_has_plain_values(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(runs / "runs" / "first look", [gain_entry(1, 0.1, benefit={"mean": 0.1, "low": float("-inf")})])
     listed = json.loads("\n".join(lines_of(capsys, "ls", "--json")), parse_constant=pytest.fail)

@@ -131,9 +131,9 @@ def _check_folder(folder: Path) -> None:
 
 
 def _row(run: Run) -> list[str]:
-    from t2i_adapter.runs.words import ADVICE, moment, percent, value
+    from t2i_adapter.runs.words import ADVICE, last_score, moment, percent
 
-    look, score, advice = run.metrics.last_look, run.metrics.last_score, run.metrics.advice[-1:]
+    look, advice = run.metrics.last_look, run.metrics.advice[-1:]
     left = run.seconds_left
     time = f"{show_seconds(left)} left" if left is not None else moment(run.ended or run.started)
     steps = f"{run.step:,}" + (f"/{run.steps:,}" if run.steps and run.steps != run.step else "")
@@ -144,7 +144,7 @@ def _row(run: Run) -> list[str]:
         steps if run.step or run.steps else "",
         "" if run.loss is None else f"{run.loss:.4f}",
         percent(look.benefit) if look else "",
-        value(score.columns["adapter"], 2) if score else "",
+        last_score(run, 2),
         "" if run.samples_per_s is None else f"{run.samples_per_s:.3g}",
         time,
         said,
