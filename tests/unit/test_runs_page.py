@@ -167,6 +167,16 @@ LOOK = gain_entry(200, 0.34)
             "good",
         ),
         (
+            [LOOK, advice(200, "read"), advice(600, "plateau"), advice(800, "plateau_over"), advice(900, "plateau")],
+            "Stopped at step 900 of 1,000: the condition is read since step 200; no gain is left since step 900.",
+            "good",
+        ),
+        (
+            [LOOK, advice(200, "read"), advice(600, "plateau"), advice(800, "plateau_over")],
+            "Stopped at step 800 of 1,000: the condition is read since step 200.",
+            "good",
+        ),
+        (
             [LOOK, advice(100, "not_read"), advice(200, "read"), advice(300, "overfitting")],
             "Stopped at step 300 of 1,000: the condition is read since step 200; it overfits since step 300.",
             "warn",
@@ -214,6 +224,22 @@ def test_the_plots_and_tables_have_the_numbers_of_the_log(tmp_path: Path) -> Non
     assert "0.620 (0.600 to 0.640)" in page and "0.970 (0.950 to 0.990)" in page
     assert "38 % <small>36 to 40 %</small>" in page and "took 4.1 % of" in page
     assert "<b>Step 5.</b> a row was skipped" in page
+
+
+def test_a_run_that_ended_at_its_plateau_has_both_numbers_of_updates(tmp_path: Path) -> None:
+    notes = [advice(200, "read"), advice(600, "plateau")]
+    run = read_run(write_run(tmp_path, [*entries_of(600), *notes], record={"outcome": "finished"}))
+    assert verdict(run).sentence.startswith(
+        "Finished after 600 of 1,000 updates: the condition is read since step 200;"
+    )
+
+
+def test_looks_without_a_use_leave_the_last_one(tmp_path: Path) -> None:
+    entries = [gain_entry(200, 0.2), gain_entry(400, 0.3, use=None)]
+    run = read_run(write_run(tmp_path, entries))
+    assert run.metrics.last_use is not None and run.metrics.last_use[0] == 200
+    assert run.to_json()["gain"]["use"]["step"] == 200 and run.to_json()["gain"]["step"] == 400
+    assert "<title>use: 10% at 200</title>" in make_report(run)
 
 
 def test_a_look_on_training_pairs_is_called_that(tmp_path: Path) -> None:
