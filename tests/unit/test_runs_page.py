@@ -204,6 +204,8 @@ def test_the_first_sentence_has_the_state_and_the_advice(
 def test_a_negative_benefit_is_a_raised_loss(tmp_path: Path) -> None:
     page = make_report(read_run(write_run(tmp_path, [gain_entry(200, -0.2)])))
     assert "the condition raises the loss on 32 held-out pairs by 20 % (18 to 22 %)." in page
+    page = make_report(read_run(write_run(tmp_path, [gain_entry(200, -0.01)])))
+    assert "not shown to change the loss on 32 held-out pairs: benefit -1.0 % (-3.0 to 1.0 %)." in page
 
 
 def test_the_plots_and_tables_have_the_numbers_of_the_log(tmp_path: Path) -> None:
