@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from t2i_adapter.config.tree import to_dict
 from t2i_adapter.errors import Stopped, UserError, flag
+from t2i_adapter.runs.page import write_report
 from t2i_adapter.training import advice, checkpoint, nonfinite, tracking
 from t2i_adapter.training.advice import Advisor
 from t2i_adapter.training.control import Control, Findings
@@ -223,6 +224,7 @@ class Trainer:
             tracking.append_metrics(self.output_dir / METRICS, entry, self.step)
         for line in found.lines:
             tqdm.write(line)
+        write_report(self.output_dir)
         tracking.log(self.accelerator, found.scalars(), self.step)
         advisor = self.control.advisor
         if self.config.checkpoint.keep_best:

@@ -14,7 +14,8 @@ from t2i_adapter.cache.records import add_prefix
 from t2i_adapter.config.tree import Config, DataOptions
 from t2i_adapter.data.source import Source
 from t2i_adapter.errors import UserError
-from t2i_adapter.files import parse_json, show_bytes, show_command, show_path
+from t2i_adapter.files import parse_json, show_bytes, show_command, show_path, show_seconds
+from t2i_adapter.runs.page import FILE as REPORT
 from t2i_adapter.training import checkpoint
 from t2i_adapter.training.loop import METRICS, Trainer
 from t2i_adapter.training.validation import FOLDER
@@ -56,6 +57,7 @@ def _rows(trainer: Trainer) -> dict[str, str]:
         else "",
         "pictures": show_path(folder / FOLDER) if (folder / FOLDER).is_dir() else "",
         "log": show_path(folder / METRICS),
+        "page": show_path(folder / REPORT),  # written when the run has ended
     }
 
 
@@ -90,14 +92,6 @@ def _peak_memory(device: torch.device) -> str:
         return f"{show_bytes(torch.cuda.max_memory_allocated(device))} of the GPU"
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{show_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} of the main process"
-
-
-def show_seconds(seconds: float) -> str:
-    """A duration for people: "12 s", "3.5 min" or "2 h 5 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 90 else f"{int(minutes // 60)} h {int(minutes % 60)} min"
 
 
 def next_commands(config: Config, source: Source, *, is_published: bool) -> list[str]:
