@@ -49,7 +49,8 @@ def _rows(trainer: Trainer) -> dict[str, str]:
         + f"; {samples:,} sample{'s' * (samples != 1)} in {show_seconds(trainer.seconds)}"
         + f" ({samples / max(trainer.seconds, 1e-9):.3g} a second)",
         "loss": _loss(entries, trainer.step),
-        "control": _control(entries),
+        "control": _gain(entries),
+        "score": _control(entries),
         "peak memory": _peak_memory(trainer.accelerator.device),
         "adapter": show_path(folder),
         "checkpoints": f"{show_path(saved[-1])}{f' and {len(saved) - 1} before it' if len(saved) > 1 else ''}"
@@ -79,8 +80,37 @@ def _loss(entries: list[dict[str, Any]], step: int) -> str:
     return words + (f", {sum(first) / len(first):.4f} over the first {WINDOW}" if first and step >= 2 * WINDOW else "")
 
 
+def _gain(entries: list[dict[str, Any]]) -> str:
+    """What the last look at held-out pairs found, and what the looks said."""
+    looks = [(entry["step"], entry["gain"]) for entry in entries if "gain" in entry]
+    if not looks:
+        return ""
+    step, gain = looks[-1]
+    benefit = gain["benefit"]
+    numbers = f"{benefit['mean']:.0%} ({benefit['low']:.0%} to {benefit['high']:.0%})"
+    words = f"the condition lowers the loss of {gain['pairs']} {_PAIRS[gain['on']]} by {numbers} at step {step:,}"
+    said = [f"{_SAID[kind]} at step {entry['step']:,}" for entry in entries if (kind := _kind(entry)) in _SAID]
+    return "; ".join([words, *said])
+
+
+_PAIRS = {"held-out": "held-out pairs", "training": "pairs of the training"}
+_SAID = {
+    "read": "read",
+    "not_read": "NOT read",
+    "plateau": "no gain left",
+    "plateau_over": "gain came back",
+    "overfitting": "overfitting",
+}
+"""Kind of advice -> its short form."""
+
+
+def _kind(entry: dict[str, Any]) -> str:
+    return entry["advice"]["kind"] if "advice" in entry else ""
+
+
 def _control(entries: list[dict[str, Any]]) -> str:
     scores = [(entry["control"], entry["step"]) for entry in entries if "control" in entry]
+    scores += [(entry["score"]["adapter"]["mean"], entry["step"]) for entry in entries if "score" in entry]
     if not scores:
         return ""
     best, at = max(scores)
