@@ -15,8 +15,8 @@ from t2i_adapter.runs.words import last_score, percent, state, value
 
 FILE = "compare.html"
 UNPAIRED = (
-    "Where no difference over the same pairs is named, the two intervals are compared, which finds fewer differences: the "
-    "runs did not log the values of single pairs, or had other pairs."
+    "Where no difference over the same pairs is named, the two intervals are compared, which finds fewer differences: "
+    "the runs did not log the values of single pairs, or had other pairs."
 )
 """A note for differences that are not paired."""
 MOST_RUNS = 8
@@ -125,7 +125,8 @@ def _pictures(runs: Sequence[Run], names: Sequence[str]) -> str:
             step = pictures.steps()[-1]
             shots.append(_shot(pictures.at(pairs[key], step), f"{name}, step {step:,}"))
         rows.append(
-            f'<article class="pair"><header><p class="prompt" title="{text(pair.key)}">{quoted(pair.prompt)}</p></header>'
+            f'<article class="pair"><header><p class="prompt" title="{text(pair.key)}">{quoted(pair.prompt)}</p>'
+            "</header>"
             f'<div class="pictures">{"".join(shots)}</div></article>'
         )
     if not rows:

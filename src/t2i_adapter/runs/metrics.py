@@ -1,4 +1,4 @@
-"""Reads metrics.jsonl: log entries, looks at the control gain, scores, advice and warnings. Malformed lines are skipped.
+"""Reads metrics.jsonl: log entries, looks at the control gain, scores, advice and warnings; skips malformed lines.
 
 A line is parsed only if it has the word that is asked for, so a list of many long runs takes little time.
 """

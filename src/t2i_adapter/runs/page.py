@@ -127,8 +127,8 @@ def _gain(run: Run) -> str:
     cost = f" All looks together took {100 * share:.1f} % of the run's time." if share is not None else ""
     count = f" Each look has {looks[-1].pairs} pairs." if looks[-1].pairs else ""
     return f"""<h2>Control gain</h2>
-<p class="note">Losses of fixed pairs at fixed noise, with the pair's own condition, with another pair's, and without the
-adapter. Bands and brackets are intervals.{count}{cost}</p>
+<p class="note">Losses of fixed pairs at fixed noise, with the pair's own condition, with another pair's, and without
+the adapter. Bands and brackets are intervals.{count}{cost}</p>
 <div class="plots">{"".join(plots)}</div>
 <details><summary>The looks in numbers</summary>
 <div class="wide">{_look_table(looks[-MOST_ROWS:])}</div>

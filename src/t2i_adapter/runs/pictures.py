@@ -117,7 +117,7 @@ def chosen(steps: Sequence[int], most: int = MOST_STEPS) -> list[int]:
 
 def _steps(folder: Path) -> Iterator[int]:
     try:
-        names = os.listdir(folder)
+        names = [path.name for path in folder.iterdir()]
     except (OSError, ValueError):
         return
     for name in names:

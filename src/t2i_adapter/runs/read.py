@@ -59,7 +59,7 @@ class Run:
     @property
     def name(self) -> str:
         """The folder's name, with its parent's if it is called `adapter`."""
-        whole = Path(os.path.abspath(self.folder))
+        whole = self.folder.absolute()
         return f"{whole.parent.name}/{whole.name}" if whole.name == "adapter" else whole.name
 
     @property
@@ -263,7 +263,7 @@ def _is_searched(entry: os.DirEntry[str]) -> bool:
 
 def _checkpoint_steps(folder: Path) -> Iterator[int]:
     try:
-        names = os.listdir(folder)
+        names = [path.name for path in folder.iterdir()]
     except (OSError, ValueError):
         return
     for name in names:
@@ -285,7 +285,7 @@ def _options(file: Path) -> dict[str, Any]:
         text = read_file(file, 1 << 20).decode()
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
             return {}
-        content = yaml.load(text, loader)  # noqa: S506 - a safe loader
+        content = yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) and all(isinstance(name, str) for name in flat_names(content)) else {}

@@ -34,8 +34,8 @@ def run_record(
     versions: Mapping[str, str],
     resume: str,
 ) -> Iterator[None]:
-    """Writes run.json at the start and at the end of the block. A full disk costs the file, not the run. The folder must
-    be locked: temporary files that a killed run left in it are removed.
+    """Writes run.json at the start and at the end of the block. A full disk costs the file, not the run. The folder
+    must be locked: temporary files that a killed run left in it are removed.
 
     Args:
         steps: updates that the run is to make. first_step: updates made before a resume, 0 for a new run.

@@ -175,7 +175,7 @@ PICTURES: dict[str, Callable[[Any, str, str, Sequence[Image], int], None]] = {
 }
 
 
-def append_metrics(path: Path, values: Mapping[str, float], step: int) -> None:
+def append_metrics(path: Path, values: Mapping[str, Any], step: int) -> None:
     """Appends one JSON line. A full disk costs the line, not the run."""
     line = (json.dumps({"step": step, **values}) + "\n").encode()
     try:
