@@ -1,7 +1,8 @@
 """Compares runs by what their folders hold: options that differ, losses, control gain, scores, speed.
 
 If two runs logged the benefit of each pair, and the pairs are the same ones, the difference of a pair is looked at:
-most of what varies from pair to pair is in both and cancels. Otherwise only the intervals of the two means are compared.
+most of what varies from pair to pair is in both and cancels. Otherwise only the intervals of the two means are
+compared.
 """
 
 from __future__ import annotations
