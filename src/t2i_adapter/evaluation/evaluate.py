@@ -13,8 +13,9 @@ import numpy as np
 from diffusers import StableDiffusionXLAdapterPipeline
 from PIL import Image
 
-from t2i_adapter.annotators.registry import Annotator, annotate
-from t2i_adapter.evaluation.metrics import Estimate, bootstrap, condition_agreement, measure
+from t2i_adapter.annotators.registry import Annotator
+from t2i_adapter.evaluation.measures import Measures
+from t2i_adapter.evaluation.metrics import Estimate, bootstrap
 from t2i_adapter.evaluation.pairs import Pair
 from t2i_adapter.generation.generate import encode_prompts, generate
 from t2i_adapter.generation.options import SamplingOptions
@@ -106,11 +107,14 @@ def evaluate(
         )
         for column in columns
     }
-    values = _measure_columns({**pictures, TARGET: [pair.target for pair in pairs]}, pairs, judge)
+    measures, measured = Measures([judge] if judge else [], pairs, seed=seed), dict(pictures)
+    measured[TARGET] = [pair.target for pair in pairs]
+    values = _measure_columns(measured, pairs, measures)
     estimates = {
         metric: {column: bootstrap([v for v in row if v is not None], seed) for column, row in rows.items()}
         for metric, rows in values.items()
     }
+    estimates |= measures.pooled({column: [[image] for image in row] for column, row in measured.items()}, pairs)
     return Evaluation(pairs, seeds, others, pictures, values, estimates)
 
 
@@ -129,11 +133,11 @@ def picture_seeds(count: int, seed: int) -> list[int]:
 
 
 def _measure_columns(
-    pictures: Mapping[str, Sequence[Image.Image]], pairs: Sequence[Pair], judge: Annotator | None
+    pictures: Mapping[str, Sequence[Image.Image]], pairs: Sequence[Pair], measures: Measures
 ) -> dict[str, dict[str, list[float | None]]]:
     """Returns metric -> column -> one value a pair, as in `Evaluation.values`."""
     measured = {
-        column: [_measure_picture(image, pair, judge) for image, pair in zip(row, pairs, strict=True)]
+        column: [measures.picture(image, pair) for image, pair in zip(row, pairs, strict=True)]
         for column, row in pictures.items()
     }
     metrics = dict.fromkeys(metric for row in measured.values() for values in row for metric in values)
@@ -141,11 +145,3 @@ def _measure_columns(
         metric: {column: [values.get(metric) for values in row] for column, row in measured.items()}
         for metric in metrics
     }
-
-
-def _measure_picture(image: Image.Image, pair: Pair, judge: Annotator | None) -> dict[str, float]:
-    values = measure(np.asarray(image), pair.truth)
-    if judge is None:
-        return values
-    own = annotate(judge, image.convert("RGB")).convert(pair.condition.mode)
-    return values | condition_agreement(np.asarray(own), np.asarray(pair.condition), judge.facts.levels)
