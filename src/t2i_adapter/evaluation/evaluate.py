@@ -14,7 +14,7 @@ from diffusers import StableDiffusionXLAdapterPipeline
 from PIL import Image
 
 from t2i_adapter.annotators.registry import Annotator
-from t2i_adapter.evaluation.measures import Measures
+from t2i_adapter.evaluation.measures import TARGET, Measures
 from t2i_adapter.evaluation.metrics import Estimate, bootstrap
 from t2i_adapter.evaluation.pairs import Pair
 from t2i_adapter.generation.generate import encode_prompts, generate
@@ -26,8 +26,6 @@ OTHER_CONDITION = "other_condition"
 """Control: the adapter with the condition of another pair."""
 NO_ADAPTER = "no_adapter"
 """Control: the prompt alone."""
-TARGET = "target"
-"""The pair's true picture, which is measured but not generated: the best value that a generated picture can reach."""
 GENERATED = (ADAPTER, OTHER_CONDITION, NO_ADAPTER)
 """Columns of an evaluation that are generated, in this order."""
 
@@ -86,6 +84,7 @@ def evaluate(
     seed: int = 0,
     columns: Sequence[str] = GENERATED,
     judge: Annotator | None = None,
+    measures: Measures | None = None,
     max_tokens: MaxTokens = CHUNK_TOKENS,
 ) -> Evaluation:
     """Generates each pair once for each column and measures every picture against its own pair's truth.
@@ -93,6 +92,7 @@ def evaluate(
     Args:
         columns: columns to generate; TARGET is always measured.
         judge: makes the condition of every picture, which is compared with the pair's condition; None skips that.
+        measures: measures the pictures instead of the judge alone: with a second judge, CLIP, or KID and FID.
         max_tokens: tokens of a prompt that are read.
     """
     seeds, others = picture_seeds(len(pairs), seed), derangement(len(pairs), seed)
@@ -107,7 +107,7 @@ def evaluate(
         )
         for column in columns
     }
-    measures, measured = Measures([judge] if judge else [], pairs, seed=seed), dict(pictures)
+    measures, measured = measures or Measures([judge] if judge else [], pairs, seed=seed), dict(pictures)
     measured[TARGET] = [pair.target for pair in pairs]
     values = _measure_columns(measured, pairs, measures)
     estimates = {

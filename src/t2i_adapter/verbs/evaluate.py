@@ -41,6 +41,14 @@ class EvaluateOptions(DatasetOptions, ModelOptions, SamplingOptions):
     judge: str | None = None
     """Kind of condition to make of every generated picture, too, and compare with the pair's condition. None takes the
     kind that made the pairs' conditions, if they were made; `none` skips the comparison."""
+    second_judge: str = "auto"
+    """Another kind, which makes a map of every generated picture and of its target; the two are compared. `auto` takes
+    one that needs no download, if there is one for the judge's kind; `none` skips it."""
+    clip: str | None = None
+    """Folder or hub id of a CLIP model, with weights in safetensors, for the CLIP score of picture and prompt."""
+    quality: bool = False
+    """Measure KID, and FID from 2,000 pairs on. They need the packages torchmetrics and torch-fidelity, which downloads
+    the weights of Inception v3."""
     out: str = "evaluation"
     """Folder for evaluation.json, report.html and sheet.png."""
 
@@ -57,8 +65,11 @@ def run(options: EvaluateOptions) -> Evaluation:
     preload("t2i_adapter.generation.pipeline")
     from t2i_adapter.annotators.registry import open_annotator
     from t2i_adapter.evaluation.evaluate import evaluate
+    from t2i_adapter.evaluation.measures import Measures
     from t2i_adapter.evaluation.pairs import read_pairs
+    from t2i_adapter.evaluation.pooled import inception_features
     from t2i_adapter.evaluation.report import to_text, write_files
+    from t2i_adapter.evaluation.second_judge import open_second, second_opinion
     from t2i_adapter.files import output_folder, show_path
     from t2i_adapter.flags import changed_options, command_line
     from t2i_adapter.generation.pipeline import open_models
@@ -75,17 +86,27 @@ def run(options: EvaluateOptions) -> Evaluation:
     pairs = read_pairs(source, resolution, models.channels)
     spec = options.judge or source.annotate
     judge = None if spec in (None, "none") else open_annotator(spec)
+    second = open_second(options.second_judge, judge)
+    measures = Measures(
+        [judge for judge in (judge, second) if judge],
+        pairs,
+        clip=options.clip,
+        features=inception_features if options.quality else None,
+        seed=options.seed,
+    )
     out = output_folder(options.out)
     if line := models.describe_text():
         print(line, flush=True)
     evaluation = evaluate(
-        models.pipeline(), pairs, sampling=options, seed=options.seed, judge=judge, max_tokens=models.max_tokens
+        models.pipeline(), pairs, sampling=options, seed=options.seed, measures=measures, max_tokens=models.max_tokens
     )
     settings = {**_settings(options, models, resolution), "judge": judge.record() if judge else None}
+    settings |= {"second_judge": second.record() if second else None, "not_measured": measures.missing}
     files = write_files(
         out, evaluation, settings, changed=changed_options(options), command=command_line("evaluate", options)
     )
-    print("\n".join([to_text(evaluation), *map(show_path, files)]))
+    opinion = [second_opinion(evaluation, second)] if second else []
+    print("\n".join([to_text(evaluation), *filter(None, opinion), *measures.missing, *map(show_path, files)]))
     return evaluation
 
 
