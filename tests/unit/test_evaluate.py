@@ -78,7 +78,7 @@ def test_the_verb_writes_the_agreed_files(
     run(options(adapter, shapes, out=str(tmp_path)))
     content = json.loads((tmp_path / "evaluation.json").read_text())
     assert content["num"] == 4
-    assert set(content["metrics"]) == {"iou", "edge_f1", "object_color", "background_color"}
+    assert set(content["metrics"]) == {"iou", "edge_f1", "object_color", "background_color", "clipped", "saturation"}
     for columns in content["metrics"].values():
         assert set(columns) == {"adapter", "other_condition", "no_adapter", "target"}
         for estimate in columns.values():

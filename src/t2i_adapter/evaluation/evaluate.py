@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from diffusers import StableDiffusionXLAdapterPipeline
 from PIL import Image
 
-from t2i_adapter.annotators.registry import Annotator, annotate
-from t2i_adapter.evaluation.metrics import Estimate, bootstrap, condition_agreement, measure
+from t2i_adapter.annotators.registry import Annotator
+from t2i_adapter.evaluation.measures import Measures
+from t2i_adapter.evaluation.metrics import Estimate, bootstrap
 from t2i_adapter.evaluation.pairs import Pair
 from t2i_adapter.evaluation.plan import (
     ADAPTER,
@@ -121,6 +121,7 @@ def evaluate(
     seed: int = 0,
     columns: Sequence[str] = GENERATED,
     judge: Annotator | None = None,
+    measures: Measures | None = None,
     max_tokens: MaxTokens = CHUNK_TOKENS,
     pictures: int = 1,
 ) -> Evaluation:
@@ -129,6 +130,7 @@ def evaluate(
     Args:
         columns: columns to generate; TARGET is always measured.
         judge: makes the condition of every picture, which is compared with the pair's condition; None skips that.
+        measures: measures the pictures instead of the judge alone: with a second judge, CLIP, or KID and FID.
         max_tokens: tokens of a prompt that are read.
     """
     size = (pairs[0].condition.height, pairs[0].condition.width)
@@ -149,29 +151,27 @@ def evaluate(
                 for index, image in zip(block.indices, images, strict=True):
                     made[column.name][index].append(image)
                 progress.advance(len(images))
-    return measure_columns(plan, pairs, made, judge)
+    return measure_columns(plan, pairs, made, measures or Measures([judge] if judge else [], pairs, seed=seed))
 
 
 def measure_columns(
     plan: Plan,
     pairs: Sequence[Pair],
     pictures: Mapping[str, Sequence[Sequence[Image.Image]]],
-    judge: Annotator | None,
+    measures: Measures,
 ) -> Evaluation:
     """Measures the pictures of an evaluation. They are looked at one after another, so they may be read when needed.
 
-    Args:
-        pictures: column -> the K pictures of each pair, without TARGET.
-        judge: as in `evaluate`.
+    pictures: column -> the K pictures of each pair, without TARGET.
     """
     columns = (*pictures, TARGET)
-    measured: dict[str, list[list[dict[str, float | None]]]] = {column: [] for column in columns}
+    measured: dict[str, list[list[dict[str, float]]]] = {column: [] for column in columns}
     total = len(pairs) * (1 + sum(len(rows[0]) for rows in pictures.values()))
     with Progress(total, "measuring") as progress:
         for index, pair in enumerate(pairs):
             for column in columns:
                 images = [pair.target] if column == TARGET else pictures[column][index]
-                measured[column].append([_measure_picture(image, pair, judge) for image in images])
+                measured[column].append([measures.picture(image, pair) for image in images])
                 progress.advance(len(images))
     metrics = dict.fromkeys(metric for rows in measured.values() for row in rows for values in row for metric in values)
     singles = {
@@ -185,6 +185,8 @@ def measure_columns(
         metric: {column: bootstrap(found, plan.seed) for column, row in rows.items() if (found := _existing(row))}
         for metric, rows in values.items()
     }
+    targets = LazySequence(len(pairs), lambda index: [pairs[index].target])
+    estimates |= measures.pooled({**pictures, TARGET: targets}, pairs)
     first = {column: LazySequence(len(rows), _first_of(rows)) for column, rows in pictures.items()}
     seeds = picture_seeds(len(pairs), plan.seed)
     return Evaluation(pairs, seeds, plan.others, first, values, estimates, singles, plan.seed)
@@ -202,11 +204,3 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _existing(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
-
-
-def _measure_picture(image: Image.Image, pair: Pair, judge: Annotator | None) -> dict[str, float | None]:
-    values: dict[str, float | None] = {**measure(np.asarray(image), pair.truth)}
-    if judge is None:
-        return values
-    own = annotate(judge, image.convert("RGB")).convert(pair.condition.mode)
-    return values | condition_agreement(np.asarray(own), np.asarray(pair.condition), judge.facts.levels)

@@ -19,6 +19,7 @@ from t2i_adapter.imports import preload
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLAdapterPipeline
 
+    from t2i_adapter.annotators.registry import Annotator
     from t2i_adapter.data.source import Source
     from t2i_adapter.evaluation.evaluate import Evaluation
     from t2i_adapter.evaluation.pairs import StoredPairs
@@ -57,6 +58,14 @@ class EvaluateOptions(DatasetOptions, ModelOptions, SamplingOptions):
     judge: str | None = None
     """Kind of condition to make of every generated picture, too, and compare with the pair's condition. None takes the
     kind that made the pairs' conditions, if they were made; `none` skips the comparison."""
+    second_judge: str = "auto"
+    """Another kind, which makes a map of every generated picture and of its target; the two are compared. `auto` takes
+    one that needs no download, if there is one for the judge's kind; `none` skips it."""
+    clip: str | None = None
+    """Folder or hub id of a CLIP model, with weights in safetensors, for the CLIP score of picture and prompt."""
+    quality: bool = False
+    """Measure KID, and FID from 2,000 pairs on. They need the packages torchmetrics and torch-fidelity, which downloads
+    the weights of Inception v3."""
     overwrite: bool = False
     """Replace the pictures that `out` holds. Without it, pictures of the same settings are taken, and pictures of other
     settings are an error."""
@@ -94,9 +103,12 @@ def _run(options: EvaluateOptions, processes: Processes) -> list[Evaluation]:
     from t2i_adapter.annotators.registry import open_annotator
     from t2i_adapter.evaluation.adapters import adapter_names, all_columns, check_comparable
     from t2i_adapter.evaluation.evaluate import measure_columns
+    from t2i_adapter.evaluation.measures import Measures
     from t2i_adapter.evaluation.pairs import StoredPairs
     from t2i_adapter.evaluation.plan import Plan, plan_batch
+    from t2i_adapter.evaluation.pooled import inception_features
     from t2i_adapter.evaluation.produce import produce, read_conditions
+    from t2i_adapter.evaluation.second_judge import open_second
     from t2i_adapter.evaluation.store import LazySequence
     from t2i_adapter.files import output_folder
     from t2i_adapter.generation.pipeline import open_models
@@ -116,6 +128,7 @@ def _run(options: EvaluateOptions, processes: Processes) -> list[Evaluation]:
     pairs = StoredPairs(source, resolution, models[0].channels)
     spec = options.judge or source.annotate
     judge = None if spec in (None, "none") else open_annotator(spec)
+    second = open_second(options.second_judge, judge)
     names = adapter_names(options.adapter)
     columns = all_columns(names, models, [options] * len(models))
     out = output_folder(options.out)
@@ -137,9 +150,21 @@ def _run(options: EvaluateOptions, processes: Processes) -> list[Evaluation]:
     pictures = produce(plan, columns, store, lambda: _open_pipeline(models), processes)
     if not processes.is_main:
         return []
-    evaluation = measure_columns(plan, pairs, pictures, judge)
-    settings = {**_settings(options, models, resolution), "judge": judge.record() if judge else None}
-    return _report(options, evaluation, names, models, settings, out)
+    measures = Measures(
+        [judge for judge in (judge, second) if judge],
+        pairs,
+        clip=options.clip,
+        features=inception_features if options.quality else None,
+        seed=options.seed,
+    )
+    evaluation = measure_columns(plan, pairs, pictures, measures)
+    settings = {
+        **_settings(options, models, resolution),
+        "judge": judge.record() if judge else None,
+        "second_judge": second.record() if second else None,
+        "not_measured": measures.missing,
+    }
+    return _report(options, evaluation, names, models, settings, out, second)
 
 
 def model_options(options: EvaluateOptions, adapter: str, device: str | None = None) -> ModelOptions:
@@ -215,12 +240,14 @@ def _report(
     models: list[Models],
     settings: dict[str, Any],
     out: Path,
+    second: Annotator | None,
 ) -> list[Evaluation]:
     """Writes and prints the result; returns the evaluation of each adapter."""
     from t2i_adapter.evaluation.adapters import adapter_column
     from t2i_adapter.evaluation.compare import compare, evaluation_of
     from t2i_adapter.evaluation.plan import ADAPTER
     from t2i_adapter.evaluation.report import comparison_text, to_text, write_comparison, write_files
+    from t2i_adapter.evaluation.second_judge import second_opinion
     from t2i_adapter.files import output_folder, show_path
     from t2i_adapter.flags import changed_options, command_line
 
@@ -229,7 +256,9 @@ def _report(
 
     if len(names) == 1:
         files = write_files(out, evaluation, settings, **described(options))
-        print("\n".join([to_text(evaluation), *map(show_path, files)]))
+        opinion = [second_opinion(evaluation, second)] if second else []
+        lines = [to_text(evaluation), *filter(None, opinion), *settings["not_measured"], *map(show_path, files)]
+        print("\n".join(lines))
         return [evaluation]
     comparison, singles = compare(evaluation, names), []
     for name, adapter, model in zip(names, options.adapter, models, strict=True):
@@ -239,7 +268,13 @@ def _report(
         write_files(folder, singles[-1], own, **described(replace(options, adapter=(adapter,))))
     adapters = dict(zip(names, options.adapter, strict=True))
     files = write_comparison(out, evaluation, comparison, settings, **described(options), adapters=adapters)
-    print("\n".join([comparison_text(evaluation, comparison), *map(show_path, files)]))
+    opinions = [
+        f"{name}: {line}"
+        for name, one in zip(names, singles, strict=True)
+        if second and (line := second_opinion(one, second))
+    ]
+    lines = [comparison_text(evaluation, comparison), *opinions, *settings["not_measured"], *map(show_path, files)]
+    print("\n".join(lines))
     return singles
 
 
