@@ -41,6 +41,7 @@ class Metadata:
         steps: number of updates.
         seed: the run's seed.
         versions: versions of the libraries.
+        sampling: recommended options of sampling ({scale, guidance, ...}), which `generate` takes by default.
     """
 
     base: Mapping[str, Any]
@@ -52,6 +53,7 @@ class Metadata:
     steps: int | None = None
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, data: Any, where: str = FILE_NAME) -> Metadata:
@@ -81,15 +83,19 @@ class Metadata:
         return self.training.get("max_tokens", CHUNK_TOKENS)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON types, from which `from_dict` makes an equal record."""
-        return {"schema": SCHEMA, **asdict(self)}
+        """Returns plain JSON types, from which `from_dict` makes an equal record.
+
+        A record that recommends no options of sampling has no such key, so that earlier versions read it.
+        """
+        content = {"schema": SCHEMA, **asdict(self)}
+        return content if self.sampling else {key: value for key, value in content.items() if key != "sampling"}
 
     def without_local_paths(self) -> Metadata:
         """Returns the record as it is uploaded: with local paths shortened to their last part."""
         return replace(self, **{key: _without_paths(getattr(self, key)) for key in ("base", *_MAPPINGS)})
 
 
-_MAPPINGS = ("condition", "data", "optim", "training", "versions")
+_MAPPINGS = ("condition", "data", "optim", "training", "versions", "sampling")
 _NUMBERS = ("resolution", "steps", "seed")
 
 

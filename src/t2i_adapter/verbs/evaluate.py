@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from t2i_adapter.config.dataset import DatasetOptions
 from t2i_adapter.config.tree import to_dict
 from t2i_adapter.errors import UserError, require
-from t2i_adapter.generation.options import ModelOptions, SamplingOptions
+from t2i_adapter.generation.options import ModelOptions, RequestedSampling, SamplingOptions
 from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(DatasetOptions, ModelOptions, SamplingOptions):
+class EvaluateOptions(DatasetOptions, ModelOptions, RequestedSampling):
     """Measure how well pictures follow their conditions, on held-out pairs and with two controls."""
 
     split: str = "test"
@@ -76,12 +76,13 @@ def run(options: EvaluateOptions) -> Evaluation:
     spec = options.judge or source.annotate
     judge = None if spec in (None, "none") else open_annotator(spec)
     out = output_folder(options.out)
-    if line := models.describe_text():
+    sampling = options.settle(models.recommended)
+    for line in filter(None, (models.describe_text(), options.describe_point(models.recommended))):
         print(line, flush=True)
     evaluation = evaluate(
-        models.pipeline(), pairs, sampling=options, seed=options.seed, judge=judge, max_tokens=models.max_tokens
+        models.pipeline(), pairs, sampling=sampling, seed=options.seed, judge=judge, max_tokens=models.max_tokens
     )
-    settings = {**_settings(options, models, resolution), "judge": judge.record() if judge else None}
+    settings = {**_settings(options, sampling, models, resolution), "judge": judge.record() if judge else None}
     files = write_files(
         out, evaluation, settings, changed=changed_options(options), command=command_line("evaluate", options)
     )
@@ -98,7 +99,7 @@ def open_dataset(options: EvaluateOptions) -> Source:
     return open_pairs(data, options.num, options.seed)
 
 
-def _settings(options: EvaluateOptions, models: Models, resolution: int) -> dict[str, Any]:
+def _settings(options: EvaluateOptions, sampling: SamplingOptions, models: Models, resolution: int) -> dict[str, Any]:
     """Everything that the numbers depend on, as plain JSON types."""
     from importlib.metadata import version
 
@@ -107,6 +108,7 @@ def _settings(options: EvaluateOptions, models: Models, resolution: int) -> dict
 
     return {
         **asdict(options),
+        **asdict(sampling),
         "base": to_dict(models.base.options),
         "resolution": resolution,
         "device": models.device,
