@@ -5,13 +5,14 @@ It also names the files of an adapter's folder. Importing this module loads no t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from t2i_adapter.errors import UserError
-from t2i_adapter.files import parse_json, user_path
+from t2i_adapter.files import parse_json, user_path, write_atomic
 from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
 
 FILE_NAME = "t2i_adapter.json"
@@ -41,7 +42,8 @@ class Metadata:
         steps: number of updates.
         seed: the run's seed.
         versions: versions of the libraries.
-        sampling: recommended options of sampling ({scale, guidance, ...}), which `generate` takes by default.
+        sampling: recommended options of sampling ({scale, guidance, ...}), which `generate` takes by default, and under
+            "from" the measurement that recommends them.
     """
 
     base: Mapping[str, Any]
@@ -113,6 +115,48 @@ def read_metadata(adapter: str | Path) -> Metadata | None:
     except (OSError, ValueError) as fault:
         raise UserError(f"{path} cannot be read as JSON: {fault}.") from fault
     return Metadata.from_dict(data, str(path))
+
+
+def write_sampling(folder: Path, sampling: Mapping[str, Any]) -> None:
+    """Puts recommended options of sampling into the record of an adapter's folder, in place of earlier ones.
+
+    Raises UserError if the record is missing or malformed, or cannot be written.
+    """
+    path = folder / FILE_NAME
+    record = read_metadata(folder)
+    if record is None:
+        raise UserError(f"{folder}: there is no {FILE_NAME} to write the recommended options into.")
+    text = json.dumps(replace(record, sampling=sampling).to_dict(), indent=2, ensure_ascii=False) + "\n"
+    try:
+        write_atomic(path, [text.encode()])
+    except OSError as fault:
+        raise UserError(f"{path}: the recommended options cannot be written ({fault.strerror}).") from fault
+
+
+def describe_sampling(sampling: Mapping[str, Any]) -> str | None:
+    """Returns a sentence about a record's recommended options, for the card; None if there are none."""
+    words = {
+        "scale": "adapter scale {:g}",
+        "guidance": "guidance {:g}",
+        "control_guidance": "control guidance {:g}",
+        "control_passes": "{} passes a step",
+        "condition_factor": "the adapter in the first {:.0%} of the steps",
+        "scale_schedule": "scale by timestep {}",
+    }
+    plain = {"control_guidance": 1, "condition_factor": 1, "scale_schedule": "none"}
+    shown = {key: sampling[key] for key in words if key in sampling and sampling[key] != plain.get(key)}
+    if "control_guidance" not in shown:
+        shown.pop("control_passes", None)
+    if not shown:
+        return None
+    text = f"Recommended: {', '.join(words[key].format(value) for key, value in shown.items())}"
+    found = sampling.get("from", {})
+    if not isinstance(found, Mapping) or not {"metric", "default", "recommended", "pairs"} <= set(found):
+        return f"{text}."
+    return (
+        f"{text}. On {found['pairs']} held-out pairs that took no part in the choice, {found['metric']} is "
+        f"{found['recommended']:.3f} with these options and {found['default']:.3f} with the default ones."
+    )
 
 
 def _from_hub(name: str) -> Path | None:

@@ -5,29 +5,35 @@ Importing this module loads no torch.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from t2i_adapter.config.dataset import DatasetOptions
 from t2i_adapter.config.tree import to_dict
 from t2i_adapter.errors import UserError, require
+from t2i_adapter.evaluation.sweep_options import SweepOptions
 from t2i_adapter.generation.options import ModelOptions, RequestedSampling, SamplingOptions
 from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
+    from t2i_adapter.annotators.registry import Annotator
     from t2i_adapter.data.source import Source
     from t2i_adapter.evaluation.evaluate import Evaluation
+    from t2i_adapter.evaluation.pairs import Pair
+    from t2i_adapter.evaluation.sweep import Sweep
     from t2i_adapter.generation.pipeline import Models
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(DatasetOptions, ModelOptions, RequestedSampling):
+class EvaluateOptions(DatasetOptions, ModelOptions, RequestedSampling, SweepOptions):
     """Measure how well pictures follow their conditions, on held-out pairs and with two controls."""
 
     split: str = "test"
     """Split of the dataset: pairs that the adapter was not trained on."""
     num: int = 64
-    """Pairs to measure, chosen by the seed. Three pictures are generated of each."""
+    """Pairs to measure, chosen by the seed. Three pictures are generated of each. With --sweep: pairs that choose a
+    point; as many others confirm it."""
     resolution: int | None = None
     """Side of the pictures in pixels. None: the resolution of the adapter's training."""
     steps: int = 20
@@ -42,18 +48,19 @@ class EvaluateOptions(DatasetOptions, ModelOptions, RequestedSampling):
     """Kind of condition to make of every generated picture, too, and compare with the pair's condition. None takes the
     kind that made the pairs' conditions, if they were made; `none` skips the comparison."""
     out: str = "evaluation"
-    """Folder for evaluation.json, report.html and sheet.png."""
+    """Folder for evaluation.json, report.html and sheet.png; for sweep.json and sweep.html with --sweep."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_sweep()
         if not self.data:
             raise UserError("is required: a folder, manifest, shards or a hub id", option="data")
         require("num", self.num >= 2, self.num, "2 or more: each pair needs another one's condition as control")
         require("seed", 0 <= self.seed < 2**63, self.seed, "allowed is 0 to 2^63 - 1")
 
 
-def run(options: EvaluateOptions) -> Evaluation:
-    """Measures the adapter, writes the three files to `out`, and prints the means."""
+def run(options: EvaluateOptions) -> Evaluation | Sweep:
+    """Measures the adapter, writes the three files to `out`, and prints the means; or searches its sampling options."""
     preload("t2i_adapter.generation.pipeline")
     from t2i_adapter.annotators.registry import open_annotator
     from t2i_adapter.evaluation.evaluate import evaluate
@@ -75,6 +82,8 @@ def run(options: EvaluateOptions) -> Evaluation:
     pairs = read_pairs(source, resolution, models.channels)
     spec = options.judge or source.annotate
     judge = None if spec in (None, "none") else open_annotator(spec)
+    if options.sweep:
+        return _sweep(options, models, pairs, judge, resolution)
     out = output_folder(options.out)
     sampling = options.settle(models.recommended)
     for line in filter(None, (models.describe_text(), options.describe_point(models.recommended))):
@@ -90,13 +99,38 @@ def run(options: EvaluateOptions) -> Evaluation:
     return evaluation
 
 
+def _sweep(
+    options: EvaluateOptions, models: Models, pairs: Sequence[Pair], judge: Annotator | None, resolution: int
+) -> Sweep:
+    """Searches the sampling options. The default point has the options given, and plain ones for the others."""
+    from t2i_adapter.evaluation.measures import Measures
+    from t2i_adapter.flags import command_line
+    from t2i_adapter.verbs.sweep import run_sweep
+
+    default = replace(options, defaults="plain").settle({})
+    settings = {**_settings(options, default, models, resolution), "judge": judge.record() if judge else None}
+    return run_sweep(
+        options,
+        default,
+        models,
+        pairs,
+        Measures([judge] if judge else [], pairs, seed=options.seed).picture,
+        adapter=options.adapter,
+        out=options.out,
+        seed=options.seed,
+        settings=settings,
+        command=command_line("evaluate", options),
+    )
+
+
 def open_dataset(options: EvaluateOptions) -> Source:
-    """Opens the pairs to measure. Raises UserError if the split has fewer than `num`."""
+    """Opens the pairs to measure. Raises UserError if the split has fewer than `num`, or twice that for a sweep."""
     from t2i_adapter.evaluation.pairs import condition_spec, open_pairs
 
     condition = None if options.conditioning_dir else condition_spec(options.condition, options.adapter)
-    data = options.dataset(max_train_samples=options.num, condition=condition)
-    return open_pairs(data, options.num, options.seed)
+    times = 2 if options.sweep else 1
+    data = options.dataset(max_train_samples=times * options.num, condition=condition)
+    return open_pairs(data, options.num, options.seed, times=times)
 
 
 def _settings(options: EvaluateOptions, sampling: SamplingOptions, models: Models, resolution: int) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""The sweep of the verb `evaluate`: searches sampling options, writes sweep.json and sweep.html, records the answer.
+
+Importing this module loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2i_adapter.evaluation.sweep_options import SweepOptions, make_points
+from t2i_adapter.files import output_folder, show_path, user_path
+from t2i_adapter.models.record import FILE_NAME, write_sampling
+
+if TYPE_CHECKING:
+    from t2i_adapter.evaluation.pairs import Pair
+    from t2i_adapter.evaluation.sweep import Measure, Sweep
+    from t2i_adapter.generation.options import SamplingOptions
+    from t2i_adapter.generation.pipeline import Models
+
+
+def run_sweep(
+    options: SweepOptions,
+    default: SamplingOptions,
+    models: Models,
+    pairs: Sequence[Pair],
+    measure: Measure,
+    *,
+    adapter: str,
+    out: str,
+    seed: int,
+    settings: Mapping[str, Any],
+    command: str,
+) -> Sweep:
+    """Searches the points of a sweep on the first half of the pairs, and confirms the answer on the second half.
+
+    Args:
+        default: the point that all others are compared with.
+        adapter: the adapter's folder or hub id; the answer is written into its record if `options.write` is set.
+        out: folder for sweep.json and sweep.html.
+        settings, command: everything that the numbers depend on, and the command line that repeats them.
+
+    Raises UserError.
+    """
+    from t2i_adapter.evaluation.sweep import sweep
+    from t2i_adapter.evaluation.sweep_page import make_sweep_page
+
+    points = make_points(options, default)
+    folder = output_folder(out)
+    half = len(pairs) // 2
+    found = sweep(
+        models.pipeline(),
+        pairs[:half],
+        pairs[half:],
+        points,
+        measure=measure,
+        metric=options.sweep_metric,
+        bands=options.sweep_bands,
+        seed=seed,
+        max_tokens=models.max_tokens,
+        say=lambda line: print(line, flush=True),
+    )
+    numbers, page = folder / "sweep.json", folder / "sweep.html"
+    content = {**found.to_json(), "settings": dict(settings)}
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    numbers.write_text(text + "\n", encoding="utf-8")
+    page.write_text(make_sweep_page(found, settings, command), encoding="utf-8")
+    print("\n".join([found.answer(), show_path(numbers), show_path(page)]))
+    print(write_record(found, adapter, models.digest, is_wanted=options.write))
+    return found
+
+
+def write_record(found: Sweep, adapter: str, digest: str, *, is_wanted: bool) -> str:
+    """Writes the recommended point into the adapter's record, and returns a line that says what was done."""
+    folder = user_path(adapter)
+    path: Path = folder / FILE_NAME
+    if found.is_default:
+        return f"{FILE_NAME} is unchanged, because no other point was confirmed."
+    if not is_wanted:
+        return f"{FILE_NAME} is unchanged, as --no_write asks."
+    if not path.is_file():
+        what = "is no local folder" if not folder.is_dir() else f"has no {FILE_NAME}"
+        return f"The point is not written, because {adapter} {what}: pass its options to `generate` as flags."
+    write_sampling(folder, found.record(digest))
+    return f"{show_path(path)} has the point now: `generate` uses it by default."
