@@ -12,13 +12,13 @@ from t2i_adapter.evaluation.halving import (
     Goal,
     Limit,
     Search,
-    Values,
     compare,
     halve,
     most_pictures,
     recommend,
     rung_sizes,
 )
+from t2i_adapter.evaluation.sweep_values import Values
 
 POINTS, PAIRS = 24, 32
 GOAL = Goal("control", 1, {"color": Limit(-1, 1.0)})
@@ -95,17 +95,17 @@ def test_the_pairs_double_up_to_the_last_rung(pairs: int, sizes: list[int]) -> N
 
 def test_the_cost_is_bounded_and_the_default_is_measured_on_all_pairs() -> None:
     none = np.zeros(POINTS)
-    drawn = []
+    counts_of_pictures: list[int] = []
     measure = objective(none, none, np.random.default_rng(0))
 
     def counted(point: int, start: int, end: int) -> Values:
-        drawn.append(end - start)
+        counts_of_pictures.append(end - start)
         return measure(point, start, end)
 
     rungs: list[Search] = []
     search = halve(POINTS, 3, GOAL, counted, rung_sizes(PAIRS), on_rung=rungs.append)
     assert len(rungs) == 3
-    assert sum(drawn) <= most_pictures(POINTS, rung_sizes(PAIRS)) < 0.6 * POINTS * PAIRS
+    assert sum(counts_of_pictures) <= most_pictures(POINTS, rung_sizes(PAIRS)) < 0.6 * POINTS * PAIRS
     assert search.pairs(3) == PAIRS
     counts = [len(points) for _, points in search.rungs]
     assert counts[0] == POINTS and counts[1] <= POINTS / 2 + 1 and counts[2] <= counts[1] / 2 + 1.5
@@ -118,6 +118,20 @@ def test_the_front_has_the_points_that_no_other_beats() -> None:
     )
     assert search.front() == [3, 1, 0]
     assert search.candidates() == [1, 2], "3 is better and two margins worse in colour"
+
+
+def test_points_within_the_margins_by_their_bounds_are_confirmed_before_others() -> None:
+    rows = {
+        0: {"control": [0.5, 0.5, 0.5], "color": [4.0, 4.0, 4.0]},
+        1: {"control": [0.9, 0.9, 0.9], "color": [0.0, 4.9, 9.8]},
+        2: {"control": [0.7, 0.7, 0.7], "color": [4.1, 4.0, 4.2]},
+        3: {"control": [0.6, 0.6, 0.6], "color": [4.1, 4.0, 4.2]},
+    }
+    search = Search(
+        GOAL, 0, {point: {k: list(v) for k, v in row.items()} for point, row in rows.items()}, [(3, [*rows])]
+    )
+    assert search.candidates() == [2, 3]
+    assert search.candidates(3) == [1, 2, 3]
 
 
 def test_pairs_without_a_value_are_skipped_and_errors_count_as_lower_is_better() -> None:

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from t2i_adapter.evaluation.sweep_values import Values
 from t2i_adapter.statistics import ALPHA, Interval, lower_bound, mean_interval, upper_bound
 
-Values = Mapping[str, Sequence[float | None]]
-"""Metric -> one value a pair; None if the metric is not defined for the pair."""
 FIRST_PAIRS = 8
 """Pairs of the first rung."""
 CANDIDATES = 2
@@ -162,13 +161,20 @@ class Search:
         return max((float(harm.mean()) for harm in harms.values() if len(harm)), default=0.0)
 
     def candidates(self, most: int = CANDIDATES) -> list[int]:
-        """The best points of the last rung, best first: better than the default, and within the margins by the means.
+        """The points of the last rung that are worth a confirmation, at most `most`, best control first.
 
-        Which of them is better is decided on fresh pairs.
+        They are better than the default and within the margins by the means. Points whose bounds are within the margins
+        too come before others of better control, which fresh pairs would rarely confirm.
         """
         _, points = self.rungs[-1]
         good = [p for p in points if self.control(p) > self.control(self.default) and self.harm(p) <= 1]
-        return sorted(good, key=self.control, reverse=True)[:most]
+        chosen = sorted(good, key=lambda p: (self._is_safe(p), self.control(p)), reverse=True)[:most]
+        return sorted(chosen, key=self.control, reverse=True)
+
+    def _is_safe(self, point: int) -> bool:
+        count = self.pairs(point)
+        compared = compare(self.goal, self.values[point], self.first(self.default, count), ALPHA)
+        return not compared.too_harmful
 
     def front(self) -> list[int]:
         """The points that no other point beats in both control and harm, by their means; best control first."""

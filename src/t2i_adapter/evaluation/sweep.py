@@ -1,8 +1,8 @@
 """Searches the sampling options with which an adapter controls best, and confirms the answer on fresh pairs.
 
-The points of a grid are drawn on few pairs, and the better ones on more (`halving.py`). Control is raised; prompt and
-quality must not get worse by more than a margin. The two best points are then drawn on pairs that took no part in the
-choice, and so is the fitted schedule of strengths (`bands.py`). Only what these pairs confirm is recommended.
+The points of a grid are measured on few pairs, and the better ones on more (`halving.py`). Control is raised; prompt
+and quality must not get worse by more than a margin. The two best points are then measured on pairs that took no part
+in the choice, and so is the fitted schedule of strengths (`bands.py`). Only what these pairs confirm is recommended.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from t2i_adapter.evaluation.halving import (
     Goal,
     Limit,
     Search,
-    Values,
     compare,
     halve,
     most_pictures,
@@ -38,6 +37,7 @@ from t2i_adapter.evaluation.halving import (
 from t2i_adapter.evaluation.headline import METRICS, headline_key
 from t2i_adapter.evaluation.pairs import Pair
 from t2i_adapter.evaluation.sweep_options import describe_point, point_values
+from t2i_adapter.evaluation.sweep_values import ValueFile, Values
 from t2i_adapter.generation.generate import TextStates, encode_prompts, generate
 from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
@@ -81,7 +81,7 @@ class Sweep:
     """The result of a sweep. Points are named by their place in `points`; 0 is the default.
 
     Attributes:
-        points: the points that were drawn.
+        points: the points that were measured.
         search: their values on the choosing pairs.
         candidates: the points that were compared with the default on fresh pairs, best first.
         comparisons: one for each candidate.
@@ -92,7 +92,7 @@ class Sweep:
         pairs: the fresh pairs whose pictures are shown.
         pictures: the default's pictures of these pairs.
         better: the pictures with the recommended options, with the schedule if it is kept.
-        drawn: number of pictures that were drawn.
+        count: number of pictures that were measured.
         seconds: time of all of it.
     """
 
@@ -107,7 +107,7 @@ class Sweep:
     pairs: Sequence[Pair]
     pictures: Sequence[Image.Image]
     better: Sequence[Image.Image]
-    drawn: int
+    count: int
     seconds: float
 
     @property
@@ -164,7 +164,7 @@ class Sweep:
             return "The fitted strength is 1 within its interval at every noise level, so there is no schedule to test."
         if self.schedule.is_kept:
             return f"Pictures confirm the fitted schedule {self.schedule.text}."
-        return "Drawing did not confirm the fitted schedule of strengths, so it is not recommended."
+        return "Pictures do not confirm the fitted schedule of strengths, so it is not recommended."
 
     def record(self, digest: str) -> dict[str, Any]:
         """Returns what the adapter's record holds under `sampling`: the point, and where it comes from."""
@@ -219,7 +219,7 @@ class Sweep:
             ],
             "bands": [band.to_json() for band in self.schedule.bands] if self.schedule else None,
             "schedule": self._schedule_json(),
-            "pictures": self.drawn,
+            "pictures": self.count,
             "seconds": round(self.seconds, 1),
         }
 
@@ -278,18 +278,20 @@ def sweep(
     bands: bool = True,
     seed: int = 0,
     max_tokens: MaxTokens = CHUNK_TOKENS,
+    stored: ValueFile | None = None,
     say: Callable[[str], object] = print,
 ) -> Sweep:
-    """Draws the points of a sweep and returns what is recommended.
+    """Measures the points of a sweep and returns what is recommended.
 
     Args:
         choosing: pairs on which points are chosen; the first rung takes 8 of them, the last one all.
         fresh: other pairs, on which the chosen points and the schedule are confirmed.
-        points: what to draw, the default first (`sweep_options.make_points`).
+        points: what to measure, the default first (`sweep_options.make_points`).
         measure: measures one picture.
         metric: the metric of control to raise; None takes the headline's.
         bands: fit and test a schedule of strengths too.
         seed: decides the noise of each pair.
+        stored: measurements of an earlier call with the same pairs and settings; new ones are added.
         say: prints a line. Raises UserError.
     """
     assert fresh and len(choosing) >= 2
@@ -306,49 +308,51 @@ def sweep(
         f"  raises {goal.metric}; margins of quality: {limits or 'none'}"
     )
     most_guidance = max(point.guidance for point in points)
+    texts = encode_prompts(pipeline, [pair.prompt for pair in pairs], guidance=most_guidance, max_tokens=max_tokens)
+    first, last, shown = len(choosing), len(pairs), slice(len(choosing), len(choosing) + SHOWN_PAIRS)
     with tqdm(total=most, desc="sweep", unit="picture", leave=False, disable=None) as bar:
-        drawer = _Drawer(pipeline, pairs, seed, most_guidance, max_tokens, measure, metrics, bar)
-
-        def draw(point: int, start: int, end: int) -> Values:
-            values, _ = drawer.draw(points[point], start, end)
-            if drawer.count == end:
-                pace = (time.monotonic() - drawer.began) / end
-                show(f"  {pace:.2g} s a picture: at most {most * pace / 60:.1f} minutes")
-            return values
 
         def show(line: str) -> None:
             with tqdm.external_write_mode():
                 say(line)
 
+        measured = _Pictures(pipeline, pairs, texts, seed, measure, metrics, stored or ValueFile(None, ""), bar)
+
+        def measure_point(point: int, start: int, end: int) -> Values:
+            values = measured.values(points[point], start, end)
+            if 0 < measured.made == end - start:
+                show(f"  {measured.pace:.2g} s a picture: at most {most * measured.pace / 60:.1f} minutes")
+            return values
+
         def on_rung(search: Search) -> None:
-            count, measured = search.rungs[-1]
-            best = max(measured, key=search.control)
-            seconds = time.monotonic() - drawer.began
+            count, alive = search.rungs[-1]
+            best = max(alive, key=search.control)
             show(
-                f"  {seconds:5.0f} s: {count} pairs, {len(measured)} points; best control: "
+                f"  {time.monotonic() - began:5.0f} s: {count} pairs, {len(alive)} points; best control: "
                 f"{'the default' if best == 0 else describe_point(points[best])}"
             )
 
-        search = halve(len(points), 0, goal, draw, sizes, on_rung=on_rung)
+        search = halve(len(points), 0, goal, measure_point, sizes, on_rung=on_rung)
         candidates = search.candidates()
         show(f"  {len(fresh)} fresh pairs, {len(candidates)} candidates and the default")
-        first, last = len(choosing), len(pairs)
-        drawn = {number: drawer.draw(points[number], first, last) for number in (0, *candidates)}
-        values = {number: found for number, (found, _) in drawn.items()}
+        values = {number: measured.values(points[number], first, last) for number in (0, *candidates)}
         alpha = STATEMENTS_ALPHA / max(1, len(candidates))
         comparisons = [compare(goal, values[number], values[0], alpha) for number in candidates]
-        recommended = recommend(candidates, comparisons, 0)
-        better, schedule = drawn[recommended][1], None
+        recommended, schedule = recommend(candidates, comparisons, 0), None
+        best = points[recommended]
         if bands:
             show("  the loss at each noise level")
-            schedule = Schedule(drawer.bands(min(LOSS_PAIRS, len(choosing))))
+            schedule = Schedule(measured.bands(min(LOSS_PAIRS, len(choosing))))
             if text := schedule_text(schedule.bands):
-                with_schedule, pictures = drawer.draw(replace(points[recommended], scale_schedule=text), first, last)
+                scheduled = replace(best, scale_schedule=text)
+                with_schedule = measured.values(scheduled, first, last)
                 # The point to compare with was chosen on these pairs, out of the candidates and the default.
                 alpha = STATEMENTS_ALPHA / (len(candidates) + 1)
                 compared = compare(goal, with_schedule, values[recommended], alpha)
                 schedule = Schedule(schedule.bands, text, compared, with_schedule)
-                better = pictures if schedule.is_kept else better
+                best = scheduled if schedule.is_kept else best
+        pictures = measured.generate(points[0], shown)
+        better = pictures if best == points[0] else measured.generate(best, shown)
     return Sweep(
         points=points,
         search=search,
@@ -359,38 +363,61 @@ def sweep(
         targets={name: _mean(row.get(name) for row in of_targets) for name in metrics},
         schedule=schedule,
         pairs=fresh[:SHOWN_PAIRS],
-        pictures=drawn[0][1][:SHOWN_PAIRS],
-        better=better[:SHOWN_PAIRS],
-        drawn=drawer.count,
+        pictures=pictures,
+        better=better,
+        count=measured.count,
         seconds=time.monotonic() - began,
     )
 
 
-class _Drawer:
-    """Draws and measures pictures of the pairs. `count`: pictures so far; `began`: time of the first call."""
+class _Pictures:
+    """Generates and measures pictures of the pairs, all points with the same noise.
+
+    Attributes:
+        count: pictures that were measured, in this call or an earlier one.
+        made: pictures of this call alone.
+    """
 
     def __init__(
         self,
         pipeline: StableDiffusionXLAdapterPipeline,
         pairs: Sequence[Pair],
+        texts: TextStates,
         seed: int,
-        guidance: float,
-        max_tokens: MaxTokens,
         measure: Measure,
         metrics: Sequence[str],
+        stored: ValueFile,
         bar: tqdm[Any],
     ) -> None:
-        self.pipeline, self.pairs, self.measure, self.metrics = pipeline, pairs, measure, metrics
-        self.seed, self.seeds = seed, picture_seeds(len(pairs), seed)
-        self.count, self.began, self.bar = 0, time.monotonic(), bar
-        prompts = [pair.prompt for pair in pairs]
-        self.texts = encode_prompts(pipeline, prompts, guidance=guidance, max_tokens=max_tokens)
+        self.pipeline, self.pairs, self.texts, self.seed = pipeline, pairs, texts, seed
+        self.measure, self.metrics, self.stored, self.bar = measure, metrics, stored, bar
+        self.seeds = picture_seeds(len(pairs), seed)
+        self.count, self.made, self._seconds = 0, 0, 0.0
 
-    def draw(self, sampling: SamplingOptions, start: int, end: int) -> tuple[Values, list[Image.Image]]:
-        """Returns the values and the pictures of pairs `start` to `end`, all with the same noise in every call."""
-        part = slice(start, end)
+    @property
+    def pace(self) -> float:
+        """Seconds a picture."""
+        return self._seconds / self.made
+
+    def values(self, sampling: SamplingOptions, start: int, end: int) -> Values:
+        """Returns the values of pairs `start` to `end`: metric -> one value a pair."""
+        key = f"{sampling} {start}-{end}"
+        found = self.stored.get(key)
+        if found is None or set(found) != set(self.metrics):
+            began, part = time.monotonic(), slice(start, end)
+            rows = [self.measure(*both) for both in zip(self.generate(sampling, part), self.pairs[part], strict=True)]
+            found = {name: [row.get(name) for row in rows] for name in self.metrics}
+            self.stored.put(key, found)
+            self.made += len(rows)
+            self._seconds += time.monotonic() - began
+        self.count += end - start
+        self.bar.update(end - start)
+        return found
+
+    def generate(self, sampling: SamplingOptions, part: slice) -> list[Image.Image]:
+        """Returns the pictures of some of the pairs."""
         pairs = self.pairs[part]
-        pictures = generate(
+        return generate(
             self.pipeline,
             _part(self.texts, part, is_guided=sampling.guidance > 1),
             [pair.condition for pair in pairs],
@@ -398,10 +425,6 @@ class _Drawer:
             size=(pairs[0].condition.height, pairs[0].condition.width),
             sampling=sampling,
         )
-        measured = [self.measure(picture, pair) for picture, pair in zip(pictures, pairs, strict=True)]
-        self.count += len(pictures)
-        self.bar.update(len(pictures))
-        return {name: [row.get(name) for row in measured] for name in self.metrics}, pictures
 
     def bands(self, count: int) -> list[Band]:
         """Fits the strength of least loss at each noise level, on the first `count` pairs."""

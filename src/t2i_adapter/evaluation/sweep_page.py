@@ -35,7 +35,7 @@ def make_sweep_page(found: Sweep, settings: Mapping[str, Any], command: str) -> 
     margins = ", ".join(f"{METRICS[name].name} {limit.margin:g}" for name, limit in found.goal.limits.items())
     body = f"""<main>
 <p class="kicker">Sweep of {text(settings.get("adapter", "the adapter"))}: {len(found.points)} points,
-{found.drawn:,} pictures</p>
+{found.count:,} pictures</p>
 <section class="answer {"open" if found.is_default else "good"}">
 <h1>{text(title)}</h1>
 <p class="lead">{text(found.answer())}</p>
@@ -53,7 +53,7 @@ say what a point gains. Bounds are one-sided; harms are in margins, and 1 is the
 </section>
 <h2>Control over the grid</h2>
 <p class="note">Difference to the default in {text(metric.name)}, on the same pairs and noise, positive where a point is
-better. Points were drawn on {first} to {last} pairs: the better ones on more. The frame marks the recommended
+better. Points were measured on {first} to {last} pairs: the better ones on more. The frame marks the recommended
 point.</p>
 {"".join(_heat_maps(found))}
 <h2>The front</h2>
@@ -137,8 +137,8 @@ def _heat_maps(found: Sweep) -> Iterator[str]:
     for guidance, share in groups:
         own = {n: p for n, p in enumerate(found.points) if (p.guidance, p.condition_factor) == (guidance, share)}
         heading = f"guidance {guidance:g}, the adapter in the first {share:.0%} of the steps"
-        drawn = _heat_map(found, own, largest)
-        yield f'<figure class="plot heat"><figcaption>{heading}</figcaption>\n{drawn}\n</figure>\n'
+        svg = _heat_map(found, own, largest)
+        yield f'<figure class="plot heat"><figcaption>{heading}</figcaption>\n{svg}\n</figure>\n'
 
 
 def _heat_map(found: Sweep, points: Mapping[int, SamplingOptions], largest: float) -> str:
@@ -260,7 +260,7 @@ def _schedule(schedule: Schedule | None) -> str:
     verdict = {
         (False, False): "The interval of every fitted strength holds 1, so there is no schedule to test.",
         (True, True): "Pictures confirm the schedule of these factors.",
-        (True, False): "Drawing did not confirm the schedule of these factors, so it is not recommended.",
+        (True, False): "Pictures do not confirm the schedule of these factors, so it is not recommended.",
     }[schedule.text is not None, schedule.is_kept]
     return f"""<p class="note">The diffusion loss of the pairs at fixed noise, without guidance, with the adapter's
 features multiplied by each strength. A high timestep is a noisy picture. Intervals are 95 % bootstrap intervals over

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2i_adapter.evaluation.sweep_options import SweepOptions, make_points
-from t2i_adapter.files import output_folder, show_path, user_path
+from t2i_adapter.evaluation.sweep_values import FILE_NAME as VALUES
+from t2i_adapter.evaluation.sweep_values import ValueFile
+from t2i_adapter.files import fingerprint, output_folder, show_path, user_path
+from t2i_adapter.generation.options import POINT
 from t2i_adapter.models.record import FILE_NAME, write_sampling
 
 if TYPE_CHECKING:
@@ -50,6 +53,9 @@ def run_sweep(
     points = make_points(options, default)
     folder = output_folder(out)
     half = len(pairs) // 2
+    stored = ValueFile(folder / VALUES, values_digest(settings))
+    if stored.count:
+        print(f"sweep: {show_path(folder / VALUES)} has measurements of these settings; they are taken.", flush=True)
     found = sweep(
         models.pipeline(),
         pairs[:half],
@@ -60,6 +66,7 @@ def run_sweep(
         bands=options.sweep_bands,
         seed=seed,
         max_tokens=models.max_tokens,
+        stored=stored,
         say=lambda line: print(line, flush=True),
     )
     numbers, page = folder / "sweep.json", folder / "sweep.html"
@@ -70,6 +77,13 @@ def run_sweep(
     print("\n".join([found.answer(), show_path(numbers), show_path(page)]))
     print(write_record(found, adapter, models.digest, is_wanted=options.write))
     return found
+
+
+def values_digest(settings: Mapping[str, Any]) -> str:
+    """Returns a digest of the settings on which a point's values depend: without the point and the sweep's options."""
+    others = (*POINT, "out", "write", "batch_size", "defaults")
+    own = {name: value for name, value in settings.items() if name not in others and not name.startswith("sweep")}
+    return fingerprint(settings=json.dumps(own, sort_keys=True, default=str))
 
 
 def write_record(found: Sweep, adapter: str, digest: str, *, is_wanted: bool) -> str:
