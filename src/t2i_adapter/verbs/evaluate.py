@@ -5,8 +5,7 @@ Importing this module loads no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from t2i_adapter.config.dataset import DatasetOptions
@@ -17,10 +16,8 @@ from t2i_adapter.generation.options import ModelOptions, RequestedSampling, Samp
 from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
-    from t2i_adapter.annotators.registry import Annotator
     from t2i_adapter.data.source import Source
     from t2i_adapter.evaluation.evaluate import Evaluation
-    from t2i_adapter.evaluation.pairs import Pair
     from t2i_adapter.evaluation.sweep import Sweep
     from t2i_adapter.generation.pipeline import Models
 
@@ -83,7 +80,12 @@ def run(options: EvaluateOptions) -> Evaluation | Sweep:
     spec = options.judge or source.annotate
     judge = None if spec in (None, "none") else open_annotator(spec)
     if options.sweep:
-        return _sweep(options, models, pairs, judge, resolution)
+        from t2i_adapter.verbs.sweep import run_sweep
+
+        judged = {"judge": judge.record() if judge else None}
+        return run_sweep(
+            options, models, pairs, judge, lambda point: {**_settings(options, point, models, resolution), **judged}
+        )
     out = output_folder(options.out)
     sampling = options.settle(models.recommended)
     for line in filter(None, (models.describe_text(), options.describe_point(models.recommended))):
@@ -97,30 +99,6 @@ def run(options: EvaluateOptions) -> Evaluation | Sweep:
     )
     print("\n".join([to_text(evaluation), *map(show_path, files)]))
     return evaluation
-
-
-def _sweep(
-    options: EvaluateOptions, models: Models, pairs: Sequence[Pair], judge: Annotator | None, resolution: int
-) -> Sweep:
-    """Searches the sampling options. The default point has the options given, and plain ones for the others."""
-    from t2i_adapter.evaluation.measures import Measures
-    from t2i_adapter.flags import command_line
-    from t2i_adapter.verbs.sweep import run_sweep
-
-    default = replace(options, defaults="plain").settle({})
-    settings = {**_settings(options, default, models, resolution), "judge": judge.record() if judge else None}
-    return run_sweep(
-        options,
-        default,
-        models,
-        pairs,
-        Measures([judge] if judge else [], pairs, seed=options.seed).picture,
-        adapter=options.adapter,
-        out=options.out,
-        seed=options.seed,
-        settings=settings,
-        command=command_line("evaluate", options),
-    )
 
 
 def open_dataset(options: EvaluateOptions) -> Source:

@@ -6,54 +6,53 @@ Importing this module loads no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2i_adapter.evaluation.sweep_options import SweepOptions, make_points
+from t2i_adapter.evaluation.sweep_options import make_points
 from t2i_adapter.evaluation.sweep_values import FILE_NAME as VALUES
 from t2i_adapter.evaluation.sweep_values import ValueFile
 from t2i_adapter.files import fingerprint, output_folder, show_path, user_path
+from t2i_adapter.flags import command_line
 from t2i_adapter.generation.options import POINT
 from t2i_adapter.models.record import FILE_NAME, write_sampling
 
 if TYPE_CHECKING:
+    from t2i_adapter.annotators.registry import Annotator
     from t2i_adapter.evaluation.pairs import Pair
-    from t2i_adapter.evaluation.sweep import Measure, Sweep
+    from t2i_adapter.evaluation.sweep import Sweep
     from t2i_adapter.generation.options import SamplingOptions
     from t2i_adapter.generation.pipeline import Models
+    from t2i_adapter.verbs.evaluate import EvaluateOptions
 
 
 def run_sweep(
-    options: SweepOptions,
-    default: SamplingOptions,
+    options: EvaluateOptions,
     models: Models,
     pairs: Sequence[Pair],
-    measure: Measure,
-    *,
-    adapter: str,
-    out: str,
-    seed: int,
-    settings: Mapping[str, Any],
-    command: str,
+    judge: Annotator | None,
+    settings: Callable[[SamplingOptions], Mapping[str, Any]],
 ) -> Sweep:
     """Searches the points of a sweep on the first half of the pairs, and confirms the answer on the second half.
 
+    The default point has the options given, and plain ones for the others.
+
     Args:
-        default: the point that all others are compared with.
-        adapter: the adapter's folder or hub id; the answer is written into its record if `options.write` is set.
-        out: folder for sweep.json and sweep.html.
-        settings, command: everything that the numbers depend on, and the command line that repeats them.
+        judge: as of an evaluation.
+        settings: the default point -> everything that the numbers depend on, as plain JSON types.
 
     Raises UserError.
     """
+    from t2i_adapter.evaluation.measures import Measures
     from t2i_adapter.evaluation.sweep import sweep
     from t2i_adapter.evaluation.sweep_page import make_sweep_page
 
-    points = make_points(options, default)
-    folder = output_folder(out)
-    half = len(pairs) // 2
-    stored = ValueFile(folder / VALUES, values_digest(settings))
+    default = replace(options, defaults="plain").settle({})
+    points, folder, half = make_points(options, default), output_folder(options.out), len(pairs) // 2
+    facts = settings(default)
+    stored = ValueFile(folder / VALUES, values_digest(facts))
     if stored.count:
         print(f"sweep: {show_path(folder / VALUES)} has measurements of these settings; they are taken.", flush=True)
     found = sweep(
@@ -61,21 +60,21 @@ def run_sweep(
         pairs[:half],
         pairs[half:],
         points,
-        measure=measure,
+        measure=Measures([judge] if judge else [], pairs, seed=options.seed).picture,
         metric=options.sweep_metric,
         bands=options.sweep_bands,
-        seed=seed,
+        seed=options.seed,
         max_tokens=models.max_tokens,
         stored=stored,
         say=lambda line: print(line, flush=True),
     )
     numbers, page = folder / "sweep.json", folder / "sweep.html"
-    content = {**found.to_json(), "settings": dict(settings)}
+    content = {**found.to_json(), "settings": dict(facts)}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     numbers.write_text(text + "\n", encoding="utf-8")
-    page.write_text(make_sweep_page(found, settings, command), encoding="utf-8")
+    page.write_text(make_sweep_page(found, facts, command_line("evaluate", options)), encoding="utf-8")
     print("\n".join([found.answer(), show_path(numbers), show_path(page)]))
-    print(write_record(found, adapter, models.digest, is_wanted=options.write))
+    print(write_record(found, options.adapter, models.digest, is_wanted=options.write))
     return found
 
 
