@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,20 @@ def test_the_verb_writes_the_agreed_files(
     # A second run gives the same numbers.
     run(options(adapter, shapes, out=str(tmp_path / "again")))
     assert json.loads((tmp_path / "again" / "evaluation.json").read_text())["metrics"] == content["metrics"]
+
+
+def test_evaluate_takes_what_the_record_recommends_and_says_so(
+    adapter: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = tmp_path / "trained"
+    shutil.copytree(adapter, trained)
+    record = json.loads((trained / "t2i_adapter.json").read_text())
+    (trained / "t2i_adapter.json").write_text(json.dumps({**record, "sampling": {"scale": 0.5}}))
+    for defaults, scale in [("recommended", 0.5), ("plain", 1.0)]:
+        run(options(trained, shapes, num=2, defaults=defaults, out=str(tmp_path / "out")))
+        settings = json.loads((tmp_path / "out" / "evaluation.json").read_text())["settings"]
+        assert (settings["scale"], settings["guidance"], settings["defaults"]) == (scale, 5.0, defaults)
+        assert ("sampling: scale 0.5, as the adapter's record" in capsys.readouterr().out) is (scale == 0.5)
 
 
 def test_no_adapter_is_the_base_alone_and_a_trained_one_could_win(adapter: Path, shapes: Path, tiny_base: Path) -> None:
