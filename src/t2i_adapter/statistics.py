@@ -45,10 +45,12 @@ def mean_interval(values: Sequence[float] | np.ndarray, alpha: float = ALPHA) ->
     One value has an infinite interval. Pass the pairs' differences for a paired comparison.
     """
     array = np.asarray(values, float)
-    mean = float(array.mean())
-    if len(array) < 2:
+    count = len(array)
+    mean = float(array.sum()) / count
+    if count < 2:
         return Interval(mean, -math.inf, math.inf)
-    half = t_quantile(1 - alpha / 2, len(array) - 1) * float(array.std(ddof=1)) / math.sqrt(len(array))
+    squares = float(np.square(array - mean).sum())
+    half = t_quantile(1 - alpha / 2, count - 1) * math.sqrt(squares / (count - 1) / count)
     return Interval(mean, mean - half, mean + half)
 
 
@@ -60,6 +62,22 @@ def lower_bound(values: Sequence[float] | np.ndarray, alpha: float) -> float:
 def upper_bound(values: Sequence[float] | np.ndarray, alpha: float) -> float:
     """The one-sided bound that lies below the true mean with probability `alpha`; inf for one value."""
     return mean_interval(values, 2 * alpha).high
+
+
+def difference_lower_bound(
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, alpha: float
+) -> float:
+    """The one-sided bound that lies above mean(first) - mean(second) with probability `alpha`, for two independent
+    samples of unequal variance (Welch 1947); -inf if one of them has a single value."""
+    samples = [np.asarray(values, float) for values in (first, second)]
+    difference = float(samples[0].mean() - samples[1].mean())
+    if min(len(values) for values in samples) < 2:
+        return -math.inf
+    errors = [float(values.var(ddof=1)) / len(values) for values in samples]
+    if not sum(errors):
+        return difference
+    freedom = sum(errors) ** 2 / sum(e * e / (len(v) - 1) for e, v in zip(errors, samples, strict=True))
+    return difference - t_quantile(1 - alpha, max(1, math.floor(freedom))) * math.sqrt(sum(errors))
 
 
 def look_alpha(look: int, alpha: float = ALPHA) -> float:

@@ -101,7 +101,7 @@ def test_a_snapshot_shares_nothing_with_what_trains_on():
 def test_the_newest_the_kth_and_the_best_are_kept(tmp_path: Path, keep: KeepPolicy, best: int | None, left: list[int]):
     for step in (5, 10, 15, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    checkpoint.rotate(tmp_path, keep, best)
+    checkpoint.rotate(tmp_path, keep, [best] if best else ())
     assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == left
 
 

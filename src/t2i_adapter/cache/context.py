@@ -59,6 +59,7 @@ class PrepareContext:
         run_id: names the files through which the processes of this run report bad rows.
         timeout: seconds without a new record from another process after which waiting ends in an error.
         progress: whether rank 0 shows progress bars.
+        quiet: whether rank 0 prints nothing.
     """
 
     base: Base
@@ -70,10 +71,11 @@ class PrepareContext:
     run_id: str = ""
     timeout: float = TIMEOUT_SECONDS
     progress: bool = True
+    quiet: bool = False
 
     def log(self, line: str) -> None:
         """Prints on rank 0."""
-        if self.rank == 0:
+        if self.rank == 0 and not self.quiet:
             print(line, flush=True)
 
     def bar(self, items: Iterable[In], total: int, title: str) -> Iterable[In]:

@@ -64,6 +64,11 @@ class Source:
         self.annotate, self.captions_are_remote = rows.annotate, rows.captions_are_remote
         self.shards = shards_of(rows.shards, numbers)
 
+    def subset(self, indices: np.ndarray) -> Source:
+        """The pairs `indices`, ascending, as a source of their own."""
+        numbers = np.asarray(self._numbers)[indices]
+        return Source(self._rows, numbers, background=self._background, what=self._what, captions=self._captions)
+
     def __len__(self) -> int:
         return len(self._numbers)
 

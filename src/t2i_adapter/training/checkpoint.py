@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,12 @@ def _write(temporary: Path, snapshot: Snapshot) -> None:
     (temporary / STATE).write_text(text, encoding="utf-8")
 
 
-def rotate(output_dir: Path, keep: KeepPolicy, best: int | None = None) -> None:
-    """Removes the checkpoints that the policy does not keep. best: step of one that stays in any case."""
+def rotate(output_dir: Path, keep: KeepPolicy, kept: Collection[int] = ()) -> None:
+    """Removes the checkpoints that the policy does not keep. kept: steps of those that stay in any case."""
     if keep.last is None:
         return
     for step, folder in list_checkpoints(output_dir)[: -keep.last]:
-        if step != best and (keep.every is None or step % keep.every):
+        if step not in kept and (keep.every is None or step % keep.every):
             _remove(folder)
 
 

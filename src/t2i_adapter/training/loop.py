@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from t2i_adapter.config.tree import to_dict
 from t2i_adapter.errors import Stopped, UserError, flag
-from t2i_adapter.training import checkpoint, nonfinite, tracking
+from t2i_adapter.training import advice, checkpoint, nonfinite, tracking
+from t2i_adapter.training.advice import Advisor
+from t2i_adapter.training.control import Control, Findings
 from t2i_adapter.training.data_record import DataRecord
 from t2i_adapter.training.profile import FOLDER, Profile
 from t2i_adapter.training.resume import versions
@@ -42,16 +44,20 @@ class Trainer:
         validate: Callable[[Any, int], float | None] | None,
         stopper: Stopper,
         data: DataRecord,
+        *,
+        control: Control | None = None,
+        look_steps: Collection[int] = (),
     ) -> None:
         """batches: first step -> this rank's micro-batches from there on, in order, on the device.
 
         validate: (adapter, step) -> score of the adapter, higher is better, or None if it is not measured; only the
-        main process calls it. None trains without validation. data: what the batches are made of.
+        main process calls it. None trains without validation. data: what the batches are made of. control: measures
+        held-out pairs after the steps `look_steps`; only the main process has one.
 
         After `fit`, `first_step` is the step that it began at, and `seconds` what it took.
         """
         self.update, self.batches, self.validate, self.stopper = update, batches, validate, stopper
-        self.data = data
+        self.data, self.control, self._look_steps = data, control, frozenset(look_steps)
         self.config, self.plan, self.accelerator = update.config, update.plan, update.accelerator
         self.output_dir = Path(self.config.output_dir)
         options = self.config.checkpoint
@@ -59,6 +65,8 @@ class Trainer:
         self.skipped_steps = 0
         self.first_step = 0
         self.seconds = 0.0
+        self.is_plateau = False
+        self._began = time.monotonic()
 
     @property
     def step(self) -> int:
@@ -66,26 +74,26 @@ class Trainer:
         return self.update.step
 
     def fit(self) -> None:
-        """Trains from the present step to the plan's last; logs, saves and validates when due.
+        """Trains from the present step to the plan's last, or to the plateau; logs, saves and validates when due.
 
         Raises Stopped, after saving a checkpoint, if a signal or a limit ends the run early.
         """
         self.stopper.begin_training(PATIENCE)
-        self.first_step, began = self.step, time.monotonic()
+        self.first_step, self._began = self.step, time.monotonic()
         try:
             self._validate_first()
             with self.update.running():
                 self._train()
         finally:
             self.saver.close()
-        self.seconds = time.monotonic() - began
+        self.seconds = time.monotonic() - self._began
         self.stopper.end_training()
 
     def _train(self) -> None:
         batches = self.update.meter.waiting(self.batches(self.step))
         profile = self._profile()
         with self._progress_bar() as bar:
-            while self.step < self.plan.steps:
+            while self.step < self.plan.steps and not self.is_plateau:
                 self.update(batches)
                 self._skip(self.update.guard.known())
                 bar.update()
@@ -97,8 +105,12 @@ class Trainer:
                     self._save()
                 if self._is_due(self.config.validation.every):
                     self._validate()
+                if self.step in self._look_steps:
+                    self._look()
                 reason = self.stopper.stop_reason(self.step)
-                if reason and self.step < self.plan.steps:
+                if reason == Reason.PLATEAU:
+                    self._end_at_plateau()
+                elif reason and self.step < self.plan.steps:
                     self._stop(reason)
 
     def _profile(self) -> Profile | None:
@@ -156,6 +168,16 @@ class Trainer:
             text += f" checkpoint-{self.step} could NOT be written; the older checkpoints are whole."
         raise Stopped(text, reason.exit_code)
 
+    def _end_at_plateau(self) -> None:
+        """Saves this step unless its checkpoint exists; the run then ends as after its last step."""
+        self.is_plateau = True
+        self.saver.wait()
+        if self.saver.saved != self.step:
+            self._save()
+        self._validate()
+        if self.control:
+            self.control.end(self.step)
+
     # Validation -----------------------------------------------------------------------------------------------------
 
     def _validate_first(self) -> None:
@@ -176,13 +198,49 @@ class Trainer:
         if score is None:
             return
         self._track({"control": score})
-        if not self.config.checkpoint.keep_best or self.step == 0:
+        if not self.config.checkpoint.keep_best or self.step == 0 or self.control:
             return
         if self.saver.best is None or score > self.saver.best[1]:
             self.saver.wait()
             if self.saver.saved != self.step:
                 self._save()
             self.saver.keep_as_best(self.step, score)
+
+    def _look(self) -> None:
+        """Measures control on held-out pairs, and asks the run to stop if no gain is left and the options say so."""
+        with self.update.paused():
+            if self.control:
+                elapsed = time.monotonic() - self._began
+                look = partial(self.control, self.update.ema_or_adapter, self.step, elapsed)
+                self._report(self.stopper.unless_stopped(look))
+            self.accelerator.wait_for_everyone()
+
+    def _report(self, found: Findings | None) -> None:
+        """Logs what a look found, keeps the checkpoints that may be the best, and acts on a plateau."""
+        if found is None or self.control is None:
+            return
+        for entry in found.entries:
+            tracking.append_metrics(self.output_dir / METRICS, entry, self.step)
+        for line in found.lines:
+            tqdm.write(line)
+        tracking.log(self.accelerator, found.scalars(), self.step)
+        advisor = self.control.advisor
+        if self.config.checkpoint.keep_best:
+            self._keep_best(advisor)
+        if self.config.train.stop_when == "plateau" and advisor.is_plateau:
+            self.stopper.request(Reason.PLATEAU)
+
+    def _keep_best(self, advisor: Advisor) -> None:
+        """Saves this step if it may become the best, and marks the best one."""
+        candidates, best = advisor.candidates(), advisor.best()
+        if self.step in candidates:
+            self.saver.wait()
+            if self.saver.saved != self.step:
+                self._save()
+        self.saver.protect(candidates)
+        if best is not None:
+            look = next(look for look in advisor.looks if look.step == best)
+            self.saver.keep_as_best(best, float(advice.benefit(look).mean()))
 
     # NaN and inf ----------------------------------------------------------------------------------------------------
 
@@ -262,3 +320,5 @@ class Trainer:
                 tqdm.write(line)
             self.saver.started_from(folder, self.step)
             tracking.truncate_metrics(self.output_dir / METRICS, self.step)
+            if self.control:
+                self.control.resume(self.step)

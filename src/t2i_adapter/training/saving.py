@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from t2i_adapter.files import write_atomic
@@ -31,6 +31,7 @@ class Saver:
         self.output_dir, self.keep, self.log = output_dir, keep, log
         self.saved: int | None = None
         self.best = read_best(output_dir)
+        self._protected: frozenset[int] = frozenset()
         self._thread: threading.Thread | None = None
         self._newer, self._last_try = threading.Event(), threading.Event()
         self._fault: BaseException | None = None
@@ -63,17 +64,26 @@ class Saver:
         self._last_try.set()
         self.wait()
 
+    def protect(self, steps: Iterable[int]) -> None:
+        """Keeps the checkpoints of these steps, which may still become the best, beside those of the policy."""
+        self.wait()
+        self._protected = frozenset(steps)
+
     def keep_as_best(self, step: int, score: float) -> None:
         """Marks the checkpoint of `step`, which is saved or being saved, as the best so far."""
         self.wait()
-        if self.saved != step:
+        if self.best == (step, score) or not (self.output_dir / f"{checkpoint.PREFIX}{step}").is_dir():
             return
         try:
             write_atomic(self.output_dir / BEST, [json.dumps({"step": step, "score": score}).encode()])
             self.best = step, score
-            checkpoint.rotate(self.output_dir, self.keep, step)
+            checkpoint.rotate(self.output_dir, self.keep, self._kept())
         except OSError as fault:
             self.log(f"{BEST} could not be written ({fault}).")
+
+    def _kept(self) -> frozenset[int]:
+        """Steps whose checkpoints stay in any case."""
+        return self._protected | ({self.best[0]} if self.best else set())
 
     def _run(self, snapshot: Snapshot) -> None:
         try:
@@ -88,7 +98,7 @@ class Saver:
                 _check_room(self.output_dir, snapshot)
                 checkpoint.write(self.output_dir, snapshot)
                 self.saved = snapshot.step
-                checkpoint.rotate(self.output_dir, self.keep, self.best[0] if self.best else None)
+                checkpoint.rotate(self.output_dir, self.keep, self._kept())
                 return
             except OSError as fault:
                 then = "no further try" if last else f"next try in {pause:g} s, or with the next checkpoint"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -32,20 +33,31 @@ from t2i_adapter.training import checkpoint, optim, tracking
 from t2i_adapter.training.data import make_batches, prepare_data
 from t2i_adapter.training.data_record import DataCheck, DataRecord
 from t2i_adapter.training.frozen_model import load_frozen_model
+from t2i_adapter.training.held_out import HeldOut, choose_held_out
 from t2i_adapter.training.lock import lock
+from t2i_adapter.training.looks import LookPlan
 from t2i_adapter.training.loop import PATIENCE, Trainer
+from t2i_adapter.training.measured import Measured, describe_looks, make_control, make_look_plan, prepare_measured
+from t2i_adapter.training.pictures import Pictures, text_states
 from t2i_adapter.training.plan import Plan, make_plan
 from t2i_adapter.training.resume import check_same_run, rate_change
 from t2i_adapter.training.signals import Stopper
 from t2i_adapter.training.step import FrozenModel
 from t2i_adapter.training.update import Update
-from t2i_adapter.training.validation import Row, Validator, find_judge, read_rows, text_states
+from t2i_adapter.training.validation import Row, Validator, check_best, find_judge, read_rows
 from t2i_adapter.types import Batch
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Mixed precision as accelerate names it -> dtype of the frozen base and the encoders."""
 OPTIONS = "options.yaml"
 """In a run's folder: its resolved options and seed, a recipe that repeats or resumes the run."""
+
+
+class RunData(NamedTuple):
+    """The prepared data of a run. measured: only on the main process, and if the run measures its control."""
+
+    training: CachedDataset | LiveDataset
+    measured: Measured | None
 
 
 @dataclass(frozen=True)
@@ -56,23 +68,37 @@ class Inputs:
     accelerator: Accelerator
     base: Base
     adapter: Any
-    source: Source
+    held_out: HeldOut
     rows: list[Row]
+
+    @property
+    def source(self) -> Source:
+        """The pairs to train on."""
+        return self.held_out.training
 
     @property
     def dtype(self) -> torch.dtype:
         """Arithmetic of the frozen base and the encoders."""
         return DTYPES[self.accelerator.mixed_precision]
 
-    def prepare_data(self) -> CachedDataset | LiveDataset:
+    @property
+    def measured_pairs(self) -> int:
+        """Number of held-out pairs that the run measures."""
+        return len(self.held_out.measured) if self.config.validation.budget else 0
+
+    def prepare_data(self) -> RunData:
         """Encodes what the cache does not have yet, which may take hours, and frees the encoders' memory.
 
         Raises UserError, before that if the pictures are not those of the checkpoint to resume from.
         """
         prompts, check = [row.prompt for row in self.rows], self.data_check()
         dataset = prepare_data(self.config, self.accelerator, self.base, self.source, self.dtype, prompts, check)
+        measured = None
+        if self.measured_pairs and self.accelerator.is_main_process:
+            device, count = self.accelerator.device, self.measured_pairs
+            measured = prepare_measured(self.config, self.held_out, count, self.base, device, self.dtype)
         release(self.accelerator.device)
-        return dataset
+        return RunData(dataset, measured)
 
     def data_check(self) -> DataCheck | None:
         """Compares the data with that of the checkpoint to resume from; None for a new run."""
@@ -81,11 +107,24 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Setup(Inputs):
-    """A run whose options are checked. resume: the checkpoint to continue from; judge: measures validation pictures."""
+    """A run whose options are checked.
+
+    looks: when it measures its control. judge: scores its pictures. resume: the checkpoint to continue from.
+    """
 
     plan: Plan
+    looks: LookPlan
     judge: Annotator | None
     resume: Path | None
+
+    @property
+    def measured_pairs(self) -> int:
+        return self.looks.pairs
+
+    def describe(self) -> str:
+        """The plan for people."""
+        looks = describe_looks(self.looks, self.held_out, self.config.validation.budget)
+        return f"{self.source.describe()}\nPlan\n{self.plan.describe()}\n{looks}"
 
     def data_check(self) -> DataCheck | None:
         if self.resume is None:
@@ -98,7 +137,8 @@ def open_inputs(config: Config, accelerator: Accelerator, seed: int) -> Inputs:
     rows = read_rows(config)
     base = open_base(config.base)
     adapter = make_adapter(config, base, seed)
-    return Inputs(config, accelerator, base, adapter, open_source(config.data, seed), rows)
+    held_out = choose_held_out(config, open_source(config.data, seed))
+    return Inputs(config, accelerator, base, adapter, held_out, rows)
 
 
 def set_up(config: Config) -> Setup:
@@ -107,6 +147,9 @@ def set_up(config: Config) -> Setup:
     accelerator = make_accelerator(config)
     resume = _find_checkpoint(accelerator, config)
     seed = _seed(accelerator, config, resume)
+    if resume and "held_out" not in checkpoint.read_state(resume)["options"].get("validation", {}):
+        # An older version wrote the checkpoint, and left no pairs out of training.
+        config = replace(config, validation=replace(config.validation, split="none"))
     inputs = open_inputs(config, accelerator, seed)
     plan = make_plan(
         config,
@@ -121,7 +164,10 @@ def set_up(config: Config) -> Setup:
         state = checkpoint.read_state(resume)
         for line in check_same_run(state, config, plan.to_dict(), resume.name) + rate_change(state, config, plan):
             accelerator.print(line)
-    return Setup(**vars(inputs), plan=plan, judge=find_judge(config, inputs.source.annotate), resume=resume)
+    judge = find_judge(config, inputs.source.annotate)
+    looks = make_look_plan(config, plan, inputs.held_out, is_scored=judge is not None)
+    check_best(config, has_score=bool(looks.steps) or (judge is not None and bool(inputs.rows)))
+    return Setup(**vars(inputs), plan=plan, looks=looks, judge=judge, resume=resume)
 
 
 def _check_packages(config: Config) -> None:
@@ -207,12 +253,13 @@ def _seed(accelerator: Accelerator, config: Config, resume: Path | None) -> int:
     return random[0]
 
 
-def make_trainer(setup: Setup, dataset: CachedDataset | LiveDataset, stopper: Stopper | None = None) -> Trainer:
+def make_trainer(setup: Setup, data: RunData, stopper: Stopper | None = None) -> Trainer:
     """Loads the UNet and builds the trainer. `Encoders` load a text encoder or VAE only if a batch needs one.
 
     Raises UserError if the data is not that of the checkpoint to resume from.
     """
     config, accelerator, plan, dtype = setup.config, setup.accelerator, setup.plan, setup.dtype
+    dataset = data.training
     record, check = DataRecord.of(dataset), setup.data_check()
     for line in check.check(record, dataset.source, dataset.numbers) if check else ():
         accelerator.print(line)
@@ -231,26 +278,44 @@ def make_trainer(setup: Setup, dataset: CachedDataset | LiveDataset, stopper: St
             num_timesteps=frozen.schedule.num_timesteps,
         )
 
-    validator = _validator(setup, frozen, dataset, encoders)
     update = Update(config, plan, accelerator, setup.adapter, frozen)
-    return Trainer(update, batches, validator, stopper or Stopper(), record)
+    pictures = Pictures(setup.base, frozen, accelerator.device)
+
+    def states(known: CachedDataset | LiveDataset, prompt: str) -> tuple[Tensor, Tensor]:
+        return _states(known, encoders, prompt, frozen)
+
+    validator = _validator(setup, pictures, partial(states, dataset))
+    control = None
+    if data.measured:
+        control = make_control(
+            config,
+            plan,
+            setup.looks,
+            data.measured,
+            base=setup.base,
+            frozen=frozen,
+            encoders=encoders,
+            pictures=pictures,
+            judge=setup.judge,
+            states=states,
+        )
+    return Trainer(
+        update, batches, validator, stopper or Stopper(), record, control=control, look_steps=setup.looks.steps
+    )
 
 
-def _validator(
-    setup: Setup, frozen: FrozenModel, dataset: CachedDataset | LiveDataset, encoders: Encoders
-) -> Validator | None:
+def _validator(setup: Setup, pictures: Pictures, states: Callable[[str], tuple[Tensor, Tensor]]) -> Validator | None:
+    """states: a prompt's text states."""
     if not setup.rows or not setup.accelerator.is_main_process:
         return None
     prompts = [row.prompt for row in setup.rows]
     text = text_states(
         prompts,
-        {prompt: _states(dataset, encoders, prompt, frozen) for prompt in {"", *prompts}},
+        {prompt: states(prompt) for prompt in {"", *prompts}},
         zeros=setup.base.zeros_for_empty_prompt,
         repeat=setup.config.validation.num_images,
     )
-    return Validator(
-        setup.config, setup.base, frozen, setup.rows, text, setup.accelerator, setup.plan.seed, setup.judge
-    )
+    return Validator(setup.config, pictures, setup.rows, text, setup.accelerator, setup.plan.seed, setup.judge)
 
 
 def _states(

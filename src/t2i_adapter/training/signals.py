@@ -36,6 +36,7 @@ class Reason(IntEnum):
     SIGHUP = int(signal.SIGHUP)
     SIGINT = int(signal.SIGINT)
     STEP_REACHED = 3
+    PLATEAU = 4
     SIGUSR1 = int(signal.SIGUSR1)
     TIME_IS_UP = 14
     SIGTERM = int(signal.SIGTERM)
@@ -47,6 +48,7 @@ class Reason(IntEnum):
     @property
     def text(self) -> str:
         texts = {Reason.TIME_IS_UP: "--train.max_time is reached", Reason.STEP_REACHED: "stop_after is reached"}
+        texts[Reason.PLATEAU] = "no gain is left"
         return texts.get(self, self.name)
 
 
@@ -68,6 +70,7 @@ class Stopper:
         self._stop_after = stop_after
         self._signal: Reason | None = None
         self._signal_time = 0.0
+        self._request: Reason | None = None
         self._in_training = self._in_action = False
         self._pid = os.getpid()
         self._old_handlers: dict[int, Any] = {}
@@ -114,6 +117,10 @@ class Stopper:
         self._exchange = dist.all_reduce(number, dist.ReduceOp.MAX, self._group, async_op=True), number
         return reason
 
+    def request(self, reason: Reason) -> None:
+        """Asks the run to stop for `reason` when no signal or limit stops it; one rank is enough."""
+        self._request = reason
+
     def unless_stopped(self, action: Callable[[], T]) -> T | None:
         """Runs `action` and returns its result; returns None if a signal arrives before or during it.
 
@@ -132,7 +139,7 @@ class Stopper:
             return self._signal
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return Reason.TIME_IS_UP
-        return Reason.STEP_REACHED if step == self._stop_after else None
+        return Reason.STEP_REACHED if step == self._stop_after else self._request
 
     def _receive(self) -> Reason | None:
         assert self._exchange is not None

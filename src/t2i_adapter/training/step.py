@@ -23,7 +23,12 @@ class FrozenModel(NamedTuple):
 
 
 def batch_losses(adapter: Any, frozen: FrozenModel, batch: Batch, *, min_snr_gamma: float | None = None) -> Tensor:
-    """Each sample's loss, (B,) float32: the mean over its K noise samples.
+    """Each sample's loss, (B,) float32: the mean over its K noise samples. Arguments as of `draw_losses`."""
+    return draw_losses(adapter, frozen, batch, min_snr_gamma=min_snr_gamma).mean(1)
+
+
+def draw_losses(adapter: Any, frozen: FrozenModel, batch: Batch, *, min_snr_gamma: float | None = None) -> Tensor:
+    """The loss of each of a sample's K noise samples, (B,K) float32.
 
     adapter: condition (B,C,H,W) -> four features; it may run under autocast and be wrapped in DDP.
     """
@@ -32,7 +37,7 @@ def batch_losses(adapter: Any, frozen: FrozenModel, batch: Batch, *, min_snr_gam
     target = objective.target(latents, batch.noise, batch.timesteps, frozen.schedule)
     prediction = predict(adapter, frozen, noisy, batch)
     weight = objective.weights(batch.timesteps, frozen.schedule, min_snr_gamma)
-    return objective.losses(prediction, target, weight).view(len(batch), batch.draws).mean(1)
+    return objective.losses(prediction, target, weight).view(len(batch), batch.draws)
 
 
 def each_draw(rows: Tensor, batch: Batch) -> Tensor:

@@ -78,7 +78,7 @@ def run(options: PlanOptions) -> None:
             checkpoint=replace(options.config.checkpoint, resume=None),
         )
         setup = replace(set_up(_portable(config) if options.card else config), config=config)
-    print(f"{setup.source.describe()}\nPlan\n{setup.plan.describe()}", flush=True)
+    print(setup.describe(), flush=True)
     precision = (config.train.mixed_precision if options.card else setup.accelerator.mixed_precision) or "no"
     found = forecast(setup, card_bytes=card_bytes(options.card), precision=precision, probe=options.probe)
     print(_describe(setup, options, found, precision))

@@ -55,7 +55,7 @@ def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool) -> None
 
     setup = set_up(config)
     accelerator = setup.accelerator
-    accelerator.print(f"{setup.source.describe()}\nPlan\n{setup.plan.describe()}", flush=True)
+    accelerator.print(setup.describe(), flush=True)
     if dry_run:
         accelerator.print(f"Options\n{recipe.dump(config)}")
         return
@@ -72,8 +72,7 @@ def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool) -> None
             write_options(config, setup.plan)
             if setup.resume is None:  # a run killed before its first checkpoint may have left lines
                 tracking.truncate_metrics(Path(config.output_dir) / "metrics.jsonl", 0)
-        dataset = setup.prepare_data()
-        trainer = make_trainer(setup, dataset, stopper)
+        trainer = make_trainer(setup, setup.prepare_data(), stopper)
         if setup.resume:
             trainer.resume(setup.resume)
         tracking.start(accelerator, config, is_resumed=setup.resume is not None)
@@ -113,6 +112,7 @@ def _is_finished(setup: Setup, resume: Path) -> bool:
     """Whether the run of the checkpoint `resume` has made its last step and has written its adapter after it."""
     from t2i_adapter.models.record import read_metadata
     from t2i_adapter.training import checkpoint
+    from t2i_adapter.training.control import ended_at
 
     if setup.config.checkpoint.resume not in ("auto", "latest"):
         return False
@@ -121,7 +121,8 @@ def _is_finished(setup: Setup, resume: Path) -> bool:
     except UserError:  # the end of this run replaces it
         return False
     step = checkpoint.read_state(resume)["step"]
-    return step >= setup.plan.steps and record is not None and record.steps == step
+    is_plateau = setup.config.train.stop_when == "plateau" and ended_at(Path(setup.config.output_dir)) == step
+    return (step >= setup.plan.steps or is_plateau) and record is not None and record.steps == step
 
 
 def _resume_command(config: Config) -> str:
