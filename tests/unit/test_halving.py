@@ -141,3 +141,5 @@ def test_pairs_without_a_value_are_skipped_and_errors_count_as_lower_is_better()
     found = compare(goal, own, other, 0.05)
     assert found.pairs == 2 and found.gain.mean == pytest.approx(0.15) and not found.harms
     assert compare(goal, own, own, 0.05).is_better is False, "no difference is no gain"
+    unknown = compare(goal, {"condition_error": [None]}, {"condition_error": [0.1]}, 0.05)
+    assert unknown.pairs == 0 and not unknown.is_better

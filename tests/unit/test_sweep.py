@@ -22,11 +22,12 @@ from t2i_adapter.evaluation.sweep import Schedule, Sweep, make_goal
 from t2i_adapter.evaluation.sweep_options import SweepOptions, make_points, point_values
 from t2i_adapter.evaluation.sweep_values import ValueFile
 from t2i_adapter.export.adapter import save_adapter
+from t2i_adapter.export.card import write_card
 from t2i_adapter.flags import parse_flags
 from t2i_adapter.generation.options import RequestedSampling, SamplingOptions
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.open import open_base
-from t2i_adapter.models.record import describe_sampling, read_metadata, write_sampling
+from t2i_adapter.models.record import describe_measurement, read_metadata, write_sampling
 from t2i_adapter.statistics import Interval
 from t2i_adapter.verbs.evaluate import EvaluateOptions, run
 from t2i_adapter.verbs.sweep import write_record
@@ -160,6 +161,9 @@ def result(*, gain: float, schedule: str | None = None) -> Sweep:
 
 
 def test_a_confirmed_point_is_written_and_used_by_default(adapter: Path) -> None:
+    record = read_metadata(adapter)
+    assert record is not None
+    write_card(adapter, metadata=record, repo_id="me/my-adapter")
     found = result(gain=0.05)
     assert "Recommended: scale 1.25" in found.answer() and "+0.050" in found.answer()
     assert "by default" in write_record(found, str(adapter), "abc", is_wanted=True)
@@ -169,8 +173,10 @@ def test_a_confirmed_point_is_written_and_used_by_default(adapter: Path) -> None
     assert RequestedSampling().settle(record.sampling) == found.points[1]
     assert RequestedSampling(scale=0.7).settle(record.sampling).scale == 0.7
     assert RequestedSampling(defaults="plain").settle(record.sampling) == DEFAULT
-    sentence = describe_sampling(record.sampling)
-    assert sentence is not None and "adapter scale 1.25" in sentence and "0.550" in sentence and "0.500" in sentence
+    sentence = "On 4 held-out pairs that took no part in the choice, iou is 0.550 with these values and 0.500 with"
+    assert sentence in (describe_measurement(record.sampling) or "")
+    card = (adapter / "README.md").read_text()
+    assert "scale 1.25" in card.replace("\\", "") and sentence in card.replace("\\", "")
 
 
 def test_a_confirmed_schedule_is_part_of_the_point(adapter: Path) -> None:
@@ -179,7 +185,6 @@ def test_a_confirmed_schedule_is_part_of_the_point(adapter: Path) -> None:
     record = read_metadata(adapter)
     assert record is not None
     assert RequestedSampling().settle(record.sampling).scale_schedule == "187:0.8,937:1.1"
-    assert "187:0.8" in (describe_sampling(record.sampling) or "")
 
 
 def test_the_record_is_unchanged_if_nothing_is_confirmed_or_nothing_may_be_written(
@@ -197,9 +202,9 @@ def test_the_record_is_unchanged_if_nothing_is_confirmed_or_nothing_may_be_writt
     assert "has no t2i_adapter.json" in write_record(result(gain=0.05), str(tmp_path / "bare"), "abc", is_wanted=True)
 
 
-def test_a_record_without_a_point_has_no_sentence() -> None:
-    assert describe_sampling({}) is None
-    assert describe_sampling({"scale": 1.5}) == "Recommended: adapter scale 1.5."
+@pytest.mark.parametrize("sampling", [{}, {"scale": 1.5}, {"from": "a sweep"}, {"from": {"metric": "iou", "pairs": 4}}])
+def test_a_record_without_a_whole_measurement_has_no_sentence(sampling: dict[str, Any]) -> None:
+    assert describe_measurement(sampling) is None
 
 
 def test_the_grid_has_the_default_first_and_no_point_twice() -> None:

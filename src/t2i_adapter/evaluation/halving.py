@@ -122,7 +122,8 @@ def compare(goal: Goal, values: Values, reference: Values, alpha: float) -> Comp
     gains = goal.gains(values, reference)
     harms = goal.harms(values, reference)
     intervals = {name: mean_interval(harm, 2 * alpha) for name, harm in harms.items() if len(harm)}
-    return Comparison(mean_interval(gains, 2 * alpha), intervals, len(gains))
+    gain = mean_interval(gains, 2 * alpha) if len(gains) else Interval(0.0, -math.inf, math.inf)
+    return Comparison(gain, intervals, len(gains))
 
 
 @dataclass

@@ -117,45 +117,35 @@ def read_metadata(adapter: str | Path) -> Metadata | None:
     return Metadata.from_dict(data, str(path))
 
 
-def write_sampling(folder: Path, sampling: Mapping[str, Any]) -> None:
+def write_sampling(folder: Path, sampling: Mapping[str, Any]) -> Metadata:
     """Puts recommended options of sampling into the record of an adapter's folder, in place of earlier ones.
 
-    Raises UserError if the record is missing or malformed, or cannot be written.
+    Returns the new record. Raises UserError if the record is missing or malformed, or cannot be written.
     """
     path = folder / FILE_NAME
     record = read_metadata(folder)
     if record is None:
         raise UserError(f"{folder}: there is no {FILE_NAME} to write the recommended options into.")
-    text = json.dumps(replace(record, sampling=sampling).to_dict(), indent=2, ensure_ascii=False) + "\n"
+    record = replace(record, sampling=sampling)
+    text = json.dumps(record.to_dict(), indent=2, ensure_ascii=False) + "\n"
     try:
         write_atomic(path, [text.encode()])
     except OSError as fault:
         raise UserError(f"{path}: the recommended options cannot be written ({fault.strerror}).") from fault
+    return record
 
 
-def describe_sampling(sampling: Mapping[str, Any]) -> str | None:
-    """Returns a sentence about a record's recommended options, for the card; None if there are none."""
-    words = {
-        "scale": "adapter scale {:g}",
-        "guidance": "guidance {:g}",
-        "control_guidance": "control guidance {:g}",
-        "control_passes": "{} passes a step",
-        "condition_factor": "the adapter in the first {:.0%} of the steps",
-        "scale_schedule": "scale by timestep {}",
-    }
-    plain = {"control_guidance": 1, "condition_factor": 1, "scale_schedule": "none"}
-    shown = {key: sampling[key] for key in words if key in sampling and sampling[key] != plain.get(key)}
-    if "control_guidance" not in shown:
-        shown.pop("control_passes", None)
-    if not shown:
+def describe_measurement(sampling: Mapping[str, Any]) -> str | None:
+    """Returns a sentence about the measurement that recommends a record's options, for the card; None without one."""
+    found = sampling.get("from")
+    if not isinstance(found, Mapping):
         return None
-    text = f"Recommended: {', '.join(words[key].format(value) for key, value in shown.items())}"
-    found = sampling.get("from", {})
-    if not isinstance(found, Mapping) or not {"metric", "default", "recommended", "pairs"} <= set(found):
-        return f"{text}."
+    numbers = [found.get(key) for key in ("recommended", "default", "pairs")]
+    if not all(isinstance(number, int | float) for number in numbers):
+        return None
     return (
-        f"{text}. On {found['pairs']} held-out pairs that took no part in the choice, {found['metric']} is "
-        f"{found['recommended']:.3f} with these options and {found['default']:.3f} with the default ones."
+        f"On {found['pairs']} held-out pairs that took no part in the choice, {found.get('metric')} is "
+        f"{found['recommended']:.3f} with these values and {found['default']:.3f} with the default ones."
     )
 
 
