@@ -84,7 +84,12 @@ def run(options: EvaluateOptions) -> Evaluation | Sweep:
 
         judged = {"judge": judge.record() if judge else None}
         return run_sweep(
-            options, models, pairs, judge, lambda point: {**_settings(options, point, models, resolution), **judged}
+            options,
+            options.adapter,
+            models,
+            pairs,
+            judge,
+            lambda point: {**_settings(options, point, models, resolution), **judged},
         )
     out = output_folder(options.out)
     sampling = options.settle(models.recommended)

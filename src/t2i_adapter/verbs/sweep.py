@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 def run_sweep(
     options: EvaluateOptions,
+    adapter: str,
     models: Models,
     pairs: Sequence[Pair],
     judge: Annotator | None,
@@ -40,6 +41,7 @@ def run_sweep(
     The default point has the options given, and plain ones for the others.
 
     Args:
+        adapter: its folder or hub id; a local folder's record gets the answer.
         judge: as of an evaluation.
         settings: the default point -> everything that the numbers depend on, as plain JSON types.
 
@@ -74,7 +76,7 @@ def run_sweep(
     numbers.write_text(text + "\n", encoding="utf-8")
     page.write_text(make_sweep_page(found, facts, command_line("evaluate", options)), encoding="utf-8")
     print("\n".join([found.answer(), show_path(numbers), show_path(page)]))
-    print(write_record(found, options.adapter, models.digest, is_wanted=options.write))
+    print(write_record(found, adapter, models.digest, is_wanted=options.write))
     return found
 
 
