@@ -292,7 +292,7 @@ def test_settings_show_what_differs_first_and_all_folded() -> None:
     assert changed < page.index("<code>runs/a</code>", changed) < page.index("Digest and versions") < everything
     assert "base.name" in page[everything:] and "base.name" not in page[:everything]
     assert f'<code id="command">{COMMAND}</code>' in page
-    assert page.count("<details") == page.count("</details>") == 3
+    assert page.count("<details") == page.count("</details>") == 4
 
 
 def test_what_the_script_looks_for_is_on_the_page() -> None:
