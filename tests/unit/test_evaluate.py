@@ -268,6 +268,16 @@ def test_several_adapters_are_compared_on_the_same_pairs_and_noise(
     assert {'href="adapter-x/report.html"', 'href="adapter-y/report.html"'} <= set(re.findall('href="[^"]*"', page))
 
 
+def test_adapters_may_stand_without_their_flag() -> None:
+    def adapters(words: str) -> tuple[str, ...]:
+        return parse_flags(EvaluateOptions, [*words.split(), "--num", "4"], "t2i-adapter").adapter
+
+    assert adapters("a b --data d") == adapters("--data d a b") == adapters("--adapter a b --data d") == ("a", "b")
+    assert adapters("a --adapter b --data d") == ("a", "b")
+    with pytest.raises(UserError, match="--adapter: required"):
+        adapters("--data d")
+
+
 def test_adapters_of_different_conditions_are_not_compared(
     adapter: Path, another: Path, shapes: Path, tmp_path: Path
 ) -> None:

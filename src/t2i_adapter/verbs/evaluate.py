@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from t2i_adapter.config.dataset import DatasetOptions
 from t2i_adapter.config.tree import to_dict
 from t2i_adapter.errors import UserError, require
+from t2i_adapter.flags import Words
 from t2i_adapter.generation.options import ModelOptions, SamplingOptions
 from t2i_adapter.imports import preload
 
@@ -34,8 +35,9 @@ PICTURES = "pictures"
 class EvaluateOptions(DatasetOptions, ModelOptions, SamplingOptions):
     """Measure how well pictures follow their conditions, on held-out pairs and with two controls."""
 
-    adapter: tuple[str, ...]  # pyright: ignore[reportIncompatibleVariableOverride] - `model_options` makes one of each
-    """The adapter: its folder, or a hub id. Several adapters are compared on the same pairs, conditions and noise."""
+    adapter: Annotated[tuple[str, ...], Words("ADAPTER")]  # pyright: ignore[reportIncompatibleVariableOverride]
+    """The adapter: its folder, or a hub id. Several adapters are compared on the same pairs, conditions and noise. The
+    flag may be omitted: `evaluate A B`."""
     split: str = "test"
     """Split of the dataset: pairs that the adapter was not trained on."""
     num: int = 64
