@@ -38,6 +38,7 @@ from t2i_adapter.evaluation.metrics import (
 )
 from t2i_adapter.evaluation.pairs import Pair
 from t2i_adapter.evaluation.people import people_agreement
+from t2i_adapter.evaluation.plan import TARGET
 from t2i_adapter.evaluation.pooled import (
     LEAST_FOR_FID,
     LEAST_FOR_KID,
@@ -47,8 +48,6 @@ from t2i_adapter.evaluation.pooled import (
     mean_iou,
 )
 
-TARGET = "target"
-"""The pair's true picture, which is measured but not generated: the best value that a generated picture can reach."""
 Features = Callable[[Sequence[Image.Image]], Any]
 """Returns the features of N pictures, torch (N,D)."""
 EXTRA = "pip install 'sdxl-t2i-adapter[metrics]'"
