@@ -174,6 +174,7 @@ def test_a_confirmed_point_is_written_and_used_by_default(adapter: Path) -> None
     assert RequestedSampling(scale=0.7).settle(record.sampling).scale == 0.7
     assert RequestedSampling(defaults="plain").settle(record.sampling) == DEFAULT
     sentence = "On 4 held-out pairs that took no part in the choice, iou is 0.550 with these values and 0.500 with"
+    assert record.sampling["from"]["default_point"]["scale"] == 1.0
     assert sentence in (describe_measurement(record.sampling) or "")
     card = (adapter / "README.md").read_text()
     assert "scale 1.25" in card.replace("\\", "") and sentence in card.replace("\\", "")
