@@ -44,8 +44,13 @@ PLAN = LookPlan(steps=(4, 8, 12), pairs=8, picture_steps=frozenset({4, 12}), pic
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looks as in PLAN, whatever the clock of a test's short run says."""
+    """Looks as in PLAN, though so short a run would not pay for them."""
     monkeypatch.setattr("t2i_adapter.training.setup.make_look_plan", lambda *_, **__: PLAN)
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No look is skipped, however short the run."""
     monkeypatch.setattr(Control, "is_paid", lambda self, elapsed: True)
 
 
@@ -116,14 +121,16 @@ def test_a_split_that_does_not_exist_is_an_error(tiny_base: Path, data: Path, tm
 # What is measured -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("planned")
 def test_an_adapter_without_features_neither_reads_nor_helps(tiny_base: Path, data: Path, tmp_path: Path):
     setup = set_up(measured(tiny_base, data, tmp_path / "run", adapter__init="zero"))
     gain = control_of(setup).gain
     right, other, none = gain.right(setup.adapter), gain.other(setup.adapter), gain.none(setup.adapter)
-    assert right.shape == (10, 4) and np.array_equal(right, other) and np.array_equal(right, none)
+    assert right.shape == (8, 4) and np.array_equal(right, other) and np.array_equal(right, none)
     assert (none > 0).all()
 
 
+@pytest.mark.usefixtures("planned")
 def test_losses_are_the_steps_own_and_do_not_depend_on_the_batch(tiny_base: Path, data: Path, tmp_path: Path):
     setup = set_up(measured(tiny_base, data, tmp_path / "run"))
     few = control_of(setup).gain
@@ -133,7 +140,7 @@ def test_losses_are_the_steps_own_and_do_not_depend_on_the_batch(tiny_base: Path
     assert np.array_equal(few.right(setup.adapter), few.right(setup.adapter)), "noise and pairs are fixed"
 
 
-@pytest.mark.usefixtures("planned")
+@pytest.mark.usefixtures("planned", "unhurried")
 def test_looks_are_logged_with_pictures_and_change_no_weight(
     config: Config, tiny_base: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -161,6 +168,7 @@ def test_looks_are_logged_with_pictures_and_change_no_weight(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.usefixtures("planned")
 def test_a_look_beyond_the_budget_is_skipped(config: Config):
     control = make_trainer(setup := set_up(config), setup.prepare_data()).control
     assert control is not None
@@ -170,7 +178,7 @@ def test_a_look_beyond_the_budget_is_skipped(config: Config):
     assert control(setup.adapter, 7, elapsed=1e6) is not None
 
 
-@pytest.mark.usefixtures("planned")
+@pytest.mark.usefixtures("planned", "unhurried")
 def test_a_resumed_run_continues_with_the_looks_before(config: Config):
     first = PLAN.steps[0]
     with pytest.raises(Stopped):
@@ -209,7 +217,7 @@ def test_a_checkpoint_of_a_version_that_left_no_pairs_out_resumes_on_all_pairs(
 # What the run does with it ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("planned")
+@pytest.mark.usefixtures("planned", "unhurried")
 def test_a_plateau_ends_the_run_as_its_last_step_does(
     tiny_base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -225,7 +233,7 @@ def test_a_plateau_ends_the_run_as_its_last_step_does(
     assert "Finished already" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("planned")
+@pytest.mark.usefixtures("planned", "unhurried")
 def test_the_best_checkpoint_is_kept_without_validation_flags(tiny_base: Path, data: Path, tmp_path: Path):
     config = measured(tiny_base, data, tmp_path / "run", checkpoint__keep_best=True, checkpoint__keep=1)
     run(config)

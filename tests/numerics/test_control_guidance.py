@@ -255,14 +255,15 @@ def test_without_a_condition_control_guidance_has_no_effect(pipeline: Any) -> No
         assert are_equal(steps(pipeline, None, sampling), plain)
 
 
-def test_no_hook_remains(pipeline: Any, conditions: list[Image.Image]) -> None:
+def test_no_hook_remains(pipeline: Any, pair: Any, conditions: list[Image.Image]) -> None:
     generate(pipeline, PROMPTS, conditions, SEEDS, size=SIZE, sampling=options(control_guidance=2.0))
     with (
         pytest.raises(ValueError, match="callback_steps"),
         steer(pipeline, options(control_guidance=2.0), [Strength()]),
     ):
         pipeline(PROMPTS, image=conditions, callback_steps=-1)
-    for module in (pipeline.unet, pipeline.adapter):
+    generate(pair, PROMPTS, [(conditions[0],) * 2] * 2, SEEDS, size=SIZE, sampling=options(control_guidance=2.0))
+    for module in (pipeline.unet, pipeline.adapter, pair.unet, *pair.adapter.adapters):
         assert not module._forward_pre_hooks and not module._forward_hooks
 
 

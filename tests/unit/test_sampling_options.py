@@ -58,9 +58,12 @@ def test_a_bad_schedule_is_one_line(text: str, named: str) -> None:
     ],
 )
 def test_errors_name_the_options(changes: dict[str, Any], named: str) -> None:
-    for cls in (SamplingOptions, RequestedSampling):
-        with pytest.raises(UserError, match=named):
-            cls(**changes)
+    with pytest.raises(UserError, match=named):
+        SamplingOptions(**changes)
+    with pytest.raises(UserError, match=named):
+        RequestedSampling(**changes, defaults="plain")
+    with pytest.raises(UserError, match=named):
+        RequestedSampling(**changes).settle({})
 
 
 def test_what_is_allowed_at_the_limits() -> None:
@@ -69,6 +72,16 @@ def test_what_is_allowed_at_the_limits() -> None:
     SamplingOptions(control_guidance=6.0, control_passes=3)
     SamplingOptions(control_guidance=1.5, control_passes=3, guidance=1.0)
     SamplingOptions(control_guidance=1.0, guidance=0.0)
+
+
+def test_a_record_may_allow_what_plain_values_do_not() -> None:
+    request = RequestedSampling(control_guidance=6.0)
+    assert request.settle({"guidance": 7}) == SamplingOptions(control_guidance=6.0, guidance=7.0)
+    assert request.settle({"control_passes": 3}) == SamplingOptions(control_guidance=6.0, control_passes=3)
+    two = RequestedSampling(control_guidance=6.0, control_passes=2)
+    assert two.settle({"guidance": 7}).control_passes == 2
+    with pytest.raises(UserError, match="--control_guidance 6"):
+        RequestedSampling(control_guidance=6.0, control_passes=2, guidance=5.0)
 
 
 def test_without_a_record_all_values_are_plain() -> None:

@@ -58,7 +58,7 @@ def options(adapter: Path, data: Path, **changes: Any) -> EvaluateOptions:
         "sweep_control_guidance": (1.0,),
         "sweep_condition_factor": (1.0,),
     }
-    common: dict[str, Any] = {"adapter": str(adapter), "data": str(data), "num": 3, "steps": 2, "guidance": 3.0}
+    common: dict[str, Any] = {"adapter": (str(adapter),), "data": str(data), "num": 3, "steps": 2, "guidance": 3.0}
     return EvaluateOptions(**{**common, **small, "sweep": True, **changes})
 
 

@@ -32,6 +32,11 @@ class Metric:
     def direction(self) -> str:
         return "higher is better" if self.higher_is_better else "lower is better"
 
+    @property
+    def least(self) -> float:
+        """The difference for which numbers of pairs are stated: 0.02 on a scale from 0 to 1, otherwise 1."""
+        return 0.02 if self.most is not None else 1.0
+
     def show(self, value: float) -> str:
         return f"{value:.{self.digits}f}"
 
@@ -258,24 +263,24 @@ def headline_key(metrics: Collection[str]) -> str:
     return next((key for key in ("condition_f1", "condition_error") if key in metrics), "iou")
 
 
-def rank_pairs(evaluation: Evaluation) -> list[int]:
-    """Returns the indices of all pairs, best first by the adapter's value of the headline metric.
+def rank_pairs(evaluation: Evaluation, columns: Sequence[str] = (ADAPTER,)) -> list[int]:
+    """Returns the indices of all pairs, best first by the headline metric's mean over `columns`.
 
     Pairs without a value come last; equal pairs keep their order.
     """
     key = headline_metric(evaluation)
-    values, sign = evaluation.values[key][ADAPTER], -1 if METRICS[key].higher_is_better else 1
+    rows, sign = [evaluation.values[key][column] for column in columns], -1 if METRICS[key].higher_is_better else 1
 
     def badness(index: int) -> tuple[bool, float]:
-        value = values[index]
-        return (True, 0.0) if value is None else (False, sign * value)
+        values = [value for row in rows if (value := row[index]) is not None]
+        return (False, sign * sum(values) / len(values)) if values else (True, 0.0)
 
-    return sorted(range(len(values)), key=badness)
+    return sorted(range(len(evaluation.pairs)), key=badness)
 
 
-def typical_pairs(evaluation: Evaluation, count: int = 5) -> list[tuple[int, str]]:
+def typical_pairs(evaluation: Evaluation, count: int = 5, columns: Sequence[str] = (ADAPTER,)) -> list[tuple[int, str]]:
     """Returns (index of a pair, its place in words) at `count` evenly spaced ranks, from the best to the worst."""
-    ranks, total = rank_pairs(evaluation), len(evaluation.pairs)
+    ranks, total = rank_pairs(evaluation, columns), len(evaluation.pairs)
     count = min(count, total)
     places = [round(n * (total - 1) / max(1, count - 1)) for n in range(count)]
     names = {0: "best", total - 1: "worst"}

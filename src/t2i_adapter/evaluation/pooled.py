@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from t2i_adapter.annotators.runtime import tensors_only
 from t2i_adapter.evaluation.color import srgb_to_lab
 from t2i_adapter.evaluation.metrics import Estimate
 
@@ -63,12 +64,37 @@ def reduced(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB").resize(size, Image.Resampling.BOX)
 
 
-def kernel_distance(got: Any, wanted: Any) -> Estimate:
-    """KID: the unbiased squared distance (MMD) of two sets of features, torch (N,D) each, row n of both being one pair.
+def inception_features(pictures: Sequence[Image.Image]) -> Any:
+    """Returns Inception v3's features of N pictures, torch (N,2048), as FID and KID are defined.
 
-    The kernel is (x y / D + 1)^3. The interval is 1.96 standard errors of a jackknife that leaves out one pair after
-    the other; it follows from sums of the kernel's rows. KID may be below 0. Raises ImportError.
+    Raises ImportError if torchmetrics or torch-fidelity is missing. The first call downloads the network's weights.
     """
+    import torch
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    with tensors_only():
+        network = NoTrainInceptionV3("inception-v3-compat", ["2048"])
+    with torch.inference_mode():
+        rows = [network(torch.from_numpy(np.array(p.convert("RGB"))).permute(2, 0, 1)[None]) for p in pictures]
+    return torch.cat(rows)
+
+
+def kernel_distance(groups: Sequence[Any], wanted: Any) -> Estimate:
+    """KID: the unbiased squared distance (MMD) of two sets of features; the kernel is (x y / D + 1)^3.
+
+    Args:
+        groups: k sets, torch (N,D) each, one picture a pair; the result is the mean of their distances.
+        wanted: the targets, torch (N,D), row n being the target of the groups' row n.
+
+    The interval is 1.96 standard errors of a jackknife that leaves out one pair after the other. KID may be below 0.
+    Raises ImportError.
+    """
+    found = [_kernel_distance(group, wanted) for group in groups]
+    return _jackknife(float(np.mean([value for value, _ in found])), np.mean([rest for _, rest in found], axis=0))
+
+
+def _kernel_distance(got: Any, wanted: Any) -> tuple[float, np.ndarray]:
+    """Returns MMD^2 and its values without each of the N pairs (N,), which follow from sums of the kernel's rows."""
     import torch
     from torchmetrics.image.kid import poly_kernel
 
@@ -76,32 +102,27 @@ def kernel_distance(got: Any, wanted: Any) -> Estimate:
     n = len(a)
     aa, bb, ab = poly_kernel(a, a), poly_kernel(b, b), poly_kernel(a, b)
     own = aa.sum() - aa.diagonal().sum() + bb.sum() - bb.diagonal().sum()
-    value = own / (n * (n - 1)) - 2 * ab.sum() / n**2
     rows = 2 * (aa.sum(1) - aa.diagonal() + bb.sum(1) - bb.diagonal())
     crossed = ab.sum(1) + ab.sum(0) - ab.diagonal()
     without = (own - rows) / ((n - 1) * (n - 2)) - 2 * (ab.sum() - crossed) / (n - 1) ** 2
-    error = float(torch.sqrt((n - 1) / n * torch.sum((without - without.mean()) ** 2)))
-    return Estimate(float(value), float(value) - 1.96 * error, float(value) + 1.96 * error)
+    return float(own / (n * (n - 1)) - 2 * ab.sum() / n**2), without.numpy()
 
 
-def frechet_distance(got: Any, wanted: Any) -> Estimate:
-    """FID of two sets of features, torch (N,D) each, row n of both being one pair.
+def frechet_distance(groups: Sequence[Any], wanted: Any) -> Estimate:
+    """FID of two sets of features. Arguments: as in `kernel_distance`.
 
     The interval is 1.96 standard errors of a jackknife of ten blocks of pairs. Raises ImportError.
     """
-    import torch
-
-    def distance(rows: Any) -> float:
-        return _frechet(got[rows], wanted[rows])
-
-    everything = torch.arange(len(got))
-    value = distance(everything)
-    without = np.array([distance(everything[everything % FID_BLOCKS != block]) for block in range(FID_BLOCKS)])
-    error = float(np.sqrt((FID_BLOCKS - 1) / FID_BLOCKS * np.sum((without - without.mean()) ** 2)))
-    return Estimate(value, value - 1.96 * error, value + 1.96 * error)
+    blocks = np.arange(len(wanted)) % FID_BLOCKS
+    value = float(np.mean([_frechet_distance(group, wanted) for group in groups]))
+    without = [
+        np.mean([_frechet_distance(group[blocks != block], wanted[blocks != block]) for group in groups])
+        for block in range(FID_BLOCKS)
+    ]
+    return _jackknife(value, np.asarray(without))
 
 
-def _frechet(got: Any, wanted: Any) -> float:
+def _frechet_distance(got: Any, wanted: Any) -> float:
     import torch
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -112,3 +133,9 @@ def _frechet(got: Any, wanted: Any) -> float:
     metric.update(wanted.to(torch.float64), real=True)
     metric.update(got.to(torch.float64), real=False)
     return float(metric.compute())
+
+
+def _jackknife(value: float, without: np.ndarray) -> Estimate:
+    """value: of all. without: (B,) values, each without one of B blocks."""
+    error = 1.96 * float(np.sqrt((len(without) - 1) * np.var(without)))
+    return Estimate(value, value - error, value + error)

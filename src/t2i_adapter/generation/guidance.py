@@ -54,8 +54,9 @@ def steer(
     with ExitStack() as hooks:
         hooks.callback(unet.register_forward_pre_hook(steering.before, with_kwargs=True).remove)
         hooks.callback(unet.register_forward_hook(steering.after).remove)
-        for number, adapter in enumerate(adapters_of(pipeline)):
-            hooks.callback(adapter.register_forward_hook(steering.keeper(number)).remove)
+        if len(strengths) > 1:
+            for number, adapter in enumerate(adapters_of(pipeline)):
+                hooks.callback(adapter.register_forward_hook(steering.keeper(number)).remove)
         yield
 
 
@@ -86,7 +87,7 @@ class _Steering:
         self.added = 0
         """Rows that the present step has more than the pipeline gave."""
         self.features: dict[int, list[Tensor]] = {}
-        """Each adapter's features, (B,D,h,w), before they are weighed and summed."""
+        """Each of several adapters' features, (B,D,h,w), before they are weighed and summed."""
 
     @property
     def is_needed(self) -> bool:

@@ -157,7 +157,16 @@ class RequestedSampling:
     """Pictures generated at a time; None takes as many as 512 x 512 pixels hold. It does not change the pictures."""
 
     def __post_init__(self) -> None:
-        self.settle({})
+        values = self._given()
+        is_settled = self.defaults == "plain" or {"guidance", "control_passes"} <= values.keys()
+        if not is_settled and values.get("control_passes", 2) == 2:
+            values["control_passes"] = 3  # which allows every control_guidance: a record may allow it, too
+        SamplingOptions(**values)
+
+    def _given(self) -> dict[str, Any]:
+        """Returns the options that have a value."""
+        values = {f.name: getattr(self, f.name) for f in fields(SamplingOptions)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def settle(self, recommended: Mapping[str, Any]) -> SamplingOptions:
         """Returns the options with the given values, else those of `recommended`, else the plain ones.
@@ -165,10 +174,8 @@ class RequestedSampling:
         recommended: `sampling` of the adapter's record; keys that are not in `POINT` are skipped. Raises UserError.
         """
         advised = _read_point(recommended) if self.defaults == "recommended" else {}
-        asked = {f.name: getattr(self, f.name) for f in fields(SamplingOptions)}
-        given = {name: value for name, value in asked.items() if value is not None}
         try:
-            return SamplingOptions(**{**advised, **given})
+            return SamplingOptions(**{**advised, **self._given()})
         except UserError as fault:
             if not advised:
                 raise
