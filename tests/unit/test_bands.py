@@ -13,7 +13,14 @@ from support.tiny import write_tiny_sdxl
 
 from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.diffusion.schedule import NoiseSchedule
-from t2i_adapter.evaluation.bands import STRENGTHS, fit_bands, measure_losses, middle_timesteps, schedule_text
+from t2i_adapter.evaluation.bands import (
+    STRENGTHS,
+    fit_bands,
+    fixed_noise,
+    measure_losses,
+    middle_timesteps,
+    schedule_text,
+)
 from t2i_adapter.evaluation.metrics import Truth
 from t2i_adapter.evaluation.pairs import Pair
 from t2i_adapter.models.adapter import build_adapter
@@ -69,6 +76,12 @@ def test_bands_are_measured_in_their_middle() -> None:
     assert middle_timesteps(1000, 4) == [125, 375, 625, 875]
 
 
+def test_the_noise_depends_on_all_bits_of_the_seed_and_on_the_timestep() -> None:
+    ones = [fixed_noise(seed, t, (4, 8, 8)) for seed in (5, 6, 5 + 2**32, 2**62) for t in (62, 187)]
+    assert all(not torch.equal(a, b) for n, a in enumerate(ones) for b in ones[:n])
+    assert torch.equal(ones[0], fixed_noise(5, 62, (4, 8, 8)))
+
+
 def make_pairs(count: int, size: int = 64) -> list[Pair]:
     choices = np.random.default_rng(0)
 
@@ -102,7 +115,7 @@ def test_losses_are_those_of_the_training_objective(prediction: str, tmp_path: P
         latents = (pipeline.vae.encode(2 * target - 1).latent_dist.mean - scale.shift[0]) * scale.scale[0]
         for number, timestep in enumerate(timesteps):
             alpha, sigma = schedule.alphas[timestep], schedule.sigmas[timestep]
-            noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seeds[1] ^ timestep << 40))[None]
+            noise = fixed_noise(seeds[1], timestep, (1, 4, 8, 8))
             for column, strength in enumerate(strengths):
                 got = pipeline.unet(
                     alpha * latents + sigma * noise,

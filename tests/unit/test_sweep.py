@@ -96,6 +96,9 @@ def test_a_sweep_writes_its_files_and_keeps_the_default_if_nothing_is_confirmed(
     extra = len(content["confirmation"]) + bool(content["schedule"]["scale_schedule"])
     assert content["pictures"] == 2 * 3 + (1 + extra) * 3
     assert content["recommended"]["is_default"], "an adapter of random weights does not control"
+    rows = [json.loads(line) for line in (tmp_path / "out" / "sweep-values.jsonl").read_text().splitlines()[1:]]
+    parts = [row["key"].rpartition(" ")[2] for row in rows]
+    assert parts == ["0-3"] * 2 + ["3-6"] * (1 + extra), "two points on choosing pairs, then the others on fresh pairs"
     shown = capsys.readouterr().out
     assert "2 points on 3 pairs" in shown and "minutes" in shown and "3 fresh pairs" in shown
     assert (adapter / "t2i_adapter.json").read_bytes() == before
@@ -174,6 +177,7 @@ def test_a_confirmed_point_is_written_and_used_by_default(adapter: Path) -> None
     assert RequestedSampling(scale=0.7).settle(record.sampling).scale == 0.7
     assert RequestedSampling(defaults="plain").settle(record.sampling) == DEFAULT
     sentence = "On 4 held-out pairs that took no part in the choice, iou is 0.550 with these values and 0.500 with"
+    assert record.sampling["from"]["default_point"]["scale"] == 1.0
     assert sentence in (describe_measurement(record.sampling) or "")
     card = (adapter / "README.md").read_text()
     assert "scale 1.25" in card.replace("\\", "") and sentence in card.replace("\\", "")

@@ -164,7 +164,7 @@ def measure_losses(
         features = pipeline.adapter(conditions)
         for number, timestep in enumerate(timesteps):
             times = torch.full((len(latents),), timestep, device=device)
-            noise = torch.stack([_noise(seed, timestep, latents.shape[1:]) for seed in seeds[part]]).to(device)
+            noise = torch.stack([fixed_noise(seed, timestep, latents.shape[1:]) for seed in seeds[part]]).to(device)
             noisy = objective.add_noise(latents, noise, times, schedule)
             goal = objective.target(latents, noise, times, schedule)
             for column, strength in enumerate(strengths):
@@ -186,9 +186,13 @@ def measure_losses(
     return losses
 
 
-def _noise(seed: int, timestep: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal (4,h,w), a function of the seed and the timestep."""
-    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed((seed ^ timestep << 40) % 2**63))
+def fixed_noise(seed: int, timestep: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise of `shape`, a function of the seed and the timestep.
+
+    A CPU generator of torch reads the low 32 bits of its seed only, so both numbers are mixed into these.
+    """
+    mixed = int(np.random.SeedSequence([seed, timestep]).generate_state(1)[0])
+    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(mixed))
 
 
 def _pixels(pictures: Sequence[Any]) -> Tensor:

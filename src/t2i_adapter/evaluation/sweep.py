@@ -177,6 +177,7 @@ class Sweep:
                 "metric": self.goal.metric,
                 "default": _mean(default[self.goal.metric]),
                 "recommended": _mean(best[self.goal.metric]),
+                "default_point": point_values(self.points[0]),
                 "pairs": len(default[self.goal.metric]),
                 "steps": self.points[0].steps,
                 "adapter_sha256": digest,

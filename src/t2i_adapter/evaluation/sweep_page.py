@@ -166,7 +166,7 @@ def _heat_map(found: Sweep, points: Mapping[int, SamplingOptions], largest: floa
         parts.append(
             f'<g><rect class="{side}" {box} fill-opacity="{0.75 * abs(gain.mean) / largest:.3f}"/>'
             f'<text x="{x + _CELL[0] / 2}" y="{y + 21}" text-anchor="middle">{name}</text>'
-            f'<text class="tick" x="{x + _CELL[0] / 2}" y="{y + 36}" text-anchor="middle">{pairs} pairs</text>'
+            f'<text x="{x + _CELL[0] / 2}" y="{y + 36}" font-size="11" text-anchor="middle">{pairs} pairs</text>'
             f"<title>{escape(describe_point(point))}: {gain.mean:+.{digits}f} "
             f"({gain.low:+.{digits}f} to {gain.high:+.{digits}f})</title>"
         )

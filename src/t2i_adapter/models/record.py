@@ -145,7 +145,7 @@ def describe_measurement(sampling: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"On {found['pairs']} held-out pairs that took no part in the choice, {found.get('metric')} is "
-        f"{found['recommended']:.3f} with these values and {found['default']:.3f} with the default ones."
+        f"{found['recommended']:.3f} with these values and {found['default']:.3f} with the default point."
     )
 
 
