@@ -33,13 +33,24 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
-from common import make_parser, newest, write_result
+from common import make_parser, newest, read_earlier, write_result
 
-from t2i_adapter.statistics import mean_interval
-from t2i_adapter.training.advice import LEAST_PAIRS, LEAST_USE, MARGIN, WINDOW_LOOKS, Advisor, Look, benefit, use
+from t2i_adapter.statistics import look_alpha, mean_interval, t_quantile
+from t2i_adapter.training.advice import (
+    LEAST_PAIRS,
+    LEAST_USE,
+    MARGIN,
+    WINDOW_LOOKS,
+    WINDOW_SHARE,
+    Advisor,
+    Look,
+    benefit,
+    use,
+)
 
 EVERY = 100  # updates from look to look
 BANDS = 4
@@ -79,11 +90,11 @@ def effects(rng: np.random.Generator, law: str, shape: tuple[int, ...]) -> np.nd
     return 2 - skewed if law == "skewed" else skewed
 
 
-def noise(rng: np.random.Generator, looks: int, shape: tuple[int, ...]) -> np.ndarray:
+def noise(rng: np.random.Generator, looks: int, shape: tuple[int, ...], correlation: float = CORRELATION) -> np.ndarray:
     """(looks, *shape) normal numbers of variance 1, each correlated with the one of the look before it."""
     values = rng.normal(size=(looks, *shape))
     for look in range(1, looks):
-        values[look] = CORRELATION * values[look - 1] + np.sqrt(1 - CORRELATION**2) * values[look]
+        values[look] = correlation * values[look - 1] + np.sqrt(1 - correlation**2) * values[look]
     return values
 
 
@@ -203,7 +214,7 @@ SCENARIOS: dict[str, Callable[[np.random.Generator, Row, np.ndarray], Losses]] =
 
 
 def rows() -> list[Row]:
-    """The lines of the table. With 8 pairs `not_read` and `plateau` are not said, so they are not simulated."""
+    """The lines of the table. With 8 pairs `plateau` is not said, so it is not simulated."""
     found: list[Row] = []
     laws = ("normal", "log-normal", "quarter")
     for pairs in (8, 16, 32):
@@ -212,11 +223,11 @@ def rows() -> list[Row]:
             Row(NEW_NOISE, "read", True, pairs, looks=20),
             *(Row("twentieth strength", "read", False, pairs, law, looks=10) for law in ("normal", "log-normal")),
             Row("hundredth strength", "read", False, pairs, looks=10),
+            *(Row("use at the limit", "not_read", True, pairs, law, looks=10) for law in laws),
+            Row("no use", "not_read", False, pairs, looks=10),
         ]
         if pairs >= LEAST_PAIRS:
             found += [
-                *(Row("use at the limit", "not_read", True, pairs, law, looks=10) for law in laws),
-                Row("no use", "not_read", False, pairs, looks=10),
                 *(Row("gain at the margin", "plateau", True, pairs, law) for law in laws),
                 Row("twice the margin", "plateau", True, pairs, wander=0.005),
                 *(Row("plateau", "plateau", False, pairs, spread=spread, looks=20) for spread in (0.01, 0.02, 0.03)),
@@ -272,6 +283,56 @@ def simulate(row: Row, runs: int) -> dict[str, Any]:
     return result
 
 
+def compare_reads(runs: int, pairs: int = 32, look: int = 5) -> list[dict[str, Any]]:
+    """Share of runs in which look number `look` shows a use: by the mean over the bands alone, by the bands alone, and
+    by both, which share the error. The use is in all bands at half of its effect size, or in one band at all of it."""
+    rng = np.random.default_rng(0)
+    error = look_alpha(look)
+    found = []
+    for name, effect in (("all bands, half of the effect", EFFECT / 2), ("one band", EFFECT * [0, 0, 0, 1])):
+        shared = rng.normal(size=(runs, pairs, 1))
+        each = np.sqrt(1 / 3) * shared + np.sqrt(2 / 3) * rng.normal(size=(runs, pairs, BANDS))
+        uses = USE / EFFECT * (effect + each)
+        mean, band = _t(uses.mean(2)), _t(uses)
+        is_in = {
+            "mean": mean > _quantile(error, pairs),
+            "bands": (band > _quantile(error / BANDS, pairs)).any(1),
+            "both": (mean > _quantile(error / 2, pairs)) | (band > _quantile(error / 2 / BANDS, pairs)).any(1),
+        }
+        found.append({"use": name, "pairs": pairs, "look": look, **{k: float(v.mean()) for k, v in is_in.items()}})
+    return found
+
+
+def compare_windows(runs: int, pairs: int = 32, looks: int = 25) -> list[dict[str, Any]]:
+    """Share of runs whose plateau from look 8 on is found: by the means of two windows, or by each look of the last
+    window against the single look before it. Both spend the error of look k at their test k. correlation: of a pair's
+    noise at a look with that at the next one."""
+    rng = np.random.default_rng(0)
+    found = []
+    for spread, correlation in product((0.01, 0.02, 0.03), (CORRELATION, 0.0)):
+        jitter = spread / np.sqrt(2) * noise(rng, looks, (runs, pairs), correlation)
+        left = level_from(8, looks)[:, None, None] + jitter
+        said = {"windows": np.zeros(runs, bool), "single looks": np.zeros(runs, bool)}
+        for count in range(2 * WINDOW_LOOKS, looks + 1):
+            length = max(WINDOW_LOOKS, round(count * WINDOW_SHARE))
+            last, before = left[count - length : count], left[count - 2 * length : count - length]
+            bound = _quantile(look_alpha(count - 2 * WINDOW_LOOKS + 1), pairs)
+            said["windows"] |= _t(last.mean(0) - (1 - MARGIN) * before.mean(0)) > bound
+            said["single looks"] |= (_t((last - (1 - MARGIN) * before[-1]).swapaxes(1, 2)) > bound).all(0)
+        shares = {name: float(is_said.mean()) for name, is_said in said.items()}
+        found.append({"spread": spread, "correlation": correlation, "pairs": pairs, "looks": looks, **shares})
+    return found
+
+
+def _t(values: np.ndarray) -> np.ndarray:
+    """Student's statistic of the mean over the pairs, axis 1."""
+    return values.mean(1) / values.std(1, ddof=1) * np.sqrt(values.shape[1])
+
+
+def _quantile(error: float, pairs: int) -> float:
+    return t_quantile(1 - error, pairs - 1)
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown: a line for each scenario and its conditions, columns for the numbers of pairs."""
     counts = sorted({result["pairs"] for result in results})
@@ -296,18 +357,25 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--runs", type=int, default=2000, help="runs of each row (default: 2000)")
-    parser.add_argument("--scenarios", nargs="*", help="only these")
+    parser.add_argument(
+        "--scenarios", nargs="*", default=list(SCENARIOS), help="simulate only these, and copy the other rows"
+    )
     parser.add_argument("--table", action="store_true", help="print the table of the newest result, measure nothing")
     args = parser.parse_args()
     if args.table:
         file = args.out or newest("stop_rule")
         print(table(json.loads(file.read_text(encoding="utf-8"))["rows"]) if file else "no result")
         return
-    wanted = [row for row in rows() if not args.scenarios or row.scenario in args.scenarios]
+    wanted = [row for row in rows() if row.scenario in args.scenarios]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(partial(simulate, runs=args.runs), wanted))
+    others = [
+        row for row in read_earlier("stop_rule", args.out).get("rows", []) if row["scenario"] not in args.scenarios
+    ]
+    results = sorted([*others, *results], key=lambda row: (list(SCENARIOS).index(row["scenario"]), row["pairs"]))
     print(table(results))
-    write_result("stop_rule", {"runs": args.runs, "rows": results}, args.out)
+    choices = {"reads": compare_reads(args.runs), "windows": compare_windows(args.runs)}
+    write_result("stop_rule", {"rows": results, "choices": choices}, args.out)
 
 
 if __name__ == "__main__":

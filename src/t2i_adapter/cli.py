@@ -106,6 +106,21 @@ VERBS = {
         "t2i_adapter.verbs.cache:RemoveOptions",
         "t2i_adapter.verbs.cache:rm",
     ),
+    "runs ls": Verb(
+        "List runs: state, step, loss, control gain, score, advice.",
+        "t2i_adapter.verbs.runs:ListOptions",
+        "t2i_adapter.verbs.runs:ls",
+    ),
+    "runs compare": Verb(
+        "Compare runs: options that differ, loss, control gain, score; with a page.",
+        "t2i_adapter.verbs.runs:CompareOptions",
+        "t2i_adapter.verbs.runs:compare",
+    ),
+    "runs report": Verb(
+        "Write the page of a run again, report.html in its folder.",
+        "t2i_adapter.verbs.runs:ReportOptions",
+        "t2i_adapter.verbs.runs:report",
+    ),
     "push": Verb(
         "Publish a trained adapter on the hub.",
         "t2i_adapter.verbs.push:PushOptions",

@@ -169,3 +169,14 @@ def show_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count / 1e3:.0f} KB"
+
+
+def show_seconds(seconds: float) -> str:
+    """A duration for people: "12 s", "3.5 min", "2 h 5 min" or "3 days 4 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    if minutes < 90:
+        return f"{minutes:.1f} min"
+    hours = minutes / 60
+    return f"{int(hours)} h {int(minutes % 60)} min" if hours < 48 else f"{int(hours // 24)} days {int(hours % 24)} h"

@@ -19,7 +19,7 @@ LAYERS = (
     *("errors", "files", "tensors", "types", "statistics", "devices", "config"),
     *("imports", "flags", "exits"),
     *("diffusion", "models", "annotators", "data", "cache", "batches", "generation", "reports", "evaluation"),
-    *("doctor", "export", "training", "verbs", "script_flags", "script", "cli", "__main__"),
+    *("doctor", "export", "runs", "training", "verbs", "script_flags", "script", "cli", "__main__"),
 )
 """Folders and files of the package: each may import those before it, and none of those after it."""
 HEAVY = ("torch", "diffusers", "transformers", "datasets", "accelerate", "cv2", "numpy", "PIL")

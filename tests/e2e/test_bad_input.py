@@ -244,7 +244,7 @@ def test_a_damaged_checkpoint_is_named(fails: Fails, tiny_base: Path, tiny_data:
 @pytest.fixture
 def another_run() -> Iterator[Path]:
     """The output folder `busy`, locked by another process."""
-    code = "import sys, time; from pathlib import Path; from t2i_adapter.training.lock import lock\n"
+    code = "import sys, time; from pathlib import Path; from t2i_adapter.runs.lock import lock\n"
     code += "held = lock(Path('busy')); print('held', flush=True); sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdin and other.stdout and other.stdout.readline() == b"held\n"

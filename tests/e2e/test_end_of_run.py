@@ -5,13 +5,17 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 
 import pytest
-from support.runs import train_words
+from support.runs import tiny_config, train_words
 from support.tiny import write_circles
 
 from t2i_adapter.cli import main
+from t2i_adapter.errors import Stopped, UserError
+from t2i_adapter.runs.read import read_run
+from t2i_adapter.verbs import train
 
 
 @pytest.fixture
@@ -54,7 +58,8 @@ def test_the_summary_has_what_was_reached_and_commands_that_work(
     assert value(lines, "updates").startswith("2 of 2; 4 samples in ")
     assert value(lines, "loss").endswith(" over the last 2 updates")
     assert "the best" in value(lines, "control") and value(lines, "peak memory").endswith("of the main process")
-    for name, place in (("adapter", out), ("pictures", out / "validation"), ("log", out / "metrics.jsonl")):
+    files = {"adapter": "", "pictures": "validation", "log": "metrics.jsonl", "page": "report.html"}
+    for name, place in ((name, out / file) for name, file in files.items()):
         assert shlex.split(value(lines, name)) == [str(place)] and place.exists()
     assert shlex.split(value(lines, "checkpoints"))[0] == str(out / "checkpoint-2")
     assert value(lines, "checkpoints").endswith(" and 1 before it")
@@ -98,3 +103,26 @@ def test_a_resumed_run_counts_its_own_updates(
     end(*words)
     lines = end(*words, "--train.max_steps=3")
     assert value(lines, "updates").startswith("3 of 3, 2 of them after the resume; 4 samples in ")
+
+
+def test_a_run_leaves_a_record_and_a_page_when_it_stops_and_when_it_ends(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path
+):
+    out = tmp_path / "run"
+    config = tiny_config(tiny_base, tiny_data, out, {"train.max_steps": 2, "checkpoint.resume": "auto"})
+    with pytest.raises(Stopped):
+        train.run(config, stop_after=1)
+    run = read_run(out)
+    assert (run.state, run.step, run.steps) == ("stopped", 1, 2)
+    assert run.reason == "Stopped after step 1 of 2: stop_after is reached."
+    page = (out / "report.html").read_text()
+    assert "<h1>Stopped at step 1 of 2:" in page and run.resume_command in unescape(page)
+    command = shlex.split(run.resume_command)
+    assert command[0] == "t2i-adapter" and main([*command[1:], "--train.max_steps=3"]) == 0
+    resumed = read_run(out)
+    assert (resumed.state, resumed.step, resumed.steps, resumed.started) == ("finished", 3, 3, run.started)
+    assert resumed.record["first_step"] == 1 and resumed.record["global_batch"] == 2
+    assert "<h1>Finished after 3 updates:" in (out / "report.html").read_text()
+    with pytest.raises(UserError, match="has checkpoint-"):
+        train.run(tiny_config(tiny_base, tiny_data, out))
+    assert read_run(out).state == "finished", "a refused run changes nothing"

@@ -83,7 +83,7 @@ def test_the_wheel_holds_the_package_and_nano_alone(wheel: Path):
     package = ROOT / "src" / "t2i_adapter"
     nano = {path for path in (package / "models" / "nano").rglob("*") if path.is_file()}
     pages = {path for kind in ("css", "html", "js") for path in (package / "reports").glob(f"*.{kind}")}
-    assert len(pages) == 3
+    assert len(pages) == 4
     wanted = {*package.rglob("*.py"), *nano, *pages, package / "py.typed"}
     assert names == {path.relative_to(ROOT / "src").as_posix() for path in wanted if "__pycache__" not in path.parts}
     assert sum(name.endswith(".safetensors") for name in names) == 4

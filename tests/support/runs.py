@@ -60,4 +60,4 @@ def read_metrics(run: Path | str) -> list[dict[str, Any]]:
 
 def losses(run: Path | str) -> list[float]:
     """The logged losses of a run."""
-    return [row["loss"] for row in read_metrics(run)]
+    return [row["loss"] for row in read_metrics(run) if "loss" in row]

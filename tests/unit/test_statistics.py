@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from t2i_adapter.statistics import (
+    difference_lower_bound,
     look_alpha,
     lower_bound,
     mean_interval,
@@ -42,6 +43,14 @@ def test_bounds_are_wrong_as_often_as_they_say() -> None:
     draws = [rng.normal(0, 1, 12) for _ in range(2000)]
     assert 0.03 < np.mean([lower_bound(d, 0.05) > 0 for d in draws]) < 0.07
     assert 0.03 < np.mean([upper_bound(d, 0.05) < 0 for d in draws]) < 0.07
+
+
+def test_the_bound_of_two_samples_is_wrong_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(3)
+    draws = [(rng.normal(1, 3, 8), rng.normal(1, 1, 20)) for _ in range(2000)]
+    assert 0.03 < np.mean([difference_lower_bound(a, b, 0.05) > 0 for a, b in draws]) < 0.07
+    assert difference_lower_bound([1.0], [0.0, 0.1], 0.05) == -np.inf
+    assert difference_lower_bound([3.0, 3.0], [1.0, 1.0], 0.05) == 2.0
 
 
 def test_all_looks_spend_alpha_together() -> None:

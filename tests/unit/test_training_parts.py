@@ -15,9 +15,9 @@ from diffusers.optimization import get_scheduler
 
 from t2i_adapter.config.tree import Config, HubOptions, OptimOptions, TrainOptions, to_dict
 from t2i_adapter.errors import UserError
+from t2i_adapter.runs.lock import lock
 from t2i_adapter.training import optim, tracking
 from t2i_adapter.training.ema import Ema
-from t2i_adapter.training.lock import lock
 from t2i_adapter.training.plan import Plan, make_plan
 
 
@@ -99,7 +99,7 @@ def test_the_average_follows_its_formula():
 
 HOLD = """
 import pathlib, sys, time
-from t2i_adapter.training.lock import lock
+from t2i_adapter.runs.lock import lock
 
 held = lock(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
@@ -167,7 +167,7 @@ def test_the_token_is_in_nothing_that_is_written():
 
 FORK = """
 import os, pathlib, sys, time
-from t2i_adapter.training.lock import lock
+from t2i_adapter.runs.lock import lock
 
 held = lock(pathlib.Path(sys.argv[1]))
 if os.fork() == 0:

@@ -26,19 +26,24 @@ _FEW_COLORS = 16
 """Pictures with so few colours (maps of lines, masks) are lossless; they are smaller that way."""
 
 
-def make_page(title: str, body: str, *, viewer: bool = False) -> str:
+def make_page(title: str, body: str, *, viewer: bool = False, script: str = "") -> str:
     """Returns a whole document.
 
     Args:
         title: text, which is escaped.
         body: HTML.
         viewer: adds the script that opens pictures large. It expects the elements of `evaluation/page.py`.
+        script: name of the one script to add instead, such as "steps.js", a file beside this one; "" adds none.
     """
-    style, script = _resource("page.css"), _resource("viewer.js")
+    style = _resource("page.css")
     policy = f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; base-uri 'none'; form-action 'none'"
     if viewer:
-        policy += f"; script-src '{_digest(script)}'"
-        body += f"\n{_resource('viewer.html')}<script>{script}</script>"
+        body += f"\n{_resource('viewer.html')}"
+        script = "viewer.js"
+    if script:
+        code = _resource(script)
+        policy += f"; script-src '{_digest(code)}'"
+        body += f"<script>{code}</script>"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -85,12 +90,22 @@ def table(headings: Iterable[str], rows: Iterable[Sequence[str]], kind: str = ""
 
 def inline_image(picture: Image.Image, alt: str = "", *, largest: int = LARGEST, lossless: bool = False) -> str:
     """Returns an <img> element that holds the picture as WebP, scaled down to at most `largest` pixels a side."""
+    return webp_image(*to_webp(picture, largest=largest, lossless=lossless), alt)
+
+
+def to_webp(picture: Image.Image, *, largest: int, lossless: bool = False) -> tuple[bytes, tuple[int, int]]:
+    """Returns the picture as a WebP file, scaled down to at most `largest` pixels a side, and its (width, height)."""
     smaller = picture.convert("RGB")
     smaller.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     quality = QUALITY if smaller.size == picture.size else SCALED_QUALITY
-    data = base64.b64encode(_encode(smaller, lossless, quality)).decode()
-    size = f'width="{smaller.width}" height="{smaller.height}"'
-    return f'<img alt="{text(alt)}" {size} decoding="async" src="data:image/webp;base64,{data}">'
+    return _encode(smaller, lossless, quality), smaller.size
+
+
+def webp_image(file: bytes, size: tuple[int, int], alt: str = "", more: str = "") -> str:
+    """Returns an <img> element that holds a WebP file. size: (width, height) in pixels; more: further attributes."""
+    data = base64.b64encode(file).decode()
+    shown = f'width="{size[0]}" height="{size[1]}"{more and " "}{more}'
+    return f'<img alt="{text(alt)}" {shown} decoding="async" src="data:image/webp;base64,{data}">'
 
 
 def _encode(picture: Image.Image, lossless: bool, quality: int) -> bytes:

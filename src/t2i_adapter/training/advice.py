@@ -10,7 +10,7 @@ Letters: N pairs that the looks measure, M pairs of the training, T noise bands,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,8 +36,8 @@ WINDOW_SHARE = 0.2
 WINDOW_LOOKS = 3
 """Looks that a window has at least."""
 LEAST_PAIRS = 16
-"""Pairs below which the absence of something, `not_read` or `plateau`, is not said: if a quarter of the pairs has all
-of the use or gain, eight pairs have none of it in a tenth of the runs."""
+"""Pairs below which `plateau` is not said: if a quarter of the pairs has all of the gain, eight pairs have none of it
+in a tenth of the runs."""
 SKEW = 3
 """Divides the error of `not_read` and `plateau`: Student's bound of skewed values misses more often than it should."""
 KEPT = 4
@@ -142,10 +142,11 @@ class Advisor:
         self._plateau: np.ndarray | None = None  # (N,) remaining loss of the window that showed a plateau
         self._kept: list[int] = []  # positions in `looks` that may still become the best, ascending
 
-    def add(self, look: Look, causes: Sequence[str] = ()) -> list[Advice]:
+    def add(self, look: Look, find_causes: Callable[[], Sequence[str]] | None = None) -> list[Advice]:
         """Takes the next look and returns the statements that it adds. A look with a NaN or inf loss is discarded.
 
-        causes: sentences that `not_read` appends in place of the usual causes.
+        find_causes: returns the sentences that `not_read` appends; without any, it appends the usual causes. It is
+        called only if `not_read` is said.
 
         Raises ValueError if the look is not later than the last one, or if its shapes differ from the last one's.
         """
@@ -163,7 +164,7 @@ class Advisor:
         self._remaining.append(remaining(look))
         self._means.append(float(self._remaining[-1].mean()))
         self._keep()
-        found = [self._read(), self._not_read(causes), self._plateau_over(), self._no_gain(), self._overfitting()]
+        found = [self._read(), self._not_read(find_causes), self._plateau_over(), self._no_gain(), self._overfitting()]
         return [advice for advice in found if advice is not None]
 
     @property
@@ -251,16 +252,16 @@ class Advisor:
             text += f" This is certain in noise band {strongest + 1} of {bands} alone: {shown}."
         return self._say("read", text, use=interval)
 
-    def _not_read(self, causes: Sequence[str]) -> Advice | None:
+    def _not_read(self, find_causes: Callable[[], Sequence[str]] | None) -> Advice | None:
         """After enough updates, the upper bound of the use is below LEAST_USE."""
         is_early = self._step < self.least_updates or len(self.looks) < WINDOW_LOOKS
         is_said = self.is_read or "not_read" in self._said
-        if is_said or is_early or self._has_few_pairs or self.looks[-1].other is None:
+        if is_said or is_early or self.looks[-1].other is None:
             return None
         values = use(self.looks[-1])
         if upper_bound(values, self._spend("not_read") / SKEW) >= LEAST_USE:
             return None
-        interval = mean_interval(values)
+        interval, causes = mean_interval(values), find_causes() if find_causes else []
         text = (
             f"The adapter does not read the condition after {self._step:,} updates: on {self._pairs()} the loss with"
             f" the right condition is lower than with another pair's by {_percent(interval)} of the loss without the"
@@ -278,7 +279,8 @@ class Advisor:
         """The gain from a window of looks to the next is below MARGIN of what was left: the lower bound of the pairs'
         remaining loss in the last window, minus 1 - MARGIN times that of the window before it, is above 0."""
         windows = self._windows()
-        if not self.is_read or self.is_plateau or windows is None or self._has_few_pairs:
+        has_few_pairs = len(self.looks[-1].right) < LEAST_PAIRS
+        if not self.is_read or self.is_plateau or windows is None or has_few_pairs:
             return None
         earlier, last = (np.mean([self._remaining[i] for i in window], axis=0) for window in windows)
         is_flat = lower_bound(last - (1 - MARGIN) * earlier, self._spend("plateau") / SKEW) > 0
@@ -368,10 +370,6 @@ class Advisor:
     def _top(self) -> int:
         """Position of the look with the highest benefit."""
         return int(np.argmin(self._means))
-
-    @property
-    def _has_few_pairs(self) -> bool:
-        return len(self.looks[-1].right) < LEAST_PAIRS
 
     @property
     def _step(self) -> int:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,7 +164,7 @@ class Control:
         score, score_entry, ceiling = self._draw(adapter, step)
         training = self._training(adapter) if is_full else None
         look = Look(step, own, control, self._none, training, score, ceiling)
-        statements = [self._with_causes(found, adapter) for found in self.advisor.add(look)]
+        statements = self.advisor.add(look, lambda: self.find_causes(adapter))
         self._last = time.monotonic() - began
         self.seconds += self._last
         entries = [{"gain": self._gain_entry(look, elapsed + self._last)}, *score_entry]
@@ -176,11 +176,6 @@ class Control:
         """Whether the budget of the time so far pays for a look like the last one; what the first costs is not known
         before it."""
         return not self.seconds or self.seconds + self._last <= self.budget * elapsed
-
-    def _with_causes(self, statement: Advice, adapter: Any) -> Advice:
-        """A statement that the condition is not read, with what was found to be the reason."""
-        causes = self.find_causes(adapter) if statement.kind == "not_read" else []
-        return replace(statement, text=" ".join([statement.text, *causes]))
 
     def _training(self, adapter: Any) -> np.ndarray | None:
         """(M,2,T) losses of pairs of the training."""

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from t2i_adapter.config.tree import to_dict
 from t2i_adapter.errors import Stopped, UserError, flag
+from t2i_adapter.runs.page import write_report
 from t2i_adapter.training import advice, checkpoint, nonfinite, tracking
 from t2i_adapter.training.advice import Advisor
 from t2i_adapter.training.control import Control, Findings
@@ -61,7 +62,7 @@ class Trainer:
         self.config, self.plan, self.accelerator = update.config, update.plan, update.accelerator
         self.output_dir = Path(self.config.output_dir)
         options = self.config.checkpoint
-        self.saver = Saver(self.output_dir, checkpoint.KeepPolicy(options.keep, options.keep_every), tqdm.write)
+        self.saver = Saver(self.output_dir, checkpoint.KeepPolicy(options.keep, options.keep_every), self._warn)
         self.skipped_steps = 0
         self.first_step = 0
         self.seconds = 0.0
@@ -149,6 +150,12 @@ class Trainer:
             tracking.append_metrics(self.output_dir / METRICS, values, self.step)
             tracking.log(self.accelerator, values, self.step)
 
+    def _warn(self, text: str) -> None:
+        """Prints a warning, and logs it for the run's page."""
+        tqdm.write(text)
+        if self.accelerator.is_main_process:
+            tracking.append_metrics(self.output_dir / METRICS, {"warning": text}, self.step)
+
     def _save(self) -> None:
         """Copies the state to host memory, and lets a thread write it while training continues."""
         self._skip(self.update.guard.all())
@@ -223,6 +230,9 @@ class Trainer:
             tracking.append_metrics(self.output_dir / METRICS, entry, self.step)
         for line in found.lines:
             tqdm.write(line)
+        began = time.monotonic()
+        write_report(self.output_dir)
+        self.control.seconds += time.monotonic() - began
         tracking.log(self.accelerator, found.scalars(), self.step)
         advisor = self.control.advisor
         if self.config.checkpoint.keep_best:
@@ -256,7 +266,7 @@ class Trainer:
             if stops:
                 raise UserError(f"{text} {self._advice()}", kind="nan")
             self.skipped_steps += 1
-            tqdm.write(f"{text} Skipped steps: {self.skipped_steps} of at most {train.max_nonfinite}.")
+            self._warn(f"{text} Skipped steps: {self.skipped_steps} of at most {train.max_nonfinite}.")
 
     def _save_bad(self, step: int, with_weights: bool) -> str:
         """Builds a skipped step's batches again and saves them to a file; returns a text with the bad samples' names

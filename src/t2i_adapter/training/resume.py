@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from t2i_adapter.config.recipe import RENAMED
-from t2i_adapter.config.tree import Config, OptimOptions, to_dict
+from t2i_adapter.config.tree import Config, OptimOptions, flat, to_dict
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.training.optim import lr_schedule
 from t2i_adapter.training.plan import Plan
@@ -132,14 +132,6 @@ def check(found: list[Change], checkpoint: str, *, allowed: bool) -> None:
 def is_harmless(name: str) -> bool:
     """Whether an option, by its dotted path, may change on a resume."""
     return name in HARMLESS or name.partition(".")[0] in HARMLESS
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> value of every option."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
 
 
 def versions() -> dict[str, str]:

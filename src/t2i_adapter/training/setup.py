@@ -29,12 +29,12 @@ from t2i_adapter.files import write_atomic
 from t2i_adapter.models.adapter import build_adapter, check_fits, check_resolution, load_adapter
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.open import open_base
+from t2i_adapter.runs.lock import lock
 from t2i_adapter.training import checkpoint, optim, tracking
 from t2i_adapter.training.data import make_batches, prepare_data
 from t2i_adapter.training.data_record import DataCheck, DataRecord
 from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.held_out import HeldOut, choose_held_out
-from t2i_adapter.training.lock import lock
 from t2i_adapter.training.looks import LookPlan
 from t2i_adapter.training.loop import PATIENCE, Trainer
 from t2i_adapter.training.measured import Measured, describe_looks, make_control, make_look_plan, prepare_measured

@@ -14,7 +14,8 @@ from t2i_adapter.cache.records import add_prefix
 from t2i_adapter.config.tree import Config, DataOptions
 from t2i_adapter.data.source import Source
 from t2i_adapter.errors import UserError
-from t2i_adapter.files import parse_json, show_bytes, show_command, show_path
+from t2i_adapter.files import parse_json, show_bytes, show_command, show_path, show_seconds
+from t2i_adapter.runs.page import FILE as REPORT
 from t2i_adapter.training import checkpoint
 from t2i_adapter.training.loop import METRICS, Trainer
 from t2i_adapter.training.validation import FOLDER
@@ -48,7 +49,8 @@ def _rows(trainer: Trainer) -> dict[str, str]:
         + f"; {samples:,} sample{'s' * (samples != 1)} in {show_seconds(trainer.seconds)}"
         + f" ({samples / max(trainer.seconds, 1e-9):.3g} a second)",
         "loss": _loss(entries, trainer.step),
-        "control": _control(entries),
+        "control": _gain(entries),
+        "score": _control(entries),
         "peak memory": _peak_memory(trainer.accelerator.device),
         "adapter": show_path(folder),
         "checkpoints": f"{show_path(saved[-1])}{f' and {len(saved) - 1} before it' if len(saved) > 1 else ''}"
@@ -56,6 +58,7 @@ def _rows(trainer: Trainer) -> dict[str, str]:
         else "",
         "pictures": show_path(folder / FOLDER) if (folder / FOLDER).is_dir() else "",
         "log": show_path(folder / METRICS),
+        "page": show_path(folder / REPORT),  # written when the run has ended
     }
 
 
@@ -77,8 +80,37 @@ def _loss(entries: list[dict[str, Any]], step: int) -> str:
     return words + (f", {sum(first) / len(first):.4f} over the first {WINDOW}" if first and step >= 2 * WINDOW else "")
 
 
+def _gain(entries: list[dict[str, Any]]) -> str:
+    """What the last look at held-out pairs found, and what the looks said."""
+    looks = [(entry["step"], entry["gain"]) for entry in entries if "gain" in entry]
+    if not looks:
+        return ""
+    step, gain = looks[-1]
+    benefit = gain["benefit"]
+    numbers = f"{benefit['mean']:.0%} ({benefit['low']:.0%} to {benefit['high']:.0%})"
+    words = f"the condition lowers the loss of {gain['pairs']} {_PAIRS[gain['on']]} by {numbers} at step {step:,}"
+    said = [f"{_SAID[kind]} at step {entry['step']:,}" for entry in entries if (kind := _kind(entry)) in _SAID]
+    return "; ".join([words, *said])
+
+
+_PAIRS = {"held-out": "held-out pairs", "training": "pairs of the training"}
+_SAID = {
+    "read": "read",
+    "not_read": "NOT read",
+    "plateau": "no gain left",
+    "plateau_over": "gain came back",
+    "overfitting": "overfitting",
+}
+"""Kind of advice -> its short form."""
+
+
+def _kind(entry: dict[str, Any]) -> str:
+    return entry["advice"]["kind"] if "advice" in entry else ""
+
+
 def _control(entries: list[dict[str, Any]]) -> str:
     scores = [(entry["control"], entry["step"]) for entry in entries if "control" in entry]
+    scores += [(entry["score"]["adapter"]["mean"], entry["step"]) for entry in entries if "score" in entry]
     if not scores:
         return ""
     best, at = max(scores)
@@ -90,14 +122,6 @@ def _peak_memory(device: torch.device) -> str:
         return f"{show_bytes(torch.cuda.max_memory_allocated(device))} of the GPU"
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{show_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} of the main process"
-
-
-def show_seconds(seconds: float) -> str:
-    """A duration for people: "12 s", "3.5 min" or "2 h 5 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 90 else f"{int(minutes // 60)} h {int(minutes % 60)} min"
 
 
 def next_commands(config: Config, source: Source, *, is_published: bool) -> list[str]:

@@ -24,10 +24,9 @@ from accelerate.utils import LoggerType
 from PIL.Image import Image
 from tqdm import tqdm
 
-from t2i_adapter.config.tree import Config, to_dict
+from t2i_adapter.config.tree import Config, flat, to_dict
 from t2i_adapter.errors import UserError, flag, redact
 from t2i_adapter.files import parse_json, show_command, write_atomic
-from t2i_adapter.training.resume import flat
 
 logger = logging.getLogger(__name__)
 WANDB_RUN = "wandb.json"
@@ -176,7 +175,7 @@ PICTURES: dict[str, Callable[[Any, str, str, Sequence[Image], int], None]] = {
 }
 
 
-def append_metrics(path: Path, values: Mapping[str, float], step: int) -> None:
+def append_metrics(path: Path, values: Mapping[str, Any], step: int) -> None:
     """Appends one JSON line. A full disk costs the line, not the run."""
     line = (json.dumps({"step": step, **values}) + "\n").encode()
     try:

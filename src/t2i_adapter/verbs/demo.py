@@ -73,7 +73,7 @@ def demo_config(data_dir: str, output_dir: str, *, steps: int, seed: int) -> Con
 
 def run(options: DemoOptions) -> None:
     """Makes the dataset, trains, generates, evaluates, and prints where the results are."""
-    from t2i_adapter.training.lock import lock
+    from t2i_adapter.runs.lock import lock
     from t2i_adapter.verbs import evaluate, generate, train
 
     out = Path(options.out)

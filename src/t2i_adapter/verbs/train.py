@@ -38,7 +38,7 @@ def run(config: Config, *, dry_run: bool = False, stop_after: int | None = None,
             _run(config, stopper, dry_run, summary)
     except Stopped as stop:
         is_main = os.environ.get("RANK", "0") == "0"
-        raise Stopped(f"{stop}{_resume_command(config)}" if is_main else "", stop.code) from None
+        raise Stopped(f"{stop}{_resume_advice(config)}" if is_main else "", stop.code) from None
     except Exception as fault:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             rank = f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
@@ -47,9 +47,12 @@ def run(config: Config, *, dry_run: bool = False, stop_after: int | None = None,
 
 
 def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool) -> None:
+    from t2i_adapter.runs.lock import lock
+    from t2i_adapter.runs.page import write_report
+    from t2i_adapter.runs.record import run_record
     from t2i_adapter.training import checkpoint, tracking
-    from t2i_adapter.training.lock import lock
     from t2i_adapter.training.publish import publish
+    from t2i_adapter.training.resume import versions
     from t2i_adapter.training.setup import make_trainer, set_up, write_options
     from t2i_adapter.training.summary import describe_end
 
@@ -63,15 +66,26 @@ def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool) -> None
         place = show_path(config.output_dir)
         accelerator.print(f"Finished already, with {show_path(setup.resume)}: the adapter is in {place}.")
         return
+    folder = Path(config.output_dir)
     with ExitStack() as stack:
         repo_id = None
         if accelerator.is_main_process:
-            stack.enter_context(lock(Path(config.output_dir)))
-            checkpoint.tidy(Path(config.output_dir))
+            stack.enter_context(lock(folder))
+            checkpoint.tidy(folder)
             repo_id = _find_repository(config, is_resumed=setup.resume is not None)
             write_options(config, setup.plan)
             if setup.resume is None:  # a run killed before its first checkpoint may have left lines
-                tracking.truncate_metrics(Path(config.output_dir) / "metrics.jsonl", 0)
+                tracking.truncate_metrics(folder / "metrics.jsonl", 0)
+            stack.callback(write_report, folder)  # after the record of how the run ended
+            record = run_record(
+                folder,
+                steps=setup.plan.steps,
+                first_step=checkpoint.read_state(setup.resume)["step"] if setup.resume else 0,
+                global_batch=setup.plan.global_batch,
+                versions=versions(),
+                resume=_resume_command(config),
+            )
+            stack.enter_context(record)
         trainer = make_trainer(setup, setup.prepare_data(), stopper)
         if setup.resume:
             trainer.resume(setup.resume)
@@ -125,17 +139,26 @@ def _is_finished(setup: Setup, resume: Path) -> bool:
     return (step >= setup.plan.steps or is_plateau) and record is not None and record.steps == step
 
 
-def _resume_command(config: Config) -> str:
-    """The command that resumes a run, or "" if its options are not written yet."""
+def _resume_advice(config: Config) -> str:
+    """How to resume a run, or "" if its options are not written yet."""
     from t2i_adapter.training.setup import OPTIONS
 
-    file = Path(config.output_dir) / OPTIONS
-    if not file.is_file():
+    if not (Path(config.output_dir) / OPTIONS).is_file():
         return ""
+    command = _resume_command(config)
+    if not command:
+        return " Resume with the command that started it, and --checkpoint.resume auto."
+    return f" Resume with:\n  {command}"
+
+
+def _resume_command(config: Config) -> str:
+    """The command that resumes a run from its options.yaml; "" for one on several machines."""
+    from t2i_adapter.training.setup import OPTIONS
+
     here, world = os.environ.get("LOCAL_WORLD_SIZE", "1"), os.environ.get("WORLD_SIZE", "1")
     if here != world:
-        return " Resume with the command that started it, and --checkpoint.resume auto."
+        return ""
     launch = ["t2i-adapter"] if world == "1" else ["torchrun", "--nproc_per_node", world, "-m", "t2i_adapter"]
     token = ["--hub.token", "TOKEN"] if config.hub.token else []
-    command = show_command(*launch, "train", "--recipe", file, "--checkpoint.resume", "auto", *token)
-    return f" Resume with:\n  {command}"
+    file = Path(config.output_dir) / OPTIONS
+    return show_command(*launch, "train", "--recipe", file, "--checkpoint.resume", "auto", *token)
