@@ -75,7 +75,8 @@ def generate_rows(test: Path, adapter: Path) -> tuple[list[str], dict[str, list[
     prompts = [row["text"] for row in chosen]
     conditions = [Image.open(test / row["conditioning_image_file_name"]).convert("RGB") for row in chosen]
     pipeline = open_models(ModelOptions(adapter=str(adapter))).pipeline()
-    sampling = EvaluateOptions(adapter=(str(adapter),), data=str(test.parent), guidance=GUIDANCE)
+    options = EvaluateOptions(adapter=(str(adapter),), data=str(test.parent), guidance=GUIDANCE)
+    sampling = options.settle({})
     alone, controlled = (
         generate(pipeline, prompts, given, range(len(chosen)), size=(SIZE, SIZE), sampling=sampling)
         for given in (None, conditions)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,18 @@ from safetensors.torch import save_file
 from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.adapter import save_adapter
-from t2i_adapter.export.card import CardSample, add_evaluation, markdown, set_license, usage_code, write_card
+from t2i_adapter.export.card import (
+    CardSample,
+    add_evaluation,
+    markdown,
+    set_license,
+    steering_code,
+    update_sampling,
+    usage_code,
+    write_card,
+)
+from t2i_adapter.generation.generate import generate
+from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.models.adapter import build_adapter, load_adapter
 from t2i_adapter.models.open import open_base
 from t2i_adapter.models.record import Metadata, read_metadata
@@ -189,6 +202,30 @@ def test_licence_and_evaluation_are_added_and_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "images" / "sheet.png").is_file()
 
 
+def test_the_card_has_what_the_record_recommends(tmp_path: Path) -> None:
+    """Also if it recommends it after the card was written; the rest of the card does not change."""
+    before = make_card(tmp_path)
+    [program] = re.findall("guidance, control_guidance = .*", before)
+    assert program.startswith("guidance, control_guidance = 5.0, 1.5 ")
+    assert "Recommended" not in before
+    point = {"guidance": 3.0, "control_guidance": 2.0, "scale_schedule": "187:0.8,937:1.1", "from": {"metric": "x"}}
+    metadata = Metadata.from_dict(record("owner/base", sampling=point)).without_local_paths()
+    update_sampling(tmp_path, metadata)
+    card = (tmp_path / "README.md").read_text()
+    values = markdown("guidance 3.0, control_guidance 2.0, scale_schedule 187:0.8,937:1.1")
+    assert f"Recommended for this adapter: {values}. `t2i-adapter generate` takes" in card
+    assert "guidance, control_guidance = 3.0, 2.0 " in card
+    assert "numpy.interp(float(args[1]), [187, 937], [0.8, 1.1])" in card
+    update_sampling(tmp_path, Metadata.from_dict(record("owner/base")))
+    assert (tmp_path / "README.md").read_text() == before
+    update_sampling(tmp_path / "none", metadata)
+    for changes, has_program in [({"control_passes": 3, "control_guidance": 4}, True), ({"guidance": 1}, False)]:
+        update_sampling(tmp_path, Metadata.from_dict(record("owner/base", sampling={"control_passes": 3, **changes})))
+        card = (tmp_path / "README.md").read_text()
+        assert "They were measured with a third pass of the UNet" in card
+        assert ("def steer(" in card) is has_program
+
+
 def test_markdown_shows_text_literally() -> None:
     assert markdown("a <b>\n`c`") == "a &lt;b&gt; \\`c\\`"
 
@@ -201,9 +238,26 @@ def test_the_cards_code_runs(adapter: T2IAdapter, tiny_base: Path, tmp_path: Pat
     Image.fromarray(noise).save(tmp_path / "condition.png")
     code = usage_code(Metadata.from_dict(record("base")), "me/my-adapter", prompt='a "red" circle')
     assert code in make_card(tmp_path / "card", base="base").replace(repr(HOSTILE), repr('a "red" circle'))
+    sampling = SamplingOptions(
+        guidance=3.0, control_guidance=2.5, scale=0.8, condition_factor=0.7, scale_schedule="400:1,800:1.5"
+    )
+    code += f"\ntorch.manual_seed(7)\n{steering_code(sampling)}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "picture.png").size == (64, 64)
+    # The second picture is the one of our own sampling. The rounding is that of tests/numerics/test_generate.py.
+    pipeline = open_base(BaseOptions(name=str(tiny_base))).pipeline(adapter, "cpu", torch.float32)
+    given = [Image.open(tmp_path / "condition.png").resize((64, 64))]
+
+    def own(options: SamplingOptions) -> np.ndarray:
+        [picture] = generate(pipeline, ['a "red" circle'], given, [7], size=(64, 64), sampling=options)
+        return np.asarray(picture).astype(int)
+
+    steered = np.asarray(Image.open(tmp_path / "steered.png"))
+    assert abs(own(sampling) - steered).max() <= 1
+    for name in ("control_guidance", "scale_schedule"):
+        plain = replace(sampling, **{name: getattr(SamplingOptions(), name)})
+        assert abs(own(plain) - steered).max() > 5, f"{name} has an effect"
     with_vae = usage_code(
         Metadata.from_dict({"base": {"name": "base", "vae": "v", "variant": "fp16"}}), "a", prompt="x", channels=1
     )

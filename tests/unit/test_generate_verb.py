@@ -357,3 +357,48 @@ def test_prompts_are_read_as_in_the_adapters_training(
     assert "chunks" not in capsys.readouterr().out
     assert plain != by_record
     assert picture(trained, max_tokens=75) == (plain, 75)
+
+
+# What the adapter's record recommends -------------------------------------------------------------------------------
+
+
+def test_generate_takes_what_the_record_recommends(
+    adapter: Path, condition: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless an option is given. The picture's record has the values used, and needs the adapter's no more."""
+    trained = tmp_path / "trained"
+    shutil.copytree(adapter, trained)
+    file = trained / "t2i_adapter.json"
+    plain_record = json.loads(file.read_text())
+    point = {"scale": 0.5, "control_guidance": 2.0, "control_passes": 3, "scale_schedule": "200:1,800:1.5"}
+
+    def picture(folder: Path, **changes: Any) -> tuple[bytes, dict[str, Any], dict[str, str]]:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        run(options(folder, condition, steps=2, out=str(out), **changes))
+        record = json.loads((out / "00000.json").read_text())
+        _, _, fields = read_parameters(png_parameters(out / "00000.png"))
+        return Image.open(out / "00000.png").tobytes(), record, fields
+
+    file.write_text(json.dumps({**plain_record, "sampling": point}))
+    pixels, record, fields = picture(trained)
+    assert {name: record["options"][name] for name in point} == point
+    assert {
+        name: value for name, value in fields.items() if name.startswith("T2I-Adapter ") and "pict" not in name
+    } == {
+        "T2I-Adapter hash": record["adapter_sha256"][:10],
+        "T2I-Adapter scale": "0.5",
+        "T2I-Adapter end": "1.0",
+        "T2I-Adapter guidance": "2.0",
+        "T2I-Adapter passes": "3",
+        "T2I-Adapter schedule": "200:1,800:1.5",
+    }
+    assert "scale 0.5, control_guidance 2.0, control_passes 3, scale_schedule 200:1,800:1.5" in capsys.readouterr().out
+    assert picture(adapter, **point)[0] == pixels, "as if the options were given"
+    plain, plain_options, _ = picture(adapter)
+    assert plain != pixels
+    assert picture(trained, defaults="plain")[0] == plain
+    assert "recommends" not in capsys.readouterr().out
+    # A picture that was generated without a recommendation is the same after the record has one.
+    again = parse_flags(GenerateOptions, shlex.split(plain_options["command"])[2:], "t2i-adapter generate")
+    run(replace(again, adapter=str(trained), out=str(tmp_path / "again")))
+    assert Image.open(tmp_path / "again" / "00000.png").tobytes() == plain

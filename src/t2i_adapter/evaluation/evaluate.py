@@ -162,9 +162,7 @@ def measure_columns(
 ) -> Evaluation:
     """Measures the pictures of an evaluation. They are looked at one after another, so they may be read when needed.
 
-    Args:
-        pictures: column -> the K pictures of each pair, without TARGET.
-        measures: measures the pictures, and what needs all of them.
+    pictures: column -> the K pictures of each pair, without TARGET.
     """
     columns = (*pictures, TARGET)
     measured: dict[str, list[list[dict[str, float]]]] = {column: [] for column in columns}
@@ -187,7 +185,8 @@ def measure_columns(
         metric: {column: bootstrap(found, plan.seed) for column, row in rows.items() if (found := _existing(row))}
         for metric, rows in values.items()
     }
-    estimates |= measures.pooled({**pictures, TARGET: [[pair.target] for pair in pairs]}, pairs)
+    targets = LazySequence(len(pairs), lambda index: [pairs[index].target])
+    estimates |= measures.pooled({**pictures, TARGET: targets}, pairs)
     first = {column: LazySequence(len(rows), _first_of(rows)) for column, rows in pictures.items()}
     seeds = picture_seeds(len(pairs), plan.seed)
     return Evaluation(pairs, seeds, plan.others, first, values, estimates, singles, plan.seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -255,7 +255,12 @@ def headline(evaluation: Evaluation) -> Headline:
 
 def headline_metric(evaluation: Evaluation) -> str:
     """Returns the judge's metric if there was a judge, else "iou"."""
-    return next((key for key in ("condition_f1", "condition_error") if key in evaluation.estimates), "iou")
+    return headline_key(evaluation.estimates)
+
+
+def headline_key(metrics: Collection[str]) -> str:
+    """As `headline_metric`, from the names of the metrics that were measured."""
+    return next((key for key in ("condition_f1", "condition_error") if key in metrics), "iou")
 
 
 def rank_pairs(evaluation: Evaluation, columns: Sequence[str] = (ADAPTER,)) -> list[int]:

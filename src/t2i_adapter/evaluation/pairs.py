@@ -52,13 +52,14 @@ class Pair:
     truth_from: Literal["scene", "picture"]
 
 
-def open_pairs(options: DataOptions, count: int, seed: int) -> Source:
-    """Opens `count` pairs of a split, chosen by the seed. Raises UserError if the split has fewer."""
+def open_pairs(options: DataOptions, count: int, seed: int, *, times: int = 1) -> Source:
+    """Opens `times * count` pairs of a split, chosen by the seed. Raises UserError if the split has fewer."""
     source = open_source(options, seed)
-    if len(source) < count:
+    if len(source) < times * count:
+        need = f"{count} needs {times * count} pairs, and" if times > 1 else f"{count}:"
         raise UserError(
-            f"{count}: {options.location} has {len(source)} pairs in its split {options.split}; "
-            f"use {flag('num')} {len(source)} or less.",
+            f"{need} {options.location} has {len(source)} pairs in its split {options.split}; "
+            f"use {flag('num')} {len(source) // times} or less.",
             option="num",
         )
     return source

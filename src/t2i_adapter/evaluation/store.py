@@ -60,12 +60,11 @@ class PictureStore:
         if found is None:
             return
         columns = found.pop(COLUMNS, {})
-        pairs = [(found, self._settings)] + [
-            ({COLUMNS: {column: columns[column]}}, {COLUMNS: {column: own}})
-            for column, own in self._columns.items()
-            if column in columns
-        ]
-        changed = [line for before, now in pairs for line in _differences(before, now, self._options)]
+        lines = [*_differences(found, self._settings, self._options)]
+        for column, own in self._columns.items():
+            if column in columns:
+                lines += _differences(columns[column], own, self._options)
+        changed = list(dict.fromkeys(lines))
         if changed:
             raise UserError(
                 f"{self.folder} holds pictures of other settings: {'; '.join(changed[:5])}"

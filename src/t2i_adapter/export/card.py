@@ -20,7 +20,8 @@ from t2i_adapter.config.tree import NANO
 from t2i_adapter.data.picture import StoredPicture, decode, read_file
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import parse_json
-from t2i_adapter.models.record import Metadata, is_path
+from t2i_adapter.generation.options import POINT, RequestedSampling, SamplingOptions, parse_schedule
+from t2i_adapter.models.record import Metadata, describe_measurement, is_path
 from t2i_adapter.types import CHUNK_TOKENS
 
 CARD = "README.md"
@@ -28,6 +29,7 @@ PICTURES = "images"
 PICTURE_NAME = re.compile(r"(sample_\d\d|sheet)\.png")
 _TAGS = ["t2i-adapter", "stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image", "diffusers"]
 _EVALUATION = ("<!-- evaluation -->", "<!-- end of evaluation -->")
+_SAMPLING = ("<!-- sampling -->", "<!-- end of sampling -->")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:])")
 _ADAPTER_LINE = re.compile(
     r"^(adapter = T2IAdapter\.from_pretrained\().*(, (?:torch_)?dtype=dtype, variant=)", re.MULTILINE
@@ -48,10 +50,31 @@ dtype=dtype$arguments)
 pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
 pipeline.to(device)
 
-condition = load_image("condition.png")$convert$resize
-image = pipeline($prompt, image=condition, num_inference_steps=30, guidance_scale=5.0).images[0]
+prompt, condition = $prompt, load_image("condition.png")$convert$resize
+image = pipeline(prompt, image=condition, num_inference_steps=30, guidance_scale=5.0).images[0]
 image.save("picture.png")
 """)
+
+_STEERING_CODE = string.Template("""\
+guidance, control_guidance = $guidance, $control  # control_guidance: from 1 (no effect) to guidance
+share = (guidance - control_guidance) / (guidance - 1)
+
+
+def steer(unet, args, kwargs):
+    for feature in kwargs["down_intrablock_additional_residuals"] or []:$schedule
+        feature[: len(feature) // 2] *= share  # the first half of the batch is the negative branch
+
+
+hook = pipeline.unet.register_forward_pre_hook(steer, with_kwargs=True)
+image = pipeline(
+    prompt, image=condition, num_inference_steps=30, guidance_scale=guidance,
+    adapter_conditioning_scale=$scale, adapter_conditioning_factor=$factor,
+).images[0]
+hook.remove()
+image.save("steered.png")
+""")
+_EXAMPLE = {"control_guidance": 1.5}
+"""Options of the card's program if the record recommends none."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +131,10 @@ def write_card(
         _front_matter(public, license),
         _introduction(public, repo_id, channels),
         _samples(samples),
-        "\n".join(_EVALUATION),
+        _marked(_EVALUATION, ""),
         f"## Use\n\n{_long_prompts(public)}"
         f"```python\n{usage_code(public, repo_id, prompt=prompt, channels=channels)}```",
+        _marked(_SAMPLING, _steering(public)),
         _hyperparameters(hyperparameters),
         _versions(public),
     ]
@@ -141,6 +165,35 @@ def usage_code(metadata: Metadata, adapter: str, *, prompt: str, channels: int =
         resize=f".resize({size})" if metadata.resolution else "",
         prompt=repr(prompt),
     )
+
+
+def steering_code(sampling: SamplingOptions) -> str:
+    """Returns lines that follow `usage_code`: they generate with control guidance of two passes, with diffusers alone.
+
+    `sampling` has guidance above 1.
+    """
+    schedule = parse_schedule(sampling.scale_schedule)
+    timesteps, factors = [t for t, _ in schedule], [factor for _, factor in schedule]
+    return ("import numpy\n\n" if schedule else "") + _STEERING_CODE.substitute(
+        guidance=sampling.guidance,
+        control=min(sampling.control_guidance, sampling.guidance),
+        scale=sampling.scale,
+        factor=sampling.condition_factor,
+        schedule=f"\n        feature *= numpy.interp(float(args[1]), {timesteps}, {factors})" if schedule else "",
+    )
+
+
+def update_sampling(folder: str | Path, metadata: Metadata) -> None:
+    """Writes what the record recommends for sampling into a card that `write_card` wrote, if the folder has one.
+
+    A card without the lines between which it stands is not changed. Raises UserError for a card without front matter.
+    """
+    card = Path(folder) / CARD
+    if not card.is_file():
+        return
+    head, body = _split(card)
+    if all(mark in body for mark in _SAMPLING):
+        _replace_marked(card, head, body, _SAMPLING, _steering(metadata))
 
 
 def name_repository(folder: str | Path, repo_id: str) -> None:
@@ -180,8 +233,7 @@ def add_evaluation(folder: str | Path, evaluation: str | Path) -> None:
         raise UserError(
             f"{root / CARD}: the lines {begin} and {end} are missing; insert them where the evaluation should stand."
         )
-    before, after = body.split(begin, 1)[0], body.split(end, 1)[1]
-    (root / CARD).write_text(_yaml_block(head) + before + f"{begin}\n{section}\n{end}" + after, encoding="utf-8")
+    _replace_marked(root / CARD, head, body, _EVALUATION, section)
 
 
 def markdown(text: str) -> str:
@@ -225,6 +277,41 @@ def _long_prompts(metadata: Metadata) -> str:
         f"`t2i-adapter generate` and ComfyUI read such prompts in the same way; this program cuts them off after "
         f"{CHUNK_TOKENS} tokens.\n\n"
     )
+
+
+def _steering(metadata: Metadata) -> str:
+    """Returns the section about the strength of the adapter and of its condition."""
+    sampling = RequestedSampling().settle(metadata.sampling or _EXAMPLE)
+    program = f"\n\n```python\n{steering_code(sampling)}```" if sampling.guidance > 1 else ""
+    notes = [
+        "Guidance amplifies the prompt, and not the condition, because both of its branches carry the adapter. With "
+        "control guidance the negative branch carries less of it, so that the condition is amplified, too."
+    ]
+    if metadata.sampling:
+        values = ", ".join(f"{name} {getattr(sampling, name)}" for name in POINT if name in metadata.sampling)
+        notes.append(
+            f"Recommended for this adapter: {markdown(values)}. `t2i-adapter generate` takes these values by default."
+        )
+        if measured := describe_measurement(metadata.sampling):
+            notes.append(markdown(measured))
+    else:
+        notes.append("`t2i-adapter generate` has the options `control_guidance` and `control_passes` for it.")
+    if sampling.control_passes == 3:
+        notes.append("They were measured with a third pass of the UNet, which only `t2i-adapter generate` makes.")
+    if program:
+        notes.append("The lines below follow the program above and do it with diffusers alone.")
+    return f"## Control guidance\n\n{' '.join(notes)}{program}"
+
+
+def _marked(marks: tuple[str, str], section: str) -> str:
+    """Returns a section of the card between two lines, by which it is found and replaced."""
+    return "\n".join([marks[0], *([section] if section else []), marks[1]])
+
+
+def _replace_marked(card: Path, head: dict[str, Any], body: str, marks: tuple[str, str], section: str) -> None:
+    """Writes the card with another section between two lines that its body has."""
+    before, after = body.split(marks[0], 1)[0], body.split(marks[1], 1)[1]
+    card.write_text(_yaml_block(head) + before + _marked(marks, section) + after, encoding="utf-8")
 
 
 def _samples(samples: Sequence[CardSample]) -> str:

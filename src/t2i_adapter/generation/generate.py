@@ -17,9 +17,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from t2i_adapter.generation.options import SamplingOptions
+from t2i_adapter.generation.guidance import adapters_of, steer
+from t2i_adapter.generation.options import SamplingOptions, Strength
 from t2i_adapter.models.encoders import LatentScale, TextEncoder, count_tokens, text_beyond
 from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
+
+Condition = Image.Image | Sequence[Image.Image]
+"""A picture's condition: one picture or, with several adapters, one for each."""
 
 _BATCH_PIXELS = 512 * 512  # 16 pictures of `nano`: on a CPU larger batches are no faster
 _BATCH_PROMPTS = 64  # prompts that are encoded at a time, for memory
@@ -121,11 +125,12 @@ def _long_prompts(tokenizer: Any, name: str, prompts: Sequence[str], max_tokens:
 def generate(
     pipeline: StableDiffusionXLAdapterPipeline,
     prompts: Sequence[str] | TextStates,
-    conditions: Sequence[Image.Image] | None,
+    conditions: Sequence[Condition] | None,
     seeds: Sequence[int],
     *,
     size: tuple[int, int],
     sampling: SamplingOptions,
+    strengths: Sequence[Strength] | None = None,
     negative: str | None = None,
     max_tokens: MaxTokens = CHUNK_TOKENS,
     progress: str | None = None,
@@ -137,7 +142,16 @@ def generate(
     if not isinstance(prompts, TextStates):
         guidance = sampling.guidance
         prompts = encode_prompts(pipeline, prompts, guidance=guidance, negative=negative, max_tokens=max_tokens)
-    batches = generate_batches(pipeline, prompts, conditions, seeds, size=size, sampling=sampling, progress=progress)
+    batches = generate_batches(
+        pipeline,
+        prompts,
+        conditions,
+        seeds,
+        size=size,
+        sampling=sampling,
+        strengths=strengths,
+        progress=progress,
+    )
     return [picture for batch in batches for picture in batch]
 
 
@@ -149,11 +163,12 @@ def batch_length(size: tuple[int, int], sampling: SamplingOptions) -> int:
 def generate_batches(
     pipeline: StableDiffusionXLAdapterPipeline,
     texts: TextStates,
-    conditions: Sequence[Image.Image] | None,
+    conditions: Sequence[Condition] | None,
     seeds: Sequence[int],
     *,
     size: tuple[int, int],
     sampling: SamplingOptions,
+    strengths: Sequence[Strength] | None = None,
     progress: str | None = None,
 ) -> Iterator[list[Image.Image]]:
     """Generates N pictures, one for each text, condition and seed, and yields each batch when it is finished.
@@ -164,18 +179,25 @@ def generate_batches(
     Args:
         texts: the states of N prompts.
         conditions: N pictures of `size`, of any mode; None generates with the base alone, exactly as
-            StableDiffusionXLPipeline does.
+            StableDiffusionXLPipeline does. With several adapters (a pipeline with a MultiAdapter) each is a sequence
+            of one picture an adapter.
         size: (height, width) in pixels, multiples of what the adapter takes.
+        strengths: scale and steps of each adapter; None takes those of `sampling` for each. Guidances and schedule are
+            common to all.
         progress: title of a progress bar over all denoising steps; None shows none.
+
+    Raises UserError if the base cannot do what `sampling` asks for.
     """
     assert len(texts) == len(seeds) and (conditions is None or len(conditions) == len(seeds))
+    strengths = strengths or [sampling.strength] * len(adapters_of(pipeline))
     batch = batch_length(size, sampling)
     total, is_hidden = len(seeds) * sampling.steps, progress is None
     with tqdm(total=total, desc=progress, unit="step", disable=is_hidden, leave=False, delay=0.5) as bar:
         for start in range(0, len(seeds), batch):
             part = slice(start, start + batch)
             chosen = None if conditions is None else conditions[part]
-            latents = _sample_latents(pipeline, texts.arguments(part), chosen, seeds[part], size, sampling, bar)
+            text = texts.arguments(part)
+            latents = _sample_latents(pipeline, text, chosen, seeds[part], size, sampling, strengths, bar)
             yield _decode(pipeline, latents)
     pipeline.maybe_free_model_hooks()
 
@@ -183,35 +205,50 @@ def generate_batches(
 def _sample_latents(
     pipeline: StableDiffusionXLAdapterPipeline,
     text: dict[str, Any],
-    conditions: Sequence[Image.Image] | None,
+    conditions: Sequence[Condition] | None,
     seeds: Sequence[int],
     size: tuple[int, int],
     sampling: SamplingOptions,
+    strengths: Sequence[Strength],
     bar: tqdm[Any],
 ) -> Tensor:
     """Returns one batch of the UNet's latents, (B,4,h,w). `bar` advances by B at each step."""
-    mode = "L" if pipeline.adapter.config.in_channels == 1 else "RGB"
+    adapters = adapters_of(pipeline)
+    assert len(strengths) == len(adapters)
     height, width = size
     if conditions is None:
         # The pipeline needs a picture even if the adapter acts in no step.
-        conditions, factor = [Image.new(mode, (width, height))] * len(seeds), 0.0
-    else:
-        factor = sampling.condition_factor
-    assert all(condition.size == (width, height) for condition in conditions)
-    output: Any = pipeline(
-        image=[condition.convert(mode) for condition in conditions],
-        height=height,
-        width=width,
-        num_inference_steps=sampling.steps,
-        guidance_scale=sampling.guidance,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        adapter_conditioning_scale=sampling.scale,
-        adapter_conditioning_factor=factor,
-        output_type="latent",
-        callback=lambda *_: bar.update(len(seeds)),  # pyright: ignore[reportArgumentType]
-        **text,
-    )
+        conditions = [[Image.new("RGB", (width, height))] * len(adapters)] * len(seeds)
+        strengths = [Strength(end=0.0)] * len(adapters)
+    columns = list(zip(*map(_condition_row, conditions), strict=True))
+    assert len(columns) == len(adapters)
+    assert all(picture.size == (width, height) for column in columns for picture in column)
+    images: list[Any] = [
+        [picture.convert("L" if adapter.config.in_channels == 1 else "RGB") for picture in column]
+        for adapter, column in zip(adapters, columns, strict=True)
+    ]
+    scales = [strength.scale for strength in strengths]
+    is_single = len(adapters) == 1
+    with steer(pipeline, sampling, strengths):
+        output: Any = pipeline(
+            image=images[0] if is_single else images,
+            height=height,
+            width=width,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            adapter_conditioning_scale=scales[0] if is_single else scales,
+            adapter_conditioning_factor=max(strength.end for strength in strengths),
+            output_type="latent",
+            callback=lambda *_: bar.update(len(seeds)),  # pyright: ignore[reportArgumentType]
+            **text,
+        )
     return output.images
+
+
+def _condition_row(condition: Condition) -> Sequence[Image.Image]:
+    """Returns the pictures of a picture's condition, one an adapter."""
+    return [condition] if isinstance(condition, Image.Image) else condition
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,11 @@ class Models:
     def resolution(self) -> int | None:
         """Side in pixels of the adapter's training crops, if known."""
         return self.metadata.resolution if self.metadata else None
+
+    @property
+    def recommended(self) -> Mapping[str, Any]:
+        """Options of sampling that the adapter's record recommends; empty if it recommends none."""
+        return self.metadata.sampling if self.metadata else {}
 
     def describe_text(self) -> str | None:
         """Returns a line for the log if prompts are read in several chunks."""

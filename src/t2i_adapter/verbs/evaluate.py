@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from t2i_adapter.config.dataset import DatasetOptions
 from t2i_adapter.config.tree import to_dict
 from t2i_adapter.errors import UserError, require
+from t2i_adapter.evaluation.sweep_options import SweepOptions
 from t2i_adapter.flags import Words
-from t2i_adapter.generation.options import ModelOptions, SamplingOptions
+from t2i_adapter.generation.options import ModelOptions, RequestedSampling, SamplingOptions
 from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ PICTURES = "pictures"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(DatasetOptions, ModelOptions, SamplingOptions):
+class EvaluateOptions(DatasetOptions, ModelOptions, RequestedSampling, SweepOptions):
     """Measure how well pictures follow their conditions, on held-out pairs and with two controls."""
 
     adapter: Annotated[tuple[str, ...], Words("ADAPTER")]  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -42,7 +43,7 @@ class EvaluateOptions(DatasetOptions, ModelOptions, SamplingOptions):
     split: str = "test"
     """Split of the dataset: pairs that the adapter was not trained on."""
     num: int = 64
-    """Pairs to measure, chosen by the seed."""
+    """Pairs to measure, chosen by the seed. With --sweep: pairs that choose a point; as many others confirm it."""
     pictures: int = 1
     """Pictures of each pair in each column, from different noise. A pair's value is their mean."""
     resolution: int | None = None
@@ -70,12 +71,16 @@ class EvaluateOptions(DatasetOptions, ModelOptions, SamplingOptions):
     """Replace the pictures that `out` holds. Without it, pictures of the same settings are taken, and pictures of other
     settings are an error."""
     out: str = "evaluation"
-    """Folder for evaluation.json, report.html, sheet.png and the generated pictures."""
+    """Folder for evaluation.json, report.html, sheet.png and the generated pictures; for sweep.json and sweep.html with
+    --sweep."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_sweep()
         assert not isinstance(self.adapter, str), "a tuple of adapters"
         require("adapter", bool(self.adapter), "()", "name one adapter or more")
+        if self.sweep:
+            require("adapter", len(self.adapter) == 1, " ".join(self.adapter), "a sweep takes one adapter")
         if not self.data:
             raise UserError("is required: a folder, manifest, shards or a hub id", option="data")
         require("num", self.num >= 2, self.num, "2 or more: each pair needs another one's condition as control")
@@ -84,10 +89,10 @@ class EvaluateOptions(DatasetOptions, ModelOptions, SamplingOptions):
 
 
 def run(options: EvaluateOptions) -> list[Evaluation]:
-    """Measures each adapter, writes the files to `out`, and prints the means.
+    """Measures each adapter, writes the files to `out`, and prints the means; or searches its sampling options.
 
-    With several processes all generate, and rank 0 measures, writes and prints; the others return an empty list.
-    Raises UserError.
+    With several processes all generate, and rank 0 measures, writes and prints. Returns one evaluation for each
+    adapter; an empty list in the other processes, and after a sweep. Raises UserError.
     """
     preload("t2i_adapter.generation.pipeline")
     from t2i_adapter.evaluation.processes import find_processes
@@ -125,16 +130,20 @@ def _run(options: EvaluateOptions, processes: Processes) -> list[Evaluation]:
         )
     for model in models:
         check_resolution(resolution, resolution, model.adapter_config)
-    pairs = StoredPairs(source, resolution, models[0].channels)
     spec = options.judge or source.annotate
     judge = None if spec in (None, "none") else open_annotator(spec)
+    if options.sweep:
+        _sweep(options, source, models[0], judge, resolution, processes)
+        return []
+    pairs = StoredPairs(source, resolution, models[0].channels)
     second = open_second(options.second_judge, judge)
     names = adapter_names(options.adapter)
-    columns = all_columns(names, models, [options] * len(models))
+    sampling = [options.settle(model.recommended) for model in models]
+    columns = all_columns(names, models, sampling)
     out = output_folder(options.out)
     store = _open_store(options, out, source, pairs, models, columns, resolution, processes)
-    if processes.is_main and (line := models[0].describe_text()):
-        print(line, flush=True)
+    if processes.is_main:
+        _describe(options, names, models)
     pairs.keep_conditions(store)
     read_conditions(pairs, processes)
     size = (resolution, resolution)
@@ -144,7 +153,7 @@ def _run(options: EvaluateOptions, processes: Processes) -> list[Evaluation]:
         size=size,
         seed=options.seed,
         pictures=options.pictures,
-        batch=plan_batch(size, options, len(pairs)),
+        batch=plan_batch(size, sampling[0], len(pairs)),
         max_tokens=models[0].max_tokens,
     )
     pictures = produce(plan, columns, store, lambda: _open_pipeline(models), processes)
@@ -158,9 +167,48 @@ def _run(options: EvaluateOptions, processes: Processes) -> list[Evaluation]:
         seed=options.seed,
     )
     evaluation = measure_columns(plan, pairs, pictures, measures)
-    settings = {**_settings(options, models, resolution), "judge": judge.record() if judge else None}
-    settings |= {"second_judge": second.record() if second else None, "not_measured": measures.missing}
+    settings = {
+        **_settings(options, sampling, models, resolution),
+        "judge": judge.record() if judge else None,
+        "second_judge": second.record() if second else None,
+        "not_measured": measures.missing,
+    }
     return _report(options, evaluation, names, models, settings, out, second)
+
+
+def _sweep(
+    options: EvaluateOptions,
+    source: Source,
+    models: Models,
+    judge: Annotator | None,
+    resolution: int,
+    processes: Processes,
+) -> None:
+    """Searches the sampling options of one adapter. Raises UserError with several processes."""
+    from t2i_adapter.evaluation.pairs import read_pairs
+    from t2i_adapter.verbs.sweep import run_sweep
+
+    if processes.world > 1:
+        raise UserError("runs in one process; start it without a launcher.", option="sweep")
+    judged = {"judge": judge.record() if judge else None}
+    pairs = read_pairs(source, resolution, models.channels)
+    run_sweep(
+        options,
+        options.adapter[0],
+        models,
+        pairs,
+        judge,
+        lambda point: {**_settings(options, [point], [models], resolution), **judged},
+    )
+
+
+def _describe(options: EvaluateOptions, names: list[str], models: list[Models]) -> None:
+    """Prints how prompts are read, and which recommended options are taken."""
+    if line := models[0].describe_text():
+        print(line, flush=True)
+    for name, model in zip(names, models, strict=True):
+        if line := options.describe_point(model.recommended):
+            print(f"{name}: {line}" if len(names) > 1 else line, flush=True)
 
 
 def model_options(options: EvaluateOptions, adapter: str, device: str | None = None) -> ModelOptions:
@@ -198,7 +246,7 @@ def _open_store(
     common = {
         "num": len(pairs),
         "seed": options.seed,
-        "pairs": pairs.digest,
+        "pairs_sha256": pairs.digest,
         "condition": source.annotate,
         "annotator": open_annotator(source.annotate).fingerprint if source.annotate else None,
         "resolution": resolution,
@@ -211,7 +259,8 @@ def _open_store(
     }
     digests = {id(model.adapter): model.digest for model in models}
     own = {
-        column.name: {"adapter": digests.get(id(column.adapter)), **_sampling(column.sampling)} for column in columns
+        column.name: {"adapter_sha256": digests.get(id(column.adapter)), **_sampling(column.sampling)}
+        for column in columns
     }
     store = PictureStore(out / PICTURES, common, own, {each.name for each in fields(options)})
     if not options.overwrite:
@@ -253,31 +302,41 @@ def _report(
     if len(names) == 1:
         files = write_files(out, evaluation, settings, **described(options))
         opinion = [second_opinion(evaluation, second)] if second else []
-        missing = settings["not_measured"]
-        print("\n".join([to_text(evaluation), *filter(None, opinion), *missing, *map(show_path, files)]))
+        lines = [to_text(evaluation), *filter(None, opinion), *settings["not_measured"], *map(show_path, files)]
+        print("\n".join(lines))
         return [evaluation]
     comparison, singles = compare(evaluation, names), []
-    for name, adapter, model in zip(names, options.adapter, models, strict=True):
+    for name, adapter, model, used in zip(names, options.adapter, models, settings["sampling"], strict=True):
         singles.append(evaluation_of(evaluation, name))
         folder = output_folder(str(out / adapter_column(ADAPTER, name)))
-        own = {**settings, "adapter": adapter, "adapter_sha256": model.digest}
+        own = {**settings, **used, "adapter": adapter, "adapter_sha256": model.digest}
+        own.pop("sampling")
         write_files(folder, singles[-1], own, **described(replace(options, adapter=(adapter,))))
     adapters = dict(zip(names, options.adapter, strict=True))
     files = write_comparison(out, evaluation, comparison, settings, **described(options), adapters=adapters)
-    print("\n".join([comparison_text(evaluation, comparison), *settings["not_measured"], *map(show_path, files)]))
+    opinions = [
+        f"{name}: {line}"
+        for name, one in zip(names, singles, strict=True)
+        if second and (line := second_opinion(one, second))
+    ]
+    lines = [comparison_text(evaluation, comparison), *opinions, *settings["not_measured"], *map(show_path, files)]
+    print("\n".join(lines))
     return singles
 
 
 def open_dataset(options: EvaluateOptions) -> Source:
-    """Opens the pairs to measure. Raises UserError if the split has fewer than `num`."""
+    """Opens the pairs to measure. Raises UserError if the split has fewer than `num`, or twice that for a sweep."""
     from t2i_adapter.evaluation.pairs import condition_spec, open_pairs
 
     condition = None if options.conditioning_dir else condition_spec(options.condition, options.adapter[0])
-    data = options.dataset(max_train_samples=options.num, condition=condition)
-    return open_pairs(data, options.num, options.seed)
+    times = 2 if options.sweep else 1
+    data = options.dataset(max_train_samples=times * options.num, condition=condition)
+    return open_pairs(data, options.num, options.seed, times=times)
 
 
-def _settings(options: EvaluateOptions, models: list[Models], resolution: int) -> dict[str, Any]:
+def _settings(
+    options: EvaluateOptions, sampling: list[SamplingOptions], models: list[Models], resolution: int
+) -> dict[str, Any]:
     """Everything that the numbers depend on, as plain JSON types. One adapter is a text, several are lists."""
     from importlib.metadata import version
 
@@ -287,6 +346,7 @@ def _settings(options: EvaluateOptions, models: list[Models], resolution: int) -
     model, is_one = models[0], len(models) == 1
     return {
         **asdict(options),
+        **(asdict(sampling[0]) if is_one else {"sampling": [asdict(each) for each in sampling]}),
         "adapter": options.adapter[0] if is_one else list(options.adapter),
         "base": to_dict(model.base.options),
         "resolution": resolution,

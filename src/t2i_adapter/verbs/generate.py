@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from t2i_adapter.errors import UserError, flag, require
 from t2i_adapter.files import output_folder, show_path, user_path
 from t2i_adapter.flags import command_line
-from t2i_adapter.generation.options import ModelOptions, SamplingOptions
+from t2i_adapter.generation.options import POINT, ModelOptions, RequestedSampling, SamplingOptions
 from t2i_adapter.generation.prompts import Request, is_unicode, match_files, read_prompts
 from t2i_adapter.imports import preload
 from t2i_adapter.types import CHUNK_TOKENS
@@ -30,7 +30,7 @@ LIBRARIES = ("sdxl-t2i-adapter", "torch", "diffusers", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(ModelOptions, SamplingOptions):
+class GenerateOptions(ModelOptions, RequestedSampling):
     """Generate pictures from prompts and condition pictures, or from photos of which conditions are made."""
 
     prompt: tuple[str, ...] = ()
@@ -116,13 +116,14 @@ def run(options: GenerateOptions) -> None:
                 else fit_condition(picture, size, models.channels)
             )
     out = output_folder(options.out)
-    if line := models.describe_text():
+    sampling = options.settle(models.recommended)
+    for line in filter(None, (models.describe_text(), options.describe_point(models.recommended))):
         print(line, flush=True)
     pipeline = models.pipeline()
     texts = encode_prompts(
         pipeline,
         [job.prompt for job in jobs],
-        guidance=options.guidance,
+        guidance=sampling.guidance,
         negative=options.negative,
         max_tokens=models.max_tokens,
     )
@@ -132,12 +133,12 @@ def run(options: GenerateOptions) -> None:
         [conditions[job.source] for job in jobs],
         [job.seed for job in jobs],
         size=size,
-        sampling=options,
+        sampling=sampling,
         progress="generating",
     )
     for job, picture in zip(jobs, (picture for batch in batches for picture in batch), strict=True):
-        record = _picture_record(options, models, size, job, annotator)
-        text = _parameters(options, models, size, job, annotator)
+        record = _picture_record(options, sampling, models, size, job, annotator)
+        text = _parameters(options, sampling, models, size, job, annotator)
         path = _save(out, picture, record, text, conditions[job.source] if job.is_photo else None)
         with tqdm.external_write_mode():
             print(show_path(path), flush=True)
@@ -189,6 +190,7 @@ def _picture_size(options: GenerateOptions, models: Models, condition: Image.Ima
 
 def _picture_record(
     options: GenerateOptions,
+    sampling: SamplingOptions,
     models: Models,
     size: tuple[int, int],
     job: Job,
@@ -215,6 +217,7 @@ def _picture_record(
         device=models.device,
         precision=models.precision,
         max_tokens=models.max_tokens,
+        **{name: getattr(sampling, name) for name in POINT},
     )
     return {
         "command": command_line("generate", single),
@@ -226,29 +229,48 @@ def _picture_record(
 
 
 def _parameters(
-    options: GenerateOptions, models: Models, size: tuple[int, int], job: Job, annotator: Annotator | None
+    options: GenerateOptions,
+    sampling: SamplingOptions,
+    models: Models,
+    size: tuple[int, int],
+    job: Job,
+    annotator: Annotator | None,
 ) -> str:
     """Returns the text that the picture's PNG file carries. Of paths it holds the last part only."""
     from t2i_adapter.generation.png_text import parameters
 
     fields = {
-        "Steps": options.steps,
+        "Steps": sampling.steps,
         "Sampler": "Euler a",
-        "CFG scale": options.guidance,
+        "CFG scale": sampling.guidance,
         "Seed": job.seed,
         "Size": f"{size[1]}x{size[0]}",
         "Model": Path(models.base.name).name.removesuffix(".safetensors"),
         "RNG": "CPU",
         "T2I-Adapter": user_path(options.adapter).resolve().name,
         "T2I-Adapter hash": models.digest[:10],
-        "T2I-Adapter scale": options.scale,
-        "T2I-Adapter end": options.condition_factor,
+        "T2I-Adapter scale": sampling.scale,
+        "T2I-Adapter end": sampling.condition_factor,
+        **_steering(sampling),
         "T2I-Adapter picture": Path(job.file).name,
         **({"T2I-Adapter condition": annotator.spec} if annotator and job.is_photo else {}),
         **({"Max tokens": models.max_tokens} if models.max_tokens > CHUNK_TOKENS else {}),
         "Version": f"sdxl-t2i-adapter {version('sdxl-t2i-adapter')}",
     }
     return parameters(job.prompt, options.negative, fields)
+
+
+def _steering(sampling: SamplingOptions) -> dict[str, Any]:
+    """Returns the fields of options that most pictures leave at their plain values, if these differ from them."""
+    plain = SamplingOptions()
+    names = {
+        "T2I-Adapter start": "condition_start",
+        "T2I-Adapter guidance": "control_guidance",
+        "T2I-Adapter passes": "control_passes",
+        "T2I-Adapter schedule": "scale_schedule",
+    }
+    values = {shown: (getattr(sampling, name), getattr(plain, name)) for shown, name in names.items()}
+    return {shown: value for shown, (value, usual) in values.items() if value != usual}
 
 
 def _save(

@@ -33,11 +33,14 @@ class PushOptions:
 def run(options: PushOptions) -> None:
     """Completes the card, checks the token and the repository, uploads, and prints the commit's address."""
     from t2i_adapter.export import hub
-    from t2i_adapter.export.card import add_evaluation, name_repository, set_license
+    from t2i_adapter.export.card import add_evaluation, name_repository, set_license, update_sampling
+    from t2i_adapter.models.record import read_metadata
 
     folder = user_path(options.folder)
     if not folder.is_dir():
         raise UserError(f"{options.folder}: no such folder.", option="folder")
+    if (record := read_metadata(folder)) is not None:
+        update_sampling(folder, record.without_local_paths())
     if options.license:
         set_license(folder, options.license)
     if options.evaluation:
