@@ -6,8 +6,8 @@
 Rows of the result file:
 
     flops    SDXL at 1024 px: parameters and FLOPs of one forward pass of one sample, counted without weights in memory
-    sdxl     one forward pass of each network at SDXL's true size: seconds, and MiB of weights and of activations; on a
-             CPU at 256 px and in bf16, each network in its own process; on a GPU at 1024 px, fp16
+    sdxl     one forward pass of each network at SDXL's true size: seconds, MiB of its weights, most MiB in use; on a
+             CPU at 256 px, fp32 (12 GiB of memory), each network in its own process; on a GPU at 1024 px, fp16
     picture  the denoising of one picture by each arm, with guidance: base alone, with the adapter, with a ControlNet;
              on a CPU by `nano` at 128 px, on a GPU by SDXL at 1024 px
 
@@ -17,7 +17,6 @@ An adapter runs once a picture. A ControlNet runs at every step, as the UNet doe
 from __future__ import annotations
 
 import argparse
-import gc
 import resource
 import statistics
 import time
@@ -71,7 +70,9 @@ def build(name: str) -> nn.Module:
 def make(name: str, device: str, dtype: torch.dtype) -> nn.Module:
     """Returns the network with small random weights on a device."""
     with torch.device("meta"):
-        network = build(name).to(dtype)
+        network = build(name)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)  # diffusers' own `to` warns of a dtype without a checkpoint
     network = network.to_empty(device=device).eval().requires_grad_(False)
     for parameter in network.parameters():
         parameter.normal_(0, 0.02)
@@ -128,14 +129,15 @@ def count_flops() -> dict[str, Any]:
 
 def time_network(name: str, device: str, latent: int) -> dict[str, float]:
     """Measures one forward pass of one sample."""
-    dtype = torch.float16 if device == "cuda" else torch.bfloat16
+    dtype = torch.float16 if device == "cuda" else torch.float32
     with torch.inference_mode():
         network = make(name, device, dtype)
-        weights = _memory(device)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        weights = sum(each.numel() * each.element_size() for each in network.parameters()) / MIB
         run = forward(name, network, latent, 1, device, dtype)
         seconds = _median_seconds(run, device)
-        # On a CPU both are high-water marks of the process, which also holds torch.
-        return {"seconds": seconds, "weights_mib": weights, "peak_mib": _memory(device, peak=True)}
+        return {"seconds": seconds, "weights_mib": weights, "peak_mib": _peak_memory(device)}
 
 
 def time_picture(arm: str, device: str) -> dict[str, float]:
@@ -144,7 +146,7 @@ def time_picture(arm: str, device: str) -> dict[str, float]:
     with torch.inference_mode():
         networks, latent = _networks(arm, device, dtype)
         run = _denoising(networks, latent, device, dtype)
-        return {"seconds": _median_seconds(run, device), "peak_mib": _memory(device, peak=True)}
+        return {"seconds": _median_seconds(run, device), "peak_mib": _peak_memory(device)}
 
 
 def _networks(arm: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Any], int]:
@@ -191,11 +193,11 @@ def _median_seconds(run: Callable[[], Any], device: str) -> float:
     return statistics.median(times[1:])
 
 
-def _memory(device: str, *, peak: bool = False) -> float:
-    """Returns MiB on the GPU; on a CPU the process's high-water mark of resident memory."""
-    gc.collect()
+def _peak_memory(device: str) -> float:
+    """Returns MiB: the most that was allocated on the GPU; on a CPU the most resident memory of the process, in which
+    Python and torch take about 0.4 GiB."""
     if device == "cuda":
-        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / MIB
+        return torch.cuda.max_memory_allocated() / MIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -216,7 +218,7 @@ def main() -> None:
     result: dict[str, Any] = {"settings": {"steps": STEPS, "device": device}, "flops": count_flops()}
     print(result["flops"], flush=True)
     if not options.flops and options.only != "picture":
-        rows = {"pixels": 8 * latent, "dtype": "float16" if on_gpu else "bfloat16"}
+        rows = {"pixels": 8 * latent, "dtype": "float16" if on_gpu else "float32"}
         for name in NETWORKS:
             rows[name] = _in_process(time_network, name, device, latent)
             print(name, rows[name], flush=True)
