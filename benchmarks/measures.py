@@ -204,7 +204,7 @@ def newest_tables() -> str:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--num", type=int, default=32, help="most pictures a set")
+    parser.add_argument("--num", type=int, default=24, help="most pictures a set")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="kinds of conditions")
     parser.add_argument(
         "--table", action="store_true", help="print the tables of the newest result and measure nothing"

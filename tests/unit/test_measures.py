@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from support.tiny import END, WORDS, clip_vocabulary, make_tokenizer, text_confi
 
 from t2i_adapter.annotators.registry import annotate, kinds, open_annotator
 from t2i_adapter.annotators.skeleton import Skeleton
-from t2i_adapter.data.shapes import render, sample_scene
+from t2i_adapter.config.tree import AdapterOptions, BaseOptions
+from t2i_adapter.data.shapes import render, sample_scene, write_dataset
 from t2i_adapter.errors import UserError
 from t2i_adapter.evaluation.clip import clip_score
 from t2i_adapter.evaluation.color import ciede2000, srgb_to_lab
@@ -40,6 +42,10 @@ from t2i_adapter.evaluation.pairs import Pair
 from t2i_adapter.evaluation.people import match, people_agreement, similarity
 from t2i_adapter.evaluation.pooled import frechet_distance, kernel_distance, mean_distance, mean_iou
 from t2i_adapter.evaluation.second_judge import SECOND, open_second, second_opinion
+from t2i_adapter.export.adapter import save_adapter
+from t2i_adapter.models.adapter import build_adapter
+from t2i_adapter.models.open import open_base
+from t2i_adapter.verbs.evaluate import EvaluateOptions, run
 
 RNG = np.random.default_rng(3)
 SIDE = 64
@@ -506,3 +512,35 @@ def test_poses_are_compared_by_joints_where_the_annotator_returns_them() -> None
     same, moved = measures.picture(photo, pair), measures.picture(photo.rotate(0, translate=(40, 0)), pair)
     assert same["pose_oks"] == same["pose_pck"] == same["people_matched"] == 1
     assert moved["pose_oks"] < 0.9 and moved["pose_pck"] < 0.5
+
+
+def test_the_verb_measures_by_kind_and_prints_the_second_opinion_and_what_is_missing(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path / "shapes", num=3, split="test", size=64)
+    torch.manual_seed(0)
+    network = build_adapter(AdapterOptions(), open_base(BaseOptions(name=str(tiny_base))).unet_config)
+    save_adapter(
+        network, tmp_path / "adapter", metadata={"base": {"name": str(tiny_base)}, "resolution": 64}, fp16=False
+    )
+    run(
+        EvaluateOptions(
+            adapter=(str(tmp_path / "adapter"),),
+            data=str(tmp_path / "shapes"),
+            condition="lineart",
+            num=3,
+            pictures=2,
+            steps=1,
+            quality=True,
+            out=str(tmp_path / "out"),
+        )
+    )
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert {"condition_error", "second_condition_f1", "diversity", "clipped"} <= set(result["metrics"]) <= set(METRICS)
+    assert result["metrics"]["condition_error"]["target"]["mean"] == 0
+    assert set(result["metrics"]["diversity"]) == {"adapter", "other_condition", "no_adapter"}
+    assert result["settings"]["second_judge"]["name"] == "canny"
+    assert [line.split(":")[0] for line in result["settings"]["not_measured"]] == ["ms_ssim", "kid", "fid"]
+    printed = capsys.readouterr().out
+    assert "A judge that training never saw (canny)" in printed and "ms_ssim: not measured" in printed
+    assert "chroma above the target" in (tmp_path / "out" / "report.html").read_text()

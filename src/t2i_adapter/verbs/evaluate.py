@@ -160,7 +160,7 @@ def _run(options: EvaluateOptions, processes: Processes) -> list[Evaluation]:
     if not processes.is_main:
         return []
     measures = Measures(
-        [judge for judge in (judge, second) if judge],
+        [each for each in (judge, second) if each],
         pairs,
         clip=options.clip,
         features=inception_features if options.quality else None,
