@@ -49,7 +49,9 @@ def main() -> None:
     trainer.run(demo_config(str(OUT / "data"), str(adapter), steps=options.steps, seed=0))
     seconds = time.monotonic() - began
     evaluation.run(
-        EvaluateOptions(adapter=str(adapter), data=str(OUT / "data"), num=options.num, guidance=GUIDANCE, out=str(OUT))
+        EvaluateOptions(
+            adapter=(str(adapter),), data=str(OUT / "data"), num=options.num, guidance=GUIDANCE, out=str(OUT)
+        )
     )
     result = json.loads((OUT / "evaluation.json").read_text(encoding="utf-8"))
     result["training_seconds"] = round(seconds)
@@ -73,7 +75,8 @@ def generate_rows(test: Path, adapter: Path) -> tuple[list[str], dict[str, list[
     prompts = [row["text"] for row in chosen]
     conditions = [Image.open(test / row["conditioning_image_file_name"]).convert("RGB") for row in chosen]
     pipeline = open_models(ModelOptions(adapter=str(adapter))).pipeline()
-    sampling = EvaluateOptions(adapter=str(adapter), data=str(test.parent), guidance=GUIDANCE).settle({})
+    options = EvaluateOptions(adapter=(str(adapter),), data=str(test.parent), guidance=GUIDANCE)
+    sampling = options.settle({})
     alone, controlled = (
         generate(pipeline, prompts, given, range(len(chosen)), size=(SIZE, SIZE), sampling=sampling)
         for given in (None, conditions)

@@ -106,9 +106,9 @@ def measure(name: str, options: argparse.Namespace) -> None:
         *(("--data.condition", arm.annotator) if arm.annotator else ()),
     ]
     training = clocked(lambda: succeed(words))
-    evaluation = run(
+    (evaluation,) = run(
         EvaluateOptions(
-            adapter=str(adapter),
+            adapter=(str(adapter),),
             data=str(data),
             num=options.pairs,
             caption_column=arm.prompts,

@@ -41,6 +41,13 @@ class Flag:
 
 
 @dataclass(frozen=True)
+class Words:
+    """Annotates a list option whose words may also stand without its flag. label: what stands for them in messages."""
+
+    label: str
+
+
+@dataclass(frozen=True)
 class TrainFlags:
     """A run's options: the defaults, then what --recipe sets, then what the flags set."""
 
@@ -140,6 +147,8 @@ def flags_of(cls: Any) -> dict[str, Flag]:
         flag = Flag((path,), kind, label=label if tyro.conf.Positional in extras else "")
         found[path.removeprefix(_CONFIG)] = flag
         for extra in extras:
+            if isinstance(extra, Words):
+                found[extra.label] = Flag((path,), kind, label=extra.label)
             found |= dict.fromkeys((alias.lstrip("-") for alias in getattr(extra, "aliases", None) or ()), flag)
     return found
 
@@ -173,7 +182,7 @@ def read_flags(
             other = named.setdefault(path, label)
             if other != label and path.endswith("data.location"):
                 raise UserError(f"two datasets are given, by {other} and {label}; keep one of them")
-            many = name is None and isinstance(value, tuple)
+            many = isinstance(value, tuple) and (name is None or other != label)
             values[path] = (*values.get(path, ()), *value) if many else value
     return values
 

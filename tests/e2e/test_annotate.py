@@ -230,7 +230,9 @@ def test_an_adapter_records_how_its_conditions_are_made(
     assert result["settings"]["judge"]["options"]["low"] == 20.0
     assert main([*measured, "--judge", "none"]) == 0
     assert "condition_f1" not in json.loads((tmp_path / "e/evaluation.json").read_text())["metrics"]
-    assert main([*measured, "--condition", "palette"]) == 0
+    assert main([*measured, "--condition", "palette"]) == 2
+    assert "--condition canny" in capsys.readouterr().err, "the pictures of another condition are there"
+    assert main([*measured, "--condition", "palette", "--overwrite"]) == 0
     result = json.loads((tmp_path / "e/evaluation.json").read_text())
     assert result["metrics"]["condition_error"]["target"]["mean"] < 1e-9
     capsys.readouterr()

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_adapter.annotators import detectors
 from t2i_adapter.annotators.pretrained import PINNED
 from t2i_adapter.annotators.registry import annotate, open_annotator
+from t2i_adapter.annotators.runtime import tensors_only
 from t2i_adapter.errors import UserError
 
 FILES = {
@@ -78,12 +78,12 @@ def test_only_tensors_are_read(tmp_path: Path):
 
     torch.save(Bomb(), tmp_path / "bomb.pth")
     before = dict(os.environ)
-    with pytest.raises(pickle.UnpicklingError), detectors._tensors_only():
+    with pytest.raises(pickle.UnpicklingError), tensors_only():
         torch.load(tmp_path / "bomb.pth", weights_only=False)
     assert not (tmp_path / "exploded").exists()
     assert dict(os.environ) == before
     torch.save({"weight": torch.ones(2)}, tmp_path / "fine.pth")
-    with detectors._tensors_only():
+    with tensors_only():
         assert torch.load(tmp_path / "fine.pth")["weight"].sum() == 2
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
+import socket
+import subprocess
+import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -19,9 +23,11 @@ from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.data.shapes import write_dataset
 from t2i_adapter.errors import UserError
 from t2i_adapter.evaluation.evaluate import evaluate
+from t2i_adapter.evaluation.metrics import bootstrap
 from t2i_adapter.evaluation.pairs import make_pair, read_pairs
+from t2i_adapter.evaluation.processes import find_processes
 from t2i_adapter.export.adapter import save_adapter
-from t2i_adapter.flags import parse_flags
+from t2i_adapter.flags import command_line, parse_flags
 from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.open import open_base
@@ -46,8 +52,24 @@ def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options(adapter: Path, data: Path, **changes: Any) -> EvaluateOptions:
-    return EvaluateOptions(**{"adapter": str(adapter), "data": str(data), "num": 4, "steps": 1, **changes})
+@pytest.fixture(scope="module")
+def another(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another adapter of the same training."""
+    folder = tmp_path_factory.mktemp("another")
+    torch.manual_seed(1)
+    network = build_adapter(AdapterOptions(), open_base(BaseOptions(name=str(tiny_base))).unet_config)
+    save_adapter(network, folder, metadata={"base": {"name": str(tiny_base)}, "resolution": 64}, fp16=False)
+    return folder
+
+
+def generated(out: Path) -> dict[str, bytes]:
+    """The generated pictures of an evaluation: their files' content by their names."""
+    files = sorted((out / "pictures").glob("*/*.png"))
+    return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+
+def options(adapter: Path, data: Path, /, **changes: Any) -> EvaluateOptions:
+    return EvaluateOptions(**{"adapter": (str(adapter),), "data": str(data), "num": 4, "steps": 1, **changes})
 
 
 def test_the_verb_writes_the_agreed_files(
@@ -56,7 +78,7 @@ def test_the_verb_writes_the_agreed_files(
     run(options(adapter, shapes, out=str(tmp_path)))
     content = json.loads((tmp_path / "evaluation.json").read_text())
     assert content["num"] == 4
-    assert set(content["metrics"]) == {"iou", "edge_f1", "object_color", "background_color"}
+    assert set(content["metrics"]) == {"iou", "edge_f1", "object_color", "background_color", "clipped", "saturation"}
     for columns in content["metrics"].values():
         assert set(columns) == {"adapter", "other_condition", "no_adapter", "target"}
         for estimate in columns.values():
@@ -90,7 +112,7 @@ def test_evaluate_takes_what_the_record_recommends_and_says_so(
     record = json.loads((trained / "t2i_adapter.json").read_text())
     (trained / "t2i_adapter.json").write_text(json.dumps({**record, "sampling": {"scale": 0.5}}))
     for defaults, scale in [("recommended", 0.5), ("plain", 1.0)]:
-        run(options(trained, shapes, num=2, defaults=defaults, out=str(tmp_path / "out")))
+        run(options(trained, shapes, num=2, defaults=defaults, out=str(tmp_path / "out"), overwrite=True))
         settings = json.loads((tmp_path / "out" / "evaluation.json").read_text())["settings"]
         assert (settings["scale"], settings["guidance"], settings["defaults"]) == (scale, 5.0, defaults)
         assert ("sampling: scale 0.5, as the adapter's record" in capsys.readouterr().out) is (scale == 0.5)
@@ -150,3 +172,195 @@ def test_errors_name_the_cause(adapter: Path, shapes: Path, tiny_data: Path, tmp
         make_pair(Sample("row 7", grey, grey, ("x",), "0", {"scene": "{"}), 64, 3)
     with pytest.raises(UserError, match=r"row 7.*condition"):
         make_pair(Sample("row 7", grey, None, ("x",), "0"), 64, 3)
+
+
+def test_several_pictures_of_a_pair_count_as_their_mean(adapter: Path, shapes: Path, tiny_base: Path) -> None:
+    base = open_base(BaseOptions(name=str(tiny_base)))
+    pipeline = base.pipeline(build_adapter(AdapterOptions(), base.unet_config), "cpu", torch.float32)
+    pairs = read_pairs(open_dataset(options(adapter, shapes)), 64, channels=3)
+    one = evaluate(pipeline, pairs, sampling=SamplingOptions(steps=1))
+    three = evaluate(pipeline, pairs, sampling=SamplingOptions(steps=1), pictures=3)
+    assert one.repeats == 1 and three.repeats == 3
+    for metric, columns in three.singles.items():
+        for column, rows in columns.items():
+            assert {len(row) for row in rows} == {1 if column == "target" else 3}
+            assert [row[0] for row in rows] == one.values[metric][column], "the first picture does not depend on K"
+            means = [np.mean([v for v in row if v is not None]) for row in rows]
+            assert three.values[metric][column] == pytest.approx(means)
+    assert any(len(set(row)) > 1 for row in three.singles["background_color"]["adapter"]), "other noise"
+    content = three.to_json()
+    assert content["pictures"] == 3 and "pictures" not in one.to_json()
+    for index, pair in enumerate(content["pairs"]):
+        assert pair["pictures"]["iou"]["adapter"] == three.singles["iou"]["adapter"][index]
+        assert len(set(pair["seeds"])) == 3 and pair["seeds"][0] == pair["seed"] == one.seeds[index]
+    # The interval is over pairs: that of the pairs' means.
+    assert three.estimates["iou"]["adapter"] == bootstrap(list(map(float, three.values["iou"]["adapter"])), 0)  # type: ignore[arg-type]
+
+
+def test_a_second_call_takes_the_pictures_that_are_there(
+    adapter: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(**changes: Any) -> str:
+        run(options(adapter, shapes, out=str(tmp_path), batch_size=2, **changes))
+        return capsys.readouterr().err
+
+    assert "already" not in call()
+    whole = generated(tmp_path)
+    assert len(whole) == 4 + 3 * 4
+    times = {name: (tmp_path / name).stat().st_mtime_ns for name in whole}
+    # An interruption leaves some pictures; a file that is damaged counts as missing.
+    gone = "pictures/adapter/00000-0.png", "pictures/no_adapter/00003-0.png"
+    (tmp_path / gone[0]).unlink()
+    (tmp_path / gone[1]).write_bytes(whole[gone[1]][:-20])
+    assert "8 of 12 pictures are there already" in call()
+    assert generated(tmp_path) == whole, "a picture is the same bits in an interrupted evaluation"
+    kept = {name: (tmp_path / name).stat().st_mtime_ns for name in whole if name not in gone}
+    assert kept == {name: time for name, time in times.items() if name not in gone}, "they are not written again"
+    assert "12 of 12" in call(judge="canny"), "a judge looks at the pictures that are there"
+    assert "12 of 24" in call(pictures=2)
+    more = generated(tmp_path)
+    assert len(more) == 4 + 3 * 8 and all(more[name] == whole[name] for name in whole)
+
+
+def test_a_folder_with_pictures_of_other_settings_is_refused(
+    adapter: Path, another: Path, shapes: Path, tmp_path: Path
+) -> None:
+    run(options(adapter, shapes, out=str(tmp_path)))
+    whole = generated(tmp_path)
+    for changes, named in [
+        ({"num": 3}, "--num 4, now 3"),
+        ({"seed": 1}, "--seed 0, now 1"),
+        ({"condition": "canny"}, "--condition null, now canny"),
+        ({"guidance": 2.0}, "settings: --guidance 5.0, now 2.0. Name"),
+        ({"adapter": (str(another),)}, "adapter_sha256 "),
+    ]:
+        with pytest.raises(UserError, match=f"{re.escape(named)}.*--out.*--overwrite") as refused:
+            run(options(adapter, shapes, out=str(tmp_path), **changes))
+        assert refused.value.kind == "other_settings"
+    assert generated(tmp_path) == whole
+    # A change of the dataset is seen although its place is the same.
+    changed = tmp_path / "changed"
+    shutil.copytree(shapes, changed)
+    run(options(adapter, changed, out=str(tmp_path), guidance=2.0, num=3, overwrite=True))
+    assert set(generated(tmp_path)) < set(whole) and generated(tmp_path) != whole
+    for picture in (changed / "test").glob("*.png"):
+        Image.open(picture).rotate(90).save(picture)
+    with pytest.raises(UserError, match="pairs_sha256 [0-9a-f]+[.]{3}, now"):
+        run(options(adapter, changed, out=str(tmp_path), guidance=2.0, num=3))
+
+
+def test_several_adapters_are_compared_on_the_same_pairs_and_noise(
+    adapter: Path, another: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = adapter.parent / "x", adapter.parent / "y"
+    for source, target in zip((adapter, another), both, strict=True):
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    first, second = run(options(adapter, shapes, adapter=tuple(map(str, both)), out=str(tmp_path), pictures=2))
+    printed = capsys.readouterr().out
+    assert "Ranking by iou" in printed and "needs" in printed
+    (alone,) = run(options(both[1], shapes, out=str(tmp_path / "alone"), pictures=2))
+    assert alone.values == second.values != first.values, "as if the adapter were measured alone"
+    content = json.loads((tmp_path / "adapter-y" / "evaluation.json").read_text())
+    expected = json.loads((tmp_path / "alone" / "evaluation.json").read_text())
+    assert all(content[key] == expected[key] for key in ("num", "metrics", "pairs", "differences"))
+    assert content["settings"]["adapter_sha256"] == expected["settings"]["adapter_sha256"]
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    columns = {f"{kind}-{name}" for kind in ("adapter", "other_condition") for name in "xy"}
+    assert set(content["metrics"]["iou"]) == {*columns, "no_adapter", "target"}
+    assert content["adapters"]["y"] == {
+        "adapter": str(both[1]),
+        "columns": {"adapter": "adapter-y", "other_condition": "other_condition-y"},
+    }
+    ranking = content["comparison"]["ranking"]
+    assert {row["name"] for row in ranking} == {"x", "y"} and ranking[0]["difference_to_first"] is None
+    worse, better = ranking[1]["name"], ranking[0]["name"]
+    means = {name: content["metrics"]["iou"][f"adapter-{name}"]["mean"] for name in "xy"}
+    assert ranking[1]["difference_to_first"]["mean"] == pytest.approx(means[worse] - means[better])
+    assert len(list((tmp_path / "pictures" / "no_adapter").glob("*.png"))) == 8, "generated once"
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('data-column="adapter-x"') == page.count('data-column="adapter-y"') == 4
+    assert {'href="adapter-x/report.html"', 'href="adapter-y/report.html"'} <= set(re.findall('href="[^"]*"', page))
+
+
+def test_adapters_may_stand_without_their_flag() -> None:
+    def adapters(words: str) -> tuple[str, ...]:
+        return parse_flags(EvaluateOptions, [*words.split(), "--num", "4"], "t2i-adapter").adapter
+
+    assert adapters("a b --data d") == adapters("--data d a b") == adapters("--adapter a b --data d") == ("a", "b")
+    assert adapters("a --adapter b --data d") == ("a", "b")
+    with pytest.raises(UserError, match="--adapter: required"):
+        adapters("--data d")
+
+
+def test_adapters_of_different_conditions_are_not_compared(
+    adapter: Path, another: Path, shapes: Path, tmp_path: Path
+) -> None:
+    record = json.loads((another / "t2i_adapter.json").read_text())
+    canny = {"name": "canny", "options": {"low": 100, "high": 200}, "version": 1, "channels": 3}
+    for changes, named in [
+        ({"condition": canny}, "the condition column, and canny.*--condition"),
+        ({"resolution": 128}, "64 and 128 pixels.*--resolution"),
+        ({"base": {"name": "nano"}}, "other bases.*nano.*--base"),
+        ({"training": {"max_tokens": 150}}, "75 and 150 tokens.*--max_tokens"),
+    ]:
+        other = tmp_path / "other"
+        shutil.copytree(another, other, dirs_exist_ok=True)
+        (other / "t2i_adapter.json").write_text(json.dumps(record | changes))
+        if changes.get("base"):
+            network = build_adapter(AdapterOptions(), open_base(BaseOptions(name="nano")).unet_config)
+            save_adapter(network, other, metadata=record | changes, fp16=False)
+        with pytest.raises(
+            UserError, match=f"--adapter {re.escape(str(adapter))} and {re.escape(str(other))}.*{named}"
+        ):
+            run(options(adapter, shapes, adapter=(str(adapter), str(other)), out=str(tmp_path / "out")))
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="given twice"):
+        run(options(adapter, shapes, adapter=(str(adapter), str(adapter)), out=str(tmp_path / "out")))
+
+
+def test_two_processes_make_the_same_pictures_as_one(
+    adapter: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shared = options(adapter, shapes, out=str(tmp_path / "two"), batch_size=1)
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "t2i_adapter", *shlex.split(command_line("evaluate", shared))[1:]]
+    ranks = os.environ | environment | {"RANK": "1", "LOCAL_RANK": "1"}
+    with subprocess.Popen(command, env=ranks, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as other:
+        for name, value in (environment | {"RANK": "0", "LOCAL_RANK": "0"}).items():
+            monkeypatch.setenv(name, value)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            (together,) = run(shared)
+            said = other.communicate(timeout=120)
+            for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+                monkeypatch.delenv(name)
+            (alone,) = run(options(adapter, shapes, out=str(tmp_path / "one"), batch_size=1))
+        finally:
+            torch.set_num_threads(threads)
+    assert other.returncode == 0 and said[0] == "", said
+    assert generated(tmp_path / "two") == generated(tmp_path / "one")
+    assert together.values == alone.values
+
+
+def test_a_process_whose_partner_dies_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = str(free_port())
+    code = "from t2i_adapter.evaluation.processes import Processes; import os; Processes(1, 2, 1).meet(); os._exit(1)"
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in (ranks | {"RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | ranks | {"RANK": "1"}):
+        processes = find_processes()
+        try:
+            processes.meet()
+            with pytest.raises(UserError, match="process 0 of 2 stops because another process has ended"):
+                processes.meet()
+        finally:
+            processes.leave()
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]

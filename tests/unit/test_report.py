@@ -15,18 +15,21 @@ from html import unescape
 from html.parser import HTMLParser
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from t2i_adapter.evaluation import page
+from t2i_adapter.evaluation.compare import Comparison, compare, control_differences
+from t2i_adapter.evaluation.compare_page import make_comparison
 from t2i_adapter.evaluation.evaluate import ADAPTER, GENERATED, NO_ADAPTER, OTHER_CONDITION, TARGET, Evaluation
 from t2i_adapter.evaluation.headline import headline, rank_pairs, typical_pairs
 from t2i_adapter.evaluation.metrics import Truth, bootstrap
 from t2i_adapter.evaluation.page import LOSSY_PIXELS, make_report, picture_sizes
 from t2i_adapter.evaluation.pairs import Pair
-from t2i_adapter.evaluation.report import picture_sheet, to_text, write_files
+from t2i_adapter.evaluation.report import comparison_text, picture_sheet, to_text, write_comparison, write_files
 from t2i_adapter.reports.html import inline_image
 from t2i_adapter.reports.sheet import WIDTH, SheetRow, make_sheet
 
@@ -138,6 +141,81 @@ def test_hostile_texts_add_no_element_and_no_attribute() -> None:
 def test_an_empty_prompt_and_a_very_long_one_are_shown() -> None:
     page = page_of(evaluation(prompts=["", "x" * 5000]))
     assert '<i class="faint">(empty)</i>' in page and "x" * 5000 in page
+
+
+def comparison_of(names: Sequence[str] = ("one", "two", "three"), **more: Any) -> tuple[Evaluation, Comparison]:
+    columns = [f"{kind}-{name}" for kind in (ADAPTER, OTHER_CONDITION) for name in names]
+    result = evaluation(columns=(*columns, NO_ADAPTER), **more)
+    return result, compare(result, names)
+
+
+def comparison_page(result: Evaluation, comparison: Comparison, settings: dict[str, Any] = SETTINGS) -> str:
+    reports = {name: f"adapter-{name}/report.html" for name in comparison.names}
+    return make_comparison(result, comparison, settings, {"adapter": ("runs/a", "runs/b")}, COMMAND, reports)
+
+
+def test_the_page_of_three_adapters_shows_ranking_and_pictures_side_by_side() -> None:
+    result, comparison = comparison_of()
+    page = comparison_page(result, comparison)
+    elements = Elements(page)
+    columns = Counter(a["data-column"] for a in elements.of("button", "picture"))
+    adapters = [f"adapter-{name}" for name in comparison.names]
+    assert columns == dict.fromkeys(("condition", NO_ADAPTER, *adapters, TARGET), COUNT)
+    assert len(elements.of("button", "subject")) == 3 * COUNT
+    shown = unescape(re.sub("<[^>]*>", " ", page))
+    for place in comparison.places:
+        assert f"{place.rank} {place.name}" in " ".join(shown.split())
+        if place.to_first:
+            assert f"{place.to_first.estimate.mean:+.3f} ({place.to_first.estimate.low:+.3f}" in shown
+            assert f"{place.to_first.needed} for 0.02" in shown
+    assert comparison.title in shown and "98.33 %" in shown and "by Bonferroni" in shown
+    (plot,) = re.findall("<svg.*?</svg>", page, re.DOTALL)
+    assert re.findall('<g class="dots ([a-z_ -]+)">', plot) == [*(f"{name} adapter" for name in adapters), NO_ADAPTER]
+    addresses = {a["href"] for _, a in elements.found if "href" in a}
+    assert addresses == {"#all", *(f"adapter-{name}/report.html" for name in comparison.names)}
+    assert not [name for _, a in elements.found for name in a if name == "style" or name.startswith("on")]
+    assert page.count("<details") == page.count("</details>") == 4
+
+
+def test_hostile_texts_do_not_change_the_page_of_several_adapters() -> None:
+    plain = Elements(comparison_page(*comparison_of()))
+    result, comparison = comparison_of(prompts=HOSTILE)
+    object.__setattr__(result.pairs[0], "key", HOSTILE[1])
+    hostile = Elements(comparison_page(result, comparison, SETTINGS | {"adapter": [HOSTILE[0], HOSTILE[1]]}))
+    assert Counter(tag for tag, _ in hostile.found) == Counter(tag for tag, _ in plain.found)
+    assert {name for _, a in hostile.found for name in a} == {name for _, a in plain.found for name in a}
+
+
+def test_the_files_of_several_adapters_have_one_ranking(tmp_path: Path) -> None:
+    result, comparison = comparison_of(("one", "two"))
+    paths = write_comparison(
+        *(tmp_path, result, comparison, SETTINGS), changed={}, command=COMMAND, adapters={"one": "a", "two": "b"}
+    )
+    content = json.loads(paths[0].read_text())
+    assert content["comparison"] == comparison.to_json()
+    assert set(content["metrics"]["iou"]) == {*result.pictures, TARGET}
+    printed = comparison_text(result, comparison)
+    last = comparison.places[1].to_first
+    assert last is not None and f"a difference of 0.02 needs {last.needed} pairs" in printed
+    assert comparison.title in printed and "95 %" in printed and "Bonferroni" not in printed
+    assert Image.open(paths[2]).width == WIDTH
+
+
+def test_a_page_of_very_many_pairs_shows_some_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "MOST_OTHERS", 2)
+    shown = page_of(evaluation())
+    assert "One pair in 2, by rank." in shown
+    assert len(Elements(shown).of("article", "pair")) == 5 + 2
+
+
+def test_the_numbers_of_pairs_that_are_needed_are_shown(tmp_path: Path) -> None:
+    result = evaluation()
+    found = control_differences(result)["iou"][OTHER_CONDITION]
+    (numbers, *_) = write_files(tmp_path, result, SETTINGS, changed={}, command=COMMAND)
+    stored = json.loads(numbers.read_text())["differences"]["iou"][OTHER_CONDITION]
+    assert stored["pairs_needed"] == found.needed and stored["least_difference"] == 0.02
+    assert f"To find a difference of 0.02, {found.needed} pairs are needed; here are {COUNT}." in to_text(result)
+    assert f"{found.needed} for 0.02" in page_of(result)
 
 
 def test_every_pair_has_all_its_pictures_at_one_size() -> None:
@@ -262,7 +340,7 @@ def test_the_plot_and_the_tables_show_the_numbers_of_the_json(tmp_path: Path) ->
         low, high = estimate["ci95"]
         assert f"{estimate['mean']:.3f} <small>{low:.3f} to {high:.3f}</small>" in page
         assert f"{estimate['mean']:7.3f}  [{low:.3f}, {high:.3f}]" in to_text(result)
-    assert to_text(result).endswith(headline(result).sentence)
+    assert headline(result).sentence in to_text(result).splitlines()[-2]
     assert f"ceiling {content['metrics']['iou']['target']['mean']:.2f}" in plot
     assert headline(result).sentence in unescape(re.findall('<desc id="plot-text">(.*?)</desc>', plot)[0])
 
@@ -292,7 +370,7 @@ def test_settings_show_what_differs_first_and_all_folded() -> None:
     assert changed < page.index("<code>runs/a</code>", changed) < page.index("Digest and versions") < everything
     assert "base.name" in page[everything:] and "base.name" not in page[:everything]
     assert f'<code id="command">{COMMAND}</code>' in page
-    assert page.count("<details") == page.count("</details>") == 3
+    assert page.count("<details") == page.count("</details>") == 4
 
 
 def test_what_the_script_looks_for_is_on_the_page() -> None:

@@ -6,9 +6,6 @@ weight files are torch's (.pth); only tensors are read from them, never code.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
@@ -18,7 +15,7 @@ from PIL import Image
 
 from t2i_adapter.annotators.pretrained import locate, pin
 from t2i_adapter.annotators.registry import Facts
-from t2i_adapter.annotators.runtime import deterministic, optional
+from t2i_adapter.annotators.runtime import deterministic, optional, tensors_only
 from t2i_adapter.errors import UserError, first_line
 from t2i_adapter.files import user_path
 
@@ -167,23 +164,8 @@ def _open(name: str, files: tuple[tuple[str, str], ...], model: str, revision: s
     package = optional("controlnet_aux", EXTRA)
     folder = locate(model, revision, dict(files).values())
     try:
-        with _tensors_only():
+        with tensors_only():
             return getattr(package, name).from_pretrained(str(folder), **dict(files))
     except Exception as fault:  # a broken weight file can raise anything
         names = ", ".join(dict(files).values())
         raise UserError(f"model={model}: {names} cannot be loaded ({first_line(fault)}).") from fault
-
-
-@contextmanager
-def _tensors_only() -> Iterator[None]:
-    """Makes torch.load refuse everything but tensors, even if the caller passes weights_only=False."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -80,12 +80,16 @@ class DwPose:
         pin(self, "*.onnx")
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
+        return Image.fromarray(draw_people(self.skeletons(image), image.height, image.width))
+
+    def skeletons(self, image: Image.Image) -> list[Skeleton]:
+        """Returns the people that the map shows, highest score first."""
         picture = np.asarray(image)
         optional("onnxruntime", EXTRA)  # checked before 350 MB are downloaded
         folder = locate(self.model, self.revision, (DETECTOR, POINTS))
         detector, network = (open_onnx(folder / name, EXTRA) for name in (DETECTOR, POINTS))
         people = [_person(*_find_points(network, picture, box), self) for box in _find_boxes(detector, picture)]
-        return Image.fromarray(draw_people(people[: self.people], *picture.shape[:2]))
+        return people[: self.people]
 
 
 def _find_boxes(detector: Any, picture: np.ndarray) -> np.ndarray:

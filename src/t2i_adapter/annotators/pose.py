@@ -87,9 +87,11 @@ class Pose:
             raise UserError(f"visible={self.visible:g}; allowed is a probability, 0 to 1.")
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None) -> Image.Image:
-        picture = np.asarray(image)
-        people = find_people(picture, self.people, self.hands, self.face, self.visible)
-        return Image.fromarray(draw_people(people, *picture.shape[:2]))
+        return Image.fromarray(draw_people(self.skeletons(image), image.height, image.width))
+
+    def skeletons(self, image: Image.Image) -> list[Skeleton]:
+        """Returns the people that the map shows, highest score first."""
+        return find_people(np.asarray(image), self.people, self.hands, self.face, self.visible)
 
 
 @dataclass(frozen=True)

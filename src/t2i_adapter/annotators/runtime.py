@@ -42,6 +42,21 @@ def deterministic() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Makes torch.load refuse everything but tensors, even if the caller passes weights_only=False."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 @cache
 def open_tflite(name: str) -> Any:
     """Returns an interpreter of one of `weights.FILES`, loaded once a process. Raises UserError if the package or the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +31,11 @@ class Metric:
     @property
     def direction(self) -> str:
         return "higher is better" if self.higher_is_better else "lower is better"
+
+    @property
+    def least(self) -> float:
+        """The difference for which numbers of pairs are stated: 0.02 on a scale from 0 to 1, otherwise 1."""
+        return 0.02 if self.most is not None else 1.0
 
     def show(self, value: float) -> str:
         return f"{value:.{self.digits}f}"
@@ -62,6 +67,131 @@ METRICS = {
         "The condition of the generated picture is compared with the pair's own. 0 is equal, 1 is black against white.",
         higher_is_better=False,
         digits=3,
+    ),
+    "f1_exact": Metric(
+        "agreement with the condition (F1), exact",
+        "As the agreement with the condition, but a pixel matches only at its own place. A picture moved by one pixel "
+        "has a low value.",
+    ),
+    "f1_1px": Metric(
+        "agreement with the condition (F1), within 1 px",
+        "As the agreement with the condition, within 1 pixel of the picture.",
+    ),
+    "f1_2px": Metric(
+        "agreement with the condition (F1), within 2 px",
+        "As the agreement with the condition, within 2 pixels of the picture.",
+    ),
+    "f1_4px": Metric(
+        "agreement with the condition (F1), within 4 px",
+        "As the agreement with the condition, within 4 pixels of the picture.",
+    ),
+    "condition_iou": Metric(
+        "IoU of the condition's area",
+        "The white area of the generated picture's condition is compared with the pair's own.",
+    ),
+    "condition_miou": Metric(
+        "mIoU of the condition's classes",
+        "The mean IoU of the classes, from one confusion matrix over all pictures.",
+    ),
+    "label_accuracy": Metric(
+        "share of pixels of the right class",
+        "The class of each pixel of the generated picture is compared with the pair's condition.",
+    ),
+    "ms_ssim": Metric(
+        "agreement with the condition (MS-SSIM)",
+        "The condition of the generated picture is compared with the pair's own at several scales. 1 is equal.",
+    ),
+    "depth_error": Metric(
+        "difference in depth (RMS) after scale and shift",
+        "The depth of the generated picture is scaled and shifted to fit the pair's condition best. 0 is equal.",
+        higher_is_better=False,
+        digits=3,
+    ),
+    "depth_spearman": Metric(
+        "rank correlation of the depth (Spearman)",
+        "1 is the same order from near to far, 0 is no relation.",
+    ),
+    "depth_rmse_255": Metric(
+        "difference in depth (RMS), 0 to 255",
+        "The depth of the generated picture is compared with the pair's condition, without scale and shift.",
+        higher_is_better=False,
+        digits=1,
+        most=None,
+    ),
+    "condition_color": Metric(
+        "difference of the condition's colours (CIEDE2000)",
+        "The mean over the cells of the colour map. A difference of 1 is just visible.",
+        higher_is_better=False,
+        most=None,
+    ),
+    "normal_angle": Metric(
+        "angle between the surfaces' directions, degrees",
+        "The mean over all pixels. 0 is equal.",
+        higher_is_better=False,
+        digits=1,
+        most=None,
+    ),
+    "pose_oks": Metric(
+        "agreement of the people's joints (OKS)",
+        "The joints of the people in the generated picture are compared with those in the target. 1 is equal; a person "
+        "without a counterpart counts 0.",
+    ),
+    "pose_pck": Metric(
+        "share of the joints in their place (PCK)",
+        "A joint is in its place within a tenth of the torso's length.",
+    ),
+    "people_matched": Metric(
+        "share of the target's people that are found",
+        "A person is found if a person of the generated picture has an OKS of 0.5 or more with it.",
+    ),
+    "second_condition_f1": Metric(
+        "agreement with the target by a second judge (F1)",
+        "Another annotator makes a map of the generated picture and of the target, and the two are compared.",
+    ),
+    "second_condition_error": Metric(
+        "difference from the target by a second judge (RMS)",
+        "Another annotator makes a map of the generated picture and of the target, and the two are compared.",
+        higher_is_better=False,
+        digits=3,
+    ),
+    "clip_score": Metric(
+        "agreement with the prompt (CLIP score)",
+        "100 times the cosine between CLIP's vectors of the picture and of the prompt, or 0 if that is negative.",
+        digits=1,
+        most=None,
+    ),
+    "kid": Metric(
+        "distance of all pictures from all targets (KID)",
+        "The squared distance of the two sets of pictures in the features of Inception v3. It can be below 0.",
+        higher_is_better=False,
+        digits=4,
+        most=None,
+    ),
+    "fid": Metric(
+        "distance of all pictures from all targets (FID)",
+        "The distance of the two sets of pictures in the features of Inception v3. It is too large for few pictures.",
+        higher_is_better=False,
+        digits=1,
+        most=None,
+    ),
+    "diversity": Metric(
+        "difference between the pictures of one condition (RMS in CIELAB)",
+        "The pictures of one pair are compared with each other, scaled down by 8. 0 is equal pictures for all seeds.",
+        most=None,
+        digits=1,
+    ),
+    "clipped": Metric(
+        "share of clipped pixels above the target's",
+        "Pixels with a channel at 0 or 255. 0 is no more than in the target.",
+        higher_is_better=False,
+        digits=3,
+    ),
+    "saturation": Metric(
+        "chroma above the target's (CIELAB)",
+        "The mean chroma of the picture minus the target's. 0 is no more than in the target.",
+        higher_is_better=False,
+        digits=1,
+        most=None,
     ),
     "object_color": Metric(
         "colour of the objects against the prompt (CIEDE2000)",
@@ -125,27 +255,32 @@ def headline(evaluation: Evaluation) -> Headline:
 
 def headline_metric(evaluation: Evaluation) -> str:
     """Returns the judge's metric if there was a judge, else "iou"."""
-    return next((key for key in ("condition_f1", "condition_error") if key in evaluation.estimates), "iou")
+    return headline_key(evaluation.estimates)
 
 
-def rank_pairs(evaluation: Evaluation) -> list[int]:
-    """Returns the indices of all pairs, best first by the adapter's value of the headline metric.
+def headline_key(metrics: Collection[str]) -> str:
+    """As `headline_metric`, from the names of the metrics that were measured."""
+    return next((key for key in ("condition_f1", "condition_error") if key in metrics), "iou")
+
+
+def rank_pairs(evaluation: Evaluation, columns: Sequence[str] = (ADAPTER,)) -> list[int]:
+    """Returns the indices of all pairs, best first by the headline metric's mean over `columns`.
 
     Pairs without a value come last; equal pairs keep their order.
     """
     key = headline_metric(evaluation)
-    values, sign = evaluation.values[key][ADAPTER], -1 if METRICS[key].higher_is_better else 1
+    rows, sign = [evaluation.values[key][column] for column in columns], -1 if METRICS[key].higher_is_better else 1
 
     def badness(index: int) -> tuple[bool, float]:
-        value = values[index]
-        return (True, 0.0) if value is None else (False, sign * value)
+        values = [value for row in rows if (value := row[index]) is not None]
+        return (False, sign * sum(values) / len(values)) if values else (True, 0.0)
 
-    return sorted(range(len(values)), key=badness)
+    return sorted(range(len(evaluation.pairs)), key=badness)
 
 
-def typical_pairs(evaluation: Evaluation, count: int = 5) -> list[tuple[int, str]]:
+def typical_pairs(evaluation: Evaluation, count: int = 5, columns: Sequence[str] = (ADAPTER,)) -> list[tuple[int, str]]:
     """Returns (index of a pair, its place in words) at `count` evenly spaced ranks, from the best to the worst."""
-    ranks, total = rank_pairs(evaluation), len(evaluation.pairs)
+    ranks, total = rank_pairs(evaluation, columns), len(evaluation.pairs)
     count = min(count, total)
     places = [round(n * (total - 1) / max(1, count - 1)) for n in range(count)]
     names = {0: "best", total - 1: "worst"}

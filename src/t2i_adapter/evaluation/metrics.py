@@ -69,11 +69,16 @@ def lines_f1(a: np.ndarray, b: np.ndarray, tolerance: float) -> float:
 
     A pixel matches if the other map has a True pixel within `tolerance` px.
     """
+    return lines_curve(a, b, (tolerance,))[0]
+
+
+def lines_curve(a: np.ndarray, b: np.ndarray, tolerances: Sequence[float]) -> list[float]:
+    """Returns `lines_f1` of two (H,W) bool maps at each tolerance in px, from one pair of distance transforms."""
     if not a.any() or not b.any():
-        return float(a.any() == b.any())
-    precision = np.mean(_distance_to(b)[a] <= tolerance)
-    recall = np.mean(_distance_to(a)[b] <= tolerance)
-    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+        return [float(a.any() == b.any())] * len(tolerances)
+    to_b, to_a = _distance_to(b)[a], _distance_to(a)[b]
+    found = [(np.mean(to_b <= tolerance), np.mean(to_a <= tolerance)) for tolerance in tolerances]
+    return [float(2 * p * r / (p + r)) if p + r else 0.0 for p, r in found]
 
 
 def condition_agreement(got: np.ndarray, wanted: np.ndarray, levels: int) -> dict[str, float]:
@@ -82,9 +87,14 @@ def condition_agreement(got: np.ndarray, wanted: np.ndarray, levels: int) -> dic
     Returns `condition_f1` for maps of two levels, else `condition_error`, the root mean squared difference, 0 to 1.
     """
     if levels == 2:
-        a, b = (np.asarray(np.atleast_3d(values).max(axis=2) >= 128) for values in (got, wanted))
+        a, b = is_drawn(got), is_drawn(wanted)
         return {"condition_f1": lines_f1(a, b, TOLERANCE * min(a.shape))}
     return {"condition_error": float(np.sqrt(np.mean((got / 255.0 - wanted / 255.0) ** 2)))}
+
+
+def is_drawn(values: np.ndarray) -> np.ndarray:
+    """(H,W) or (H,W,3) uint8 -> (H,W) bool: the pixels of a map of two levels that are white."""
+    return np.asarray(np.atleast_3d(values).max(axis=2) >= 128)
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
@@ -125,6 +135,22 @@ class Estimate:
 
     def to_json(self) -> dict[str, object]:
         return {"mean": self.mean, "ci95": [self.low, self.high]}
+
+
+def picture_excess(image: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """Returns by how much a picture is more clipped and more colourful than its target, both (H,W,3) uint8 sRGB.
+
+    `clipped`: share of pixels with a channel at 0 or 255, 0 to 1. `saturation`: mean CIELAB chroma. Each is the
+    picture's value minus the target's, and 0 if the target has more.
+    """
+
+    def levels(values: np.ndarray) -> np.ndarray:
+        clipped = np.mean(((values == 0) | (values == 255)).any(axis=2))
+        lab = srgb_to_lab(values)
+        return np.array([clipped, np.mean(np.hypot(lab[..., 1], lab[..., 2]))])
+
+    clipped, saturation = np.maximum(levels(image) - levels(target), 0).tolist()
+    return {"clipped": clipped, "saturation": saturation}
 
 
 def bootstrap(values: Sequence[float], seed: int, resamples: int = 10_000) -> Estimate:

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from t2i_adapter.evaluation.compare import control_differences
 from t2i_adapter.evaluation.evaluate import ADAPTER, NO_ADAPTER, OTHER_CONDITION, TARGET, Evaluation
 from t2i_adapter.evaluation.headline import (
     METRICS,
@@ -42,6 +43,8 @@ LOSSY_PIXELS = 40e6
 """Most pixels that the pictures of the other pairs have together; beyond it they are scaled down."""
 LEAST_SIDE = 192
 """Pixels of a side to which a picture may be scaled down for the page."""
+MOST_OTHERS = 400
+"""Most pairs that the page shows beside the typical ones."""
 
 
 _DOUBT = (
@@ -82,10 +85,12 @@ def make_report(evaluation: Evaluation, settings: Mapping[str, Any], changed: Ma
     typical = typical_pairs(evaluation)
     columns = [column for column in PICTURES if column in {CONDITION, TARGET, *evaluation.pictures}]
     side = max(evaluation.pairs[0].target.size)
-    pages = _Pairs(evaluation, answer, columns, picture_sizes(side, len(evaluation.pairs), len(typical), len(columns)))
+    names = {column: PICTURE_NAMES[column] for column in columns}
+    sizes = picture_sizes(side, min(len(evaluation.pairs), MOST_OTHERS), len(typical), len(columns))
+    pages = PairElements(evaluation, answer.metric, names, (ADAPTER,), sizes)
     adapter = text(settings.get("adapter", "adapter"))
     body = f"""<main>
-<p class="kicker">Evaluation of {adapter} on {len(evaluation.pairs)} held-out pairs</p>
+<p class="kicker">Evaluation of {adapter} on {describe_pairs(evaluation)}</p>
 {_answer(evaluation, answer)}
 <h2>Typical pairs</h2>
 <p class="note">The pairs are ranked by the adapter's own value, from the best to the worst, and these are evenly spaced
@@ -95,19 +100,15 @@ large over its condition. <a href="#all">All pairs</a> are at the end of the pag
 <section class="featured">
 {"".join(pages.typical(typical))}
 </section>
-{_plot(evaluation, answer)}
+{distribution(evaluation, answer.metric, {c: COLUMNS[c] for c in COLUMNS if c in evaluation.pictures}, answer.sentence)}
 <h2>All metrics</h2>
-<p class="note">Means with 95 % bootstrap intervals over the pairs. The target is the pair's true picture: its value is
+<p class="note">{intervals_note(evaluation)} The target is the pair's true picture: its value is
 the best that a generated picture can reach.</p>
-{_numbers(evaluation, answer)}
+{numbers_table(evaluation, {c: COLUMNS[c] for c in COLUMNS if c in evaluation.estimates[answer.metric]})}
+{_differences(evaluation)}
 <h2>Settings</h2>
-{_settings(settings, changed, command)}
-<h2 id="all">All other pairs</h2>
-<p class="note">By rank. From left to right: {", ".join(PICTURE_NAMES[column] for column in columns)}.
-{pages.note(pages.sizes.others)}</p>
-<section class="others">
-{"".join(pages.others({index for index, _ in typical}))}
-</section>
+{settings_section(settings, changed, command)}
+{pages.others_section({index for index, _ in typical})}
 </main>"""
     return make_page(f"Does the adapter control? {answer.title}", body, viewer=True)
 
@@ -124,21 +125,55 @@ def _answer(evaluation: Evaluation, answer: Headline) -> str:
 </section>"""
 
 
-class _Pairs:
+def describe_pairs(evaluation: Evaluation) -> str:
+    """For example "64 held-out pairs, 4 pictures each"."""
+    each = f", {evaluation.repeats} pictures each" if evaluation.repeats > 1 else ""
+    return f"{len(evaluation.pairs)} held-out pairs{each}"
+
+
+def intervals_note(evaluation: Evaluation) -> str:
+    """Says what the means and intervals are over."""
+    if evaluation.repeats == 1:
+        return "Means with 95 % bootstrap intervals over the pairs."
+    return (
+        f"The value of a pair is the mean over its {evaluation.repeats} pictures. Means with 95 % bootstrap intervals: "
+        "pairs are resampled, and the pictures of a pair stay together. The first picture of each pair is shown."
+    )
+
+
+class PairElements:
     """Makes the elements of the pairs, each with its pictures."""
 
-    def __init__(self, evaluation: Evaluation, answer: Headline, columns: Sequence[str], sizes: Sizes) -> None:
-        self.evaluation, self.columns, self.sizes = evaluation, columns, sizes
-        self.metric, self.values = METRICS[answer.metric], evaluation.values[answer.metric]
-        self.ranks = rank_pairs(evaluation)
+    def __init__(
+        self, evaluation: Evaluation, metric: str, names: Mapping[str, str], subjects: Sequence[str], sizes: Sizes
+    ) -> None:
+        """
+        Args:
+            metric: the metric whose values are shown.
+            names: column -> its words, for the pictures of a pair in their order.
+            subjects: columns of the adapters; the pairs are ranked by their mean.
+        """
+        self.evaluation, self.names, self.subjects, self.sizes = evaluation, names, subjects, sizes
+        self.metric, self.values = METRICS[metric], evaluation.values[metric]
+        self.ranks = rank_pairs(evaluation, subjects)
+        self._rank = {index: rank for rank, index in enumerate(self.ranks)}
 
     def typical(self, pairs: Sequence[tuple[int, str]]) -> Iterator[str]:
         return (self._pair(index, place, self.sizes.typical) for index, place in pairs)
 
-    def others(self, shown: set[int]) -> Iterator[str]:
+    def others_section(self, shown: set[int]) -> str:
+        """Returns the section of the pairs that are not among the typical ones, `shown`."""
         total = len(self.ranks)
-        places = ((index, f"rank {rank} of {total}") for rank, index in enumerate(self.ranks, 1) if index not in shown)
-        return (self._pair(index, place, self.sizes.others) for index, place in places)
+        rest = [(index, f"rank {rank} of {total}") for rank, index in enumerate(self.ranks, 1) if index not in shown]
+        step = max(1, -(-len(rest) // MOST_OTHERS))
+        some = rest[::step]
+        which = f"One pair in {step}, by rank." if step > 1 else "By rank."
+        return f"""<h2 id="all">All other pairs</h2>
+<p class="note">{which} From left to right: {", ".join(map(text, self.names.values()))}.
+{self.note(self.sizes.others)}</p>
+<section class="others">
+{"".join(self._pair(index, place, self.sizes.others) for index, place in some)}
+</section>"""
 
     def note(self, side: int) -> str:
         """Says that pictures are scaled down to `side` pixels; "" if they are not."""
@@ -147,48 +182,66 @@ class _Pairs:
 
     def _pair(self, index: int, place: str, side: int) -> str:
         pair = self.evaluation.pairs[index]
-        value = self._value(ADAPTER, index)
-        pictures = "".join(self._picture(index, column, side) for column in self.columns)
+        value = self._value(self.subjects[0], index) if len(self.subjects) == 1 else ""
+        own = {CONDITION: pair.condition, TARGET: pair.target}
+        pictures = "".join(
+            self._picture(
+                own[column] if column in own else self.evaluation.pictures[column][index], index, column, side
+            )
+            for column in self.names
+        )
         heading = f"{place}: {value}" if value else place
-        return f"""<article class="pair" data-pair="{index}" data-rank="{self.ranks.index(index)}">
+        return f"""<article class="pair" data-pair="{index}" data-rank="{self._rank[index]}">
 <header><h3>{text(heading)}</h3><p class="prompt" title="{text(pair.key)}">{quoted(pair.prompt)}</p></header>
 <div class="pictures">{pictures}</div>
 </article>
 """
 
-    def _picture(self, index: int, column: str, side: int) -> str:
-        name, value = text(PICTURE_NAMES[column]), self._value(column, index)
-        image = inline_image(
-            self._image(index, column), PICTURE_NAMES[column], largest=side, lossless=self.sizes.lossless
-        )
-        kind = "picture subject" if column == ADAPTER else "picture"
+    def _picture(self, picture: Image.Image, index: int, column: str, side: int) -> str:
+        name, value = text(self.names[column]), self._value(column, index)
+        image = inline_image(picture, self.names[column], largest=side, lossless=self.sizes.lossless)
+        kind = "picture subject" if column in self.subjects else "picture"
         return (
             f'<button type="button" class="{kind}" data-column="{column}">{image}'
             f'<span class="name">{name}{f" <b>{value}</b>" if value else ""}</span></button>'
         )
 
-    def _image(self, index: int, column: str) -> Image.Image:
-        pair = self.evaluation.pairs[index]
-        own = {CONDITION: pair.condition, TARGET: pair.target}
-        return own[column] if column in own else self.evaluation.pictures[column][index]
-
     def _value(self, column: str, index: int) -> str:
-        """The pair's value of the headline metric as text; "" if there is none."""
+        """The pair's value of the metric as text; "" if there is none."""
         value = self.values[column][index] if column in self.values else None
         return "" if value is None else self.metric.show(value)
 
 
-def _plot(evaluation: Evaluation, answer: Headline) -> str:
-    metric, estimates = METRICS[answer.metric], evaluation.estimates[answer.metric]
-    columns = [column for column in COLUMNS if column in evaluation.pictures]
-    rows = [_dots(evaluation, answer.metric, column, estimates[column]) for column in columns]
+def distribution(
+    evaluation: Evaluation, key: str, names: Mapping[str, str], sentence: str, subjects: Sequence[str] = ()
+) -> str:
+    """Returns the section with a metric's distribution.
+
+    Args:
+        names: column -> its words, in the order of the rows.
+        sentence: what a screen reader reads.
+        subjects: columns that are drawn in the adapter's colour.
+    """
+    metric, estimates = METRICS[key], evaluation.estimates[key]
+    rows = [
+        Dots(
+            name=f"{column} {ADAPTER}" if column in subjects else column,
+            label=name,
+            shown=metric.show_estimate(estimates[column]),
+            values=evaluation.values[key][column],
+            mean=estimates[column].mean,
+            low=estimates[column].low,
+            high=estimates[column].high,
+        )
+        for column, name in names.items()
+    ]
     ceiling = (
         (f"ceiling {metric.show(estimates[TARGET].mean)}", estimates[TARGET].mean) if TARGET in estimates else None
     )
     plot = dot_plot(
         rows,
         title=f"{metric.name}, {metric.direction}",
-        description=answer.sentence,
+        description=sentence,
         digits=metric.digits,
         most=metric.most if metric.higher_is_better else None,
         mark=ceiling,
@@ -210,29 +263,47 @@ spans the quartiles, with the median as a line. The large dot below is the mean 
 </details>"""
 
 
-def _dots(evaluation: Evaluation, key: str, column: str, estimate: Estimate) -> Dots:
-    return Dots(
-        name=column,
-        label=COLUMNS[column],
-        shown=METRICS[key].show_estimate(estimate),
-        values=evaluation.values[key][column],
-        mean=estimate.mean,
-        low=estimate.low,
-        high=estimate.high,
-    )
-
-
-def _numbers(evaluation: Evaluation, answer: Headline) -> str:
-    columns = [column for column in COLUMNS if column in evaluation.estimates[answer.metric]]
+def numbers_table(evaluation: Evaluation, names: Mapping[str, str]) -> str:
+    """Returns the table of all metrics. names: column -> its words."""
     rows = [
         [f"<b>{text(key)}</b> <small>{text(METRICS[key].name)}, {METRICS[key].direction}</small>"]
-        + [f"{(e := estimates[column]).mean:.3f} <small>{e.low:.3f} to {e.high:.3f}</small>" for column in columns]
+        + [_cell(estimates.get(column)) for column in names]
         for key, estimates in evaluation.estimates.items()
     ]
-    return table(["metric", *(text(COLUMNS[column]) for column in columns)], rows, "numbers")
+    return table(["metric", *(text(name) for name in names.values())], rows, "numbers")
 
 
-def _settings(settings: Mapping[str, Any], changed: Mapping[str, Any], command: str) -> str:
+def _cell(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "no value"
+    return f"{estimate.mean:.3f} <small>{estimate.low:.3f} to {estimate.high:.3f}</small>"
+
+
+def _differences(evaluation: Evaluation) -> str:
+    """Returns the folded table of the adapter's paired differences to the controls; "" without controls."""
+    found = {metric: row for metric, row in control_differences(evaluation).items() if row}
+    if not found:
+        return ""
+    controls = list(dict.fromkeys(control for row in found.values() for control in row))
+    rows = []
+    for metric, row in found.items():
+        cells = [
+            text(f"{(e := row[c].estimate).mean:+.3f} ({e.low:+.3f} to {e.high:+.3f})") if c in row else "no value"
+            for c in controls
+        ]
+        first = next(iter(row.values()))
+        rows.append([f"<b>{text(metric)}</b>", *cells, f"{first.needed} for {first.least:g}"])
+    headings = ["adapter minus", *(text(COLUMNS[control]) for control in controls), "pairs needed"]
+    return f"""<details><summary>Differences to the controls, pair by pair, and how many pairs are needed</summary>
+<p class="note">The difference is taken within each pair, so what a pair has in common cancels. In brackets: its 95 %
+interval. "Pairs needed" says how many pairs would find a true difference of that size to
+{text(COLUMNS[controls[0]])} in 80 % of evaluations.</p>
+{table(headings, rows, "numbers")}
+</details>"""
+
+
+def settings_section(settings: Mapping[str, Any], changed: Mapping[str, Any], command: str) -> str:
+    """Returns the folded section with the command, the options and the versions. Arguments: as in `make_report`."""
     versions = settings.get("versions", {})
     facts = {"sha256 of the adapter's weights": settings.get("adapter_sha256"), **versions}
     return f"""<details><summary>The command, what differs from the defaults, and versions</summary>
@@ -260,4 +331,5 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, ob
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, "none" if value is None else value
+            many = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            yield prefix + name, "none" if value is None else many

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 from PIL import Image
@@ -25,6 +27,8 @@ from t2i_adapter.types import Sample
 
 SCENE = "scene"
 """Column with a row's Scene as JSON, which `make-data shapes` writes."""
+HELD_BYTES = 256 * 2**20
+"""Bytes of decoded pictures that `StoredPairs` holds."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,14 @@ class Pair:
     truth_from: Literal["scene", "picture"]
 
 
-def open_pairs(options: DataOptions, count: int, seed: int) -> Source:
-    """Opens `count` pairs of a split, chosen by the seed. Raises UserError if the split has fewer."""
+def open_pairs(options: DataOptions, count: int, seed: int, *, times: int = 1) -> Source:
+    """Opens `times * count` pairs of a split, chosen by the seed. Raises UserError if the split has fewer."""
     source = open_source(options, seed)
-    if len(source) < count:
+    if len(source) < times * count:
+        need = f"{count} needs {times * count} pairs, and" if times > 1 else f"{count}:"
         raise UserError(
-            f"{count}: {options.location} has {len(source)} pairs in its split {options.split}; "
-            f"use {flag('num')} {len(source)} or less.",
+            f"{need} {options.location} has {len(source)} pairs in its split {options.split}; "
+            f"use {flag('num')} {len(source) // times} or less.",
             option="num",
         )
     return source
@@ -82,19 +87,117 @@ def read_pairs(source: Source, resolution: int, channels: int) -> list[Pair]:
     return [make_pair(source[i], resolution, channels, annotator) for i in range(len(source))]
 
 
-def make_pair(sample: Sample, resolution: int, channels: int, annotator: Annotator | None = None) -> Pair:
-    """Crops a sample and finds its truth. The annotator makes the condition; None takes the sample's own."""
+class StoredPairs(Sequence[Pair]):
+    """The pairs of a source, read when they are used. Those used last are held, within HELD_BYTES.
+
+    Captions and content hashes are read at once. Raises UserError that names the bad row.
+
+    Attributes:
+        prompts: the first caption of each row.
+        digest: sha256 (hex) over keys, prompts and stored bytes of all rows.
+    """
+
+    def __init__(self, source: Source, resolution: int, channels: int) -> None:
+        self._source, self._size, self._channels = source, resolution, channels
+        self._annotator = open_annotator(source.annotate) if source.annotate else None
+        self._store: ConditionStore | None = None
+        whole, self.prompts = hashlib.sha256(), list[str]()
+        self._keys = [source.key(index) for index in range(len(source))]
+        for index, key in enumerate(self._keys):
+            identity = source.identify(index)
+            self.prompts.append(identity.captions[0])
+            whole.update("\0".join([key, identity.captions[0], identity.digest, ""]).encode("utf-8", "surrogatepass"))
+        self.digest = whole.hexdigest()
+        held = max(4, HELD_BYTES // (resolution**2 * (3 + channels + 1)))
+        self._read = lru_cache(maxsize=held)(self._read_pair)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Pair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Pair]: ...
+
+    def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return _LaterPair(self, index % len(self))
+
+    def keep_conditions(self, store: ConditionStore) -> None:
+        """Makes each condition once, and reads it from `store` after that."""
+        self._store = store
+
+    def condition(self, index: int) -> Image.Image:
+        """Returns the condition of a pair, from the store if it is there."""
+        if self._store is not None and (stored := self._store.load_condition(index)) is not None:
+            return stored
+        return self._read(index).condition
+
+    def check(self, indices: Iterable[int]) -> Iterator[None]:
+        """Reads those pairs whose conditions are not stored, one a step. Raises UserError that names the bad row."""
+        for index in indices:
+            if self._store is None or self._store.load_condition(index) is None:
+                self._read(index)
+            yield
+
+    def _read_pair(self, index: int) -> Pair:
+        sample = self._source[index]
+        stored = self._store.load_condition(index) if self._store is not None else None
+        pair = make_pair(sample, self._size, self._channels, self._annotator, condition=stored)
+        if self._store is not None and stored is None:
+            self._store.save_condition(index, pair.condition)
+        return pair
+
+
+class ConditionStore(Protocol):
+    """Where `StoredPairs` keeps conditions, by the pair's number."""
+
+    def load_condition(self, index: int) -> Image.Image | None: ...
+
+    def save_condition(self, index: int, condition: Image.Image) -> None: ...
+
+
+class _LaterPair(Pair):
+    """A pair of `StoredPairs`; everything but key and prompt is read when it is asked for."""
+
+    def __init__(self, pairs: StoredPairs, index: int) -> None:
+        own = {"_pairs": pairs, "_index": index, "key": pairs._keys[index], "prompt": pairs.prompts[index]}
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("condition", "target", "truth", "truth_from"):
+            raise AttributeError(name)
+        return getattr(self._pairs._read(self._index), name)
+
+
+def make_pair(
+    sample: Sample,
+    resolution: int,
+    channels: int,
+    annotator: Annotator | None = None,
+    *,
+    condition: Image.Image | None = None,
+) -> Pair:
+    """Crops a sample and finds its truth.
+
+    The annotator makes the condition; None takes the sample's own. condition: it, if it was made before.
+    """
     size = (resolution, resolution)
-    if annotator is None and sample.condition is None:
+    if condition is None and annotator is None and sample.condition is None:
         raise UserError(
             f"{sample.key}: has no condition picture. Add one, or use {flag('condition')} to make it from the image."
         )
     target = fit(sample.image, size, IMAGE_FILTER)
     scene = sample.meta.get(SCENE)
     truth = Truth(foreground_mask(np.asarray(target))) if scene is None else _scene_truth(sample, target)
-    if annotator is not None:
+    if condition is None and annotator is not None:
         condition = make_condition(sample.image, size, channels, annotator)
-    else:
+    elif condition is None:
         assert sample.condition is not None
         condition = fit_condition(sample.condition, size, channels)
     return Pair(sample.key, sample.captions[0], condition, target, truth, "picture" if scene is None else "scene")

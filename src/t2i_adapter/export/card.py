@@ -21,7 +21,7 @@ from t2i_adapter.data.picture import StoredPicture, decode, read_file
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import parse_json
 from t2i_adapter.generation.options import POINT, RequestedSampling, SamplingOptions, parse_schedule
-from t2i_adapter.models.record import Metadata, is_path
+from t2i_adapter.models.record import Metadata, describe_measurement, is_path
 from t2i_adapter.types import CHUNK_TOKENS
 
 CARD = "README.md"
@@ -292,6 +292,8 @@ def _steering(metadata: Metadata) -> str:
         notes.append(
             f"Recommended for this adapter: {markdown(values)}. `t2i-adapter generate` takes these values by default."
         )
+        if measured := describe_measurement(metadata.sampling):
+            notes.append(markdown(measured))
     else:
         notes.append("`t2i-adapter generate` has the options `control_guidance` and `control_passes` for it.")
     if sampling.control_passes == 3:

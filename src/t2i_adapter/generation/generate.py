@@ -65,23 +65,34 @@ def encode_prompts(
     guidance: float,
     negative: str | None = None,
     max_tokens: MaxTokens = CHUNK_TOKENS,
+    is_quiet: bool = False,
 ) -> TextStates:
-    """N prompts -> their states, as training encodes captions. Prints a line if prompts are cut off at `max_tokens`.
+    """N prompts -> their states, as training encodes captions. Prints a line if prompts are cut off at `max_tokens`,
+    unless it `is_quiet`.
 
     `negative` None stands for what the base was trained with: zeros, or "".
     """
     parts: Any = pipeline
     tokenizers = (parts.tokenizer, parts.tokenizer_2)
     encoder = TextEncoder(tokenizers, (parts.text_encoder, parts.text_encoder_2), parts._execution_device)
-    for name, texts in (("prompt", prompts), ("negative prompt", [negative or ""])):
-        if line := _long_prompts(tokenizers[0], name, texts, max_tokens):
-            print(line, file=sys.stderr, flush=True)
+    if not is_quiet:
+        warn_of_long_prompts(pipeline, prompts, max_tokens, negative)
     states, pooled = _encode(encoder, prompts, max_tokens)
     if guidance <= 1:
         return TextStates(states, pooled, None, None)
     if negative is None and parts.config.force_zeros_for_empty_prompt:
         return TextStates(states, pooled, torch.zeros_like(states), torch.zeros_like(pooled))
     return TextStates(states, pooled, *_encode(encoder, [negative or ""] * len(prompts), max_tokens))
+
+
+def warn_of_long_prompts(
+    pipeline: StableDiffusionXLAdapterPipeline, prompts: Sequence[str], max_tokens: int, negative: str | None = None
+) -> None:
+    """Prints a line on stderr if prompts are cut off at `max_tokens`."""
+    parts: Any = pipeline
+    for name, texts in (("prompt", prompts), ("negative prompt", [negative or ""])):
+        if line := _long_prompts(parts.tokenizer, name, texts, max_tokens):
+            print(line, file=sys.stderr, flush=True)
 
 
 def _encode(encoder: TextEncoder, prompts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
@@ -144,6 +155,11 @@ def generate(
     return [picture for batch in batches for picture in batch]
 
 
+def batch_length(size: tuple[int, int], sampling: SamplingOptions) -> int:
+    """Pictures of `size` (height, width) that are generated at a time."""
+    return sampling.batch_size or max(1, _BATCH_PIXELS // (size[0] * size[1]))
+
+
 def generate_batches(
     pipeline: StableDiffusionXLAdapterPipeline,
     texts: TextStates,
@@ -174,7 +190,7 @@ def generate_batches(
     """
     assert len(texts) == len(seeds) and (conditions is None or len(conditions) == len(seeds))
     strengths = strengths or [sampling.strength] * len(adapters_of(pipeline))
-    batch = sampling.batch_size or max(1, _BATCH_PIXELS // (size[0] * size[1]))
+    batch = batch_length(size, sampling)
     total, is_hidden = len(seeds) * sampling.steps, progress is None
     with tqdm(total=total, desc=progress, unit="step", disable=is_hidden, leave=False, delay=0.5) as bar:
         for start in range(0, len(seeds), batch):

@@ -5,13 +5,14 @@ It also names the files of an adapter's folder. Importing this module loads no t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from t2i_adapter.errors import UserError
-from t2i_adapter.files import parse_json, user_path
+from t2i_adapter.files import parse_json, user_path, write_atomic
 from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
 
 FILE_NAME = "t2i_adapter.json"
@@ -41,7 +42,8 @@ class Metadata:
         steps: number of updates.
         seed: the run's seed.
         versions: versions of the libraries.
-        sampling: recommended options of sampling ({scale, guidance, ...}), which `generate` takes by default.
+        sampling: recommended options of sampling ({scale, guidance, ...}), which `generate` takes by default, and under
+            "from" the measurement that recommends them.
     """
 
     base: Mapping[str, Any]
@@ -113,6 +115,38 @@ def read_metadata(adapter: str | Path) -> Metadata | None:
     except (OSError, ValueError) as fault:
         raise UserError(f"{path} cannot be read as JSON: {fault}.") from fault
     return Metadata.from_dict(data, str(path))
+
+
+def write_sampling(folder: Path, sampling: Mapping[str, Any]) -> Metadata:
+    """Puts recommended options of sampling into the record of an adapter's folder, in place of earlier ones.
+
+    Returns the new record. Raises UserError if the record is missing or malformed, or cannot be written.
+    """
+    path = folder / FILE_NAME
+    record = read_metadata(folder)
+    if record is None:
+        raise UserError(f"{folder}: there is no {FILE_NAME} to write the recommended options into.")
+    record = replace(record, sampling=sampling)
+    text = json.dumps(record.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    try:
+        write_atomic(path, [text.encode()])
+    except OSError as fault:
+        raise UserError(f"{path}: the recommended options cannot be written ({fault.strerror}).") from fault
+    return record
+
+
+def describe_measurement(sampling: Mapping[str, Any]) -> str | None:
+    """Returns a sentence about the measurement that recommends a record's options, for the card; None without one."""
+    found = sampling.get("from")
+    if not isinstance(found, Mapping):
+        return None
+    numbers = [found.get(key) for key in ("recommended", "default", "pairs")]
+    if not all(isinstance(number, int | float) for number in numbers):
+        return None
+    return (
+        f"On {found['pairs']} held-out pairs that took no part in the choice, {found.get('metric')} is "
+        f"{found['recommended']:.3f} with these values and {found['default']:.3f} with the default point."
+    )
 
 
 def _from_hub(name: str) -> Path | None:

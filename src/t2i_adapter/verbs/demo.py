@@ -91,7 +91,7 @@ def run(options: DemoOptions) -> None:
         with _part("4/4  evaluating on conditions it has not seen"):
             evaluate.run(
                 EvaluateOptions(
-                    adapter=str(adapter),
+                    adapter=(str(adapter),),
                     data=str(data),
                     num=options.num_test,
                     guidance=GUIDANCE,

@@ -1,0 +1,159 @@
+"""What an evaluation generates: the columns of every pair, each picture with its own noise, in fixed batches.
+
+A batch depends on the plan alone. So a picture is the same bits whether one process generates all batches or several
+share them, and whether the evaluation was interrupted or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, cast
+
+import numpy as np
+from diffusers import StableDiffusionXLAdapterPipeline, T2IAdapter
+from PIL import Image
+
+from t2i_adapter.generation.generate import (
+    TextStates,
+    batch_length,
+    encode_prompts,
+    generate,
+    warn_of_long_prompts,
+)
+from t2i_adapter.generation.options import SamplingOptions
+from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
+
+ADAPTER: Literal["adapter"] = "adapter"
+OTHER_CONDITION: Literal["other_condition"] = "other_condition"
+"""Control: the adapter with the condition of another pair."""
+NO_ADAPTER: Literal["no_adapter"] = "no_adapter"
+"""Control: the prompt alone."""
+TARGET = "target"
+"""The pair's true picture, which is measured but not generated: the best value that a generated picture can reach."""
+GENERATED = (ADAPTER, OTHER_CONDITION, NO_ADAPTER)
+"""Columns of an evaluation that are generated, in this order."""
+
+Kind = Literal["adapter", "other_condition", "no_adapter"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that is generated.
+
+    Attributes:
+        name: of the column in results and in the folder of pictures.
+        kind: which condition its pictures get.
+        adapter: which of the evaluation's adapters makes its pictures; None takes the pipeline's own.
+        sampling: how its pictures are sampled.
+    """
+
+    name: str
+    kind: Kind
+    sampling: SamplingOptions
+    adapter: T2IAdapter | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Pictures that are generated as one batch: picture `number` of the pairs `indices`."""
+
+    number: int
+    indices: range
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All pictures of an evaluation of N pairs.
+
+    Attributes:
+        prompts, conditions: one a pair; conditions of `size`.
+        size: (height, width) of the pictures in pixels.
+        seed: decides the noise of each picture, and the other condition of each pair.
+        pictures: pictures of a pair in each column, K.
+        batch: pictures of a batch.
+        max_tokens: tokens of a prompt that are read.
+    """
+
+    prompts: Sequence[str]
+    conditions: Sequence[Image.Image]
+    size: tuple[int, int]
+    seed: int
+    pictures: int = 1
+    batch: int = 1
+    max_tokens: MaxTokens = CHUNK_TOKENS
+
+    @cached_property
+    def others(self) -> list[int]:
+        """For each pair the index of the pair whose condition OTHER_CONDITION uses."""
+        return derangement(len(self.prompts), self.seed)
+
+    def blocks(self) -> list[Block]:
+        """All batches of one column: first picture 0 of every pair, then picture 1 of every pair, and so on."""
+        count = len(self.prompts)
+        return [
+            Block(number, range(start, min(start + self.batch, count)))
+            for number in range(self.pictures)
+            for start in range(0, count, self.batch)
+        ]
+
+    def generate(
+        self, pipeline: StableDiffusionXLAdapterPipeline, block: Block, columns: Sequence[Column]
+    ) -> Iterator[tuple[Column, list[Image.Image]]]:
+        """Generates a batch for each column and yields it when it is finished."""
+        prompts = [self.prompts[i] for i in block.indices]
+        seeds = [picture_seed(self.seed, i, block.number) for i in block.indices]
+        states: dict[float, TextStates] = {}
+        for column in columns:
+            guidance = column.sampling.guidance
+            if guidance not in states:
+                states[guidance] = encode_prompts(
+                    pipeline, prompts, guidance=guidance, max_tokens=self.max_tokens, is_quiet=True
+                )
+            if column.adapter is not None and column.adapter is not pipeline.adapter:
+                pipeline.register_modules(adapter=column.adapter)
+            conditions = self._conditions(block, column.kind)
+            yield (
+                column,
+                generate(pipeline, states[guidance], conditions, seeds, size=self.size, sampling=column.sampling),
+            )
+
+    def warn(self, pipeline: StableDiffusionXLAdapterPipeline) -> None:
+        """Prints a line if prompts are cut off."""
+        warn_of_long_prompts(pipeline, self.prompts, self.max_tokens)
+
+    def _conditions(self, block: Block, kind: Kind) -> list[Image.Image] | None:
+        if kind == NO_ADAPTER:
+            return None
+        return [self.conditions[i if kind == ADAPTER else self.others[i]] for i in block.indices]
+
+
+def plain_columns(names: Sequence[str], sampling: SamplingOptions) -> list[Column]:
+    """Returns columns of GENERATED by their names, for the pipeline's own adapter."""
+    return [Column(name, cast(Kind, name), sampling) for name in names]
+
+
+def plan_batch(size: tuple[int, int], sampling: SamplingOptions, pairs: int) -> int:
+    """Returns the pictures of a batch; no batch is larger than the number of pairs."""
+    return min(batch_length(size, sampling), pairs)
+
+
+def derangement(count: int, seed: int) -> list[int]:
+    """Returns, for each of `count` pairs, the index of another pair. Each index occurs once (one random cycle)."""
+    assert count >= 2, "a single pair has no other pair"
+    order = np.random.default_rng(seed).permutation(count)
+    other = np.empty(count, int)
+    other[order] = np.roll(order, 1)
+    return other.tolist()
+
+
+def picture_seed(seed: int, index: int, number: int = 0) -> int:
+    """Returns the seed of the noise of picture `number` of pair `index`. All columns start from the same noise."""
+    place = (index, number - 1) if number else (index,)
+    return int(np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)[0]) >> 1
+
+
+def picture_seeds(count: int, seed: int) -> list[int]:
+    """Returns the seed of each pair's first picture."""
+    return [picture_seed(seed, index) for index in range(count)]
