@@ -239,9 +239,10 @@ def test_the_cards_code_runs(adapter: T2IAdapter, tiny_base: Path, tmp_path: Pat
     code = usage_code(Metadata.from_dict(record("base")), "me/my-adapter", prompt='a "red" circle')
     assert code in make_card(tmp_path / "card", base="base").replace(repr(HOSTILE), repr('a "red" circle'))
     sampling = SamplingOptions(
-        guidance=3.0, control_guidance=2.5, scale=0.8, condition_factor=0.7, scale_schedule="400:1,800:1.5"
+        steps=4, guidance=3.0, control_guidance=2.5, scale=0.8, condition_factor=0.7, scale_schedule="400:1,800:1.5"
     )
     code += f"\ntorch.manual_seed(7)\n{steering_code(sampling)}"
+    code = code.replace("num_inference_steps=30", f"num_inference_steps={sampling.steps}")  # for speed
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "picture.png").size == (64, 64)

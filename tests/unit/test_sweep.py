@@ -130,8 +130,9 @@ def test_measurements_of_an_earlier_call_are_taken(
     assert again["points"][:2] == first["points"]
     stored = (tmp_path / "sweep-values.jsonl").read_text().splitlines()
     assert stored[: len(lines) - 1] == lines[:-1] and len(stored) > len(lines)
+    run(options(adapter, shapes, **few, overwrite=True))
+    assert "has measurements" not in capsys.readouterr().out
     run(options(adapter, shapes, **few, seed=1))
-    capsys.readouterr()
     other = (tmp_path / "sweep-values.jsonl").read_text().splitlines()
     assert other[0] != lines[0], "another seed has other pairs and noise"
 

@@ -146,6 +146,7 @@ def _run(options: EvaluateOptions, processes: Processes) -> list[Evaluation]:
         _describe(options, names, models)
     pairs.keep_conditions(store)
     read_conditions(pairs, processes)
+    processes.meet()
     size = (resolution, resolution)
     plan = Plan(
         prompts=pairs.prompts,

@@ -54,6 +54,8 @@ def run_sweep(
     default = replace(options, defaults="plain").settle({})
     points, folder, half = make_points(options, default), output_folder(options.out), len(pairs) // 2
     facts = settings(default)
+    if options.overwrite:
+        (folder / VALUES).unlink(missing_ok=True)
     stored = ValueFile(folder / VALUES, values_digest(facts))
     if stored.count:
         print(f"sweep: {show_path(folder / VALUES)} has measurements of these settings; they are taken.", flush=True)
@@ -62,7 +64,7 @@ def run_sweep(
         pairs[:half],
         pairs[half:],
         points,
-        measure=Measures([judge] if judge else [], pairs, seed=options.seed).picture,
+        measure=Measures([judge] if judge else [], pairs, clip=options.clip, seed=options.seed).picture,
         metric=options.sweep_metric,
         bands=options.sweep_bands,
         seed=options.seed,
@@ -82,7 +84,7 @@ def run_sweep(
 
 def values_digest(settings: Mapping[str, Any]) -> str:
     """Returns a digest of the settings on which a point's values depend: without the point and the sweep's options."""
-    others = (*POINT, "out", "write", "batch_size", "defaults")
+    others = (*POINT, "out", "write", "overwrite", "pictures", "batch_size", "defaults")
     own = {name: value for name, value in settings.items() if name not in others and not name.startswith("sweep")}
     return fingerprint(settings=json.dumps(own, sort_keys=True, default=str))
 
