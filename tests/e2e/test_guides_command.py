@@ -65,7 +65,7 @@ def guide(model: str, *more: str) -> list[str]:
 
 
 def test_the_guides_command_trains_validates_tracks_and_publishes(work: Path):
-    cheap = ["--validation.steps=1", "--num_validation_images=1", "--dataloader_num_workers=0"]
+    cheap = ["--resolution=256", "--validation.steps=1", "--num_validation_images=1", "--dataloader_num_workers=0"]
     with running_hub() as hub:
         done = launch(
             guide("nano", *cheap),
@@ -110,7 +110,7 @@ def _check_opens(folder: Path) -> None:
         adapter = T2IAdapter.from_pretrained(folder, variant=variant, dtype=dtype, local_files_only=True)
         StableDiffusionXLAdapterPipeline.from_pretrained(nano.path(), adapter=adapter)
     record = json.loads((folder / "t2i_adapter.json").read_text())
-    assert record["base"]["name"] == "nano" and record["resolution"] == 1024
+    assert record["base"]["name"] == "nano" and record["resolution"] == 256
 
 
 def test_a_failed_upload_costs_only_a_line(work: Path, tiny_base: Path):
