@@ -228,8 +228,8 @@ def collect(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def is_as_expected(expected: str, found: dict[str, Any]) -> bool:
     """Whether a run made the statement that it must make, and none that contradicts it.
 
-    For "inverted": at the last look that measured both, the benefit of the held-out pairs is significantly below that of
-    the training's pairs; and `evaluate` finds no higher score with the own condition than with another's.
+    For "inverted": at the last look that measured both, the benefit of the held-out pairs is significantly below that
+    of the training's pairs; and `evaluate` finds no higher score with the own condition than with another's.
     """
     kinds = {statement["kind"] for statement in found["advice"]}
     if expected == "read":
