@@ -279,7 +279,7 @@ def shown(interval: Interval) -> str:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="RUN")
-    parser.add_argument("--steps", type=int, default=1200, help="updates of a run, 16 samples each")
+    parser.add_argument("--steps", type=int, default=800, help="updates of a run, 16 samples each")
     parser.add_argument("--scenes", type=int, default=2000, help="scenes to train on")
     parser.add_argument("--pairs", type=int, default=48, help="held-out scenes")
     parser.add_argument("--sampling_steps", type=int, default=12, help="denoising steps of an evaluated picture")
