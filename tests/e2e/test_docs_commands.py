@@ -14,11 +14,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from support.doc_pages import PAGES, code, commands
+from support.processes import Run, end_all, ranks
+from torch.distributed.run import get_args_parser
 
 from t2i_adapter.cli import PROG, main
 from t2i_adapter.data.shapes import write_dataset
@@ -76,6 +79,12 @@ OWN_ANNOTATOR = ROOT / "docs" / "add-a-condition.md"
 OWN_RECIPE = re.compile(r"(millions|recipe)\.yaml")
 """Recipes of a reader: they name data that the reader has."""
 MILLIONS = ROOT / "docs" / "millions.md"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    yield
+    end_all()
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +186,17 @@ def small(command: str, number: int) -> str:
             ours["--output_dir"] = "runs/again" if "resume" in command or number == 0 else f"runs/{number}"
         else:
             ours |= {"--data.resolution": "128", "--output_dir": f"runs/{number}"}
+        if "--validation.prompts" in command:
+            ours |= {"--validation.steps": "1", "--validation.num_images": "1"}
         command += "".join(f" {flag} {value}" for flag, value in ours.items() if flag not in command)
+    if re.match(rf"{PROG} (generate|evaluate) ", command) and "--steps" not in command:
+        command = command.partition(" #")[0] + " --steps 2"
     return command
 
 
 def run(command: str, cwd: Path) -> None:
-    """Runs a command: verbs in this process, which has imported the libraries; launchers as processes."""
+    """Runs a command: verbs in this process, which has imported the libraries; the processes of torchrun as its forks;
+    other launchers as programs."""
     words = shlex.split(command, comments=True)
     if words[0] == PROG:
         here = Path.cwd()
@@ -194,8 +208,15 @@ def run(command: str, cwd: Path) -> None:
         finally:
             os.chdir(here)
         return
-    programs = {"accelerate": ["accelerate.commands.accelerate_cli"], "torchrun": ["torch.distributed.run"]}
-    line = [sys.executable, *(["-m", *programs[words[0]]] if words[0] in programs else []), *words[1:]]
+    if words[0] == "torchrun":
+        launch = get_args_parser().parse_args(words[1:])
+        assert launch.module and launch.training_script == "t2i_adapter", command
+        spread = [Run(cwd, *launch.training_script_args, env=env) for env in ranks(int(launch.nproc_per_node))]
+        for process in spread:
+            assert process.wait() == 0, f"{command}\n{process.said()}"
+        return
+    program = ["-m", "accelerate.commands.accelerate_cli"] if words[0] == "accelerate" else []
+    line = [sys.executable, *program, *words[1:]]
     done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=240, env=dict(os.environ))
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 

@@ -117,7 +117,7 @@ def in_process(work: Path, *words: str, **env: str) -> subprocess.CompletedProce
 def test_a_process_of_its_own(work: Path, env: dict[str, str]):
     done = in_process(work, "make-data", "shapes", "--out=作" + "".join(env), "--num=2", "--num_test=1", **env)
     assert (done.returncode, done.stderr) == (0, b"")
-    done = in_process(work, "doctor", "--data=無い", **env)
+    done = in_process(work, "make-data", "shapes", "--out=無", "--num=無い", **env)
     assert done.returncode == 2 and done.stderr.startswith(b"error: ") and done.stderr.count(b"\n") == 1
 
 
@@ -132,5 +132,5 @@ def test_a_closed_output_is_no_error(work: Path, closed: str):
 
 
 def test_a_line_about_an_error_that_nobody_reads_still_exits_with_2(work: Path):
-    command = f'exec "{sys.executable}" -m t2i_adapter doctor missing 2>/dev/full'
+    command = f'exec "{sys.executable}" -m t2i_adapter make-data shapes --num x 2>/dev/full'
     assert subprocess.run(["bash", "-c", command], cwd=work, capture_output=True, timeout=200).returncode == 2

@@ -11,7 +11,7 @@ FIRST = {"loss": 1e-4, "grad_norm": 1e-3, "lr": 1e-12}
 LATER = {"loss": 0.05, "grad_norm": 0.1, "lr": 1e-12}
 """Relative tolerances in another environment, for update 1 and for later updates.
 
-Another kernel rounds differently, and Muon amplifies that. Two arms of a record of 32 updates, `plain` and `threads`,
+Another kernel rounds differently, and Muon amplifies that. Two arms of a record of 32 updates, `plain` and `ema`,
 differ in the order of one sum: their losses differed by 8e-8 at update 1, and by at most 9e-3 (loss) and 1.8e-2
 (gradient norm) later. Another seed or loss weight changes update 1 by more than a hundredth (the last test).
 """

@@ -19,8 +19,12 @@ from t2i_adapter.models import nano
 SCRIPT = Path(__file__).resolve().parents[2] / "train_t2i_adapter_sdxl.py"
 
 
-def launch(words: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(SCRIPT), *words]
+LAUNCHER = ("-m", "accelerate.commands.launch")
+
+
+def start(*words: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python WORDS` to its end."""
+    command = [sys.executable, *words]
     return subprocess.run(
         command,
         cwd=cwd,
@@ -65,11 +69,13 @@ def guide(model: str, *more: str) -> list[str]:
 
 
 def test_the_guides_command_trains_validates_tracks_and_publishes(work: Path):
-    cheap = ["--validation.steps=1", "--num_validation_images=1", "--dataloader_num_workers=0"]
+    cheap = ["--resolution=256", "--validation.steps=1", "--num_validation_images=1", "--dataloader_num_workers=0"]
     with running_hub() as hub:
-        done = launch(
-            guide("nano", *cheap),
-            work,
+        done = start(
+            *LAUNCHER,
+            SCRIPT,
+            *guide("nano", *cheap),
+            cwd=work,
             HF_ENDPOINT=hub.address,
             HF_TOKEN=TOKEN,
             HF_HUB_OFFLINE="0",
@@ -110,7 +116,7 @@ def _check_opens(folder: Path) -> None:
         adapter = T2IAdapter.from_pretrained(folder, variant=variant, dtype=dtype, local_files_only=True)
         StableDiffusionXLAdapterPipeline.from_pretrained(nano.path(), adapter=adapter)
     record = json.loads((folder / "t2i_adapter.json").read_text())
-    assert record["base"]["name"] == "nano" and record["resolution"] == 1024
+    assert record["base"]["name"] == "nano" and record["resolution"] == 256
 
 
 def test_a_failed_upload_costs_only_a_line(work: Path, tiny_base: Path):
@@ -119,9 +125,11 @@ def test_a_failed_upload_costs_only_a_line(work: Path, tiny_base: Path):
     changed = ["--output_dir=kept", "--resolution=64", "--report_to=none", "--dataloader_num_workers=0"]
     with running_hub() as hub:
         hub.fail_commits = True
-        done = launch(
-            [*words, *changed],
-            work,
+        done = start(
+            SCRIPT,
+            *words,
+            *changed,
+            cwd=work,
             HF_ENDPOINT=hub.address,
             HF_TOKEN=TOKEN,
             HF_HUB_OFFLINE="0",

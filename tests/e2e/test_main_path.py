@@ -1,14 +1,16 @@
-"""The main path of a user through the command line: data, train, kill, resume, generate, evaluate, reload."""
+"""The main path of a user through the command line: data, train, kill, resume, generate, evaluate, reload.
+
+The first command is a program of its own. The others are processes forked from this one, which has the libraries.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,31 +19,18 @@ import torch
 from diffusers import StableDiffusionXLAdapterPipeline, T2IAdapter
 from PIL import Image
 from safetensors.torch import load_file
+from support.processes import Run, end_all, finish, ranks, until
 from support.runs import losses
 
 from t2i_adapter.models import nano
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 
 
-def cli(*words: str, cwd: Path, timeout: int = 240) -> str:
-    """Runs `t2i-adapter WORDS` and returns its output; fails the test with the output if the command fails."""
-    return python("-m", "t2i_adapter", *words, cwd=cwd, timeout=timeout)
-
-
-def python(*words: str, cwd: Path, timeout: int = 240, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env={**os.environ, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    yield
+    end_all()
 
 
 def train_words(out: str, *more: str) -> list[str]:
@@ -56,23 +45,32 @@ def train_words(out: str, *more: str) -> list[str]:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data/ (32 + 6 pairs) and straight/, a finished run."""
     folder = tmp_path_factory.mktemp("main")
-    cli("make-data", "shapes", "--out", "data", "--num", "32", "--num_test", "6", cwd=folder)
-    printed = cli(*train_words("straight"), cwd=folder)
+    words = [
+        sys.executable,
+        "-m",
+        "t2i_adapter",
+        "make-data",
+        "shapes",
+        "--out",
+        "data",
+        "--num",
+        "32",
+        "--num_test",
+        "6",
+    ]
+    subprocess.run(words, cwd=folder, check=True, timeout=240)
+    printed = finish(folder, *train_words("straight"))
     assert "training pairs 32" in printed and "updates        24" in printed
     return folder
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(work: Path):
-    command = [sys.executable, "-m", "t2i_adapter", *train_words("killed")]
-    running = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not (work / "killed" / "checkpoint-8").is_dir() and running.poll() is None:
-        assert time.monotonic() < deadline, "no checkpoint appeared"
-        time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    running.wait(timeout=30)
+    running = Run(work, *train_words("killed"))
+    until(lambda: (work / "killed" / "checkpoint-8").is_dir())
+    running.send(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
     assert not (work / "killed" / "diffusion_pytorch_model.safetensors").exists(), "the run had ended before the kill"
-    printed = cli(*train_words("killed", "--checkpoint.resume", "latest"), cwd=work)
+    printed = finish(work, *train_words("killed", "--checkpoint.resume", "latest"))
     assert "Resuming from killed/checkpoint-" in printed
     for name in ("diffusion_pytorch_model.safetensors", "checkpoint-24/training.safetensors"):
         straight, killed = load_file(work / "straight" / name), load_file(work / "killed" / name)
@@ -81,11 +79,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(work: Path):
 
 
 def test_two_processes_learn_from_the_same_samples_as_one(work: Path):
-    env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     words = train_words("two")
     words[words.index("--train.batch_size") + 1] = "2"
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "t2i_adapter"]
-    printed = python(*launch, *words, cwd=work, env=env, timeout=400)
+    both = [Run(work, *words, env=env) for env in ranks(2)]
+    for running in both:
+        assert running.wait() == 0, running.said()
+    printed = both[0].said()
     assert "4 = 2 x 1 accumulated x 2 processes" in printed
     # The mean of two half batches rounds differently in float32; 24 updates at a high learning rate amplify that.
     assert losses(work / "two") == pytest.approx(losses(work / "straight"), rel=1e-3)
@@ -95,14 +94,14 @@ def test_two_processes_learn_from_the_same_samples_as_one(work: Path):
 def test_generate_writes_a_picture_and_the_command_that_repeats_it(work: Path):
     condition = next((work / "data" / "test").glob("*_cond.png"))
     words = ["generate", "--adapter", "straight", "--prompt", "red circle with blue background", "--image"]
-    cli(*words, str(condition), "--steps", "3", "--num", "2", "--out", "drawn", cwd=work)
+    finish(work, *words, str(condition), "--steps", "3", "--num", "2", "--out", "drawn")
     pictures = sorted((work / "drawn").glob("*.png"))
     assert len(pictures) == 2 and Image.open(pictures[0]).size == (128, 128)
     record = json.loads(pictures[0].with_suffix(".json").read_text())
     assert record["options"]["prompt"] == ["red circle with blue background"]
     again = shlex.split(record["command"])
     again[again.index("--out") + 1] = "again"
-    cli(*again[1:], cwd=work)
+    finish(work, *again[1:])
     first, alone = (np.asarray(Image.open(path)).astype(int) for path in (pictures[0], work / "again" / "00000.png"))
     # The first came from a batch of two, which rounds differently: at most two levels of 8 bits.
     assert np.abs(first - alone).max() <= 2
@@ -110,7 +109,7 @@ def test_generate_writes_a_picture_and_the_command_that_repeats_it(work: Path):
 
 def test_evaluate_writes_its_three_files(work: Path):
     words = ["evaluate", "--adapter", "straight", "--data", "data", "--num", "4", "--steps", "3", "--out", "measured"]
-    printed = cli(*words, cwd=work)
+    printed = finish(work, *words)
     assert "iou" in printed
     result = json.loads((work / "measured" / "evaluation.json").read_text())
     assert result["num"] == 4
@@ -135,7 +134,7 @@ def test_the_adapter_opens_in_diffusers(work: Path, variant: str | None, dtype: 
 def test_training_starts_from_another_adapter(work: Path):
     words = train_words("continued", "--adapter.init_from", "straight")
     words[words.index("--train.max_steps") + 1] = "2"
-    cli(*words, cwd=work)
+    finish(work, *words)
     before = load_file(work / "straight" / "diffusion_pytorch_model.safetensors")
     after = load_file(work / "continued" / "diffusion_pytorch_model.safetensors")
     # Two updates during warm-up, at a learning rate of at most 1e-4, change no weight by more than this.
@@ -143,23 +142,9 @@ def test_training_starts_from_another_adapter(work: Path):
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(work: Path):
-    command = [sys.executable, "-m", "t2i_adapter", *train_words("busy", "--train.max_steps", "4000")]
-    running = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not (work / "busy" / "options.yaml").is_file():
-            assert time.monotonic() < deadline and running.poll() is None
-            time.sleep(0.05)
-        second = subprocess.run(
-            [sys.executable, "-m", "t2i_adapter", *train_words("busy")],
-            cwd=work,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert second.returncode == 2
-        assert f"in use by another run (process {running.pid})" in second.stderr
-        assert "Traceback" not in second.stderr
-    finally:
-        running.kill()
-        running.wait(timeout=30)
+    running = Run(work, *train_words("busy", "--train.max_steps", "4000"))
+    until(lambda: (work / "busy" / "options.yaml").is_file())
+    second = Run(work, *train_words("busy"))
+    assert second.wait() == 2
+    assert f"in use by another run (process {running.pid})" in second.said()
+    assert "Traceback" not in second.said()

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import Run, Terminal, end_all, until
+from support.processes import Run, Terminal, end_all, ranks, until
 from support.runs import losses
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -214,7 +214,7 @@ def launched(work: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def ranks(launcher: int) -> dict[int, int]:
+def launched_ranks(launcher: int) -> dict[int, int]:
     """Rank -> process of what torchrun has started."""
     found = {}
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
@@ -226,13 +226,13 @@ def ranks(launcher: int) -> dict[int, int]:
 
 def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_goes_on(work: Path):
     name = "two"
-    running = launched(work, *words(name, "--train.batch_size", "1", "--checkpoint.every", "100"))
+    command = words(name, "--train.batch_size", "1", "--checkpoint.every", "100")
+    both = [Run(work, *command, env=env) for env in ranks(2)]
     until(lambda: steps_logged(work / name) >= 2)
-    os.kill(ranks(running.pid)[1], signal.SIGTERM)
-    said = running.communicate(timeout=200)[0]
-    assert "exitcode  : 143" in said or "exitcode: 143" in said, said
+    both[1].send(signal.SIGTERM)
+    assert [run.wait() for run in both] == [143, 143], [run.said() for run in both]
     (saved,) = (work / name).glob("checkpoint-*")
-    assert f"Stopped after step {saved.name.partition('-')[2]} of {STEPS}: SIGTERM" in said
+    assert f"Stopped after step {saved.name.partition('-')[2]} of {STEPS}: SIGTERM" in both[0].said()
     alone = Run(work, *words(name, "--checkpoint.resume", "auto"))
     assert alone.wait() == 0, alone.said()
     assert "train.batch_size 1 -> 2" in alone.said()
@@ -240,27 +240,23 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_goes_on(w
     assert losses(work / name) == pytest.approx(losses(work / "straight"), rel=1e-4)
 
 
-def ends_within_a_minute(running: subprocess.Popen[str], processes: dict[int, int]) -> str:
-    """What was said by the end, which must come soon, and of all."""
+def test_one_killed_process_ends_all_within_a_minute_and_is_named_and_two_go_on(work: Path):
+    command = words("one-killed", "--train.batch_size", "1", "--checkpoint.every", "1")
+    running = launched(work, *command, "--train.max_steps", "4000")
+    until(lambda: steps_logged(work / "one-killed") >= 2)
+    processes = launched_ranks(running.pid)
+    os.kill(processes[1], signal.SIGKILL)
     began = time.monotonic()
     said = running.communicate(timeout=120)[0]
     assert time.monotonic() - began < 60
     assert running.returncode != 0
     assert all(not Path(f"/proc/{pid}").exists() for pid in processes.values())
-    return said
-
-
-def test_one_killed_process_ends_all_within_a_minute_and_is_named_and_two_go_on(work: Path):
-    command = words("one-killed", "--train.batch_size", "1", "--checkpoint.every", "1")
-    running = launched(work, *command, "--train.max_steps", "4000")
-    until(lambda: steps_logged(work / "one-killed") >= 2)
-    processes = ranks(running.pid)
-    os.kill(processes[1], signal.SIGKILL)
-    assert re.search(r"rank\s*: 1", ends_within_a_minute(running, processes))
+    assert re.search(r"rank\s*: 1", said)
     more = steps_logged(work / "one-killed") + 2
-    again = launched(work, *command, "--train.max_steps", str(more), "--checkpoint.resume", "auto")
-    said = again.communicate(timeout=200)[0]
-    assert again.returncode == 0 and "Resuming from" in said, said
+    resumed = (*command, "--train.max_steps", str(more), "--checkpoint.resume", "auto")
+    both = [Run(work, *resumed, env=env) for env in ranks(2)]
+    assert [run.wait() for run in both] == [0, 0], [run.said() for run in both]
+    assert "Resuming from" in both[0].said()
     assert steps_logged(work / "one-killed") == more
 
 
@@ -268,9 +264,12 @@ def test_one_process_that_fails_ends_all_within_a_minute_and_is_named(work: Path
     """A picture goes away: the process that comes upon it first fails, while the other waits for its gradients."""
     shutil.copytree(tiny_data, work / "spoilt")
     more = ("--data", "spoilt", "--data.cache", "none", "--train.max_steps", "4000")
-    running = launched(work, *words("one-fails", "--train.batch_size", "1", *more))
+    command = words("one-fails", "--train.batch_size", "1", *more)
+    both = [Run(work, *command, env=env) for env in ranks(2)]
     until(lambda: steps_logged(work / "one-fails") >= 2)
-    processes = ranks(running.pid)
     (work / "spoilt" / "train" / "00003.png").unlink()
-    said = ends_within_a_minute(running, processes)
+    began = time.monotonic()
+    assert all(run.wait(120) != 0 for run in both)
+    assert time.monotonic() - began < 60
+    said = "".join(run.said() for run in both)
     assert re.search(r"process [01] of 2 fails: UserError: .*00003", said), said

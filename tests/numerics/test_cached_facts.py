@@ -9,8 +9,6 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,19 +18,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.processes import Run, until
 from support.tiny import write_circles, write_tiny_sdxl
 
 from t2i_adapter.cache import context as folders
-from t2i_adapter.cache import texts
+from t2i_adapter.cache import shards, texts
 from t2i_adapter.cache.context import PrepareContext
 from t2i_adapter.cache.dataset import CachedDataset
 from t2i_adapter.cache.prepare import prepare
 from t2i_adapter.cache.shards import Shards
 from t2i_adapter.config.tree import BaseOptions, DataOptions
+from t2i_adapter.data import source
 from t2i_adapter.data.source import open_source
 from t2i_adapter.errors import UserError
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.open import open_base
+from t2i_adapter.types import Sample
 
 HALF = 2**-10  # float16 keeps 11 bits; encoding in another batch size moves float32 sums far less
 
@@ -494,45 +495,32 @@ def test_a_folder_that_cannot_be_made_is_named(data: Path, tiny_base: Path, tmp_
         make(data, tiny_base, tmp_path / "file")
 
 
-SLOW_BUILD = """
-import sys, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from t2i_adapter.cache import shards
-from t2i_adapter.cache.prepare import prepare
-from t2i_adapter.cache.context import PrepareContext
-from t2i_adapter.config.tree import BaseOptions, DataOptions
-from t2i_adapter.data import source
-from t2i_adapter.models.open import open_base
-shards.SHARD_BYTES = 1  # a shard a record
-class Slow(source.Source):
-    def __getitem__(self, index):
-        time.sleep(0.02)
-        return super().__getitem__(index)
-source.Source = Slow
-data, base, root = sys.argv[1:]
-options = DataOptions(location=data, resolution=64)
-context = PrepareContext(open_base(BaseOptions(name=base)), "cpu", torch.float32, Path(root), progress=False)
-prepare(source.open_source(options, 0), options, context, in_channels=3)
-"""
+def slow_down() -> None:
+    """Each read of a pair takes 0.1 s from now on, and each record is a shard of its own."""
+    read = source.Source.__getitem__
+
+    def read_slowly(self: source.Source, index: int) -> Sample:
+        time.sleep(0.1)
+        return read(self, index)
+
+    source.Source.__getitem__ = read_slowly
+    shards.SHARD_BYTES = 1
 
 
 def test_a_killed_build_continues_from_its_finished_records(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, root = write_circles(tmp_path / "data", num=200, size=64), tmp_path / "root"
-    with subprocess.Popen([sys.executable, "-c", SLOW_BUILD, str(data), str(tiny_base), str(root)]) as build:
-        limit = time.monotonic() + 120
-        while not list(root.glob("images/*/*.shard")) and build.poll() is None and time.monotonic() < limit:
-            time.sleep(0.01)
-        build.send_signal(signal.SIGKILL)
-    assert build.returncode == -signal.SIGKILL, "it was killed while it worked"
+    data, root = write_circles(tmp_path / "data", num=40, size=64), tmp_path / "root"
+    named = ("--base.name", str(tiny_base), "--data", str(data), "--data.resolution", "64")
+    build = Run(tmp_path, "prepare", *named, "--data.prepared_dir", str(root), before=slow_down)
+    until(lambda: list(root.glob("images/*/*.shard")))
+    build.send(signal.SIGKILL)
+    assert build.wait() == -signal.SIGKILL, "it was killed while it worked"
     [folder] = (root / "images").iterdir()
     found = len(Shards(folder))
-    assert 1 <= found < 200
+    assert 1 <= found < 40
     prepared = make(data, tiny_base, root)
-    assert new_counts(capsys)[0] == 200 - found
+    assert new_counts(capsys)[0] == 40 - found
     alone = make(data, tiny_base, tmp_path / "alone")
-    for number in range(0, 200, 7):
+    for number in range(0, 40, 3):
         np.testing.assert_allclose(moments(prepared, number), moments(alone, number), rtol=HALF, atol=1e-4)

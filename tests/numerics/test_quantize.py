@@ -118,10 +118,10 @@ def test_the_loss_curve_of_a_run_stays_within_a_per_cent(tiny_data: Path, tmp_pa
             output_dir=str(tmp_path / format),
             base=BaseOptions(quantize=format),  # pyright: ignore[reportArgumentType]
             data=DataOptions(location=str(tiny_data), resolution=64, num_workers=0),
-            train=TrainOptions(batch_size=4, max_steps=20, seed=5),
+            train=TrainOptions(batch_size=4, max_steps=8, seed=5),
             optim=OptimOptions(lr=1e-3, warmup_steps=2),
             checkpoint=CheckpointOptions(every=100),
-            tracking=TrackingOptions(report_to="none", log_every=20),
+            tracking=TrackingOptions(report_to="none", log_every=8),
         )
         run(config)
         (line,) = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()

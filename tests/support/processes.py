@@ -79,6 +79,13 @@ class Run:
         return self.log.read_text()
 
 
+def finish(cwd: Path, *words: str, env: Mapping[str, str] | None = None) -> str:
+    """Runs `t2i-adapter WORDS` to its end in `cwd` and returns what it printed. Fails if the exit code is not 0."""
+    run = Run(cwd, *words, env=env)
+    assert run.wait() == 0, run.said()
+    return run.said()
+
+
 class Terminal:
     """A terminal for a `Run`, which gets it by `before=terminal.enter`. Nobody types into it."""
 

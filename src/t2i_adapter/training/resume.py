@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -136,4 +137,10 @@ def is_harmless(name: str) -> bool:
 
 def versions() -> dict[str, str]:
     """Library -> version, for those that a run's numbers depend on."""
-    return {name: version(name) for name in LIBRARIES}
+    return {name: _version(name) for name in LIBRARIES}
+
+
+@cache
+def _version(library: str) -> str:
+    """The version of an installed library; the first call parses its whole description."""
+    return version(library)
