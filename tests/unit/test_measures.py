@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -544,3 +545,11 @@ def test_the_verb_measures_by_kind_and_prints_the_second_opinion_and_what_is_mis
     printed = capsys.readouterr().out
     assert "A judge that training never saw (canny)" in printed and "ms_ssim: not measured" in printed
     assert "chroma above the target" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("spec", ["palette", "normal"])
+def test_colour_maps_of_an_adapter_of_one_channel_are_compared_as_grey(spec: str) -> None:
+    colored = drawn_pair(0, spec)
+    grey = replace(colored, condition=colored.condition.convert("L"))
+    values = Measures([open_annotator(spec)], [grey]).picture(grey.target, grey)
+    assert values["condition_error"] == 0 and "condition_color" not in values and "normal_angle" not in values
