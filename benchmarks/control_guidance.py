@@ -182,7 +182,6 @@ def early_update(data: str, options: argparse.Namespace) -> int:
 
 def measure_rows(out: Path, rows: Sequence[Row], seed: int, options: argparse.Namespace) -> None:
     """Writes for each row metric -> one value a pair, None where the pair does not define it."""
-    from t2i_adapter.evaluation.evaluate import picture_seeds
     from t2i_adapter.evaluation.metrics import measure
     from t2i_adapter.evaluation.pairs import condition_spec, open_pairs, read_pairs
     from t2i_adapter.generation.generate import encode_prompts, generate
@@ -197,7 +196,7 @@ def measure_rows(out: Path, rows: Sequence[Row], seed: int, options: argparse.Na
         condition=condition_spec(None, full),
     )
     pairs = read_pairs(open_pairs(source, options.pairs, 0), SIZE, 3)
-    conditions, seeds = [pair.condition for pair in pairs], picture_seeds(len(pairs), seed)
+    conditions, seeds = [pair.condition for pair in pairs], [seed * len(pairs) + i for i in range(len(pairs))]
     for name in dict.fromkeys(row.adapter for row in rows):
         models = open_models(ModelOptions(adapter=early if name == EARLY else full, base="nano", device=options.device))
         pipeline = models.pipeline()

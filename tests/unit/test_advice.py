@@ -230,6 +230,13 @@ def test_overfitting_needs_a_loss_and_a_gap(held_out: float, training: float) ->
     assert "overfitting" not in advise(make_looks(u_curve(held_out), seen=u_curve(training)))[1]
 
 
+def test_noise_of_held_out_pairs_is_no_overfitting_if_the_training_gains() -> None:
+    looks = make_looks(u_curve(0.0), seen=u_curve(-0.04), spread=0.15)
+    losses = [float(remaining(look).mean()) for look in looks]
+    assert losses[-1] > 1.03 * min(losses[:-1])  # by noise
+    assert "overfitting" not in advise(looks)[1]
+
+
 # -- the best checkpoint
 
 

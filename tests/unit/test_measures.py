@@ -544,7 +544,9 @@ def test_the_verb_measures_by_kind_and_prints_the_second_opinion_and_what_is_mis
     assert [line.split(":")[0] for line in result["settings"]["not_measured"]] == ["ms_ssim", "kid", "fid"]
     printed = capsys.readouterr().out
     assert "A judge that training never saw (canny)" in printed and "ms_ssim: not measured" in printed
-    assert "chroma above the target" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "chroma above the target" in page and '<p class="note">ms_ssim: not measured' in page
+    assert '<p class="note">A judge that training never saw (canny)' in page
 
 
 @pytest.mark.parametrize("spec", ["palette", "normal"])

@@ -105,12 +105,19 @@ large over its condition. <a href="#all">All pairs</a> are at the end of the pag
 <p class="note">{intervals_note(evaluation)} The target is the pair's true picture: its value is
 the best that a generated picture can reach.</p>
 {numbers_table(evaluation, {c: COLUMNS[c] for c in COLUMNS if c in evaluation.estimates[answer.metric]})}
+{_notes(settings)}
 {_differences(evaluation)}
 <h2>Settings</h2>
 {settings_section(settings, changed, command)}
 {pages.others_section({index for index, _ in typical})}
 </main>"""
     return make_page(f"Does the adapter control? {answer.title}", body, viewer=True)
+
+
+def _notes(settings: Mapping[str, Any]) -> str:
+    """Returns what the second judge says and what is not measured, a paragraph each."""
+    lines = [settings.get("second_opinion"), *settings.get("not_measured", ())]
+    return "\n".join(f'<p class="note">{text(line)}</p>' for line in lines if line)
 
 
 def _answer(evaluation: Evaluation, answer: Headline) -> str:

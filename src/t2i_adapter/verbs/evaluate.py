@@ -300,26 +300,26 @@ def _report(
     def described(one: EvaluateOptions) -> dict[str, Any]:
         return {"changed": changed_options(one), "command": command_line("evaluate", one)}
 
+    def opinion(one: Evaluation) -> str:
+        return second_opinion(one, second) if second else ""
+
     if len(names) == 1:
+        settings["second_opinion"] = opinion(evaluation)
         files = write_files(out, evaluation, settings, **described(options))
-        opinion = [second_opinion(evaluation, second)] if second else []
-        lines = [to_text(evaluation), *filter(None, opinion), *settings["not_measured"], *map(show_path, files)]
-        print("\n".join(lines))
+        lines = [to_text(evaluation), settings["second_opinion"], *settings["not_measured"], *map(show_path, files)]
+        print("\n".join(filter(None, lines)))
         return [evaluation]
-    comparison, singles = compare(evaluation, names), []
+    comparison, singles, opinions = compare(evaluation, names), [], []
     for name, adapter, model, used in zip(names, options.adapter, models, settings["sampling"], strict=True):
         singles.append(evaluation_of(evaluation, name))
         folder = output_folder(str(out / adapter_column(ADAPTER, name)))
-        own = {**settings, **used, "adapter": adapter, "adapter_sha256": model.digest}
+        line = opinion(singles[-1])
+        opinions += [f"{name}: {line}"] if line else []
+        own = {**settings, **used, "adapter": adapter, "adapter_sha256": model.digest, "second_opinion": line}
         own.pop("sampling")
         write_files(folder, singles[-1], own, **described(replace(options, adapter=(adapter,))))
     adapters = dict(zip(names, options.adapter, strict=True))
     files = write_comparison(out, evaluation, comparison, settings, **described(options), adapters=adapters)
-    opinions = [
-        f"{name}: {line}"
-        for name, one in zip(names, singles, strict=True)
-        if second and (line := second_opinion(one, second))
-    ]
     lines = [comparison_text(evaluation, comparison), *opinions, *settings["not_measured"], *map(show_path, files)]
     print("\n".join(lines))
     return singles
