@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -546,3 +547,11 @@ def test_the_verb_measures_by_kind_and_prints_the_second_opinion_and_what_is_mis
     page = (tmp_path / "out" / "report.html").read_text()
     assert "chroma above the target" in page and '<p class="note">ms_ssim: not measured' in page
     assert '<p class="note">A judge that training never saw (canny)' in page
+
+
+@pytest.mark.parametrize("spec", ["palette", "normal"])
+def test_colour_maps_of_an_adapter_of_one_channel_are_compared_as_grey(spec: str) -> None:
+    colored = drawn_pair(0, spec)
+    grey = replace(colored, condition=colored.condition.convert("L"))
+    values = Measures([open_annotator(spec)], [grey]).picture(grey.target, grey)
+    assert values["condition_error"] == 0 and "condition_color" not in values and "normal_angle" not in values

@@ -83,6 +83,8 @@ class Measures:
         self._clip, self._features, self._seed = clip, features, seed
         self._missing: dict[str, None] = {}
         self._family: Family = family(self.judge) if self.judge else "other"
+        if self._family in ("labels", "palette", "normal") and pairs and pairs[0].condition.mode == "L":
+            self._family = "other"  # an adapter of one channel takes such maps as grey, which has no such colours
         self._palette = self._find_palette(pairs)
         self._counts: dict[bytes, np.ndarray] = {}
         self._target_map: tuple[Pair, Image.Image] | None = None
