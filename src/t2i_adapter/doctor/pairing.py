@@ -57,6 +57,9 @@ def check_pairs(
         found["unpaired"] = (
             f"The conditions do not belong to their pictures: they agree with them to {own.mean():.2f}, and the "
             f"conditions of other pairs to {lent.mean():.2f}."
+            if judge
+            else "The edges of the conditions do not match those of their own pictures better than those of others. If "
+            "the conditions show edges, they belong to other pictures."
         )
     return found
 

@@ -116,7 +116,7 @@ the best that a generated picture can reach.</p>
 
 def _notes(settings: Mapping[str, Any]) -> str:
     """Returns what the second judge says and what is not measured, a paragraph each."""
-    lines = [settings.get("second_opinion"), *settings.get("not_measured", ())]
+    lines = [settings.get("second_opinion"), *settings.get("pair_faults", ()), *settings.get("not_measured", ())]
     return "\n".join(f'<p class="note">{text(line)}</p>' for line in lines if line)
 
 

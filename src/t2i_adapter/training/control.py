@@ -112,6 +112,7 @@ class Control:
         budget: float,
         folder: Path,
         find_causes: Callable[[Any], list[str]],
+        find_faults: Callable[[], list[str]] = list,
     ) -> None:
         """
         Args:
@@ -122,11 +123,12 @@ class Control:
             steps: updates of the run.
             folder: the run's.
             find_causes: adapter -> sentences on why it may not read the condition; called at most once.
+            find_faults: returns sentences on what is wrong with the pairs; called at the first look.
         """
         self.plan, self.gain, self.seen, self.task = plan, gain, seen, task
         self.origin, self.steps, self.budget = origin, steps, budget
         self.folder = folder / FOLDER
-        self.find_causes = find_causes
+        self.find_causes, self.find_faults = find_causes, find_faults
         self.advisor = self._new_advisor()
         self.digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
         self.seconds = 0.0
@@ -159,8 +161,9 @@ class Control:
         is_full = step in self.plan.picture_steps or step in (self.plan.steps[0], self.plan.steps[-1])
         own = self.gain.right(adapter)
         control = self.gain.other(adapter) if is_full or not self.advisor.is_read else None
+        faults = []
         if self._none is None:
-            self._none = self.gain.none(adapter)
+            self._none, faults = self.gain.none(adapter), self.find_faults()
         score, score_entry, ceiling = self._draw(adapter, step)
         training = self._training(adapter) if is_full else None
         look = Look(step, own, control, self._none, training, score, ceiling)
@@ -169,8 +172,9 @@ class Control:
         self.seconds += self._last
         entries = [{"gain": self._gain_entry(look, elapsed + self._last)}, *score_entry]
         entries += [{"advice": statement.to_json()} for statement in statements]
+        entries += [{"warning": fault} for fault in faults]
         self._write()
-        return Findings(entries, [line(statement) for statement in statements])
+        return Findings(entries, [*faults, *map(line, statements)])
 
     def is_paid(self, elapsed: float) -> bool:
         """Whether the budget of the time so far pays for a look like the last one; what the first costs is not known

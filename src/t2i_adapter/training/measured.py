@@ -145,6 +145,10 @@ def make_control(
         found = _rate_cause(config, plan) + _pair_causes(config, measured.pairs, judge)
         return found or _caption_cause(gain(measured.pairs, captions=False), adapter)
 
+    def find_faults() -> list[str]:
+        is_known = judge is None or measured.pairs.source.annotate is not None
+        return [] if is_known else _pair_causes(config, measured.pairs, judge)
+
     return Control(
         looks,
         own,
@@ -156,6 +160,7 @@ def make_control(
         budget=config.validation.budget,
         folder=Path(config.output_dir),
         find_causes=find_causes,
+        find_faults=find_faults,
     )
 
 

@@ -168,13 +168,28 @@ def _run(options: EvaluateOptions, processes: Processes) -> list[Evaluation]:
         seed=options.seed,
     )
     evaluation = measure_columns(plan, pairs, pictures, measures)
+    faults = [] if source.annotate else _pair_faults(pairs, judge, models[0])
     settings = {
         **_settings(options, sampling, models, resolution),
         "judge": judge.record() if judge else None,
         "second_judge": second.record() if second else None,
         "not_measured": measures.missing,
+        "pair_faults": faults,
     }
     return _report(options, evaluation, names, models, settings, out, second)
+
+
+def _pair_faults(pairs: StoredPairs, judge: Annotator | None, models: Models) -> list[str]:
+    """Sentences on what is wrong with the conditions of the first pairs, which are not made by an annotator."""
+    from t2i_adapter.doctor.pairing import check_pairs
+
+    some = range(min(16, len(pairs)))
+    if len(some) < 4:
+        return []
+    polarity = models.metadata.condition.get("polarity") if models.metadata else None
+    conditions, targets = [pairs.condition(i) for i in some], [pairs[i].target for i in some]
+    found = check_pairs(conditions, targets, judge, polarity)
+    return [sentence for fault, sentence in found.items() if judge or fault != "unpaired"]
 
 
 def _sweep(
@@ -306,7 +321,8 @@ def _report(
     if len(names) == 1:
         settings["second_opinion"] = opinion(evaluation)
         files = write_files(out, evaluation, settings, **described(options))
-        lines = [to_text(evaluation), settings["second_opinion"], *settings["not_measured"], *map(show_path, files)]
+        lines = [to_text(evaluation), settings["second_opinion"], *settings["pair_faults"], *settings["not_measured"]]
+        lines += map(show_path, files)
         print("\n".join(filter(None, lines)))
         return [evaluation]
     comparison, singles, opinions = compare(evaluation, names), [], []
@@ -320,7 +336,8 @@ def _report(
         write_files(folder, singles[-1], own, **described(replace(options, adapter=(adapter,))))
     adapters = dict(zip(names, options.adapter, strict=True))
     files = write_comparison(out, evaluation, comparison, settings, **described(options), adapters=adapters)
-    lines = [comparison_text(evaluation, comparison), *opinions, *settings["not_measured"], *map(show_path, files)]
+    lines = [comparison_text(evaluation, comparison), *opinions, *settings["pair_faults"], *settings["not_measured"]]
+    lines += map(show_path, files)
     print("\n".join(lines))
     return singles
 
