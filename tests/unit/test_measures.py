@@ -79,7 +79,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("kind", [kind for names in FAMILIES.values() for kind in names])
+@pytest.mark.parametrize("kind", [kind for names in FAMILIES.values() for kind in sorted(names)])
 def test_every_kind_has_its_comparison(kind: str) -> None:
     specs = {"depth": "depth,revision=" + "0" * 40, "teed": "teed,model=fal-ai/teed"}
     found = family(open_annotator(specs.get(kind, kind)))
