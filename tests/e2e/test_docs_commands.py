@@ -44,6 +44,7 @@ STAND_INS = {
 
 SMALLER = (
     (r"--num 2000\b", "--num 4"),
+    (r"(evaluate --sweep .*)--num 32\b", r"\1--split train --num 2"),  # a sweep needs twice as many pairs
     (r"--num_test 64\b", "--num_test 2"),
     (r"--num (64|400)\b", "--num 2"),
     (r"\bshapes:\d+", "shapes:4"),
@@ -108,6 +109,8 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"{PROG} train --data runs/demo/data --data.resolution 128 --train.max_steps 1 --output_dir runs/demo/adapter",
         root,
     )
+    for name in "abc":
+        shutil.copytree(root / "runs/demo/adapter", root / "runs" / name)
     return root
 
 

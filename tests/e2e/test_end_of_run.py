@@ -57,7 +57,7 @@ def test_the_summary_has_what_was_reached_and_commands_that_work(
     assert len(lines) <= 15
     assert value(lines, "updates").startswith("2 of 2; 4 samples in ")
     assert value(lines, "loss").endswith(" over the last 2 updates")
-    assert "the best" in value(lines, "control") and value(lines, "peak memory").endswith("of the main process")
+    assert "the best" in value(lines, "score") and value(lines, "peak memory").endswith("of the main process")
     files = {"adapter": "", "pictures": "validation", "log": "metrics.jsonl", "page": "report.html"}
     for name, place in ((name, out / file) for name, file in files.items()):
         assert shlex.split(value(lines, name)) == [str(place)] and place.exists()

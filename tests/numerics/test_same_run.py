@@ -211,11 +211,11 @@ def test_the_best_checkpoint_by_its_pictures_is_kept(config: Config, tiny_data: 
 
 def test_keep_best_without_anything_to_go_by_is_refused(config: Config, tiny_data: Path):
     asked = replace(config, checkpoint=replace(config.checkpoint, keep_best=True))
-    with pytest.raises(UserError, match="keep_best needs a score.*--validation.prompts"):
+    with pytest.raises(UserError, match="keep_best needs a measure.*--validation.budget.*--validation.prompts"):
         set_up(asked)
     picture = next((tiny_data / "test").glob("*_*.png"))
     shown = replace(asked, validation=ValidationOptions(("red circle",), (str(picture),)))
-    with pytest.raises(UserError, match="keep_best needs a score.*--validation.judge"):
+    with pytest.raises(UserError, match="keep_best needs a measure.*--validation.judge"):
         set_up(shown)
 
 

@@ -185,6 +185,8 @@ def random_tree(tree: Any, choices: np.random.Generator) -> Any:
         "schedule": "cosine",
         "captions": "filename",
         "conditioning_dir": None,
+        "held_out": 16,
+        "budget": 0.25,
     }  # options of which not all values pass
     return replace(tree, **{**values, **{name: value for name, value in checked.items() if name in values}})
 

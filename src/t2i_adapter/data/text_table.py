@@ -23,7 +23,7 @@ from t2i_adapter.files import show_word
 FILE_NAME = "file_name"
 BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_HEAD = 4096  # bytes in which a zero byte shows UTF-16 without a mark
+_HEAD = 4  # bytes in which a zero byte shows UTF-16 without a mark: a table begins with ASCII
 
 
 class Spans(NamedTuple):

@@ -280,12 +280,11 @@ def _adapter(folder: Path) -> dict[str, Any] | None:
 def _options(file: Path) -> dict[str, Any]:
     """The content of options.yaml without a check of its options, which may be those of another version. A file with
     references is not one that a run wrote: it could expand without end."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         text = read_file(file, 1 << 20).decode()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             return {}
-        content = yaml.load(text, loader)
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) and all(isinstance(name, str) for name in flat_names(content)) else {}
