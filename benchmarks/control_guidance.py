@@ -92,12 +92,10 @@ def block(
 
 
 MAIN = [
-    *block(CIRCLES, FULL, 3.0, (1, 0.5, 0), (1.5,)),
+    *block(CIRCLES, FULL, 3.0, (1, 0), (1.5,)),
     *block(CIRCLES, WEAK, 3.0, (1, 0.5, 0)),
-    *block(CIRCLES, EARLY, 3.0, (1, 0)),
-    *block(LINE_ART, FULL, 3.0, (1, 0.5, 0), (1.5,)),
+    *block(LINE_ART, FULL, 3.0, (1, 0), (1.5,)),
     *block(LINE_ART, FULL, 5.0, (1, 0)),
-    *block(LINE_ART, WEAK, 3.0, (1, 0)),
 ]
 ALL = [
     row

@@ -51,7 +51,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """No look is skipped, however short the run."""
-    monkeypatch.setattr(Control, "is_paid", lambda self, elapsed: True)
+    monkeypatch.setattr(Control, "is_paid", lambda self, step, elapsed: True)
 
 
 def measured(base: Path, data: Path, out: Path, **more: Any) -> Config:

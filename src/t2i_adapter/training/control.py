@@ -31,7 +31,7 @@ from t2i_adapter.statistics import mean_interval
 from t2i_adapter.training import advice
 from t2i_adapter.training.advice import Advice, Advisor, Look
 from t2i_adapter.training.gain import Gain
-from t2i_adapter.training.looks import LookPlan
+from t2i_adapter.training.looks import BANDS, LookPlan
 from t2i_adapter.training.pictures import Pictures
 from t2i_adapter.training.validation import agreement
 
@@ -132,7 +132,8 @@ class Control:
         self.advisor = self._new_advisor()
         self.digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
         self.seconds = 0.0
-        self._last = 0.0
+        self._pass = 0.0  # seconds of the losses of all pairs with one condition each
+        self._last_pictures: float | None = None
         self._none: np.ndarray | None = None
         self._seen_none: np.ndarray | None = None
         self._base_scores: dict[str, np.ndarray] = {}
@@ -155,31 +156,55 @@ class Control:
 
         elapsed: seconds of the run so far, looks included.
         """
-        if not self.is_paid(elapsed):
+        if not self.is_paid(step, elapsed):
             return None
         began = time.monotonic()
-        is_full = step in self.plan.picture_steps or step in (self.plan.steps[0], self.plan.steps[-1])
+        is_full = self._is_full(step)
         own = self.gain.right(adapter)
+        self._pass = time.monotonic() - began
         control = self.gain.other(adapter) if is_full or not self.advisor.is_read else None
         faults = []
         if self._none is None:
             self._none, faults = self.gain.none(adapter), self.find_faults()
+        before = time.monotonic()
         score, score_entry, ceiling = self._draw(adapter, step)
+        pictures = time.monotonic() - before
         training = self._training(adapter) if is_full else None
         look = Look(step, own, control, self._none, training, score, ceiling)
         statements = self.advisor.add(look, lambda: self.find_causes(adapter))
-        self._last = time.monotonic() - began
-        self.seconds += self._last
-        entries = [{"gain": self._gain_entry(look, elapsed + self._last)}, *score_entry]
+        seconds = time.monotonic() - began
+        self.seconds += seconds
+        if self.task and step in self.plan.picture_steps:
+            self._last_pictures = pictures
+        entries = [{"gain": self._gain_entry(look, seconds, elapsed + seconds)}, *score_entry]
         entries += [{"advice": statement.to_json()} for statement in statements]
         entries += [{"warning": fault} for fault in faults]
         self._write()
         return Findings(entries, [*faults, *map(line, statements)])
 
-    def is_paid(self, elapsed: float) -> bool:
-        """Whether the budget of the time so far pays for a look like the last one; what the first costs is not known
+    def is_paid(self, step: int, elapsed: float) -> bool:
+        """Whether the budget of the time so far pays for the look after update `step`; what the first costs is not known
         before it."""
-        return not self.seconds or self.seconds + self._last <= self.budget * elapsed
+        return not self.seconds or self.seconds + self._expected(step) <= self.budget * elapsed
+
+    def _expected(self, step: int) -> float:
+        """Seconds of a look, by those before it."""
+        is_full = self._is_full(step)
+        passes = (
+            1
+            + (is_full or not self.advisor.is_read)
+            + (len(self.seen) / len(self.gain) if is_full and self.seen else 0)
+        )
+        seconds = passes * self._pass
+        if self.task is None or step not in self.plan.picture_steps:
+            return seconds
+        forwards = (2 + (self.task.judge is not None)) * len(self.task.pairs) * self.plan.picture_cost
+        guess = self._pass * forwards / (len(self.gain) * BANDS)
+        return seconds + (guess if self._last_pictures is None else self._last_pictures)
+
+    def _is_full(self, step: int) -> bool:
+        """Whether this look measures everything, and not the own condition alone."""
+        return step in self.plan.picture_steps or step in (self.plan.steps[0], self.plan.steps[-1])
 
     def _training(self, adapter: Any) -> np.ndarray | None:
         """(M,2,T) losses of pairs of the training."""
@@ -189,7 +214,7 @@ class Control:
             self._seen_none = self.seen.none(adapter)
         return np.stack([self.seen.right(adapter), self._seen_none], axis=1)
 
-    def _gain_entry(self, look: Look, elapsed: float) -> dict[str, Any]:
+    def _gain_entry(self, look: Look, seconds: float, elapsed: float) -> dict[str, Any]:
         uses = None if look.other is None else advice.use_by_band(look)
         benefits, losses = advice.benefit_by_band(look), {"right": look.right, "other": look.other, "none": look.none}
         seen = advice.training_benefit(look)
@@ -212,7 +237,7 @@ class Control:
             "bands": bands,
             "pairs_benefit": [round(value, 5) for value in advice.benefit(look).tolist()],
             "keys_digest": self.digest,
-            "seconds": self._last,
+            "seconds": seconds,
             "share": self.seconds / elapsed,
         }
 

@@ -26,7 +26,7 @@ MOST_LOOKS = 40
 """More looks say no more, and each must be surer of itself the more there are (`statistics.look_alpha`)."""
 PICTURE_SHARE = 0.5
 """Part of the budget for pictures; the rest is for losses."""
-DECODE_FORWARDS = 2.0
+DECODE_FORWARDS = 6.0
 """Cost of decoding a picture and finding its condition."""
 
 
@@ -39,12 +39,14 @@ class LookPlan:
         pairs: number of held-out pairs at each.
         picture_steps: those of `steps` after which pictures are generated as well.
         pictures: number of held-out pairs that pictures are generated of.
+        picture_cost: forward passes that one picture costs, with its decoding.
     """
 
     steps: tuple[int, ...]
     pairs: int
     picture_steps: frozenset[int]
     pictures: int
+    picture_cost: float = 0.0
 
 
 def plan_looks(
@@ -79,7 +81,7 @@ def plan_looks(
         chosen = (*chosen[:-2], chosen[-1])
     drawings = min(drawings, len(chosen))
     drawn = {chosen[round((index + 1) * len(chosen) / drawings) - 1] for index in range(drawings)} if pictures else ()
-    return LookPlan(chosen, measured, frozenset(drawn), pictures)
+    return LookPlan(chosen, measured, frozenset(drawn), pictures, picture_forwards + DECODE_FORWARDS)
 
 
 def _count_looks(total: float, pairs: int) -> int:
