@@ -183,8 +183,8 @@ class Control:
         return Findings(entries, [*faults, *map(line, statements)])
 
     def is_paid(self, step: int, elapsed: float) -> bool:
-        """Whether the budget of the time so far pays for the look after update `step`; what the first costs is not known
-        before it."""
+        """Whether the budget of the time so far pays for the look after update `step`. What the first costs is not
+        known before it."""
         return not self.seconds or self.seconds + self._expected(step) <= self.budget * elapsed
 
     def _expected(self, step: int) -> float:
