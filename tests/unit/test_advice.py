@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,6 +70,7 @@ def falling(*values: float) -> list[float]:
 
 def test_the_means_over_the_pairs_are_those_of_the_definition() -> None:
     look = make_looks([0.6])[0]
+    assert look.other is not None
     right, other, none = look.right.mean(0), look.other.mean(0), look.none.mean(0)
     np.testing.assert_allclose(benefit_by_band(look).mean(0), 1 - right / none)
     np.testing.assert_allclose(use_by_band(look).mean(0), (other - right) / none)
@@ -303,7 +305,7 @@ def test_looks_out_of_order_or_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="step 100 after one at step 200"):
         advisor.add(first)
     with pytest.raises(ValueError, match="shape"):
-        advisor.add(Look(300, first.right[:16], first.other[:16], first.none[:16]))
+        advisor.add(Look(300, first.right[:16], None, first.none[:16]))
 
 
 def test_a_statement_is_written_with_its_numbers() -> None:
@@ -340,3 +342,25 @@ def test_a_wrong_statement_is_rare(row: stop_rule.Row) -> None:
 )
 def test_a_right_statement_comes(row: stop_rule.Row) -> None:
     assert stop_rule.simulate(row, 40)["share"] > 0.9
+
+
+def test_an_adapter_that_only_does_harm_is_not_one_that_reads():
+    """As after shuffled pairs: features that follow the condition, and help with no pair."""
+    looks = make_looks([1.15] * 5, used=0.0, spread=0.05, pairs=16)
+    noisy = [
+        replace(look, other=look.right + look.none * np.random.default_rng(3).normal(0, 0.3, (16, 1))) for look in looks
+    ]
+    _, said = advise(noisy)
+    assert said.keys() == {"not_read"} and said["not_read"].step == 300
+    assert "higher than without the adapter by" in said["not_read"].text
+
+
+def test_harm_on_held_out_pairs_alone_is_named():
+    looks = make_looks([1.5] * 5, used=0.3, seen=[0.6] * 5)
+    _, said = advise(looks, steps=2000)
+    assert said.keys() >= {"read", "harm"} and "polarity" in said["harm"].text
+    assert said["harm"].numbers["benefit_high"] < 0 < said["harm"].numbers["training_low"]
+
+
+def test_pairs_of_the_training_show_no_harm_of_held_out_ones():
+    assert "harm" not in advise(make_looks([1.5] * 5, used=0.3, seen=[0.6] * 5), held_out=False)[1]

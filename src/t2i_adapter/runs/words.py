@@ -18,6 +18,7 @@ ADVICE = {
     "plateau": "no gain left",
     "plateau_over": "gain came back",
     "overfitting": "overfitting",
+    "harm": "it does harm",
 }
 """Kind of advice -> its short form."""
 
@@ -76,8 +77,9 @@ def _control(run: Run) -> tuple[str, Literal["good", "bad", "warn", "open"]]:
     if read:
         later = [(plateau(advice), "no gain is left since step {:,}")]
         later += [(first(advice, "overfitting"), "it overfits since step {:,}")]
+        later += [(first(advice, "harm"), "it does harm on held-out pairs since step {:,}")]
         parts = [words.format(note.step) for note, words in later if note]
-        look = "warn" if first(advice, "overfitting") else "good"
+        look = "bad" if first(advice, "harm") else "warn" if first(advice, "overfitting") else "good"
         return "; ".join([f"the condition is read since step {read.step:,}", *parts]), look
     if not_read:
         return f"the condition is not read after {not_read.step:,} updates", "bad"

@@ -73,7 +73,7 @@ class Advice:
     """A statement about the run that its looks prove."""
 
     kind: str
-    """`read`, `not_read`, `plateau`, `plateau_over` (gain came back) or `overfitting`."""
+    """`read`, `not_read`, `plateau`, `plateau_over` (gain came back), `harm` or `overfitting`."""
     step: int
     text: str
     """One line for people."""
@@ -164,7 +164,8 @@ class Advisor:
         self._remaining.append(remaining(look))
         self._means.append(float(self._remaining[-1].mean()))
         self._keep()
-        found = [self._read(), self._not_read(find_causes), self._plateau_over(), self._no_gain(), self._overfitting()]
+        found = [self._read(), self._not_read(find_causes), self._harm(find_causes), self._plateau_over()]
+        found += [self._no_gain(), self._overfitting()]
         return [advice for advice in found if advice is not None]
 
     @property
@@ -253,21 +254,53 @@ class Advisor:
         return self._say("read", text, use=interval)
 
     def _not_read(self, find_causes: Callable[[], Sequence[str]] | None) -> Advice | None:
-        """After enough updates, the upper bound of the use is below LEAST_USE."""
-        is_early = self._step < self.least_updates or len(self.looks) < WINDOW_LOOKS
+        """After enough updates, the upper bound of the use is below LEAST_USE; or a use is not proven, and that of the
+        benefit is below 0. Half of the look's error goes to each."""
         is_said = self.is_read or "not_read" in self._said
-        if is_said or is_early or self.looks[-1].other is None:
+        if is_said or self._is_early or self.looks[-1].other is None:
             return None
-        values = use(self.looks[-1])
-        if upper_bound(values, self._spend("not_read") / SKEW) >= LEAST_USE:
+        error, values, gained = self._spend("not_read") / 2 / SKEW, use(self.looks[-1]), benefit(self.looks[-1])
+        interval, helped = mean_interval(values), mean_interval(gained)
+        if upper_bound(values, error) >= LEAST_USE and upper_bound(gained, error) >= 0:
             return None
-        interval, causes = mean_interval(values), find_causes() if find_causes else []
+        found = find_causes() if find_causes else []
+        causes = " ".join(found) or USUAL_CAUSES
         text = (
             f"The adapter does not read the condition after {self._step:,} updates: on {self._pairs()} the loss with"
             f" the right condition is lower than with another pair's by {_percent(interval)} of the loss without the"
-            f" adapter. {' '.join(causes) or USUAL_CAUSES}"
+            f" adapter{self._harm_words(helped)}. {causes}"
         )
-        return self._say("not_read", text, use=interval)
+        return self._say("not_read", text, use=interval, benefit=helped)
+
+    def _harm_words(self, helped: Interval) -> str:
+        if helped.high >= 0:
+            return ""
+        return f", and higher than without the adapter by {_percent(Interval(-helped.mean, -helped.high, -helped.low))}"
+
+    def _harm(self, find_causes: Callable[[], Sequence[str]] | None) -> Advice | None:
+        """The adapter reads the condition and lowers the loss of pairs of the training, and the upper bound of the
+        benefit on held-out pairs is below 0: their conditions are made in another way. Each bound has half the
+        error."""
+        look = self.looks[-1]
+        seen = training_benefit(look)
+        if "harm" in self._said or self._is_early or not self.held_out or seen is None or not self.is_read:
+            return None
+        error, gained = self._spend("harm") / 2 / SKEW, benefit(look)
+        if upper_bound(gained, error) >= 0 or lower_bound(seen, error) <= 0:
+            return None
+        helped, learnt = mean_interval(gained), mean_interval(seen)
+        causes = " ".join(find_causes() if find_causes else [])
+        text = (
+            f"The adapter does harm on {self._pairs()}: their loss is higher with the right condition than without the"
+            f" adapter by {_percent(Interval(-helped.mean, -helped.high, -helped.low))}, and that of {len(seen)} pairs"
+            f" of the training is lower by {_percent(learnt)}. Conditions of another kind or polarity do this."
+        )
+        return self._say("harm", f"{text} {causes}".rstrip(), benefit=helped, training=learnt)
+
+    @property
+    def _is_early(self) -> bool:
+        """Whether it is too early to say that something is absent."""
+        return self._step < self.least_updates or len(self.looks) < WINDOW_LOOKS
 
     @property
     def least_updates(self) -> int:

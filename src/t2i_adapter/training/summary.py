@@ -100,6 +100,7 @@ _SAID = {
     "plateau": "no gain left",
     "plateau_over": "gain came back",
     "overfitting": "overfitting",
+    "harm": "does HARM",
 }
 """Kind of advice -> its short form."""
 
