@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from common import make_parser, write_result
@@ -65,7 +65,7 @@ class Row:
     adapter: str
     guidance: float
     control: float = 1.0
-    passes: int = 2
+    passes: Literal[2, 3] = 2
 
     @property
     def block(self) -> tuple[str, str, float]:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from common import make_parser, write_result
 from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
+from real_size import UNET
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,21 +42,8 @@ STEPS = 30
 ROUNDS = 3
 """Repetitions of a measurement; the median counts, and a first one is not counted."""
 TOKENS = 77
-SHARED: dict[str, Any] = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+SHARED = {name: value for name, value in UNET.items() if name not in ("sample_size", "up_block_types")}
 """What SDXL's UNet and its ControlNets (diffusers/controlnet-canny-sdxl-1.0) have in common."""
-UNET: dict[str, Any] = {
-    **SHARED, "sample_size": 128, "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-}  # fmt: skip
 NETWORKS = ("unet", "adapter", "controlnet")
 ARMS = {"base": (), "adapter": ("adapter",), "controlnet": ("controlnet",)}
 

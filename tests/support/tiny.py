@@ -187,3 +187,18 @@ def write_circles(folder: Path, *, num: int = 8, split: str = "train", size: int
         rows.append({"file_name": names[0], "conditioning_image_file_name": names[1], "text": text})
     (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return Path(folder)
+
+
+def write_adapter(folder: Path, base: Path, *, seed: int = 0) -> Path:
+    """Writes an adapter of random weights for a base, with a record of 64 px, into `folder`."""
+    import torch
+
+    from t2i_adapter.config.tree import AdapterOptions, BaseOptions
+    from t2i_adapter.export.adapter import save_adapter
+    from t2i_adapter.models.adapter import build_adapter
+    from t2i_adapter.models.open import open_base
+
+    torch.manual_seed(seed)
+    network = build_adapter(AdapterOptions(), open_base(BaseOptions(name=str(base))).unet_config)
+    save_adapter(network, folder, metadata={"base": {"name": str(base)}, "resolution": 64}, fp16=False)
+    return folder

@@ -14,7 +14,7 @@ from t2i_adapter.statistics import mean_interval
 def test_every_block_has_a_reference_and_rows_that_sampling_allows(rows: list[benchmark.Row]) -> None:
     assert len({(row.data, row.file) for row in rows}) == len(rows), "no two rows share a file"
     for row in rows:
-        SamplingOptions(guidance=row.guidance, control_guidance=row.control, control_passes=row.passes)  # type: ignore[arg-type]
+        SamplingOptions(guidance=row.guidance, control_guidance=row.control, control_passes=row.passes)
         [reference] = [other for other in rows if other.block == row.block and other.label == "r 1"]
         assert (reference.control, reference.passes) == (1, 2), "the pipeline of diffusers"
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from support.tiny import write_adapter
 
-from t2i_adapter.config.tree import AdapterOptions, BaseOptions
+from t2i_adapter.config.tree import AdapterOptions
 from t2i_adapter.data.geometry import Framing
 from t2i_adapter.data.pair import PairTransform
 from t2i_adapter.errors import UserError
@@ -26,18 +26,13 @@ from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.flags import parse_flags
 from t2i_adapter.generation.condition import fit_condition
 from t2i_adapter.models.adapter import build_adapter
-from t2i_adapter.models.open import open_base
 from t2i_adapter.types import Sample
 from t2i_adapter.verbs.generate import GenerateOptions, Job, make_jobs, run
 
 
 @pytest.fixture(scope="module")
 def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(0)
-    network = build_adapter(AdapterOptions(), open_base(BaseOptions(name=str(tiny_base))).unet_config)
-    save_adapter(network, folder, metadata={"base": {"name": str(tiny_base)}, "resolution": 64}, fp16=False)
-    return folder
+    return write_adapter(tmp_path_factory.mktemp("adapter"), tiny_base)
 
 
 @pytest.fixture(scope="module")

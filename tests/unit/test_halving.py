@@ -47,7 +47,10 @@ def recommended(control: np.ndarray, harm: np.ndarray, seed: int) -> int:
     measure = objective(control, harm, np.random.default_rng(seed))
     search = halve(len(control), 0, GOAL, measure, rung_sizes(PAIRS))
     candidates = search.candidates()
-    fresh: Callable[[int], Values] = lambda point: measure(point, PAIRS, 2 * PAIRS)  # noqa: E731
+
+    def fresh(point: int) -> Values:
+        return measure(point, PAIRS, 2 * PAIRS)
+
     alpha = STATEMENTS_ALPHA / max(1, len(candidates))
     return recommend(candidates, [compare(GOAL, fresh(point), fresh(0), alpha) for point in candidates], 0)
 
