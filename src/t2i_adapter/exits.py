@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from t2i_adapter.environment import set_defaults
 from t2i_adapter.errors import Stopped, UserError, redact
 
 _STDOUT, _STDERR = 1, 2  # file descriptors
@@ -26,8 +27,7 @@ _DISK_REMEDIES = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.ER
 
 def guarded(action: Callable[[], None], name: Callable[[str], str] = "--{}".format) -> int:
     """Runs `action` and returns the exit code. `name`: path of an option -> the flag that the user types for it."""
-    # Otherwise transformers warns at each import that torchvision is missing, which nothing here needs.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    set_defaults()
     sys.excepthook = _show_traceback
     _prepare_output()
     try:
