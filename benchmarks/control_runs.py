@@ -6,8 +6,10 @@
 
 Each run is `t2i-adapter train` with the demo's recipe, which measures control on held-out pairs by itself. The faults:
 the conditions of other rows ("shuffled pairs"), a learning rate of 1e-7, and held-out conditions of the other polarity.
-The last run may end at its plateau. Each adapter is then evaluated on the held-out pairs with `t2i-adapter evaluate`.
-The one of "inverted" is the adapter of "canny", trained further on its own pairs at a low rate.
+The last run may end at its plateau. Each adapter is then evaluated on the held-out pairs with `t2i-adapter evaluate`,
+and those that should read their condition beside their own checkpoint after an eighth of --steps: what its score rose
+by since then, pair by pair. The adapter of "inverted" is that of "canny", trained further on its own pairs at a low
+rate.
 
 A run that is finished in --work is not run again while its options are unchanged. A stopped run resumes. After each run
 the program writes the result file with the numbers of all finished runs, and prints their table.
@@ -37,6 +39,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "nano-shapes.yaml"
 SIZE, GUIDANCE = 128, 3.0
 MOST_SHAPES = 2
 RESULT = "result.json"
+EARLY = "early"
 CONDITION = "conditioning_image_file_name"
 Interval = dict[str, float]
 
@@ -139,18 +142,48 @@ def measure(name: str, options: argparse.Namespace) -> None:
     seconds = time.perf_counter() - began
     evaluated = folder / "evaluation"
     judge = [] if run.judge is None or run.judge in run.flags else ["--judge", run.judge]
+    adapters = [str(adapter)]
+    if run.expected in ("read", "plateau"):
+        adapters.append(str(copy_early(adapter, folder / EARLY, early_update(options))))
     succeed(
         [
-            *("evaluate", "--adapter", str(adapter), "--data", str(data), "--num", str(options.pairs)),
+            *("evaluate", "--adapter", *adapters, "--data", str(data), "--num", str(options.pairs)),
             *("--caption_column", run.prompts, "--guidance", str(GUIDANCE), "--steps", str(options.sampling_steps)),
             *("--out", str(evaluated), *judge),
         ]
     )
     rows = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    metrics = json.loads((evaluated / "evaluation.json").read_text(encoding="utf-8"))["metrics"]
+    evaluation = json.loads((evaluated / "evaluation.json").read_text(encoding="utf-8"))
+    metrics = {
+        metric: {column.removesuffix(f"-{adapter.name}"): value for column, value in row.items()}
+        for metric, row in evaluation["metrics"].items()
+    }
     found = {**collect(rows), "seconds": round(seconds, 1), "metric": run.metric, "evaluation": metrics}
+    if len(adapters) > 1:
+        rise = rise_since_early(evaluation["comparison"]["differences_to_first"][run.metric], adapter.name)
+        found |= {"early_update": early_update(options), "rise": rise}
     found["as_expected"] = is_as_expected(run.expected, found)
     (folder / RESULT).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def early_update(options: argparse.Namespace) -> int:
+    return max(1, options.steps // 8)
+
+
+def copy_early(adapter: Path, out: Path, update: int) -> Path:
+    """Copies the adapter of a checkpoint, with the run's record, so that it can be evaluated."""
+    shutil.copytree(adapter / f"checkpoint-{update}" / "t2iadapter", out, dirs_exist_ok=True)
+    shutil.copy(adapter / "t2i_adapter.json", out)
+    return out
+
+
+def rise_since_early(to_first: dict[str, Any], last: str) -> dict[str, Any]:
+    """The paired difference last minus early, from the difference to whichever of them ranks first."""
+    if last in to_first:
+        return to_first[last]
+    found = dict(to_first[EARLY])
+    low, high = found["ci95"]
+    return found | {"mean": -found["mean"], "ci95": [-high, -low]}
 
 
 def training_words(run: Run, data: Path, adapter: Path, options: argparse.Namespace) -> list[str]:
@@ -163,7 +196,8 @@ def training_words(run: Run, data: Path, adapter: Path, options: argparse.Namesp
         own += ["--validation.judge", run.judge]
     return [
         *("train", "--recipe", str(RECIPE), "--data", str(data), "--output_dir", str(adapter)),
-        *("--train.max_steps", str(steps), "--checkpoint.every", str(steps), "--checkpoint.resume", "auto"),
+        *("--train.max_steps", str(steps), "--checkpoint.resume", "auto"),
+        *("--checkpoint.every", str(early_update(options)), "--checkpoint.keep_every", str(early_update(options))),
         *("--train.cpu_threads", str(options.threads), "--validation.guidance", str(GUIDANCE)),
         *("--validation.budget", str(options.budget), "--validation.held_out", str(options.pairs)),
         *("--tracking.report_to", "none", "--data.prepared_dir", str(options.work / "cache"), *own),
@@ -250,8 +284,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     """The Markdown table of the documentation."""
     lines = [
         "| run | updates | read at | use at its last look | benefit at the end | score, first and last look "
-        "| score less other condition's | statements | time of looks |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| score less other condition's | statements | time of looks | evaluated, early and last | rise |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         gain, score = row["gain"], row["score"]
@@ -267,9 +301,19 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             shown(score[-1]["difference"]) if score else "not measured",
             ", ".join(f"{statement['kind']} ({statement['step']:,})" for statement in row["advice"]) or "none",
             "not measured" if row["share"] is None else f"{100 * row['share']:.1f} %",
+            *evaluated_cells(row),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def evaluated_cells(row: dict[str, Any]) -> tuple[str, str]:
+    if "rise" not in row:
+        return "", ""
+    columns = row["evaluation"][row["metric"]]
+    means = [f"{columns[name]['mean']:.3f}" for name in (f"adapter-{EARLY}", "adapter")]
+    rise = {"mean": row["rise"]["mean"], "low": row["rise"]["ci95"][0], "high": row["rise"]["ci95"][1]}
+    return f"{row['metric']} {', '.join(means)}", shown(rise)
 
 
 def shown(interval: Interval) -> str:
