@@ -15,6 +15,10 @@ without an adapter, log-normal over the pairs, times what its scenario says. All
 - plateau: the benefit rises until look 6 of 20, then it stays.
 - U-curve: from look 8 of 20 on, the benefit of held-out pairs falls, that of the training's pairs rises.
 - no overfitting: both stay from look 6 on.
+- no benefit: the condition is read; on held-out pairs it neither helps nor harms on average, and it helps on the
+  training's pairs. `harm` is wrong. In "no benefit, use hidden" the use spreads too widely to be proven, and `not_read`
+  is wrong.
+- other conditions: as "no benefit", but held-out pairs lose a tenth of what they have.
 
 The pairs' effects follow a law: normal; log-normal, skewed with a heavy tail; quarter, a quarter of the pairs has all
 of the effect (of the use, another quarter in each band); skewed, log-normal turned round, so that a one-sided lower
@@ -197,6 +201,21 @@ def u_curve(rng: np.random.Generator, row: Row, none: np.ndarray) -> Losses:
     return with_curve(rng, row, none, left + after, left - after)
 
 
+def helping_by(
+    rng: np.random.Generator, row: Row, none: np.ndarray, benefit: float, *, is_hidden: bool = False
+) -> Losses:
+    """Held-out pairs have the mean benefit `benefit`, with 0.1 times the law over the pairs; those of the training 0.3.
+    The use is 20 %, or hidden: 5 %, and twenty times as much from pair to pair."""
+    pairs = len(none)
+    own = benefit + 0.1 * (effects(rng, row.law, (pairs, 1)) - 1) + 0.03 * noise(rng, row.looks, none.shape)
+    right = none * (1 - own)
+    each = 0.05 * (1 + 20 * rng.normal(size=(pairs, 1))) if is_hidden else 0.2 * (1 + 0.3 * rng.normal(size=(pairs, 1)))
+    base = pair_losses(rng, pairs)
+    seen = base * (0.7 + 0.03 * noise(rng, row.looks, base.shape))
+    training = np.stack([seen, np.broadcast_to(base, seen.shape)], axis=2)
+    return Losses(none, right, right + each * none, training)
+
+
 def pair_losses(rng: np.random.Generator, pairs: int) -> np.ndarray:
     """(pairs, BANDS) losses without an adapter: log-normal, standard deviation of the logarithm 0.5 over the pairs and
     0.3 over the bands of a pair."""
@@ -215,6 +234,9 @@ SCENARIOS: dict[str, Callable[[np.random.Generator, Row, np.ndarray], Losses]] =
     "plateau": plateau,
     "U-curve": u_curve,
     "no overfitting": plateau,
+    "no benefit": partial(helping_by, benefit=0.0),
+    "no benefit, use hidden": partial(helping_by, benefit=0.0, is_hidden=True),
+    "other conditions": partial(helping_by, benefit=-0.1),
 }
 
 
@@ -230,6 +252,9 @@ def rows() -> list[Row]:
             Row("hundredth strength", "read", False, pairs, looks=10),
             *(Row("use at the limit", "not_read", True, pairs, law, looks=10) for law in laws),
             Row("no use", "not_read", False, pairs, looks=10),
+            *(Row("no benefit", "harm", True, pairs, law, looks=10) for law in laws),
+            *(Row("no benefit, use hidden", "not_read", True, pairs, law, looks=10) for law in laws),
+            Row("other conditions", "harm", False, pairs, looks=10),
         ]
         if pairs >= LEAST_PAIRS:
             found += [

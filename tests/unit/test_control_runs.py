@@ -78,7 +78,19 @@ def test_another_polarity_is_a_low_benefit_and_no_control(held_out: float, other
 def test_the_table_shows_the_first_and_the_last_look():
     row = program.table({"canny": program.collect(ROWS)}).splitlines()[2]
     assert row.startswith("| canny | 410 | 100 | 0.020 (0.010 to 0.030) | 0.500 (0.490 to 0.510) | 0.300 (")
-    assert row.endswith("| 0.600 (0.590 to 0.610) | read (100) | 4.0 % |")
+    assert row.endswith("| 0.600 (0.590 to 0.610) | read (100) | 4.0 % |  |  |")
+
+
+@pytest.mark.parametrize(
+    ("to_first", "rise"),
+    [
+        ({"early": {"mean": -0.2, "ci95": [-0.3, -0.1]}}, (0.2, [0.1, 0.3])),
+        ({"adapter": {"mean": -0.2, "ci95": [-0.3, -0.1]}}, (-0.2, [-0.3, -0.1])),
+    ],
+)
+def test_the_rise_is_the_last_adapter_minus_the_early_one(to_first: dict[str, Any], rise: tuple[float, list[float]]):
+    found = program.rise_since_early(to_first, "adapter")
+    assert (found["mean"], found["ci95"]) == rise
 
 
 @pytest.fixture

@@ -35,9 +35,11 @@ WINDOW_SHARE = 0.2
 """Length of a window of `plateau`, as a share of the updates so far."""
 WINDOW_LOOKS = 3
 """Looks that a window has at least."""
+LEAST_HARM = 0.01
+"""Loss above that without the adapter, as a share of it, from which on the condition does harm."""
 LEAST_PAIRS = 16
-"""Pairs below which `plateau` is not said: if a quarter of the pairs has all of the gain, eight pairs have none of it
-in a tenth of the runs."""
+"""Pairs below which neither `plateau` nor a harm is said: if a quarter of the pairs has all of the gain, eight pairs
+have none of it in a tenth of the runs."""
 SKEW = 3
 """Divides the error of `not_read` and `plateau`: Student's bound of skewed values misses more often than it should."""
 KEPT = 4
@@ -254,14 +256,14 @@ class Advisor:
         return self._say("read", text, use=interval)
 
     def _not_read(self, find_causes: Callable[[], Sequence[str]] | None) -> Advice | None:
-        """After enough updates, the upper bound of the use is below LEAST_USE; or a use is not proven, and that of the
-        benefit is below 0. Half of the look's error goes to each."""
+        """After enough updates, the upper bound of the use is below LEAST_USE; or a use is not proven, and the
+        condition does harm (`_does_harm`). Half of the look's error goes to each."""
         is_said = self.is_read or "not_read" in self._said
         if is_said or self._is_early or self.looks[-1].other is None:
             return None
         error, values, gained = self._spend("not_read") / 2 / SKEW, use(self.looks[-1]), benefit(self.looks[-1])
         interval, helped = mean_interval(values), mean_interval(gained)
-        if upper_bound(values, error) >= LEAST_USE and upper_bound(gained, error) >= 0:
+        if upper_bound(values, error) >= LEAST_USE and not _does_harm(gained, error):
             return None
         found = find_causes() if find_causes else []
         causes = " ".join(found) or USUAL_CAUSES
@@ -278,15 +280,14 @@ class Advisor:
         return f", and higher than without the adapter by {_percent(Interval(-helped.mean, -helped.high, -helped.low))}"
 
     def _harm(self, find_causes: Callable[[], Sequence[str]] | None) -> Advice | None:
-        """The adapter reads the condition and lowers the loss of pairs of the training, and the upper bound of the
-        benefit on held-out pairs is below 0: their conditions are made in another way. Each bound has half the
-        error."""
+        """The adapter reads the condition and lowers the loss of pairs of the training, and it does harm on held-out
+        pairs: their conditions are made in another way. Each bound has half the error."""
         look = self.looks[-1]
         seen = training_benefit(look)
         if "harm" in self._said or self._is_early or not self.held_out or seen is None or not self.is_read:
             return None
         error, gained = self._spend("harm") / 2 / SKEW, benefit(look)
-        if upper_bound(gained, error) >= 0 or lower_bound(seen, error) <= 0:
+        if not _does_harm(gained, error) or lower_bound(seen, error) <= 0:
             return None
         helped, learnt = mean_interval(gained), mean_interval(seen)
         causes = " ".join(find_causes() if find_causes else [])
@@ -430,6 +431,11 @@ class Advisor:
 def _is_above(values: np.ndarray, error: float) -> bool:
     """Whether the mean is above 0 for certain, and large enough to be called a use."""
     return float(values.mean()) >= LEAST_USE and lower_bound(values, error) > 0
+
+
+def _does_harm(gained: np.ndarray, error: float) -> bool:
+    """Whether the mean benefit (N,) is below -LEAST_HARM for certain."""
+    return len(gained) >= LEAST_PAIRS and upper_bound(gained, error) < -LEAST_HARM
 
 
 def _remaining_in_training(look: Look) -> np.ndarray:
