@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -22,6 +22,7 @@ from t2i_adapter.training import advice, checkpoint, nonfinite, tracking
 from t2i_adapter.training.advice import Advisor
 from t2i_adapter.training.control import Control, Findings
 from t2i_adapter.training.data_record import DataRecord
+from t2i_adapter.training.events import Callback, Event, StopTraining
 from t2i_adapter.training.profile import FOLDER, Profile
 from t2i_adapter.training.resume import versions
 from t2i_adapter.training.saving import Saver
@@ -48,17 +49,19 @@ class Trainer:
         *,
         control: Control | None = None,
         look_steps: Collection[int] = (),
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         """batches: first step -> this rank's micro-batches from there on, in order, on the device.
 
         validate: (adapter, step) -> score of the adapter, higher is better, or None if it is not measured; only the
         main process calls it. None trains without validation. data: what the batches are made of. control: measures
-        held-out pairs after the steps `look_steps`; only the main process has one.
+        held-out pairs after the steps `look_steps`; only the main process has one. callbacks: are told what is logged.
 
         After `fit`, `first_step` is the step that it began at, and `seconds` what it took.
         """
         self.update, self.batches, self.validate, self.stopper = update, batches, validate, stopper
         self.data, self.control, self._look_steps = data, control, frozenset(look_steps)
+        self._callbacks = tuple(callbacks)
         self.config, self.plan, self.accelerator = update.config, update.plan, update.accelerator
         self.output_dir = Path(self.config.output_dir)
         options = self.config.checkpoint
@@ -147,14 +150,24 @@ class Trainer:
 
     def _track(self, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            tracking.append_metrics(self.output_dir / METRICS, values, self.step)
+            self._record(values)
             tracking.log(self.accelerator, values, self.step)
+
+    def _record(self, values: Mapping[str, Any]) -> None:
+        """Writes an entry into the run's log, and tells the callbacks."""
+        tracking.append_metrics(self.output_dir / METRICS, values, self.step)
+        event = Event(self.step, self.plan.steps, values, self.output_dir)
+        try:
+            for callback in self._callbacks:
+                callback(event)
+        except StopTraining:
+            self.stopper.request(Reason.CALLED_OFF)
 
     def _warn(self, text: str) -> None:
         """Prints a warning, and logs it for the run's page."""
         tqdm.write(text)
         if self.accelerator.is_main_process:
-            tracking.append_metrics(self.output_dir / METRICS, {"warning": text}, self.step)
+            self._record({"warning": text})
 
     def _save(self) -> None:
         """Copies the state to host memory, and lets a thread write it while training continues."""
@@ -227,7 +240,7 @@ class Trainer:
         if found is None or self.control is None:
             return
         for entry in found.entries:
-            tracking.append_metrics(self.output_dir / METRICS, entry, self.step)
+            self._record(entry)
         for line in found.lines:
             tqdm.write(line)
         began = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from t2i_adapter.runs.lock import lock
 from t2i_adapter.training import checkpoint, optim, tracking
 from t2i_adapter.training.data import make_batches, prepare_data
 from t2i_adapter.training.data_record import DataCheck, DataRecord
+from t2i_adapter.training.events import Callback
 from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.held_out import HeldOut, choose_held_out
 from t2i_adapter.training.looks import LookPlan
@@ -253,7 +254,9 @@ def _seed(accelerator: Accelerator, config: Config, resume: Path | None) -> int:
     return random[0]
 
 
-def make_trainer(setup: Setup, data: RunData, stopper: Stopper | None = None) -> Trainer:
+def make_trainer(
+    setup: Setup, data: RunData, stopper: Stopper | None = None, callbacks: Sequence[Callback] = ()
+) -> Trainer:
     """Loads the UNet and builds the trainer. `Encoders` load a text encoder or VAE only if a batch needs one.
 
     Raises UserError if the data is not that of the checkpoint to resume from.
@@ -300,7 +303,14 @@ def make_trainer(setup: Setup, data: RunData, stopper: Stopper | None = None) ->
             states=states,
         )
     return Trainer(
-        update, batches, validator, stopper or Stopper(), record, control=control, look_steps=setup.looks.steps
+        update,
+        batches,
+        validator,
+        stopper or Stopper(),
+        record,
+        control=control,
+        look_steps=setup.looks.steps,
+        callbacks=callbacks,
     )
 
 

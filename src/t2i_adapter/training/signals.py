@@ -37,6 +37,7 @@ class Reason(IntEnum):
     SIGINT = int(signal.SIGINT)
     STEP_REACHED = 3
     PLATEAU = 4
+    CALLED_OFF = 5
     SIGUSR1 = int(signal.SIGUSR1)
     TIME_IS_UP = 14
     SIGTERM = int(signal.SIGTERM)
@@ -48,7 +49,7 @@ class Reason(IntEnum):
     @property
     def text(self) -> str:
         texts = {Reason.TIME_IS_UP: "--train.max_time is reached", Reason.STEP_REACHED: "stop_after is reached"}
-        texts[Reason.PLATEAU] = "no gain is left"
+        texts |= {Reason.PLATEAU: "no gain is left", Reason.CALLED_OFF: "a callback asked for it"}
         return texts.get(self, self.name)
 
 

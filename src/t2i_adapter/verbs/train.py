@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +17,24 @@ from t2i_adapter.files import show_command, show_path, user_path
 from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
+    from t2i_adapter.training.events import Callback
     from t2i_adapter.training.setup import Setup
     from t2i_adapter.training.signals import Stopper
 
 
-def run(config: Config, *, dry_run: bool = False, stop_after: int | None = None, summary: bool = True) -> None:
+def run(
+    config: Config,
+    *,
+    dry_run: bool = False,
+    stop_after: int | None = None,
+    summary: bool = True,
+    callbacks: Sequence[Callback] = (),
+) -> None:
     """Trains an adapter.
 
     dry_run: prints the options and the plan, and returns before a file is written or a weight is loaded.
     stop_after: a step after which the run stops as if `max_time` were reached. summary: prints one at the end.
+    callbacks: are told what the run logs.
 
     Raises UserError as early as an error can be found, and Stopped if a signal or a limit ends the run early.
     """
@@ -35,7 +45,7 @@ def run(config: Config, *, dry_run: bool = False, stop_after: int | None = None,
     limit = config.train.max_time
     try:
         with Stopper(seconds_of(limit) if limit else None, stop_after) as stopper:
-            _run(config, stopper, dry_run, summary)
+            _run(config, stopper, dry_run, summary, callbacks)
     except Stopped as stop:
         is_main = os.environ.get("RANK", "0") == "0"
         raise Stopped(f"{stop}{_resume_advice(config)}" if is_main else "", stop.code) from None
@@ -46,7 +56,7 @@ def run(config: Config, *, dry_run: bool = False, stop_after: int | None = None,
         raise
 
 
-def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool) -> None:
+def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool, callbacks: Sequence[Callback]) -> None:
     from t2i_adapter.runs.lock import lock
     from t2i_adapter.runs.page import write_report
     from t2i_adapter.runs.record import run_record
@@ -86,7 +96,7 @@ def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool) -> None
                 resume=_resume_command(config),
             )
             stack.enter_context(record)
-        trainer = make_trainer(setup, setup.prepare_data(), stopper)
+        trainer = make_trainer(setup, setup.prepare_data(), stopper, callbacks)
         if setup.resume:
             trainer.resume(setup.resume)
         tracking.start(accelerator, config, is_resumed=setup.resume is not None)
