@@ -209,6 +209,12 @@ METRICS = {
 CONTROLS = {OTHER_CONDITION: "with another pair's condition", NO_ADAPTER: "without the adapter"}
 """Column -> its words in a sentence."""
 
+ANSWERS = (
+    *("condition_iou", "depth_error", "label_accuracy", "condition_color", "normal_angle", "pose_oks", "ms_ssim"),
+    *("condition_f1", "condition_error"),
+)
+"""The metrics that can answer, the one for a kind of map before those for all kinds. Each has a value for a pair."""
+
 Verdict = Literal["better", "open", "worse"]
 
 
@@ -254,13 +260,13 @@ def headline(evaluation: Evaluation) -> Headline:
 
 
 def headline_metric(evaluation: Evaluation) -> str:
-    """Returns the judge's metric if there was a judge, else "iou"."""
+    """Returns what the judge measures for its kind of map, if there was a judge, else "iou"."""
     return headline_key(evaluation.estimates)
 
 
 def headline_key(metrics: Collection[str]) -> str:
     """As `headline_metric`, from the names of the metrics that were measured."""
-    return next((key for key in ("condition_f1", "condition_error") if key in metrics), "iou")
+    return next((key for key in ANSWERS if key in metrics), "iou")
 
 
 def rank_pairs(evaluation: Evaluation, columns: Sequence[str] = (ADAPTER,)) -> list[int]:

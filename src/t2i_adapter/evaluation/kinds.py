@@ -50,7 +50,7 @@ def family(annotator: Annotator) -> Family:
 def compare(kind: Family, got: np.ndarray, wanted: np.ndarray, levels: int) -> dict[str, float]:
     """Returns the metrics of one pair of maps, both (H,W) or (H,W,3) uint8, without those that need a package.
 
-    The first metric is the one that answers: `condition_f1` for maps of two levels, else `condition_error`.
+    All kinds have `condition_f1` for maps of two levels, else `condition_error`.
     """
     values = condition_agreement(got, wanted, levels)
     if kind == "lines":
