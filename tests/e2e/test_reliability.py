@@ -6,6 +6,7 @@ Runs are processes forked from this one, which has the libraries loaded: they ar
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -238,6 +239,29 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_one_process_goes_on(w
     assert "train.batch_size 1 -> 2" in alone.said()
     # Halves of a batch averaged over processes: another order of float32 sums, grown by a dozen updates
     assert losses(work / name) == pytest.approx(losses(work / "straight"), rel=1e-4)
+
+
+def test_processes_that_see_different_checkpoints_do_not_train_together(work: Path):
+    """Two machines without a common disk: one holds the run, the other one does not."""
+    more = ("--train.batch_size", "1", "--checkpoint.resume", "auto")
+    steps = losses(work / "straight")
+    shutil.copytree(work / "straight", work / "here")
+    both = [Run(work, *words(name, *more), env=env) for name, env in zip(("here", "there"), ranks(2), strict=True)]
+    assert [run.wait() for run in both] == [2, 2], [run.said() for run in both]
+    for run in both:
+        assert f"process 0 on {platform.node()} checkpoint-{STEPS} in here" in run.said()
+        assert f"process 1 on {platform.node()} none in there" in run.said()
+    assert losses(work / "here") == steps and not list((work / "there").glob("checkpoint-*"))
+
+
+def test_a_process_that_may_not_begin_stops_the_others(work: Path):
+    """The folder of one of them holds a run that is not to be resumed."""
+    shutil.copytree(work / "straight", work / "old")
+    command = ("--train.batch_size", "1")
+    both = [Run(work, *words(name, *command), env=env) for name, env in zip(("new", "old"), ranks(2), strict=True)]
+    assert [run.wait() for run in both] == [2, 2], [run.said() for run in both]
+    assert "process 1 fails: --output_dir old has checkpoint-" in both[0].said()
+    assert "resume it with --checkpoint.resume auto" in both[1].said()
 
 
 def test_one_killed_process_ends_all_within_a_minute_and_is_named_and_two_go_on(work: Path):

@@ -31,6 +31,7 @@ from t2i_adapter.models.base import Base
 from t2i_adapter.models.open import open_base
 from t2i_adapter.runs.lock import lock
 from t2i_adapter.training import checkpoint, optim, tracking
+from t2i_adapter.training.agree import agree_on_checkpoint
 from t2i_adapter.training.data import make_batches, prepare_data
 from t2i_adapter.training.data_record import DataCheck, DataRecord
 from t2i_adapter.training.events import Callback
@@ -146,7 +147,7 @@ def set_up(config: Config) -> Setup:
     """Checks the options against files and models, cheapest first. Raises UserError."""
     _check_packages(config)
     accelerator = make_accelerator(config)
-    resume = _find_checkpoint(accelerator, config)
+    resume = agree_on_checkpoint(accelerator, Path(config.output_dir), lambda: _find_checkpoint(accelerator, config))
     seed = _seed(accelerator, config, resume)
     if resume and "held_out" not in checkpoint.read_state(resume)["options"].get("validation", {}):
         # An older version wrote the checkpoint, and left no pairs out of training.
