@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from threading import Lock
 from typing import Any
 
@@ -138,6 +139,15 @@ class LatentScale:
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Samples UNet latents (B,4,h,w) from moments (B,8,h,w) with standard normal noise (B,4,h,w)."""
         mean, std = moments.chunk(2, dim=1)
-        shift = moments.new_tensor(self.shift).view(1, -1, 1, 1)
-        scale = moments.new_tensor(self.scale).view(1, -1, 1, 1)
+        shift, scale = (_constant(values, moments.device, moments.dtype) for values in (self.shift, self.scale))
         return (mean + std * noise - shift) * scale
+
+
+@lru_cache(maxsize=16)
+def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor | float:
+    """One number if all channels have the same, else (1,C,1,1), copied to the device once: the host waits for a GPU at
+    each copy of its own numbers."""
+    if len(set(values)) == 1:
+        return values[0]
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1)

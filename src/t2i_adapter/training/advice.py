@@ -40,7 +40,7 @@ LEAST_HARM = 0.01
 LEAST_PAIRS = 16
 """Pairs below which neither `plateau` nor a harm is said: if a quarter of the pairs has all of the gain, eight pairs
 have none of it in a tenth of the runs."""
-SKEW = 3
+SKEW = 4
 """Divides the error of `not_read` and `plateau`: Student's bound of skewed values misses more often than it should."""
 KEPT = 4
 """Checkpoints that wait for the choice of the best one, at most."""
