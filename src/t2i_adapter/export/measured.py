@@ -138,8 +138,9 @@ def _pair(pair: Mapping[str, Any]) -> dict[str, Any]:
 def _typical_pairs(source: Path, content: Mapping[str, Any]) -> list[Pair]:
     """Returns the pairs at five evenly spaced ranks whose pictures are there."""
     from t2i_adapter.evaluation.headline import METRICS
+    from t2i_adapter.evaluation.store import CONDITION, FOLDER, condition_name, picture_name
 
-    key = headline(content)
+    key, place = headline(content), source / FOLDER
     if key is None:
         return []
     sign = -1 if METRICS[key].higher_is_better else 1
@@ -154,18 +155,18 @@ def _typical_pairs(source: Path, content: Mapping[str, Any]) -> list[Pair]:
         rank = round(number * (len(ranks) - 1) / max(1, count - 1))
         index = ranks[rank]
         files = {
-            "condition": source / "pictures" / "condition" / f"{index:05d}.png",
-            ADAPTER: source / "pictures" / ADAPTER / f"{index:05d}-0.png",
-            NO_ADAPTER: source / "pictures" / NO_ADAPTER / f"{index:05d}-0.png",
-            TARGET: source / "pictures" / TARGET / f"{index:05d}.png",
+            "condition": place / CONDITION / f"{condition_name(index)}.png",
+            ADAPTER: place / ADAPTER / f"{picture_name(index, 0)}.png",
+            NO_ADAPTER: place / NO_ADAPTER / f"{picture_name(index, 0)}.png",
+            TARGET: place / TARGET / f"{condition_name(index)}.png",
         }
         pictures = {
             name: decode(StoredPicture(str(file), read_file(file, flag("evaluation"))))
             for name, file in files.items()
-            if file.is_file()
+            if file.is_file() and not file.is_symlink()
         }
         if {"condition", ADAPTER} <= pictures.keys():
             name = f"{_PLACES[number]}, " if count == len(_PLACES) else ""
-            place = f"{name}rank {rank + 1} of {len(ranks)}: {METRICS[key].show(values[index])}"
-            found.append(Pair(place, str(content["pairs"][index].get("prompt", "")), pictures))
+            rank_words = f"{name}rank {rank + 1} of {len(ranks)}: {METRICS[key].show(values[index])}"
+            found.append(Pair(rank_words, str(content["pairs"][index].get("prompt", "")), pictures))
     return found

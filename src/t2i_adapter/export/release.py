@@ -97,8 +97,9 @@ def make_release(
     if found:
         files.append(File(measured.FILE_NAME, _json(found.content)))
     if (root / OPTIONS).is_file():
+        options = _no_link(root / OPTIONS)
         try:
-            files.append(File(RECIPE, public_recipe(_no_link(root / OPTIONS)).encode()))
+            files.append(File(RECIPE, public_recipe(options).encode()))
         except UserError as fault:
             notes.append(f"{RECIPE} is not published: {fault}")
     return Release(tuple(sorted(files, key=lambda file: file.name)), tuple(notes))
