@@ -125,7 +125,7 @@ def _fill(repo_id: str, stage: Path, sizes: dict[str, int | None], fetch: Any) -
     for name in weights:
         fetch(name)
         check_weights(stage / name, tensors, f"{repo_id}: {name}")
-    if WEIGHTS not in weights:  # loaders take this file unless they are told otherwise
+    if WEIGHTS not in weights:  # which loaders read if no variant is named
         full = {name: tensor.float() for name, tensor in load_file(stage / WEIGHTS_FP16).items()}
         write_tensors(stage / WEIGHTS, full, {"format": "pt"})
         weights.append(WEIGHTS)
