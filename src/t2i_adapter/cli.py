@@ -126,6 +126,11 @@ VERBS = {
         "t2i_adapter.verbs.push:PushOptions",
         "t2i_adapter.verbs.push:run",
     ),
+    "pull": Verb(
+        "Download an adapter from the hub and check it.",
+        "t2i_adapter.verbs.pull:PullOptions",
+        "t2i_adapter.verbs.pull:run",
+    ),
 }
 
 

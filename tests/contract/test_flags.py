@@ -251,7 +251,14 @@ def test_the_guides_command_line() -> None:
             "logging_dir": "logs",
             "log_every": 10,
         },
-        "hub": {"push": True, "model_id": None, "private": True, "license": None},
+        "hub": {
+            "push": True,
+            "model_id": None,
+            "private": True,
+            "license": None,
+            "license_name": None,
+            "license_link": None,
+        },
     }
 
 

@@ -66,6 +66,7 @@ NOT_RUN = {
     f"{PROG} plan --recipe recipes/sdxl": "needs the hub; tests/unit/test_plan.py plans for a card too",
     f"{PROG} plan --recipe recipe-24gb": "needs the hub; tests/unit/test_plan.py plans for a card too",
     f"{PROG} push": "needs the hub; tests/unit/test_push.py runs it against a server",
+    f"{PROG} pull": "needs the hub; tests/unit/test_pull.py runs it against a server",
     f"{PROG} annotate depth": "needs weights of the hub; tests/unit/test_conditions_depth.py has small ones",
     f"{PROG} annotate segmentation": "needs weights; tests/unit/test_conditions_segmentation.py has small ones",
     f'{PROG} train --data "': "shards elsewhere; tests/e2e/test_sources.py reads them from servers",

@@ -104,8 +104,8 @@ def _check_published(files: dict[str, bytes]) -> None:
         "diffusion_pytorch_model.safetensors",
         "diffusion_pytorch_model.fp16.safetensors",
         "t2i_adapter.json",
-        "images/sample_00.png",
-        "images/sample_01.png",
+        "recipe.yaml",
+        *(f"images/sample_{row}{part}.png" for row in ("00", "01") for part in ("", "_condition", "_00")),
     }
     card = files["someone/adapter/README.md"].decode()
     assert "1e-05" in card.replace("\\", "") and "cyan circle with brown floral background" in card

@@ -32,7 +32,9 @@ from t2i_adapter.data.picture import StoredPicture, decode
 from t2i_adapter.data.source import open_source
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.adapter import save_adapter
-from t2i_adapter.export.card import add_evaluation, set_license
+from t2i_adapter.export.card import complete_card
+from t2i_adapter.export.card_text import Facts
+from t2i_adapter.export.measured import read_evaluation
 from t2i_adapter.files import parse_json
 from t2i_adapter.models.adapter import build_adapter, load_adapter
 from t2i_adapter.models.record import FILE_NAME, Metadata, read_metadata
@@ -389,9 +391,22 @@ def test_a_card_and_an_evaluation_of_any_content(head: Any, numbers: Any):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         marks = "<!-- evaluation -->\n<!-- end of evaluation -->"
-        (root / "README.md").write_text(f"---\n{json.dumps(head)}\n---\n{marks}\n")
+        card = f"---\n{json.dumps(head)}\n---\n{marks}\n"
+        facts = Facts(Metadata(base={"name": "nano"}), {}, "me/x")
+
+        def add_evaluation() -> None:
+            complete_card(card, facts, measured=read_evaluation(root), licence={"license": "mit"})
+
         (root / "sheet.png").write_bytes(GOOD["PNG", "RGB"])
-        for content in (numbers, {"num": 1, "metrics": numbers}, {"num": numbers, "metrics": {"iou": {"a": numbers}}}):
+        pair = {"metrics": {"iou": {"adapter": 0.5}}}
+        good = {"iou": {"adapter": {"mean": 0.5, "ci95": [0.4, 0.6]}}}
+        for content in (
+            numbers,
+            {"num": 1, "metrics": numbers},
+            {"num": numbers, "metrics": {"iou": {"a": numbers}}},
+            {"num": 1, "metrics": good, "pairs": [{**pair, "prompt": numbers}], "settings": numbers},
+            {"num": 1, "metrics": good, "pairs": numbers, "settings": {"data": numbers, "not_measured": numbers}},
+        ):
             (root / "evaluation.json").write_text(json.dumps(content))
-            refused_or_done(lambda: add_evaluation(root, root))
-        refused_or_done(lambda: set_license(root, "mit"))
+            refused_or_done(add_evaluation)
+        refused_or_done(lambda: complete_card(card, facts))

@@ -301,9 +301,9 @@ def test_the_doctor_counts_bombs_and_goes_on(tiny_data: Path, tmp_path: Path, ca
     assert "Traceback" not in printed.err
 
 
-def test_the_sheet_of_an_evaluation_is_checked_too(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_sheet_of_an_evaluation_is_checked_too(tmp_path: Path):
     """`push --evaluation` puts a picture from somebody's folder into the card."""
-    from t2i_adapter.export.card import add_evaluation
+    from t2i_adapter.export.measured import read_evaluation
 
     evaluation = tmp_path / "evaluation"
     evaluation.mkdir()
@@ -311,7 +311,7 @@ def test_the_sheet_of_an_evaluation_is_checked_too(adapter: Path, tmp_path: Path
     (evaluation / "evaluation.json").write_text(json.dumps(numbers))
     (evaluation / "sheet.png").write_bytes(bomb())
     with pytest.raises(UserError, match="900000000 pixels"):
-        add_evaluation(adapter, evaluation)
+        read_evaluation(evaluation)
 
 
 def test_a_good_picture_is_read():

@@ -12,8 +12,10 @@ from PIL import Image
 
 from t2i_adapter.cli import main
 from t2i_adapter.errors import UserError, redact
-from t2i_adapter.export.card import CardSample, markdown, write_card
-from t2i_adapter.export.hub import _operations
+from t2i_adapter.export.card import SECTIONS, write_card
+from t2i_adapter.export.card_pictures import CardSample
+from t2i_adapter.export.card_text import markdown
+from t2i_adapter.export.release import make_release
 from t2i_adapter.models.record import Metadata
 
 ATTACKS = (
@@ -65,25 +67,32 @@ def test_the_doctors_page_shows_captions_as_text(tiny_data: Path, tmp_path: Path
 
 
 def card(folder: Path, attack: str) -> str:
-    samples = [CardSample(attack, Image.new("RGB", (8, 8)), [Image.new("RGB", (8, 8))])]
+    picture = Image.new("RGB", (8, 8))
+    samples = [CardSample(attack, picture, [picture], target=picture)]
     record = Metadata(
-        base={"name": "nano"}, condition={"name": attack}, optim={attack: attack}, versions={attack: attack}, steps=1
+        base={"name": attack, "commit": attack},
+        condition={"name": attack, "options": {attack: attack}, "polarity": attack, "column": attack},
+        data={"name": attack, "is_on_hub": True},
+        optim={attack: attack},
+        versions={attack: attack},
+        steps=1,
     )
-    made = write_card(folder, metadata=record, repo_id="someone/x", channels=3, samples=samples, license=attack)
-    return made.read_text()
+    licence = {"license": attack}
+    return write_card(folder, metadata=record, repo_id=attack, samples=samples, licence=licence).read_text()
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_card_shows_names_and_prompts_as_text(tmp_path: Path, attack: str):
     text = card(tmp_path, attack)
-    _, head, body = text.split("---\n", 2) if not attack.startswith("---") else (None, *text[4:].split("\n---\n", 1))
+    head, body = text[4:].split("\n---\n", 1)
     assert yaml.safe_load(head)["license"] == attack
     fence, outside = False, []
     for line in body.splitlines():  # a line that starts with ``` ends a fence
         fence ^= line.startswith("```")
         outside += [] if fence else [line]
     assert dangerous("\n".join(outside)) == set() and "<b>" not in "\n".join(outside)
-    assert outside.count("<!-- evaluation -->") == 1
+    for mark in SECTIONS:
+        assert outside.count(f"<!-- {mark} -->") == outside.count(f"<!-- end of {mark} -->") == 1
 
 
 def test_markdown_escapes_all_markup():
@@ -104,17 +113,22 @@ def test_control_characters_do_not_reach_a_terminal(tmp_path: Path, capsys: pyte
     assert redact("a\x1b[31mb\x00c") == "a\\x1b[31mb\\x00c"
 
 
-@pytest.mark.parametrize("name", ["README.md", "images/sample_00.png", "diffusion_pytorch_model.fp16.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "images/sample_00.png", "diffusion_pytorch_model.fp16.safetensors", "options.yaml"]
+)
 def test_a_link_in_an_adapters_folder_is_not_uploaded(tmp_path: Path, name: str):
     folder, secret = tmp_path / "adapter", tmp_path / "id_rsa"
     secret.write_text("secret")
     (folder / "images").mkdir(parents=True)
     for file in ("config.json", "diffusion_pytorch_model.safetensors"):
         (folder / file).write_text("{}")
+    (folder / "options.yaml").write_text("output_dir: x\n")
     (folder / "t2i_adapter.json").write_text(json.dumps({"schema": 1, "base": {"name": "nano"}}))
     (folder / "notes.txt").write_text("not for the hub")
-    sent = {operation.path_in_repo for operation in _operations(folder)}
-    assert sent == {"config.json", "diffusion_pytorch_model.safetensors", "t2i_adapter.json"}
+    sent = {file.name for file in make_release(folder, "me/x").files}
+    own = {"config.json", "diffusion_pytorch_model.safetensors", "t2i_adapter.json"}
+    assert sent == {*own, "README.md", "recipe.yaml"}
+    (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
     with pytest.raises(UserError, match="is a link"):
-        list(_operations(folder))
+        make_release(folder, "me/x")

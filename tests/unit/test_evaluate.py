@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,16 +19,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.push_hub import card_faults
 from support.tiny import write_adapter
 
 from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.data.shapes import write_dataset
 from t2i_adapter.errors import UserError
 from t2i_adapter.evaluation.evaluate import evaluate
+from t2i_adapter.evaluation.headline import typical_pairs
 from t2i_adapter.evaluation.metrics import bootstrap
 from t2i_adapter.evaluation.pairs import make_pair, read_pairs
 from t2i_adapter.evaluation.processes import find_processes
 from t2i_adapter.export.adapter import save_adapter
+from t2i_adapter.export.release import make_release
 from t2i_adapter.flags import command_line, parse_flags
 from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.models.adapter import build_adapter
@@ -56,8 +60,8 @@ def another(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generated(out: Path) -> dict[str, bytes]:
-    """The generated pictures of an evaluation: their files' content by their names."""
-    files = sorted((out / "pictures").glob("*/*.png"))
+    """The generated pictures and the conditions of an evaluation: their files' content by their names."""
+    files = sorted(file for file in (out / "pictures").glob("*/*.png") if file.parent.name != "target")
     return {str(file.relative_to(out)): file.read_bytes() for file in files}
 
 
@@ -214,6 +218,26 @@ def test_a_second_call_takes_the_pictures_that_are_there(
     assert "12 of 24" in call(pictures=2)
     more = generated(tmp_path)
     assert len(more) == 4 + 3 * 8 and all(more[name] == whole[name] for name in whole)
+
+
+def test_the_card_takes_the_typical_pairs_of_an_evaluation(adapter: Path, shapes: Path, tmp_path: Path) -> None:
+    """With their targets, which `evaluate` writes for it; an evaluation of other pairs leaves none behind."""
+    stale = tmp_path / "pictures" / "target" / "00009.png"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"")
+    [found] = run(options(adapter, shapes, out=str(tmp_path)))
+    release = make_release(adapter, "me/x", evaluation=tmp_path)  # checks that these weights were measured
+    files = {file.name: file.content for file in release.files}
+    assert {f"images/pair_{n:02d}_{name}.png" for n in range(4) for name in ("condition", "adapter", "target")} < set(
+        files
+    )
+    best, _ = typical_pairs(found)[0]
+    content = files["images/pair_00_target.png"]
+    assert isinstance(content, bytes)
+    assert Image.open(io.BytesIO(content)).tobytes() == found.pairs[best].target.tobytes()
+    assert not stale.exists()
+    card = files["README.md"]
+    assert isinstance(card, bytes) and card_faults(card.decode()) == []
 
 
 def test_a_folder_with_pictures_of_other_settings_is_refused(

@@ -26,7 +26,7 @@ from t2i_adapter.config.tree import AdapterOptions, BaseOptions
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError
 from t2i_adapter.export.adapter import save_adapter
-from t2i_adapter.export.card import usage_code
+from t2i_adapter.export.card_code import usage_code
 from t2i_adapter.generation.options import ModelOptions
 from t2i_adapter.generation.pipeline import open_models
 from t2i_adapter.models.adapter import build_adapter

@@ -463,9 +463,35 @@ class HubOptions:
     """Make the repository private, if it is created."""
     license: str | None = None
     """Licence of the adapter by its name on the hub, for example apache-2.0, for the card; None omits it."""
+    license_name: str | None = None
+    """Name of a licence that the hub does not know, if `license` is `other`."""
+    license_link: str | None = None
+    """Address of that licence's text, or the file LICENSE of the repository."""
 
     def __post_init__(self) -> None:
         register_secret(self.token)
+        licence_of(self.license, self.license_name, self.license_link, "hub.")
+
+    @property
+    def licence(self) -> dict[str, str]:
+        """The card's keys of the licence."""
+        return licence_of(self.license, self.license_name, self.license_link, "hub.")
+
+
+def licence_of(license: str | None, name: str | None, link: str | None, prefix: str = "") -> dict[str, str]:
+    """The keys license, license_name and license_link of a card, as far as they are given.
+
+    Raises UserError, with the option's path after `prefix`, unless `other` has a name and a link and no other licence
+    has them.
+    """
+    for key, value in (("license_name", name), ("license_link", link)):
+        if license == "other" and not value:
+            raise UserError(f"is needed, because the licence is `other`: set {flag(prefix + key)}", option=prefix + key)
+        if value and license != "other":
+            text = f"{value}: only the licence `other` has it; set {flag(prefix + 'license')} other, or omit it"
+            raise UserError(text, option=prefix + key)
+    given = {"license": license, "license_name": name, "license_link": link}
+    return {key: value for key, value in given.items() if value}
 
 
 @dataclass(frozen=True)

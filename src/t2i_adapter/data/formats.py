@@ -89,6 +89,17 @@ def detect(location: str, options: DataOptions) -> tuple[str, str]:
     raise UserError(f"{location}: no such folder.{hint}", option="data.location", kind="missing")
 
 
+def is_hub_dataset(options: DataOptions) -> bool:
+    """Whether the options name a dataset of the hub, by what its location looks like; nothing is requested."""
+    location = options.location or ""
+    try:
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", location) or local_path(location).exists():
+            return False
+        return (detect(location, options)[1] if options.kind == "auto" else options.kind) == "hub"
+    except UserError:
+        return False
+
+
 def _of_folder(location: str, folder: Path, options: DataOptions) -> tuple[str, str]:
     def has(name: str) -> bool:
         return any(any(folder.glob(pattern)) for pattern in (name, f"*/{name}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from t2i_adapter.evaluation.compare_page import describe_intervals, make_compari
 from t2i_adapter.evaluation.evaluate import ADAPTER, NO_ADAPTER, OTHER_CONDITION, TARGET, Evaluation
 from t2i_adapter.evaluation.headline import METRICS, headline, headline_metric, typical_pairs
 from t2i_adapter.evaluation.page import COLUMNS, CONDITION, PICTURE_NAMES, PICTURES, make_report
+from t2i_adapter.evaluation.store import FOLDER, condition_name
 from t2i_adapter.files import write_atomic
 from t2i_adapter.reports.sheet import SheetRow, make_sheet
 
@@ -32,7 +34,22 @@ def write_files(
     }
     content = {**evaluation.to_json(), "differences": differences, "settings": dict(settings)}
     page = make_report(evaluation, settings, changed, command)
+    save_targets(out / FOLDER, evaluation)
     return _write(out, content, page, picture_sheet(evaluation))
+
+
+def save_targets(pictures: Path, evaluation: Evaluation) -> None:
+    """Writes the targets of the typical pairs beside the generated pictures, for the model card. Raises OSError.
+
+    pictures: the folder of the evaluation's pictures; nothing is written if it is missing.
+    """
+    if not pictures.is_dir():
+        return
+    folder = pictures / TARGET
+    shutil.rmtree(folder, ignore_errors=True)  # an evaluation of other pairs may have written it
+    folder.mkdir()
+    for index, _ in typical_pairs(evaluation, SHEET_ROWS):
+        evaluation.pairs[index].target.save(folder / f"{condition_name(index)}.png")
 
 
 def write_comparison(

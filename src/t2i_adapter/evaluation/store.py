@@ -3,6 +3,7 @@
     pictures/settings.json                 what the pictures depend on
     pictures/condition/00000.png           the pairs' conditions, by the pair's number
     pictures/COLUMN/00000-0.png            the pictures of a column, by the pair's number and the picture's number
+    pictures/target/00000.png              targets of typical pairs, which `report.py` adds
 
 An evaluation with the same settings takes the pictures that are there; one with other settings refuses the folder.
 """
@@ -22,6 +23,8 @@ from PIL import Image, PngImagePlugin
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import atomic_path, parse_json, sweep, write_atomic
 
+FOLDER = "pictures"
+"""In the folder of an evaluation: the folder of its pictures."""
 SETTINGS = "settings.json"
 COLUMNS = "columns"
 """Key of the settings that belong to one column each."""

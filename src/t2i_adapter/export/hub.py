@@ -5,56 +5,97 @@ The access token goes to the hub's client only; it is removed from every message
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import get_session
 
 from t2i_adapter.errors import UserError, flag, redact, register_secret
-from t2i_adapter.export.card import CARD, PICTURE_NAME, PICTURES
+from t2i_adapter.export.release import Release
 from t2i_adapter.files import show_command, user_path
-from t2i_adapter.models.record import CONFIG, FILE_NAME, WEIGHTS, WEIGHTS_FP16, read_metadata
 
 READ_TIMEOUT = 100.0
 """Seconds without a byte before an attempt fails. The hub's client has no such limit itself; it makes six attempts."""
-FILES = (CONFIG, WEIGHTS, WEIGHTS_FP16, CARD)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a commit goes. revision: a branch, None for main. is_pr: as a pull request to main. tag: of the commit."""
+
+    repo_id: str
+    revision: str | None = None
+    is_pr: bool = False
+    tag: str | None = None
 
 
 def check_access(
-    folder: str | Path, *, model_id: str | None, token: str | None, private: bool, place: str = flag("hub.push")
-) -> str:
-    """Checks that the repository exists and is writable, and creates it if it is missing; returns its id.
+    folder: str | Path,
+    *,
+    model_id: str | None,
+    token: str | None,
+    private: bool,
+    place: str = flag("hub.push"),
+    revision: str | None = None,
+    is_pr: bool = False,
+    tag: str | None = None,
+) -> Place:
+    """Checks that the repository exists and is writable; creates it and the branch if they are missing.
 
     Args:
         folder: the adapter's folder; its name is the repository's if `model_id` is None.
         place: begins every message: the option or verb that needs the hub.
+        is_pr: a pull request is to be opened, which needs a repository that exists and no right to write to it.
 
     Raises:
-        UserError: if the token is missing or read-only, the hub refuses the name, or the hub cannot be reached.
+        UserError: if the token is missing or read-only, the hub refuses the name, the tag exists, or the hub cannot be
+            reached.
     """
-    with _hub_errors(place, token):
+    with hub_errors(place, token):
         api = HfApi(token=token)
         account = api.whoami()
         role = account.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             raise UserError(f"{place}: the token is read-only; create one with write permission.")
-        name = model_id or user_path(folder).resolve().name
-        return api.create_repo(_full_id(name, account["name"]), private=private, exist_ok=True).repo_id
+        name = _full_id(model_id or user_path(folder).resolve().name, account["name"])
+        if is_pr:
+            _check_exists(api, name, place)
+            return Place(name, is_pr=True)
+        repo_id = api.create_repo(name, private=private, exist_ok=True).repo_id
+        if revision or tag:
+            refs = api.list_repo_refs(repo_id)
+            if tag and tag in [ref.name for ref in refs.tags]:
+                raise UserError(f"{tag}: {repo_id} has this tag already; name another one.", option="tag")
+            if revision and revision not in [ref.name for ref in refs.branches]:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return Place(repo_id, revision, False, tag)
 
 
-def push(folder: str | Path, repo_id: str, *, token: str | None, message: str = "Add the adapter") -> str:
-    """Uploads the adapter, its record, its card and its pictures in one commit; returns the commit's address.
+def push(release: Release, place: Place, *, token: str | None, message: str = "Add the adapter") -> str:
+    """Uploads the files in one commit; returns the address of the commit, or of the pull request.
 
-    Other files of the folder are not uploaded. Raises UserError if the upload fails; the local files are unchanged
-    then, and `push_command` returns the command that tries again.
+    Raises UserError if the upload fails; `push_command` returns the command that tries again.
     """
-    operations = list(_operations(Path(folder)))
-    with _hub_errors(f"Pushing to {repo_id}", token):
-        commit = HfApi(token=token).create_commit(repo_id, operations, commit_message=message)
-        return commit.commit_url
+    operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file.content) for file in release.files]
+    with hub_errors(f"Pushing to {place.repo_id}", token):
+        api = HfApi(token=token)
+        commit = api.create_commit(
+            place.repo_id, operations, commit_message=message, revision=place.revision, create_pr=place.is_pr
+        )
+        if place.tag:
+            api.create_tag(place.repo_id, tag=place.tag, revision=commit.oid)
+        return (commit.pr_url if place.is_pr else None) or commit.commit_url
 
 
 def push_command(folder: str | Path, repo_id: str) -> str:
@@ -62,25 +103,14 @@ def push_command(folder: str | Path, repo_id: str) -> str:
     return show_command("t2i-adapter", "push", "--folder", Path(folder), "--model_id", repo_id)
 
 
-def _operations(folder: Path) -> Iterator[CommitOperationAdd]:
-    metadata = read_metadata(folder)
-    if metadata is None or not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: no finished adapter found; its files are {CONFIG}, {WEIGHTS} and {FILE_NAME}.")
-    for name in FILES:
-        if (folder / name).is_file():
-            yield CommitOperationAdd(path_in_repo=name, path_or_fileobj=_no_link(folder / name))
-    record = json.dumps(metadata.without_local_paths().to_dict(), indent=2, ensure_ascii=False) + "\n"
-    yield CommitOperationAdd(path_in_repo=FILE_NAME, path_or_fileobj=record.encode())
-    for picture in sorted((folder / PICTURES).glob("*")):
-        if PICTURE_NAME.fullmatch(picture.name) and picture.is_file():
-            yield CommitOperationAdd(path_in_repo=f"{PICTURES}/{picture.name}", path_or_fileobj=_no_link(picture))
-
-
-def _no_link(path: Path) -> Path:
-    """Refuses links: in a folder from somebody else they could point to any file of this machine."""
-    if path.is_symlink() or path.parent.is_symlink():
-        raise UserError(f"{path}: is a link, and links are not uploaded; replace it by the file itself.")
-    return path
+def _check_exists(api: HfApi, repo_id: str, place: str) -> None:
+    try:
+        api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{place}: {repo_id} does not exist, or is private, so no pull request can be opened to it. Push without "
+            f"{flag('pr')} to create it."
+        ) from None
 
 
 def _full_id(name: str, account: str) -> str:
@@ -88,7 +118,7 @@ def _full_id(name: str, account: str) -> str:
 
 
 @contextmanager
-def _hub_errors(place: str, token: str | None) -> Iterator[None]:
+def hub_errors(place: str, token: str | None) -> Iterator[None]:
     """Turns every error of the hub or the network into a UserError of one line, without the token.
 
     It catches all exceptions: the client passes on those of its HTTP library, which differ between versions, and a
@@ -104,6 +134,27 @@ def _hub_errors(place: str, token: str | None) -> Iterator[None]:
         raise
     except Exception as fault:
         line = " ".join(redact(str(fault)).split())
-        raise UserError(f"{place}: the request to the hub failed ({type(fault).__name__}: {line[:300]}).") from None
+        text = f"{place}: the request to the hub failed ({type(fault).__name__}: {line[:300]})."
+        raise UserError(" ".join(filter(None, [text, _advice(fault)]))) from None
     finally:
         client.timeout = before
+
+
+def _advice(fault: Exception) -> str:
+    """Returns what the user can do about an error of the hub."""
+    if isinstance(fault, OfflineModeIsEnabled):
+        return "Unset HF_HUB_OFFLINE."
+    if isinstance(fault, GatedRepoError):
+        return "Accept the repository's conditions on its page, and log in with `hf auth login`."
+    if isinstance(fault, RevisionNotFoundError):
+        return "Name a branch, tag or commit of the repository."
+    if isinstance(fault, RepositoryNotFoundError):
+        return "Check the name; a private repository needs a token that may read it."
+    if isinstance(fault, HFValidationError):
+        return "A repository is named ACCOUNT/NAME, in letters, digits, - _ and dots."
+    status: Any = fault.response.status_code if isinstance(fault, HfHubHTTPError) else None
+    if status == 401:
+        return "Log in with `hf auth login`, or name a token that is valid."
+    if status == 403:
+        return "The token has no right to do this: it needs write permission for this account or organisation."
+    return "" if status is not None else "Check the connection, and try again."

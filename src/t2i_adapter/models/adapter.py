@@ -58,7 +58,7 @@ def load_adapter(name: str, *, cache_dir: str | None = None) -> T2IAdapter:
     """Loads a diffusers adapter from a folder or hub id, float32. Raises UserError if none is found."""
     place: Any = {"cache_dir": cache_dir, "local_files_only": Path(name).exists()}
     try:
-        _check_sizes(T2IAdapter.load_config(name, **place), name)
+        check_sizes(T2IAdapter.load_config(name, **place), name)
         return load_weights(T2IAdapter, name, torch.float32, **place)
     except (OSError, ValueError, WeightsError) as fault:
         raise UserError(
@@ -67,7 +67,7 @@ def load_adapter(name: str, *, cache_dir: str | None = None) -> T2IAdapter:
         ) from fault
 
 
-def _check_sizes(config: Any, name: str) -> None:
+def check_sizes(config: Any, name: str) -> None:
     """Raises UserError unless an untrusted config describes a network of a reasonable size."""
     channels = config.get("channels", [1])  # a missing key has a default in diffusers
     if not isinstance(channels, list) or not 1 <= len(channels) <= 8:

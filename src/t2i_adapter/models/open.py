@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from diffusers import StableDiffusionXLPipeline
@@ -27,6 +28,13 @@ def open_base(options: BaseOptions) -> Base:
     if path.is_file():
         return SingleFileBase(options, path)
     return Base(options, path if path.is_dir() else _download(options))
+
+
+def downloaded_commit(base: Base) -> str | None:
+    """The commit of the hub's repository that a base was downloaded at; None for a base of this machine."""
+    folder = base.folder
+    is_download = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
+    return folder.name if is_download and not user_path(base.name).exists() else None
 
 
 def _download(options: BaseOptions) -> Path:

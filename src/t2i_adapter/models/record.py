@@ -33,10 +33,11 @@ class Metadata:
     """The contents of t2i_adapter.json.
 
     Attributes:
-        base: the frozen model of the training: {name, config, revision, variant, vae}; only `name` is required.
+        base: the frozen model of the training: {name, config, revision, variant, vae}; only `name` is required. With
+            `commit`, the hub's commit that was downloaded.
         condition: the condition pictures: {channels, name, options, polarity, ...} as far as known.
         resolution: side in pixels of the training crops.
-        data: the dataset.
+        data: the dataset: {name, split, is_on_hub}.
         optim: summary of the optimiser's options.
         training: summary of the other options.
         steps: number of updates.
@@ -94,7 +95,7 @@ class Metadata:
 
     def without_local_paths(self) -> Metadata:
         """Returns the record as it is uploaded: with local paths shortened to their last part."""
-        return replace(self, **{key: _without_paths(getattr(self, key)) for key in ("base", *_MAPPINGS)})
+        return replace(self, **{key: without_paths(getattr(self, key)) for key in ("base", *_MAPPINGS)})
 
 
 _MAPPINGS = ("condition", "data", "optim", "training", "versions", "sampling")
@@ -165,11 +166,22 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "~", "/", "\\")) or ":" in name or Path(name).exists() or name.count("/") > 1
 
 
+def without_paths(value: Any) -> Any:
+    """Returns nested JSON in which every local path and address is shortened to its last part."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if not isinstance(value, str) or not is_path(value):
+        return value
+    return Path(value.partition("?")[0] if "://" in value else value).name  # what follows "?" may be a signature
+
+
 def _checked_base(value: Any, where: str) -> dict[str, Any]:
     """Returns the record's `base` if its fields have the right types. Raises UserError."""
     base = _checked(value, where, "base", dict)
     _checked(base.get("name"), where, "base.name", str)
-    for key in BASE_FIELDS[1:]:
+    for key in (*BASE_FIELDS[1:], "commit"):
         _checked(base.get(key), where, f"base.{key}", str, optional=True)
     return base
 
@@ -180,14 +192,3 @@ def _checked(value: Any, where: str, key: str, kind: type, *, optional: bool = F
         return value
     allowed = {dict: "an object", str: "a text", int: "a whole number"}[kind]
     raise UserError(f"{where}: {key} is {value!r}; it must be {allowed}.")
-
-
-def _without_paths(value: Any) -> Any:
-    """Shortens every local path and address in nested JSON to its last part."""
-    if isinstance(value, Mapping):
-        return {key: _without_paths(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
-    if not isinstance(value, str) or not is_path(value):
-        return value
-    return Path(value.partition("?")[0] if "://" in value else value).name  # what follows "?" may be a signature

@@ -15,7 +15,7 @@ from t2i_adapter.annotators.registry import Annotator, annotate, open_annotator
 from t2i_adapter.config.tree import Config
 from t2i_adapter.data.pair import CONDITION_FILTER
 from t2i_adapter.errors import UserError, flag
-from t2i_adapter.export.card import CardSample, strip
+from t2i_adapter.export.card_pictures import CardSample, strip
 from t2i_adapter.generation.condition import fit, read_condition
 from t2i_adapter.generation.generate import TextStates
 from t2i_adapter.generation.options import SamplingOptions

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from t2i_adapter.evaluation.store import PictureStore
     from t2i_adapter.generation.pipeline import Models
 
-PICTURES = "pictures"
-"""Folder of the generated pictures, below `out`."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(DatasetOptions, ModelOptions, RequestedSampling, SweepOptions):
@@ -257,7 +254,7 @@ def _open_store(
     from importlib.metadata import version
 
     from t2i_adapter.annotators.registry import open_annotator
-    from t2i_adapter.evaluation.store import PictureStore
+    from t2i_adapter.evaluation.store import FOLDER, PictureStore
 
     common = {
         "num": len(pairs),
@@ -278,7 +275,7 @@ def _open_store(
         column.name: {"adapter_sha256": digests.get(id(column.adapter)), **_sampling(column.sampling)}
         for column in columns
     }
-    store = PictureStore(out / PICTURES, common, own, {each.name for each in fields(options)})
+    store = PictureStore(out / FOLDER, common, own, {each.name for each in fields(options)})
     if not options.overwrite:
         store.check()
     processes.meet()

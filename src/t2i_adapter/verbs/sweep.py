@@ -91,7 +91,7 @@ def values_digest(settings: Mapping[str, Any]) -> str:
 
 def write_record(found: Sweep, adapter: str, digest: str, *, is_wanted: bool) -> str:
     """Writes the recommended point into the adapter's record and card, and returns a line that says what was done."""
-    from t2i_adapter.export.card import update_sampling
+    from t2i_adapter.export.card import refresh_card
 
     folder = user_path(adapter)
     path: Path = folder / FILE_NAME
@@ -102,5 +102,6 @@ def write_record(found: Sweep, adapter: str, digest: str, *, is_wanted: bool) ->
     if not path.is_file():
         what = "is no local folder" if not folder.is_dir() else f"has no {FILE_NAME}"
         return f"The point is not written, because {adapter} {what}: pass its options to `generate` as flags."
-    update_sampling(folder, write_sampling(folder, found.record(digest)))
+    write_sampling(folder, found.record(digest))
+    refresh_card(folder)
     return f"{show_path(path)} has the point now: `generate` uses it by default."

@@ -17,6 +17,7 @@ from t2i_adapter.files import show_command, show_path, user_path
 from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
+    from t2i_adapter.export.hub import Place
     from t2i_adapter.training.events import Callback
     from t2i_adapter.training.setup import Setup
     from t2i_adapter.training.signals import Stopper
@@ -78,11 +79,11 @@ def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool, callbac
         return
     folder = Path(config.output_dir)
     with ExitStack() as stack:
-        repo_id = None
+        place = None
         if accelerator.is_main_process:
             stack.enter_context(lock(folder))
             checkpoint.tidy(folder)
-            repo_id = _find_repository(config, is_resumed=setup.resume is not None)
+            place = _find_repository(config, is_resumed=setup.resume is not None)
             write_options(config, setup.plan)
             if setup.resume is None:  # a run killed before its first checkpoint may have left lines
                 tracking.truncate_metrics(folder / "metrics.jsonl", 0)
@@ -107,15 +108,15 @@ def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool, callbac
             raise
         end = ""
         if accelerator.is_main_process:
-            repo_id = repo_id or _find_repository(config, is_resumed=True)
-            is_published = publish(trainer, setup.base, repo_id)
+            place = place or _find_repository(config, is_resumed=True)
+            is_published = publish(trainer, setup.base, place)
             end = describe_end(trainer, setup.source, is_published=is_published)
         tracking.finish(accelerator)
         if summary and end:
             print(end, flush=True)
 
 
-def _find_repository(config: Config, *, is_resumed: bool) -> str | None:
+def _find_repository(config: Config, *, is_resumed: bool) -> Place | None:
     """The hub repository to publish in, None if there is none to publish in.
 
     If the hub refuses, a new run raises UserError. A resumed run was accepted when it began, so it prints a line and
