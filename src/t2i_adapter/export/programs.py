@@ -66,14 +66,14 @@ def check(network: Network, name: str) -> None:
         raise UserError(f"{name}: {reason} {flag('to')} diffusers exports it as it is.", option="to")
     if name == "a1111" and network.adapter_type == LIGHT and network.in_channels == 1:
         raise UserError(
-            f"{name}: A1111 feeds RGB pictures to every {LIGHT}, and this one takes grey pictures. {flag('to')} comfyui "
-            "exports a file that ComfyUI and Forge use.",
+            f"{name}: A1111 feeds RGB pictures to every {LIGHT}, and this one takes grey pictures. {flag('to')} "
+            "comfyui exports a file that ComfyUI and Forge use.",
             option="to",
         )
     if name == "invoke" and network.in_channels not in (1, 3):
         raise UserError(
-            f"{name}: the adapter takes pictures of {network.in_channels} channels, and {program.title} have pictures of "
-            f"1 or 3; {flag('to')} diffusers exports it as it is.",
+            f"{name}: the adapter takes pictures of {network.in_channels} channels, and {program.title} have pictures "
+            f"of 1 or 3; {flag('to')} diffusers exports it as it is.",
             option="to",
         )
 
