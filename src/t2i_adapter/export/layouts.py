@@ -124,6 +124,8 @@ def find_network(shapes: Shapes, kind: Kind | None = None) -> tuple[Network, dic
     Raises:
         UserError: if the file is something else, or lacks a weight or has one too many or of another shape.
     """
+    if not shapes:
+        raise UserError("it holds no weights, so it is no T2I-Adapter.")
     if foreign := next((what for part, what in _FOREIGN if any(part in name for name in shapes)), None):
         raise UserError(f"it holds {foreign}; allowed is a T2I-Adapter of kind {FULL}, {XL} or {LIGHT}.")
     prefix = _common_prefix(shapes)
