@@ -12,9 +12,11 @@ from PIL import Image
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import parse_json
 from t2i_adapter.generation.condition import read_condition
+from t2i_adapter.generation.png_text import KEYWORD
 
 MOST = 8
 """Pictures that are exported at most."""
+_LONGEST = 20_000  # letters of a text
 _GENERATED = re.compile(r"\d{5}\.png")
 _STRIP = re.compile(r"sample_\d\d\.png")
 
@@ -63,14 +65,21 @@ def _from_generate(path: Path) -> Sample:
     made = path.with_name(f"{path.stem}_condition.png")
     condition = made if made.is_file() else next((Path(name) for name in images if Path(name).is_file()), None)
     place = flag("pictures")
-    with Image.open(path) as opened:
-        parameters = str(opened.info.get("parameters", ""))
     return Sample(
         read_condition(str(path), place),
         read_condition(str(condition), place) if condition else None,
         prompt if isinstance(prompt, str) else None,
-        parameters,
+        _parameters(path),
     )
+
+
+def _parameters(path: Path) -> str:
+    """Returns the text of a PNG about how it was made; "" if it has none that can be read."""
+    try:
+        with Image.open(path) as opened:
+            return str(opened.info.get(KEYWORD, ""))[:_LONGEST]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # ValueError: too much text, by Pillow
+        return ""
 
 
 def _from_strip(path: Path) -> Sample | None:
