@@ -1,8 +1,8 @@
 """Compares an adapter's features in other programs with those in diffusers, at official sizes and random weights.
 
 The adapter is exported by `t2i-adapter export --dtype fp32`, and the file is read by tests/support/programs.py, which
-states the rules of the programs. A figure is the norm of the difference of a feature over its norm in
-diffusers: 0 is equal to the bit. It does not depend on the machine.
+states the rules of the programs. A figure is the norm of the difference of a feature over its norm in diffusers: 0 is
+equal to the bit. It does not depend on the machine.
 
     python benchmarks/export_parity.py
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,19 @@ def measure(kind: Kind, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns the rows as docs/export.md shows them: one line a size, "0" for features that are equal to the bit."""
+    lines = ["| adapter | height x width | ComfyUI, features 1 to 4 | A1111, features 1 to 4 |", "|---|---|---|---|"]
+    of = {(row["kind"], row["height"], row["width"], row["program"]): row["difference"] for row in rows}
+    for kind, height, width in dict.fromkeys(key[:3] for key in of):
+        shown = [
+            ", ".join(f"{share:.2f}" if share else "0" for share in of[kind, height, width, program.name])
+            for program in PROGRAMS
+        ]
+        lines.append(f"| {kind} | {height} x {width} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     options = make_parser(__doc__).parse_args()
     rows = []
@@ -74,6 +88,7 @@ def main() -> None:
             rows += measure(kind, Path(folder))
     command = shlex.join(["python", *sys.argv])
     write_result("export_parity", {"command": command, "rows": rows}, options.out, threads=torch.get_num_threads())
+    print(table(rows))
 
 
 if __name__ == "__main__":
