@@ -121,6 +121,16 @@ VERBS = {
         "t2i_adapter.verbs.runs:ReportOptions",
         "t2i_adapter.verbs.runs:report",
     ),
+    "export": Verb(
+        "Write an adapter for ComfyUI, A1111, InvokeAI, CivitAI or a Space.",
+        "t2i_adapter.verbs.export:ExportOptions",
+        "t2i_adapter.verbs.export:run",
+    ),
+    "import": Verb(
+        "Make an adapter's folder from the file of another program.",
+        "t2i_adapter.verbs.import_adapter:ImportOptions",
+        "t2i_adapter.verbs.import_adapter:run",
+    ),
     "push": Verb(
         "Publish a trained adapter on the hub.",
         "t2i_adapter.verbs.push:PushOptions",

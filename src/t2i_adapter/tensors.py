@@ -36,8 +36,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     Raises OSError.
     """
-    # Largest element size first, as in the library: every tensor then begins at a multiple of its element size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = file_order(tensors)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
@@ -51,7 +50,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        for content in (len(text).to_bytes(8, "little") + text, *(_bytes(tensors[name]) for name in names)):
+        for content in (len(text).to_bytes(8, "little") + text, *(tensor_bytes(tensors[name]) for name in names)):
             view = memoryview(content)
             while view:
                 written = file.write(view[:_CHUNK])
@@ -61,6 +60,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names in the order in which `write_tensors` writes the tensors.
+
+    Largest element size first, as in the library: every tensor then begins at a multiple of its element size.
+    """
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
     """Returns a CPU tensor's memory; copies only if the tensor is not contiguous."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from diffusers import T2IAdapter
 from PIL import Image
 from support.doc_pages import PAGES, code, commands
 from support.processes import Run, end_all, ranks
@@ -25,6 +26,7 @@ from torch.distributed.run import get_args_parser
 
 from t2i_adapter.cli import PROG, main
 from t2i_adapter.data.shapes import write_dataset
+from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.models import nano
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,9 +112,19 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"{PROG} train --data runs/demo/data --data.resolution 128 --train.max_steps 1 --output_dir runs/demo/adapter",
         root,
     )
+    write_exported(root)
     for name in "abc":
         shutil.copytree(root / "runs/demo/adapter", root / "runs" / name)
     return root
+
+
+def write_exported(root: Path) -> None:
+    """Writes a small adapter of a shape that other programs read, and a file of it as they have it."""
+    record = {"base": {"name": "stabilityai/stable-diffusion-xl-base-1.0"}, "resolution": 1024}
+    network = T2IAdapter(3, [16, 32, 64, 64], 2, 16, "full_adapter_xl")
+    save_adapter(network, root / "my-sdxl-adapter", metadata=record)
+    run(f"{PROG} export my-sdxl-adapter --to a1111 --name their --out theirs", root)
+    next((root / "theirs").iterdir()).rename(root / "their-adapter.safetensors")
 
 
 def write_photos(folder: Path, pictures: Path) -> None:

@@ -58,9 +58,21 @@ def _constant(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant)
 
 
+READS_PTH = SRC / "export" / "weights_file.py"
+"""The one file that may call torch.load, with weights_only=True: `import` reads the tensors of official .pth files."""
+
+
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: str(file.relative_to(SRC)))
 def test_the_package_has_no_call_that_unpickles_or_runs_text(file: Path):
-    assert list(offences(ast.parse(file.read_text()))) == []
+    allowed = ["calls torch.load"] if file == READS_PTH else []
+    assert list(offences(ast.parse(file.read_text()))) == allowed
+
+
+def test_the_one_torch_load_reads_tensors_only():
+    """`offences` reports `weights_only` unless it is the constant True; here it must be there."""
+    calls = [node for node in ast.walk(ast.parse(READS_PTH.read_text())) if isinstance(node, ast.Call)]
+    (load,) = [call for call in calls if dotted(call.func) == "torch.load"]
+    assert "weights_only" in {word.arg for word in load.keywords}
 
 
 def test_the_search_finds_forbidden_calls():
@@ -144,6 +156,20 @@ def test_a_pickled_single_file_base_is_refused(
     assert main(train_words(file, tiny_data, tmp_path / "run")) == 2
     assert "must be .safetensors; pickled weights (.ckpt, .bin) are not read" in capsys.readouterr().err
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt", ".bin", ".safetensors"])
+@pytest.mark.parametrize("is_beside_tensors", [True, False])
+def test_import_runs_no_code_of_a_file(
+    tmp_path: Path, suffix: str, is_beside_tensors: bool, capsys: pytest.CaptureFixture[str]
+):
+    file, mark = tmp_path / f"adapter{suffix}", tmp_path / "mark"
+    torch.save({"conv_in.weight": torch.zeros(1), "x": Poison(mark)} if is_beside_tensors else Poison(mark), file)
+    assert main(["import", str(file), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "damaged safetensors file" in error or "Only tensors are read" in error
+    assert not mark.exists() and not (tmp_path / "out").exists()
 
 
 def test_a_pickle_named_safetensors_is_refused(

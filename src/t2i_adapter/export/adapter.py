@@ -55,7 +55,7 @@ def write_adapter_files(
 
 
 def save_adapter(
-    adapter: T2IAdapter, folder: str | Path, *, metadata: Mapping[str, Any] | Metadata, fp16: bool = True
+    adapter: T2IAdapter, folder: str | Path, *, metadata: Mapping[str, Any] | Metadata | None, fp16: bool = True
 ) -> None:
     """Saves the adapter so that `T2IAdapter.from_pretrained(folder)` and `(folder, variant="fp16")` load it.
 
@@ -63,13 +63,13 @@ def save_adapter(
     holds an adapter therefore holds a complete file of each name at any time. The adapter is not changed.
 
     Args:
-        metadata: contents of t2i_adapter.json (`Metadata.to_dict`; "schema" is optional).
+        metadata: contents of t2i_adapter.json (`Metadata.to_dict`; "schema" is optional). None writes no such file.
         fp16: write the fp16 variant too.
 
     Raises:
         UserError: if the folder cannot be written, or the metadata is malformed.
     """
-    record = metadata if isinstance(metadata, Metadata) else Metadata.from_dict({"schema": SCHEMA, **metadata})
+    record = Metadata.from_dict({"schema": SCHEMA, **metadata}) if isinstance(metadata, Mapping) else metadata
     weights = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in adapter.state_dict().items()}
     target = Path(folder)
     try:
@@ -79,8 +79,11 @@ def save_adapter(
         with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=target) as name:
             temporary = Path(name)
             write_adapter_files(temporary, adapter_config(adapter), weights, fp16=fp16)
-            (temporary / FILE_NAME).write_text(_json(record.to_dict()), encoding="utf-8")
-            for file in (WEIGHTS, *([WEIGHTS_FP16] if fp16 else []), CONFIG, FILE_NAME):
+            files = [WEIGHTS, *([WEIGHTS_FP16] if fp16 else []), CONFIG]
+            if record:
+                (temporary / FILE_NAME).write_text(_json(record.to_dict()), encoding="utf-8")
+                files.append(FILE_NAME)
+            for file in files:
                 move_atomic(temporary / file, target / file)
     except OSError as fault:
         raise UserError(
