@@ -27,7 +27,11 @@ from t2i_adapter.types import CHUNK_TOKENS
 CARD = "README.md"
 PICTURES = "images"
 PICTURE_NAME = re.compile(r"(sample_\d\d|sheet)\.png")
-_TAGS = ["t2i-adapter", "stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image", "diffusers"]
+_FAMILIES = {
+    "sdxl": ("Stable Diffusion XL", "stable-diffusion-xl", "StableDiffusionXLAdapterPipeline"),
+    "sd": ("Stable Diffusion", "stable-diffusion", "StableDiffusionAdapterPipeline"),
+}
+"""A base's family in the record -> its name, its tag on the hub, and the pipeline that generates with its adapters."""
 _EVALUATION = ("<!-- evaluation -->", "<!-- end of evaluation -->")
 _SAMPLING = ("<!-- sampling -->", "<!-- end of sampling -->")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~:])")
@@ -45,7 +49,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.float16 if device == "cuda" else torch.float32
 $base
 adapter = T2IAdapter.from_pretrained($adapter, dtype=dtype, variant="fp16" if device == "cuda" else None)
-pipeline = StableDiffusionXLAdapterPipeline.$load(base, adapter=adapter, ${vae_argument}\
+pipeline = $pipeline.$load(base, adapter=adapter, ${vae_argument}\
 dtype=dtype$arguments)
 pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
 pipeline.to(device)
@@ -68,7 +72,7 @@ def steer(unet, args, kwargs):
 hook = pipeline.unet.register_forward_pre_hook(steer, with_kwargs=True)
 image = pipeline(
     prompt, image=condition, num_inference_steps=30, guidance_scale=guidance,
-    adapter_conditioning_scale=$scale, adapter_conditioning_factor=$factor,
+    adapter_conditioning_scale=$scale$factor,
 ).images[0]
 hook.remove()
 image.save("steered.png")
@@ -146,7 +150,8 @@ def write_card(
 def usage_code(metadata: Metadata, adapter: str, *, prompt: str, channels: int = 3) -> str:
     """Returns a Python program that generates a picture from condition.png with the adapter, with diffusers alone."""
     base, vae = metadata.base, metadata.base.get("vae")
-    classes = ["EulerAncestralDiscreteScheduler", "StableDiffusionXLAdapterPipeline", "T2IAdapter"]
+    *_, pipeline = _FAMILIES[_family(metadata)]
+    classes = ["EulerAncestralDiscreteScheduler", pipeline, "T2IAdapter"]
     lines = [_base_line(base["name"])]
     if vae:
         classes.insert(0, "AutoencoderKL")
@@ -158,6 +163,7 @@ def usage_code(metadata: Metadata, adapter: str, *, prompt: str, channels: int =
         imports=", ".join(classes),
         base="\n".join(lines),
         adapter=repr(adapter),
+        pipeline=pipeline,
         load="from_single_file" if single else "from_pretrained",
         vae_argument="vae=vae, " if vae else "",
         arguments="".join(f", {key}={value!r}" for key, value in arguments.items()),
@@ -167,10 +173,11 @@ def usage_code(metadata: Metadata, adapter: str, *, prompt: str, channels: int =
     )
 
 
-def steering_code(sampling: SamplingOptions) -> str:
+def steering_code(sampling: SamplingOptions, family: str = "sdxl") -> str:
     """Returns lines that follow `usage_code`: they generate with control guidance of two passes, with diffusers alone.
 
-    `sampling` has guidance above 1.
+    `sampling` has guidance above 1. Stable Diffusion's pipeline gives the adapter's features to every step, whatever
+    `sampling` says.
     """
     schedule = parse_schedule(sampling.scale_schedule)
     timesteps, factors = [t for t, _ in schedule], [factor for _, factor in schedule]
@@ -178,7 +185,7 @@ def steering_code(sampling: SamplingOptions) -> str:
         guidance=sampling.guidance,
         control=min(sampling.control_guidance, sampling.guidance),
         scale=sampling.scale,
-        factor=sampling.condition_factor,
+        factor=f", adapter_conditioning_factor={sampling.condition_factor}" if family == "sdxl" else "",
         schedule=f"\n        feature *= numpy.interp(float(args[1]), {timesteps}, {factors})" if schedule else "",
     )
 
@@ -241,6 +248,12 @@ def markdown(text: str) -> str:
     return _MARKDOWN.sub(r"\\\1", escape(" ".join(text.split())))
 
 
+def _family(metadata: Metadata) -> str:
+    """Returns the family of the record's base; SDXL if it has none that this version knows."""
+    family = metadata.base.get("family")
+    return family if family in _FAMILIES else "sdxl"
+
+
 def _base_line(name: str) -> str:
     if name == NANO:
         return "from t2i_adapter.models import nano  # the base that comes with sdxl-t2i-adapter\n\nbase = nano.path()"
@@ -248,8 +261,9 @@ def _base_line(name: str) -> str:
 
 
 def _front_matter(metadata: Metadata, license: str | None) -> str:
-    name = metadata.base["name"]
-    head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": list(_TAGS)}
+    name, (_, family, _) = metadata.base["name"], _FAMILIES[_family(metadata)]
+    tags = ["t2i-adapter", family, f"{family}-diffusers", "text-to-image", "diffusers"]
+    head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     if name != NANO and "/" in name and not is_path(name):
         head["base_model"] = name
     if license:
@@ -261,9 +275,10 @@ def _introduction(metadata: Metadata, repo_id: str, channels: int) -> str:
     condition = metadata.condition.get("name")
     size = f" at {metadata.resolution} x {metadata.resolution} pixels" if metadata.resolution else ""
     kind = f"The condition is {markdown(str(condition))}, {channels} channels." if condition else ""
+    family, *_ = _FAMILIES[_family(metadata)]
     return (
         f"# {markdown(repo_id.rpartition('/')[2])}\n\n"
-        f"A T2I-Adapter for Stable Diffusion XL, trained{size} on the frozen base {markdown(metadata.base['name'])}. "
+        f"A T2I-Adapter for {family}, trained{size} on the frozen base {markdown(metadata.base['name'])}. "
         f"{kind}"
     ).rstrip()
 
@@ -282,7 +297,7 @@ def _long_prompts(metadata: Metadata) -> str:
 def _steering(metadata: Metadata) -> str:
     """Returns the section about the strength of the adapter and of its condition."""
     sampling = RequestedSampling().settle(metadata.sampling or _EXAMPLE)
-    program = f"\n\n```python\n{steering_code(sampling)}```" if sampling.guidance > 1 else ""
+    program = f"\n\n```python\n{steering_code(sampling, _family(metadata))}```" if sampling.guidance > 1 else ""
     notes = [
         "Guidance amplifies the prompt, and not the condition, because both of its branches carry the adapter. With "
         "control guidance the negative branch carries less of it, so that the condition is amplified, too."

@@ -33,7 +33,8 @@ class Metadata:
     """The contents of t2i_adapter.json.
 
     Attributes:
-        base: the frozen model of the training: {name, config, revision, variant, vae}; only `name` is required.
+        base: the frozen model of the training: {name, config, revision, variant, vae, family}; only `name` is
+            required. No family stands for SDXL; "sd" is Stable Diffusion 1 or 2.
         condition: the condition pictures: {channels, name, options, polarity, ...} as far as known.
         resolution: side in pixels of the training crops.
         data: the dataset.
@@ -169,7 +170,7 @@ def _checked_base(value: Any, where: str) -> dict[str, Any]:
     """Returns the record's `base` if its fields have the right types. Raises UserError."""
     base = _checked(value, where, "base", dict)
     _checked(base.get("name"), where, "base.name", str)
-    for key in BASE_FIELDS[1:]:
+    for key in (*BASE_FIELDS[1:], "family"):
         _checked(base.get(key), where, f"base.{key}", str, optional=True)
     return base
 

@@ -12,6 +12,7 @@ from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.export.card import write_card
 from t2i_adapter.files import show_path
 from t2i_adapter.models.base import Base
+from t2i_adapter.models.family import SDXL
 from t2i_adapter.models.record import Metadata
 from t2i_adapter.training.loop import Trainer
 from t2i_adapter.training.resume import versions
@@ -71,6 +72,7 @@ def metadata(trainer: Trainer, base: Base) -> Metadata:
             "revision": named.revision,
             "variant": named.variant,
             "vae": named.vae,
+            **({} if base.family is SDXL else {"family": base.family.key}),
         },
         condition={**condition_record(options.data), "channels": trainer.update.adapter.config["in_channels"]},
         resolution=options.data.resolution,
