@@ -44,7 +44,8 @@ def text_length(max_tokens: int) -> int:
 def text_widths(unet_config: Mapping[str, Any]) -> tuple[int, int]:
     """(D, P): width of the text states and of the pooled vector that a UNet takes, from its config.
 
-    P is 0 for a UNet without a pooled vector."""
+    P is 0 for a UNet without a pooled vector.
+    """
     if unet_config.get("addition_embed_type") is None:
         return unet_config["cross_attention_dim"], 0
     time_ids = 6 * unet_config["addition_time_embed_dim"]

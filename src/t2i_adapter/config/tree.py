@@ -81,7 +81,7 @@ class AdapterOptions:
     """Adapter to continue from: hub id or folder. None starts from random weights, with the base's channels."""
     type: AdapterType | None = None
     """Network of the adapter. None is the base's own: `full_adapter_xl` for SDXL, `full_adapter` for Stable Diffusion
-    1 and 2. These also take `light_adapter`, which has a twentieth of the weights."""
+    1 and 2. These also take `light_adapter`, with a quarter of the weights."""
     in_channels: Literal[1, 3] = 3
     """Channels of the condition picture; the official SDXL adapters have 3."""
     num_res_blocks: int | None = None
