@@ -85,7 +85,8 @@ def _help() -> str:
     parser = argparse.ArgumentParser(
         prog=PROG,
         usage=f"{PROG} --pretrained_model_name_or_path BASE (--dataset_name ID | --train_data_dir DIR) [flags]",
-        description="Train a T2I-Adapter for SDXL: the flags of the diffusers script of this name.",
+        description="Train a T2I-Adapter for SDXL, or for Stable Diffusion 1.5 or 2.1, with the flags of the diffusers "
+        "script of this name.",
         epilog="Every flag of `t2i-adapter train --help` may stand beside them, such as --optim.warmup_steps 20.",
         add_help=False,
     )

@@ -46,8 +46,8 @@ def _switch(flag: str, place: str, note: str, *, given: Any = True) -> Row:
 
 
 ROWS = (
-    Row("pretrained_model_name_or_path", "base.name", str, None, "SDXL: hub id, folder or one .safetensors file; "
-        "`nano` is the base inside the package.", required=True),
+    Row("pretrained_model_name_or_path", "base.name", str, None, "SDXL, or Stable Diffusion 1.5 or 2.1: hub id, "
+        "folder or one .safetensors file; `nano` is the base inside the package.", required=True),
     Row("pretrained_vae_model_name_or_path", "base.vae", str, None, "Another VAE: hub id or folder."),
     Row("adapter_model_name_or_path", "adapter.init_from", str, None, "Adapter to continue from."),
     Row("revision", "base.revision", str, None, "Hub revision of the base."),
@@ -56,7 +56,8 @@ ROWS = (
     Row("output_dir", "output_dir", str, "t2iadapter-model", "Folder of everything the run writes."),
     Row("cache_dir", "base.cache_dir data.cache_dir", str, None, "Folder for downloads of base and data."),
     Row("seed", "train.seed", int, None, "One seed for every choice; drawn and printed if it is not given."),
-    Row("resolution", "data.resolution", int, 1024, "Side of the training crop; a multiple of 16 for a new adapter."),
+    Row("resolution", "data.resolution", int, 1024, "Side of the training crop; a multiple of 16 for a new "
+        "adapter, of 8 with Stable Diffusion (512 for 1.5, 768 for 2.1)."),
     Row("detection_resolution", "", int, None, "The script never reads it; condition pictures come from the data."),
     Row("crops_coords_top_left_h", "data.crops_coords_top_left_h", int, 0,
         "Added to the top coordinate of each picture's own crop, which the script ignores."),
@@ -115,7 +116,8 @@ ROWS = (
 
 SCRIPT_WAYS = {
     "adapter.in_channels": 3,
-    "adapter.num_res_blocks": 2,
+    "adapter.type": None,
+    "adapter.num_res_blocks": None,
     "adapter.init": "default",
     "objective.timesteps": "cubic",
     "objective.min_snr_gamma": None,

@@ -3,7 +3,8 @@
 Importing this module loads no torch.
 
 Letters used everywhere: B batch; H,W pixels; h,w = H/8,W/8 latent cells; C condition channels (1 or 3);
-L text positions, 77 unless captions are longer (`text_length`); D text width (SDXL 2048); P pooled width (SDXL 1280).
+L text positions, 77 unless captions are longer (`text_length`); D text width (SDXL 2048, Stable Diffusion 1 and 2 768
+and 1024); P pooled width (SDXL 1280; 0 for Stable Diffusion, which has no pooled vector).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 77
-"""Positions of a text encoder of SDXL: start, up to 75 tokens, end and padding."""
+"""Positions of a text encoder: start, up to 75 tokens, end and padding."""
 CHUNK_TOKENS = CHUNK - 2
 """Tokens of a caption that fit into one chunk."""
 MaxTokens = Literal[75, 150, 225]
@@ -41,7 +42,12 @@ def text_length(max_tokens: int) -> int:
 
 
 def text_widths(unet_config: Mapping[str, Any]) -> tuple[int, int]:
-    """(D, P): width of the text states and of the pooled vector that a UNet takes, from its config."""
+    """(D, P): width of the text states and of the pooled vector that a UNet takes, from its config.
+
+    P is 0 for a UNet without a pooled vector.
+    """
+    if unet_config.get("addition_embed_type") is None:
+        return unet_config["cross_attention_dim"], 0
     time_ids = 6 * unet_config["addition_time_embed_dim"]
     return unet_config["cross_attention_dim"], unet_config["projection_class_embeddings_input_dim"] - time_ids
 
@@ -148,10 +154,9 @@ class Batch:
     Attributes:
         moments: (B,8,h,w) float, mean and standard deviation of the VAE's posterior, before scaling.
         condition: (B,C,H,W) float in [0,1].
-        text: (B,L,D) float, the last but one hidden states of both text encoders, concatenated along D
-            (`models.encoders.TextEncoder.encode`).
+        text: (B,L,D) float, states of the text encoders (`models.encoders.TextEncoder.encode`).
         pooled: (B,P) float, the second text encoder's projection.
-        time_ids: (B,6) int64.
+        time_ids: (B,6) int64; a UNet with P = 0 does not take them.
         timesteps: (B K,) int64 in [0, T).
         noise: (B K,4,h,w) float32, added to the latent.
         latent_noise: (B K,4,h,w) float32, selects the sample from the VAE's posterior.

@@ -138,8 +138,9 @@ def test_the_guides_command_line() -> None:
         },
         "adapter": {
             "init_from": None,
+            "type": None,
             "in_channels": 3,
-            "num_res_blocks": 2,
+            "num_res_blocks": None,
             "init": "default",
         },
         "data": {

@@ -187,11 +187,12 @@ def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def test_a_base_that_is_not_an_sdxl(fails: Fails, tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_base_of_no_known_family(fails: Fails, tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
     older = Path(shutil.copytree(tiny_base, tmp_path / "older"))
     edit_json(older / "unet" / "config.json", addition_embed_type=None)
     line = fails(*train_words(older, tiny_data, "out"))
-    assert str(older) in line and "not an SDXL base" in line
+    assert str(older) in line and "neither an SDXL base nor a base of Stable Diffusion 1 or 2" in line
+    edit_json(older / "unet" / "config.json", addition_embed_type="text_time")
     shutil.rmtree(older / "text_encoder_2")
     line = fails(*train_words(older, tiny_data, "out"))
     assert str(older) in line and "text_encoder_2" in line

@@ -22,6 +22,8 @@ from diffusers import T2IAdapter
 from PIL import Image
 from support.doc_pages import PAGES, code, commands
 from support.processes import Run, end_all, ranks
+from support.single_file import write_single_file
+from support.tiny import write_tiny_sd
 from torch.distributed.run import get_args_parser
 
 from t2i_adapter.cli import PROG, main
@@ -34,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STAND_INS = {
     "stabilityai/stable-diffusion-xl-base-1.0": "nano",
     "madebyollin/sdxl-vae-fp16-fix": str(nano.path() / "vae"),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "path/to/2-base": "sd15",
     "fusing/fill50k": "my-pictures",
     "$MODEL_DIR": "nano",
     "$OUTPUT_DIR": "guide",
@@ -52,7 +56,7 @@ SMALLER = (
     (r"\bshapes:\d+", "shapes:4"),
     (r"\{0000\.\.0999\}", "{0000..0001}"),
     (r"--nproc_per_node 8\b", "--nproc_per_node 2"),
-    (r"(--resolution[= ]|--data\.resolution )1024\b", r"\g<1>128"),
+    (r"(--resolution[= ]|--data\.resolution )(1024|512)\b", r"\g<1>128"),
     (r"(--max_train_steps[= ]|--train\.max_steps )\d+", r"\g<1>2"),
     (r'--report_to="?wandb"?', "--report_to=none"),
     (r" --push_to_hub", ""),
@@ -103,6 +107,7 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("house_outline", "circle", "condition", "conditioning_image_1", "conditioning_image_2"):
         shutil.copy(root / "my-pictures/test/00000_cond.png", root / f"{name}.png")
     shutil.copy(root / "my-pictures/test/00000.png", root / "photo.png")
+    write_single_file(write_tiny_sd(root / "sd15"), root / "v2-base.safetensors")
     write_icons(root / "icons.tgz")
     write_photos(root / "my-photos", root / "my-pictures")
     write_shards(root / "shards", root / "my-pictures/train")

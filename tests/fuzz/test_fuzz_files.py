@@ -285,7 +285,7 @@ def test_stamps_of_any_content_return_no_digest(content: bytes):
 
 # The adapter's folder -------------------------------------------------------------------------------------------------
 
-UNET = {"block_out_channels": (8, 8, 8)}
+UNET = {"block_out_channels": (8, 8, 8), "addition_embed_type": "text_time"}
 RECORD: dict[str, Any] = {"schema": 1, "base": {"name": "nano"}, "resolution": 64, "steps": 1, "seed": 0}
 
 

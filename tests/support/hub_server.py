@@ -1,4 +1,5 @@
-"""A hub on loopback that serves dataset repositories from folders, with the endpoints that reading them needs."""
+"""A hub on loopback that serves repositories of datasets and models from folders, with the endpoints that reading them
+needs."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -55,17 +57,17 @@ class HubHandler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         for (name, revision), folder in self.repositories.items():
             sha = hashlib.sha1(f"{name}@{revision}".encode()).hexdigest()
-            for label in (revision, sha):
-                if path.startswith(f"/datasets/{name}/resolve/{label}/"):
+            for label, kind in product((revision, sha), ("datasets", "models")):
+                files_at = f"/datasets/{name}" if kind == "datasets" else f"/{name}"
+                if path.startswith(f"{files_at}/resolve/{label}/"):
                     return self._file(folder, path.split(f"/resolve/{label}/")[1], sha, body)
-                if path == f"/api/datasets/{name}/revision/{label}" or (
-                    path == f"/api/datasets/{name}" and revision == "main"
-                ):
+                about = f"/api/{kind}/{name}"
+                if path == f"{about}/revision/{label}" or (path == about and revision == "main"):
                     files = [{"rfilename": str(file.relative_to(folder))} for file in files_of(folder)]
                     return self._json({"id": name, "sha": sha, "siblings": files, "private": False})
-                if path.startswith(f"/api/datasets/{name}/tree/{label}"):
+                if path.startswith(f"{about}/tree/{label}"):
                     return self._tree(folder, path.split(f"/tree/{label}")[1].strip("/"))
-                if path == f"/api/datasets/{name}/paths-info/{label}":
+                if path == f"{about}/paths-info/{label}":
                     asked = self._request.get("paths", [])
                     found = [folder / one for one in asked if (folder / one).is_file()]
                     return self._json([entry(file, folder) for file in found])

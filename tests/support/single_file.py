@@ -1,4 +1,4 @@
-"""Rewrites a base in diffusers layout as one .safetensors file in the layout of SDXL's original release."""
+"""Rewrites a base in diffusers layout as one .safetensors file in the layout of its family's original release."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP = "conditioner.embedders.0.transformer.text_model."
 OPEN_CLIP = "conditioner.embedders.1.model."
+SD1_CLIP, SD2_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
 
 UNET_STEM = {
     "time_embedding.linear_1": "time_embed.0",
@@ -35,6 +36,7 @@ UNET_RESNET = {
     "conv_shortcut": "skip_connection",
 }
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+VAE_ATTENTION |= {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}  # first releases of diffusers
 OPEN_CLIP_STEM = {
     "embeddings.position_embedding.weight": "positional_embedding",
     "embeddings.token_embedding.weight": "token_embedding.weight",
@@ -63,18 +65,27 @@ def original_layout(folder: Path) -> Weights:
     """All weights of a base in diffusers layout, under their names in the original release."""
     import torch
 
-    unet, vae, clip, open_clip = (_read(folder / part) for part in ("unet", "vae", "text_encoder", "text_encoder_2"))
+    unet, vae, clip = (_read(folder / part) for part in ("unet", "vae", "text_encoder"))
     layers = json.loads((folder / "unet" / "config.json").read_text())["layers_per_block"]
     levels = len(json.loads((folder / "vae" / "config.json").read_text())["up_block_types"])
     weights = {
         **{UNET + _unet_name(name, layers, unet): tensor for name, tensor in unet.items()},
         **{VAE + _vae_name(name, levels): _as_convolution(name, tensor) for name, tensor in vae.items()},
-        **{CLIP + name.removeprefix("text_model."): tensor for name, tensor in clip.items()},
-        **{OPEN_CLIP + name: tensor for name, tensor in _open_clip(open_clip).items()},
     }
-    # The release also has these two tensors, which no model uses.
-    weights[CLIP + "embeddings.position_ids"] = torch.arange(77)[None]
-    weights[OPEN_CLIP + "logit_scale"] = torch.tensor(4.6)
+    if (folder / "text_encoder_2").is_dir():
+        first, second, open_clip = CLIP, OPEN_CLIP, _open_clip(_read(folder / "text_encoder_2"))
+    elif json.loads((folder / "text_encoder" / "config.json").read_text())["hidden_act"] == "gelu":
+        width = next(len(tensor) for name, tensor in clip.items() if name.endswith("final_layer_norm.weight"))
+        first, second, open_clip = None, SD2_CLIP, {**_open_clip(clip), "text_projection": torch.eye(width)}
+    else:
+        first, second, open_clip = SD1_CLIP, None, {}
+    # The releases also have position_ids and logit_scale, which no model uses.
+    if first:
+        weights |= {first + name.removeprefix("text_model."): tensor for name, tensor in clip.items()}
+        weights[first + "embeddings.position_ids"] = torch.arange(77)[None]
+    if second:
+        weights |= {second + name: tensor for name, tensor in open_clip.items()}
+        weights[second + "logit_scale"] = torch.tensor(4.6)
     return weights
 
 

@@ -1,14 +1,15 @@
-"""The tiny SDXL base, data and configuration that the tests train with.
+"""The tiny bases, data and configuration that the tests train with.
 
-The base has random weights and the real classes. It is written in seconds and runs on one core, and follows every shape
-rule of SDXL: its UNet blocks and `text_time` conditioning, an 8x VAE, two text encoders side by side, two CLIP
-tokenizers that pad differently.
+The bases have random weights and the real classes. They are written in seconds and run on one core. The tiny SDXL
+follows every shape rule of SDXL: its UNet blocks and `text_time` conditioning, an 8x VAE, two text encoders side by
+side, two CLIP tokenizers that pad differently. The tiny Stable Diffusion 1.5 and 2.1 have the files that the real ones
+have, with the keys that those leave out.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -73,6 +74,87 @@ def write_tiny_sdxl(
     return Path(folder)
 
 
+def write_tiny_sd(
+    folder: Path,
+    *,
+    is_v2: bool = False,
+    seed: int = 0,
+    channels: tuple[int, int, int, int] = (16, 32, 64, 64),
+    scheduler: dict[str, Any] | None = None,
+    variant: str | None = None,
+) -> Path:
+    """Writes a Stable Diffusion 1.5 in diffusers layout to `folder`, and returns the folder.
+
+    is_v2: writes a 2.1 of 768 px instead: linear projections, a wide gelu text encoder, padding by "!", v-prediction.
+    scheduler: further settings of the scheduler's file.
+
+    As in the real 1.5, the scheduler's file names no prediction type and the VAE's no scaling factor, weights have the
+    names of the libraries' first releases, and there is a folder of a safety checker.
+    """
+    import json
+
+    import torch
+    from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPTextModel
+
+    vocab, merges = clip_vocabulary(WORDS.split())
+    width = 32 if is_v2 else 16
+    attention: dict[str, Any] = {"attention_head_dim": (2, 4, 8, 8), "use_linear_projection": True} if is_v2 else {}
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=12 if is_v2 else 8,
+            layers_per_block=1,
+            block_out_channels=channels,
+            norm_num_groups=8,
+            cross_attention_dim=width,
+            **{"attention_head_dim": 2, **attention},
+        )
+        torch.manual_seed(seed + 1)
+        vae = make_vae(scaling_factor=0.18215)
+        torch.manual_seed(seed + 2)
+        text_encoder = CLIPTextModel(text_config(vocab, width, "gelu" if is_v2 else "quick_gelu"))
+    steps = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=make_tokenizer(vocab, merges, pad="!" if is_v2 else END),
+        unet=unet,
+        scheduler=DDIMScheduler(**steps, prediction_type="v_prediction", clip_sample=False)
+        if is_v2
+        else PNDMScheduler(**steps, skip_prk_steps=True),
+        safety_checker=None,
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, variant=variant)
+
+    def edit(file: Path, *missing: str, **changes: Any) -> None:
+        content = {**json.loads(file.read_text()), **changes}
+        file.write_text(json.dumps({key: value for key, value in content.items() if key not in missing}))
+
+    edit(folder / "scheduler" / "scheduler_config.json", *(() if is_v2 else ("prediction_type",)), **(scheduler or {}))
+    if not is_v2:
+        edit(folder / "vae" / "config.json", "scaling_factor", "latents_mean", "latents_std")
+        edit(folder / "unet" / "config.json", *(key for key in unet.config if key.startswith("addition_")))
+        for part in ("vae", "text_encoder"):
+            (file,) = (folder / part).glob("*.safetensors")
+            save_file({_first_name(name): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+        (folder / "safety_checker").mkdir()
+        (folder / "safety_checker" / "config.json").write_text("{}")
+    return Path(folder)
+
+
+def _first_name(name: str) -> str:
+    """A weight's name in the VAE or the text encoder as the first releases of the libraries wrote it."""
+    if name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")):
+        return f"text_model.{name}"
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        name = name.replace(f".attentions.0.{new}.", f".attentions.0.{old}.")
+    return name
+
+
 def make_unet(channels: tuple[int, int, int], text_width: int, pooled_width: int) -> UNet2DConditionModel:
     """A UNet with SDXL's topology: no attention in the first block, deeper transformers further down."""
     from diffusers import UNet2DConditionModel
@@ -95,8 +177,8 @@ def make_unet(channels: tuple[int, int, int], text_width: int, pooled_width: int
     )
 
 
-def make_vae() -> AutoencoderKL:
-    """A VAE of four levels, so 8x downsampling, with SDXL's scaling factor."""
+def make_vae(scaling_factor: float = 0.13025) -> AutoencoderKL:
+    """A VAE of four levels, so 8x downsampling; the factor is SDXL's by default."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -107,7 +189,7 @@ def make_vae() -> AutoencoderKL:
         layers_per_block=1,
         norm_num_groups=4,
         sample_size=64,
-        scaling_factor=0.13025,
+        scaling_factor=scaling_factor,
         force_upcast=True,
     )
 
@@ -189,8 +271,11 @@ def write_circles(folder: Path, *, num: int = 8, split: str = "train", size: int
     return Path(folder)
 
 
-def write_adapter(folder: Path, base: Path, *, seed: int = 0) -> Path:
-    """Writes an adapter of random weights for a base, with a record of 64 px, into `folder`."""
+def write_adapter(folder: Path, base: Path, *, seed: int = 0, **options: Any) -> Path:
+    """Writes an adapter of random weights for a base, with a record of 64 px, into `folder`.
+
+    options: as in `AdapterOptions`.
+    """
     import torch
 
     from t2i_adapter.config.tree import AdapterOptions, BaseOptions
@@ -199,6 +284,6 @@ def write_adapter(folder: Path, base: Path, *, seed: int = 0) -> Path:
     from t2i_adapter.models.open import open_base
 
     torch.manual_seed(seed)
-    network = build_adapter(AdapterOptions(), open_base(BaseOptions(name=str(base))).unet_config)
+    network = build_adapter(AdapterOptions(**options), open_base(BaseOptions(name=str(base))).unet_config)
     save_adapter(network, folder, metadata={"base": {"name": str(base)}, "resolution": 64}, fp16=False)
     return folder

@@ -19,6 +19,10 @@ from t2i_adapter.types import MaxTokens
 NANO = "nano"
 Layout = Literal["auto", "folder", "paired", "manifest", "tar", "parquet", "hub", "emoji", "shapes"]
 """Layouts of a dataset; `data.formats.LAYOUTS` has their readers."""
+AdapterType = Literal["full_adapter_xl", "full_adapter", "light_adapter"]
+"""Networks of diffusers' `T2IAdapter`; `models.adapter.KINDS` has their sizes."""
+RES_BLOCKS = {"light_adapter": 4}
+"""Type -> residual blocks of each stage in official adapters; the others have 2."""
 SECRET = "secret"  # metadata key of fields that are never written to a file
 
 
@@ -75,16 +79,26 @@ class AdapterOptions:
 
     init_from: str | None = None
     """Adapter to continue from: hub id or folder. None starts from random weights, with the base's channels."""
+    type: AdapterType | None = None
+    """Network of the adapter. None is the base's own: `full_adapter_xl` for SDXL, `full_adapter` for Stable Diffusion
+    1 and 2. These also take `light_adapter`, with a quarter of the weights."""
     in_channels: Literal[1, 3] = 3
     """Channels of the condition picture; the official SDXL adapters have 3."""
-    num_res_blocks: int = 2
-    """Residual blocks of each stage. ComfyUI and A1111 only open adapters with 2."""
+    num_res_blocks: int | None = None
+    """Residual blocks of each stage. None is 2, and 4 in a light_adapter: ComfyUI and A1111 only open adapters with
+    these."""
     init: Literal["default", "quiet", "zero"] = "default"
     """`default` is diffusers' random start. `quiet` scales all features to 1 % of that, so that step 0 hardly changes
     the base's output. `zero` scales them to 0: the weights of the first convolution are zeros."""
 
     def __post_init__(self) -> None:
-        require("adapter.num_res_blocks", self.num_res_blocks >= 1, self.num_res_blocks, "1 or more")
+        blocks = self.num_res_blocks
+        require("adapter.num_res_blocks", blocks is None or blocks >= 1, blocks, "1 or more")
+
+    @property
+    def res_blocks(self) -> int:
+        """Residual blocks of each stage."""
+        return self.num_res_blocks or RES_BLOCKS.get(self.type or "", 2)
 
 
 @dataclass(frozen=True)

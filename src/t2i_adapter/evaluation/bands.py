@@ -21,6 +21,7 @@ from t2i_adapter.diffusion import objective
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.evaluation.pairs import Pair
 from t2i_adapter.models.encoders import LatentEncoder, LatentScale, batch_size
+from t2i_adapter.models.family import added_conditions
 from t2i_adapter.statistics import ALPHA, Interval
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -145,7 +146,7 @@ def measure_losses(
     VAE's moments. For an epsilon base the loss is the squared error in the noise, for a v base the one in v.
 
     Args:
-        pipeline: a StableDiffusionXLAdapterPipeline.
+        pipeline: an `AdapterPipeline`.
         states, pooled: (N,L,D) and (N,P), the states of the pairs' prompts.
         on_pairs: is called with the number of pairs after each batch.
     """
@@ -168,10 +169,10 @@ def measure_losses(
             noisy = objective.add_noise(latents, noise, times, schedule)
             goal = objective.target(latents, noise, times, schedule)
             for column, strength in enumerate(strengths):
-                added = {
-                    "text_embeds": pooled[part].to(device, unet.dtype),
-                    "time_ids": torch.tensor([[*size, 0, 0, *size]] * len(latents), device=device),
-                }
+                added = added_conditions(
+                    pooled[part].to(device, unet.dtype),
+                    torch.tensor([[*size, 0, 0, *size]] * len(latents), device=device),
+                )
                 prediction = unet(
                     noisy.to(unet.dtype),
                     times,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffusers import StableDiffusionXLAdapterPipeline
 from PIL import Image
 
 from t2i_adapter.annotators.registry import Annotator
@@ -32,6 +31,7 @@ from t2i_adapter.evaluation.plan import (
 from t2i_adapter.evaluation.progress import Progress
 from t2i_adapter.evaluation.store import LazySequence
 from t2i_adapter.generation.options import SamplingOptions
+from t2i_adapter.models.family import AdapterPipeline
 from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
 
 __all__ = [
@@ -114,7 +114,7 @@ class Evaluation:
 
 
 def evaluate(
-    pipeline: StableDiffusionXLAdapterPipeline,
+    pipeline: AdapterPipeline,
     pairs: Sequence[Pair],
     *,
     sampling: SamplingOptions,

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Literal, cast
 
 import numpy as np
-from diffusers import StableDiffusionXLAdapterPipeline, T2IAdapter
+from diffusers import T2IAdapter
 from PIL import Image
 
 from t2i_adapter.generation.generate import (
@@ -23,6 +23,7 @@ from t2i_adapter.generation.generate import (
     warn_of_long_prompts,
 )
 from t2i_adapter.generation.options import SamplingOptions
+from t2i_adapter.models.family import AdapterPipeline
 from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
 
 ADAPTER: Literal["adapter"] = "adapter"
@@ -99,7 +100,7 @@ class Plan:
         ]
 
     def generate(
-        self, pipeline: StableDiffusionXLAdapterPipeline, block: Block, columns: Sequence[Column]
+        self, pipeline: AdapterPipeline, block: Block, columns: Sequence[Column]
     ) -> Iterator[tuple[Column, list[Image.Image]]]:
         """Generates a batch for each column and yields it when it is finished."""
         prompts = [self.prompts[i] for i in block.indices]
@@ -119,7 +120,7 @@ class Plan:
                 generate(pipeline, states[guidance], conditions, seeds, size=self.size, sampling=column.sampling),
             )
 
-    def warn(self, pipeline: StableDiffusionXLAdapterPipeline) -> None:
+    def warn(self, pipeline: AdapterPipeline) -> None:
         """Prints a line if prompts are cut off."""
         warn_of_long_prompts(pipeline, self.prompts, self.max_tokens)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from diffusers import StableDiffusionXLAdapterPipeline
 from PIL import Image
 
 from t2i_adapter.evaluation.pairs import StoredPairs
@@ -17,6 +16,7 @@ from t2i_adapter.evaluation.plan import Column, Plan
 from t2i_adapter.evaluation.processes import Processes
 from t2i_adapter.evaluation.progress import Progress
 from t2i_adapter.evaluation.store import LazySequence, PictureStore, picture_name
+from t2i_adapter.models.family import AdapterPipeline
 
 
 def read_conditions(pairs: StoredPairs, processes: Processes) -> None:
@@ -31,7 +31,7 @@ def produce(
     plan: Plan,
     columns: Sequence[Column],
     store: PictureStore,
-    open_pipeline: Callable[[], StableDiffusionXLAdapterPipeline],
+    open_pipeline: Callable[[], AdapterPipeline],
     processes: Processes,
 ) -> Mapping[str, Sequence[Sequence[Image.Image]]]:
     """Generates this process's share of the pictures that are missing, and waits for the other processes.

@@ -14,7 +14,6 @@ from datetime import date
 from typing import Any
 
 import numpy as np
-from diffusers import StableDiffusionXLAdapterPipeline
 from PIL import Image
 from tqdm import tqdm
 
@@ -40,6 +39,7 @@ from t2i_adapter.evaluation.sweep_options import describe_point, point_values
 from t2i_adapter.evaluation.sweep_values import ValueFile, Values
 from t2i_adapter.generation.generate import TextStates, encode_prompts, generate
 from t2i_adapter.generation.options import SamplingOptions
+from t2i_adapter.models.family import AdapterPipeline
 from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
 
 MARGINS = {"object_color": 1.0, "background_color": 1.0, "saturation": 2.0, "clipped": 0.02, "clip_score": 0.5}
@@ -269,7 +269,7 @@ def _sign(metric: str) -> int:
 
 
 def sweep(
-    pipeline: StableDiffusionXLAdapterPipeline,
+    pipeline: AdapterPipeline,
     choosing: Sequence[Pair],
     fresh: Sequence[Pair],
     points: Sequence[SamplingOptions],
@@ -381,7 +381,7 @@ class _Pictures:
 
     def __init__(
         self,
-        pipeline: StableDiffusionXLAdapterPipeline,
+        pipeline: AdapterPipeline,
         pairs: Sequence[Pair],
         texts: TextStates,
         seed: int,

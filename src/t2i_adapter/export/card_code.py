@@ -40,7 +40,7 @@ def steer(unet, args, kwargs):
 hook = pipeline.unet.register_forward_pre_hook(steer, with_kwargs=True)
 image = pipeline(
     prompt, image=condition, num_inference_steps=30, guidance_scale=guidance,
-    adapter_conditioning_scale=$scale, adapter_conditioning_factor=$factor,
+    adapter_conditioning_scale=$scale$factor,
 ).images[0]
 hook.remove()
 image.save("steered.png")
@@ -50,7 +50,7 @@ image.save("steered.png")
 def usage_code(metadata: Metadata, adapter: str, *, prompt: str, channels: int = 3, is_xl: bool = True) -> str:
     """Returns a Python program that generates a picture from condition.png with the adapter, with diffusers alone.
 
-    is_xl: the adapter is for SDXL; False: for Stable Diffusion 1.5.
+    is_xl: the adapter is for SDXL; False: for Stable Diffusion 1 or 2.
     """
     base, vae = metadata.base, metadata.base.get("vae")
     pipeline = "StableDiffusionXLAdapterPipeline" if is_xl else "StableDiffusionAdapterPipeline"
@@ -76,10 +76,11 @@ def usage_code(metadata: Metadata, adapter: str, *, prompt: str, channels: int =
     )
 
 
-def steering_code(sampling: SamplingOptions) -> str:
+def steering_code(sampling: SamplingOptions, *, is_xl: bool = True) -> str:
     """Returns lines that follow `usage_code`: they generate with control guidance of two passes, with diffusers alone.
 
-    `sampling` has guidance above 1.
+    `sampling` has guidance above 1. Stable Diffusion's pipeline gives the adapter's features to every step, whatever
+    `sampling` says.
     """
     schedule = parse_schedule(sampling.scale_schedule)
     timesteps, factors = [t for t, _ in schedule], [factor for _, factor in schedule]
@@ -87,7 +88,7 @@ def steering_code(sampling: SamplingOptions) -> str:
         guidance=sampling.guidance,
         control=min(sampling.control_guidance, sampling.guidance),
         scale=sampling.scale,
-        factor=sampling.condition_factor,
+        factor=f", adapter_conditioning_factor={sampling.condition_factor}" if is_xl else "",
         schedule=f"\n        feature *= numpy.interp(float(args[1]), {timesteps}, {factors})" if schedule else "",
     )
 

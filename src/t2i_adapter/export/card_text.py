@@ -61,12 +61,12 @@ class Facts:
 
     @property
     def is_xl(self) -> bool:
-        """Whether the adapter is for SDXL; else it is for Stable Diffusion 1.5."""
+        """Whether the adapter is for SDXL; else it is for Stable Diffusion 1 or 2."""
         return self.config.get("adapter_type", "full_adapter_xl") == "full_adapter_xl"
 
     @property
     def family(self) -> str:
-        return "Stable Diffusion XL" if self.is_xl else "Stable Diffusion 1.5"
+        return "Stable Diffusion XL" if self.is_xl else "Stable Diffusion"
 
     @property
     def dataset(self) -> str | None:
@@ -175,7 +175,7 @@ def sampling(facts: Facts) -> str:
     """Says how strong the adapter should be, and in which steps, and how guidance can amplify its condition."""
     metadata, chosen = facts.metadata, facts.sampling
     example = chosen if metadata.sampling else RequestedSampling().settle(_EXAMPLE)
-    program = f"\n\n```python\n{steering_code(example)}```" if example.guidance > 1 else ""
+    program = f"\n\n```python\n{steering_code(example, is_xl=facts.is_xl)}```" if example.guidance > 1 else ""
     notes = []
     if metadata.sampling:
         values = ", ".join(f"{name} {getattr(chosen, name)}" for name in POINT if name in metadata.sampling)

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from diffusers import StableDiffusionXLAdapterPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from t2i_adapter.generation.guidance import adapters_of, steer
+from t2i_adapter.generation.guidance import adapters_of, steer, takes_end
 from t2i_adapter.generation.options import SamplingOptions, Strength
 from t2i_adapter.models.encoders import LatentScale, TextEncoder, count_tokens, text_beyond
+from t2i_adapter.models.family import AdapterPipeline
 from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
 
 Condition = Image.Image | Sequence[Image.Image]
@@ -35,7 +35,7 @@ class TextStates:
 
     The negative ones are None without guidance.
 
-    states, negative_states: (N,L,D); pooled, negative_pooled: (N,P).
+    states, negative_states: (N,L,D); pooled, negative_pooled: (N,P), P = 0 for a pipeline that takes no pooled vector.
     """
 
     states: Tensor
@@ -49,17 +49,22 @@ class TextStates:
     def arguments(self, part: slice) -> dict[str, Tensor | None]:
         """Returns the pipeline's arguments for some of the pictures."""
         negative, negative_pooled = self.negative_states, self.negative_pooled
-        return {
+        states = {
             "prompt_embeds": self.states[part],
-            "pooled_prompt_embeds": self.pooled[part],
             "negative_prompt_embeds": None if negative is None else negative[part],
+        }
+        if not self.pooled.shape[-1]:
+            return states
+        return {
+            **states,
+            "pooled_prompt_embeds": self.pooled[part],
             "negative_pooled_prompt_embeds": None if negative_pooled is None else negative_pooled[part],
         }
 
 
 @torch.no_grad()
 def encode_prompts(
-    pipeline: StableDiffusionXLAdapterPipeline,
+    pipeline: AdapterPipeline,
     prompts: Sequence[str],
     *,
     guidance: float,
@@ -73,20 +78,19 @@ def encode_prompts(
     `negative` None stands for what the base was trained with: zeros, or "".
     """
     parts: Any = pipeline
-    tokenizers = (parts.tokenizer, parts.tokenizer_2)
-    encoder = TextEncoder(tokenizers, (parts.text_encoder, parts.text_encoder_2), parts._execution_device)
+    encoder = TextEncoder.of(parts)
     if not is_quiet:
         warn_of_long_prompts(pipeline, prompts, max_tokens, negative)
     states, pooled = _encode(encoder, prompts, max_tokens)
     if guidance <= 1:
         return TextStates(states, pooled, None, None)
-    if negative is None and parts.config.force_zeros_for_empty_prompt:
+    if negative is None and parts.config.get("force_zeros_for_empty_prompt"):
         return TextStates(states, pooled, torch.zeros_like(states), torch.zeros_like(pooled))
     return TextStates(states, pooled, *_encode(encoder, [negative or ""] * len(prompts), max_tokens))
 
 
 def warn_of_long_prompts(
-    pipeline: StableDiffusionXLAdapterPipeline, prompts: Sequence[str], max_tokens: int, negative: str | None = None
+    pipeline: AdapterPipeline, prompts: Sequence[str], max_tokens: int, negative: str | None = None
 ) -> None:
     """Prints a line on stderr if prompts are cut off at `max_tokens`."""
     parts: Any = pipeline
@@ -123,7 +127,7 @@ def _long_prompts(tokenizer: Any, name: str, prompts: Sequence[str], max_tokens:
 
 
 def generate(
-    pipeline: StableDiffusionXLAdapterPipeline,
+    pipeline: AdapterPipeline,
     prompts: Sequence[str] | TextStates,
     conditions: Sequence[Condition] | None,
     seeds: Sequence[int],
@@ -161,7 +165,7 @@ def batch_length(size: tuple[int, int], sampling: SamplingOptions) -> int:
 
 
 def generate_batches(
-    pipeline: StableDiffusionXLAdapterPipeline,
+    pipeline: AdapterPipeline,
     texts: TextStates,
     conditions: Sequence[Condition] | None,
     seeds: Sequence[int],
@@ -179,7 +183,7 @@ def generate_batches(
     Args:
         texts: the states of N prompts.
         conditions: N pictures of `size`, of any mode; None generates with the base alone, exactly as
-            StableDiffusionXLPipeline does. With several adapters (a pipeline with a MultiAdapter) each is a sequence
+            its family's plain pipeline does. With several adapters (a pipeline with a MultiAdapter) each is a sequence
             of one picture an adapter.
         size: (height, width) in pixels, multiples of what the adapter takes.
         strengths: scale and steps of each adapter; None takes those of `sampling` for each. Guidances and schedule are
@@ -203,7 +207,7 @@ def generate_batches(
 
 
 def _sample_latents(
-    pipeline: StableDiffusionXLAdapterPipeline,
+    pipeline: AdapterPipeline,
     text: dict[str, Any],
     conditions: Sequence[Condition] | None,
     seeds: Sequence[int],
@@ -229,6 +233,7 @@ def _sample_latents(
     ]
     scales = [strength.scale for strength in strengths]
     is_single = len(adapters) == 1
+    end = {"adapter_conditioning_factor": max(strength.end for strength in strengths)} if takes_end(pipeline) else {}
     with steer(pipeline, sampling, strengths):
         output: Any = pipeline(
             image=images[0] if is_single else images,
@@ -238,9 +243,9 @@ def _sample_latents(
             guidance_scale=sampling.guidance,
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             adapter_conditioning_scale=scales[0] if is_single else scales,
-            adapter_conditioning_factor=max(strength.end for strength in strengths),
             output_type="latent",
             callback=lambda *_: bar.update(len(seeds)),  # pyright: ignore[reportArgumentType]
+            **end,
             **text,
         )
     return output.images
@@ -252,7 +257,7 @@ def _condition_row(condition: Condition) -> Sequence[Image.Image]:
 
 
 @torch.no_grad()
-def _decode(pipeline: StableDiffusionXLAdapterPipeline, latents: Tensor) -> list[Image.Image]:
+def _decode(pipeline: AdapterPipeline, latents: Tensor) -> list[Image.Image]:
     """Decodes the latents one by one, so memory does not grow with the batch.
 
     It runs in the VAE's own precision, which `Base.pipeline` keeps at float32; diffusers' decoding would cast it.

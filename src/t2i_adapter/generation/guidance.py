@@ -29,20 +29,19 @@ from torch import Tensor
 
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.generation.options import SamplingOptions, Strength, parse_schedule
+from t2i_adapter.models.family import AdapterPipeline
 
 _FEATURES = "down_intrablock_additional_residuals"
 """The UNet's argument with the adapter's features: a list of (2B,D,h,w), fresh copies at each step, or None."""
 
 
 @contextmanager
-def steer(
-    pipeline: StableDiffusionXLAdapterPipeline, sampling: SamplingOptions, strengths: Sequence[Strength]
-) -> Iterator[None]:
+def steer(pipeline: AdapterPipeline, sampling: SamplingOptions, strengths: Sequence[Strength]) -> Iterator[None]:
     """While it is open, one call of the pipeline applies what its own arguments cannot say.
 
-    These are the control guidance, the schedule, and the steps of each adapter. The call has the largest `end` of
-    `strengths` as its adapter_conditioning_factor, and their scales as its adapter_conditioning_scale. If they say it
-    all, no hook is set.
+    These are the control guidance, the schedule, and the steps of each adapter. The call has the scales of `strengths`
+    as its adapter_conditioning_scale and, if the pipeline `takes_end`, their largest `end` as its
+    adapter_conditioning_factor. If they say it all, no hook is set.
 
     Raises UserError.
     """
@@ -60,7 +59,12 @@ def steer(
         yield
 
 
-def adapters_of(pipeline: StableDiffusionXLAdapterPipeline) -> list[Any]:
+def takes_end(pipeline: AdapterPipeline) -> bool:
+    """Whether a call of the pipeline has an adapter_conditioning_factor: only SDXL's has."""
+    return isinstance(pipeline, StableDiffusionXLAdapterPipeline)
+
+
+def adapters_of(pipeline: AdapterPipeline) -> list[Any]:
     """Returns the pipeline's adapters: one, or those of its `MultiAdapter`."""
     adapter: Any = pipeline.adapter
     return list(adapter.adapters) if isinstance(adapter, MultiAdapter) else [adapter]
@@ -69,9 +73,7 @@ def adapters_of(pipeline: StableDiffusionXLAdapterPipeline) -> list[Any]:
 class _Steering:
     """The hooks of one call of the pipeline, and the number of steps that it has made."""
 
-    def __init__(
-        self, pipeline: StableDiffusionXLAdapterPipeline, sampling: SamplingOptions, strengths: Sequence[Strength]
-    ) -> None:
+    def __init__(self, pipeline: AdapterPipeline, sampling: SamplingOptions, strengths: Sequence[Strength]) -> None:
         self.strengths, self.schedule = strengths, parse_schedule(sampling.scale_schedule)
         self.guidance, self.control = sampling.guidance, sampling.control_guidance
         self.separates = sampling.control_passes == 3 and self.control != 1
@@ -83,6 +85,8 @@ class _Steering:
                 option="control_guidance",
             )
         self.periods = [(int(sampling.steps * s.start), int(sampling.steps * s.end)) for s in strengths]
+        self.last = max(end for _, end in self.periods) if takes_end(pipeline) else sampling.steps
+        """Steps of the call in which the pipeline itself gives the features to the UNet."""
         self.step = 0
         self.added = 0
         """Rows that the present step has more than the pipeline gave."""
@@ -92,7 +96,7 @@ class _Steering:
     @property
     def is_needed(self) -> bool:
         starts, ends = zip(*self.periods, strict=True)
-        return self.control != 1 or bool(self.schedule) or any(starts) or len(set(ends)) > 1
+        return self.control != 1 or bool(self.schedule) or any(starts) or set(ends) != {self.last}
 
     def keeper(self, number: int) -> Any:
         """Returns a hook that keeps the features of an adapter."""

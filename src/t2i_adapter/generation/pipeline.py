@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLAdapterPipeline, T2IAdapter
+from diffusers import T2IAdapter
 
 from t2i_adapter.config.tree import BaseOptions
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.generation.options import ModelOptions
 from t2i_adapter.models.adapter import check_fits, load_adapter
 from t2i_adapter.models.base import Base
+from t2i_adapter.models.family import AdapterPipeline
 from t2i_adapter.models.open import open_base
 from t2i_adapter.models.record import BASE_FIELDS, FILE_NAME, Metadata, read_metadata
 from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
@@ -71,7 +72,7 @@ class Models:
         why = ", as in the adapter's training" if is_recorded else ""
         return f"prompts: up to {self.max_tokens} tokens are read, in chunks of {CHUNK_TOKENS}{why}"
 
-    def pipeline(self) -> StableDiffusionXLAdapterPipeline:
+    def pipeline(self) -> AdapterPipeline:
         """Loads the base and builds the pipeline on the device."""
         dtype = _DTYPES[self.precision]
         pipeline = self.base.pipeline(self.adapter, self.device, dtype, offload=self.offload)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +12,68 @@ from diffusers import T2IAdapter
 
 from t2i_adapter.config.tree import AdapterOptions
 from t2i_adapter.errors import UserError, first_line
+from t2i_adapter.models.family import find_family
 from t2i_adapter.models.record import CONFIG, WEIGHTS
 from t2i_adapter.models.weights import WeightsError, load_weights
 
 GAINS = {"default": 1.0, "quiet": 0.01, "zero": 0.0}
 """`adapter.init` -> factor of all features at the start."""
-DOWNSCALE = 16
-"""PixelUnshuffle factor at the adapter's input; with 16 its features have the sizes of those in SDXL's UNet."""
 
 
-def channels_for(unet_config: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Returns the channels of the four features for a UNet of three resolutions: after each block, and after the middle
-    one.
+@dataclass(frozen=True)
+class Kind:
+    """A type of adapter.
 
-    SDXL: (320, 640, 1280, 1280) at H/16, H/16, H/32, H/32.
+    Attributes:
+        blocks: for each of `channels` in its config, the block of the UNet whose width it is. A light adapter's last
+            two features share the last width.
+        downscale: PixelUnshuffle factor at its input; its first feature has 1/downscale of the picture's sides.
+    """
+
+    blocks: tuple[int, ...]
+    downscale: int
+
+
+KINDS = {
+    "full_adapter_xl": Kind(blocks=(0, 1, 2, 2), downscale=16),
+    "full_adapter": Kind(blocks=(0, 1, 2, 3), downscale=8),
+    "light_adapter": Kind(blocks=(0, 1, 2), downscale=8),
+}
+"""`adapter_type` -> its sizes. For a picture of H pixels the features have these heights:
+
+full_adapter_xl H/16, H/16, H/32, H/32, as SDXL's UNet has them after its blocks and its middle block;
+full_adapter, light_adapter H/8, H/16, H/32, H/64, as the four blocks of Stable Diffusion 1 and 2 have them.
+"""
+
+
+def channels_for(unet_config: Mapping[str, Any], adapter_type: str) -> tuple[int, ...]:
+    """Returns the `channels` of an adapter of this type for a UNet.
+
+    SDXL, full_adapter_xl: (320, 640, 1280, 1280). Stable Diffusion 1 and 2, full_adapter: (320, 640, 1280, 1280),
+    light_adapter: (320, 640, 1280).
     """
     widths = unet_config["block_out_channels"]
-    return (widths[0], widths[1], widths[2], widths[2])
+    return tuple(widths[block] for block in KINDS[adapter_type].blocks)
 
 
 def build_adapter(options: AdapterOptions, unet_config: Mapping[str, Any]) -> T2IAdapter:
-    """Returns a randomly initialised full_adapter_xl whose features fit the UNet, float32."""
+    """Returns a randomly initialised adapter whose features fit the UNet, float32.
+
+    Raises UserError if adapters of the type that `options` name fit no base of its family.
+    """
+    family = find_family(unet_config)
+    adapter_type = options.type or family.adapter_types[0]
+    if adapter_type not in family.adapter_types:
+        raise UserError(
+            f"{adapter_type}: does not fit the base, {family.name}; allowed for it: {', '.join(family.adapter_types)}.",
+            option="adapter.type",
+        )
     adapter = T2IAdapter(
         in_channels=options.in_channels,
-        channels=list(channels_for(unet_config)),
-        num_res_blocks=options.num_res_blocks,
-        downscale_factor=DOWNSCALE,
-        adapter_type="full_adapter_xl",
+        channels=list(channels_for(unet_config, adapter_type)),
+        num_res_blocks=options.res_blocks,
+        downscale_factor=KINDS[adapter_type].downscale,
+        adapter_type=adapter_type,
     )
     if options.init != "default":
         _scale_features(adapter, GAINS[options.init])
@@ -46,11 +82,14 @@ def build_adapter(options: AdapterOptions, unet_config: Mapping[str, Any]) -> T2
 
 @torch.no_grad()
 def _scale_features(adapter: T2IAdapter, gain: float) -> None:
-    """Multiplies every feature by `gain`, which scales through convolutions and ReLUs once the biases are zero."""
+    """Multiplies every feature by `gain`, which scales through convolutions and ReLUs once the biases are zero.
+
+    Only the first convolution is scaled: every stage's input is the stage before it.
+    """
     for name, parameter in adapter.named_parameters():
         if name.endswith(".bias"):
             parameter.zero_()
-        elif name.endswith("conv_in.weight"):
+        elif name in ("adapter.conv_in.weight", "adapter.body.0.in_conv.weight"):  # the latter of a light adapter
             parameter.mul_(gain)
 
 
@@ -79,19 +118,32 @@ def check_sizes(config: Any, name: str) -> None:
             raise UserError(
                 f"{name}/config.json: {key} is {str(size)[:40]}; allowed is a whole number from 1 to {most}."
             )
-    kind, kinds = config.get("adapter_type", "full_adapter"), ("full_adapter", "full_adapter_xl", "light_adapter")
-    if kind not in kinds:
-        raise UserError(f"{name}/config.json: adapter_type is {str(kind)[:40]}; allowed are {', '.join(kinds)}.")
+    if (kind := config.get("adapter_type", "full_adapter")) not in KINDS:
+        raise UserError(f"{name}/config.json: adapter_type is {str(kind)[:40]}; allowed are {', '.join(KINDS)}.")
 
 
 def check_fits(adapter_config: Mapping[str, Any], unet_config: Mapping[str, Any], name: str = "the adapter") -> None:
     """Raises UserError unless the adapter's features can be added inside the UNet."""
-    got, wanted = tuple(adapter_config["channels"]), channels_for(unet_config)
-    if adapter_config["adapter_type"] != "full_adapter_xl" or got != wanted:
+    family = find_family(unet_config)
+    got = _sizes(adapter_config["adapter_type"], adapter_config["channels"], adapter_config["downscale_factor"])
+    allowed = [_sizes(kind, channels_for(unet_config, kind), KINDS[kind].downscale) for kind in family.adapter_types]
+    if got not in allowed:
         raise UserError(
-            f"{name} ({adapter_config['adapter_type']}, channels {got}) does not fit the base, which needs "
-            f"full_adapter_xl with channels {wanted}: use an adapter that was trained for this base."
+            f"{name} is {got}; it does not fit the base, {family.name}, which needs {' or '.join(allowed)}: use an "
+            "adapter that was trained for this base."
         )
+    widths = unet_config["block_out_channels"]
+    if adapter_config["adapter_type"] == "light_adapter" and widths[2] != widths[3]:
+        raise UserError(
+            f"{name}: the last two features of a light_adapter have one width, and the base's UNet has {widths[2]} and "
+            f"{widths[3]} channels there: use a full_adapter.",
+            option="adapter.type",
+        )
+
+
+def _sizes(kind: str, channels: Sequence[int], downscale: int) -> str:
+    """Returns what decides whether an adapter fits, as text."""
+    return f"a {kind} with channels {tuple(channels)} and downscale_factor {downscale}"
 
 
 def check_resolution(
@@ -99,8 +151,8 @@ def check_resolution(
 ) -> None:
     """Raises UserError, with the nearest allowed sizes, unless the adapter takes pictures of this size.
 
-    Both sides must be multiples of the downscale factor: PixelUnshuffle needs that, and so do the features' sizes,
-    because the UNet halves the latent (1/8 of the picture) twice.
+    Both sides must be multiples of the downscale factor, 16 for SDXL and 8 for Stable Diffusion 1 and 2, because
+    PixelUnshuffle needs that. Then the features have the UNet's sizes: both halve odd sizes by rounding up.
     """
     factor = adapter_config["downscale_factor"]
     for side in {height, width}:

@@ -1,4 +1,6 @@
-"""The base: an SDXL model whose weights stay frozen. `Base` reads one from a diffusers folder, part by part.
+"""The base: a text-to-image model whose weights stay frozen. `Base` reads one from a diffusers folder, part by part.
+
+Its family (family.py) says which parts it has.
 
 `open_base` (open.py) finds the folder by the base's name; `SingleFileBase` (single_file.py) reads the weights from one
 .safetensors file instead.
@@ -18,7 +20,6 @@ from diffusers import (
     AutoencoderKL,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    StableDiffusionXLAdapterPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -28,6 +29,7 @@ from t2i_adapter.config.tree import BaseOptions
 from t2i_adapter.errors import UserError, first_line
 from t2i_adapter.files import parse_json, sha256
 from t2i_adapter.models.encoders import LatentEncoder, LatentScale, TextEncoder
+from t2i_adapter.models.family import AdapterPipeline, Family, find_family
 from t2i_adapter.models.scheduler import check_class, check_config
 from t2i_adapter.models.weights import WeightsError, load_weights
 
@@ -36,15 +38,12 @@ if TYPE_CHECKING:
 
 transformers_logging.disable_progress_bar()  # a bar for each local file would hide our own output
 
-TEXT_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
-PARTS = ("unet", "vae", "scheduler", *TEXT_PARTS)
 _SCHEDULER = "scheduler/scheduler_config.json"
-_LARGE_BLOCKS = ("down_blocks.0.", "down_blocks.1.", "up_blocks.1.", "up_blocks.2.")
-"""Blocks of the two highest of SDXL's three resolutions."""
+_TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
 
 class Base:
-    """An SDXL in diffusers layout.
+    """A base in diffusers layout: an SDXL, or a Stable Diffusion 1 or 2.
 
     Each call of `unet`, `vae` or `text_encoder` loads that part anew, in eval mode and without gradients. The part
     belongs to the caller; the base holds no reference to it, so its memory is free when the caller drops it.
@@ -54,24 +53,20 @@ class Base:
         self.options = options
         self.name = options.name
         self.folder = folder
-        for part in PARTS:
-            if not (folder / part).is_dir():
-                raise UserError(
-                    f"{options.config or options.name} is not an SDXL base in diffusers layout: the folder {part}/ is "
-                    f"missing (found: {', '.join(sorted(p.name for p in folder.iterdir())) or 'nothing'})."
-                )
-        blocks, embedding = len(self.unet_config["block_out_channels"]), self.unet_config.get("addition_embed_type")
-        if embedding != "text_time" or blocks != 3:
-            raise UserError(
-                f"{self.name} is not an SDXL base: its UNet has {blocks} resolutions and addition_embed_type "
-                f"{embedding!r}; SDXL has 3 and 'text_time'."
-            )
-        if (channels := self.unet_config.get("in_channels", 4)) != 4:
-            raise UserError(
-                f"{self.name}: its UNet takes {channels} channels, as bases for inpainting or editing do; allowed is "
-                "4. Use the text-to-image base that it was made from."
-            )
+        self._check_parts("unet")
+        self.family: Family = find_family(self.unet_config, self.name)
+        self._check_parts(*self.family.parts)
         self._check_scheduler()
+
+    def _check_parts(self, *parts: str) -> None:
+        """Raises UserError if a part's folder is missing."""
+        for part in parts:
+            if not (self.folder / part).is_dir():
+                found = ", ".join(sorted(path.name for path in self.folder.iterdir())) or "nothing"
+                raise UserError(
+                    f"{self.options.config or self.name} is not a base in diffusers layout: the folder {part}/ is "
+                    f"missing (found: {found}). Name an SDXL, or a Stable Diffusion 1 or 2, in this layout."
+                )
 
     # Configs: read without weights ---------------------------------------------------------------------------------
 
@@ -89,6 +84,8 @@ class Base:
     @cached_property
     def zeros_for_empty_prompt(self) -> bool:
         """Whether this base's pipelines use zeros for a negative prompt that is not given, as SDXL's own does."""
+        if not self.family.can_use_zeros:
+            return False
         index = self.folder / "model_index.json"
         return bool(_read_json(index).get("force_zeros_for_empty_prompt", True)) if index.is_file() else True
 
@@ -119,16 +116,16 @@ class Base:
         scheduler: Any = EulerDiscreteScheduler.from_config(set_keys)
         return scheduler
 
-    def tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-        first, second = (CLIPTokenizer.from_pretrained(self.folder / part) for part in TEXT_PARTS[:2])
-        return first, second
+    def tokenizers(self) -> tuple[CLIPTokenizer, ...]:
+        parts = [part for part in self.family.text_parts if part not in _TEXT_ENCODERS]
+        return tuple(CLIPTokenizer.from_pretrained(self.folder / part) for part in parts)
 
     # Fingerprints: the cache's keys --------------------------------------------------------------------------------
 
     @cached_property
     def text_fingerprint(self) -> str:
         """sha256 of everything that determines a caption's states: configs, vocabularies and weights."""
-        return self._fingerprint(TEXT_PARTS)
+        return self._fingerprint(self.family.text_parts)
 
     @cached_property
     def vae_fingerprint(self) -> str:
@@ -174,10 +171,10 @@ class Base:
         return LatentEncoder(vae.to(memory_format=torch.channels_last), torch.device(device))
 
     def text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
-        """Loads both tokenizers and both text encoders."""
-        first = self._load(CLIPTextModel, "text_encoder", device, dtype)
-        second = self._load(CLIPTextModelWithProjection, "text_encoder_2", device, dtype)
-        return TextEncoder(self.tokenizers(), (first, second), torch.device(device))
+        """Loads all tokenizers and text encoders."""
+        parts = [part for part in self.family.text_parts if part in _TEXT_ENCODERS]
+        encoders = tuple(self._load(_TEXT_ENCODERS[part], part, device, dtype) for part in parts)
+        return TextEncoder(self.tokenizers(), encoders, torch.device(device))
 
     def _load(self, kind: Any, part: str, device: torch.device | str, dtype: torch.dtype) -> Any:
         try:
@@ -200,7 +197,7 @@ class Base:
         text: TextEncoder | None = None,
         with_text: bool = True,
         offload: str = "none",
-    ) -> StableDiffusionXLAdapterPipeline:
+    ) -> AdapterPipeline:
         """Builds diffusers' own pipeline from this base and an adapter, with Euler ancestral steps as in its guide.
 
         The VAE stays in float32, because SDXL's own overflows in fp16.
@@ -214,19 +211,17 @@ class Base:
         if with_text and text is None:
             text = self.text_encoder(place, dtype)
         placed: Any = torch.nn.Module.to(adapter, place, dtype)
-        tokenizers: Any = text.tokenizers if text else (None, None)
-        encoders: Any = text.encoders if text else (None, None)
+        loaded = (*text.tokenizers, *text.encoders) if text else [None] * len(self.family.text_parts)
         scheduler: Any = EulerAncestralDiscreteScheduler.from_config(self.scheduler().config)
-        pipeline = StableDiffusionXLAdapterPipeline(
+        zeros = {"force_zeros_for_empty_prompt": self.zeros_for_empty_prompt} if self.family.can_use_zeros else {}
+        pipeline = self.family.pipeline(
             vae=self.vae(place, torch.float32),
-            text_encoder=encoders[0],
-            text_encoder_2=encoders[1],
-            tokenizer=tokenizers[0],
-            tokenizer_2=tokenizers[1],
+            **dict(zip(self.family.text_parts, loaded, strict=True)),
             unet=unet if unet is not None else self.unet(place, dtype),
             adapter=placed,
             scheduler=scheduler,
-            force_zeros_for_empty_prompt=self.zeros_for_empty_prompt,
+            **zeros,
+            **self.family.fixed,
         )
         pipeline.set_progress_bar_config(disable=True)
         if offload == "model":
@@ -245,8 +240,10 @@ def enable_gradient_checkpointing(unet: Any, blocks: Literal["all", "large"]) ->
     unet.enable_gradient_checkpointing()
     if blocks == "all":
         return
+    last = len(unet.config["block_out_channels"]) - 1
+    large = ("down_blocks.0.", "down_blocks.1.", f"up_blocks.{last - 1}.", f"up_blocks.{last}.")
     for name, module in unet.named_modules():
-        if hasattr(module, "gradient_checkpointing") and not f"{name}.".startswith(_LARGE_BLOCKS):
+        if hasattr(module, "gradient_checkpointing") and not f"{name}.".startswith(large):
             module.gradient_checkpointing = False
 
 

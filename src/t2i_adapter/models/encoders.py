@@ -21,17 +21,28 @@ GPU_BATCH_PIXELS = 4 * 1024**2
 """Pixels that are encoded at a time on a GPU."""
 CPU_BATCH_PIXELS = 8 * 128**2
 """Pixels that a CPU encodes at a time: larger batches exceed its caches (benchmarks/results/speed_options_*.json)."""
+FIRST_SCALE = 0.18215
+"""Factor of the first VAE of Stable Diffusion, whose config does not name it (2112.10752, appendix G)."""
 _TOKENIZER_LOCK = Lock()
 """Tokenizers store the padding and truncation of a call in themselves, so only one thread at a time may call one."""
 
 
 @dataclass
 class TextEncoder:
-    """SDXL's two tokenizers and text encoders as one function."""
+    """A base's tokenizers and text encoders as one function: two of each in SDXL, one in Stable Diffusion 1 and 2."""
 
-    tokenizers: tuple[Any, Any]
-    encoders: tuple[Any, Any]
+    tokenizers: tuple[Any, ...]
+    encoders: tuple[Any, ...]
     device: torch.device
+
+    @classmethod
+    def of(cls, pipeline: Any) -> TextEncoder:
+        """Takes the tokenizers and text encoders of a pipeline of diffusers."""
+        tokenizers, encoders = (
+            tuple(getattr(pipeline, f"{part}{end}") for end in ("", "_2") if hasattr(pipeline, f"{part}{end}"))
+            for part in ("tokenizer", "text_encoder")
+        )
+        return cls(tokenizers, encoders, pipeline._execution_device)
 
     def count_tokens(self, caption: str) -> int:
         """Returns the caption's tokens, start and end excluded."""
@@ -41,8 +52,9 @@ class TextEncoder:
     def encode(self, captions: Sequence[str], max_tokens: int = CHUNK_TOKENS) -> tuple[Tensor, Tensor]:
         """N captions -> states (N,L,D) and pooled (N,P), in the encoders' dtype. L is `text_length(max_tokens)`.
 
-        The states are the last but one hidden layers of both encoders, concatenated; the pooled vector is the second
-        encoder's projection of its end token (SDXL report, 2307.01952, section 2.1).
+        Of SDXL's two encoders, the states are the last but one hidden layers, concatenated; the pooled vector is the
+        second encoder's projection of its end token (SDXL report, 2307.01952, section 2.1). Of a single encoder, as
+        Stable Diffusion 1 and 2 have it, the states are its last layer after the final norm, and P is 0.
 
         A caption of more than 75 tokens is split after every 75th. Each chunk is encoded alone, with its own start and
         end; the states of all chunks follow one another, and the pooled vector is the first chunk's. The chunks are
@@ -57,8 +69,12 @@ class TextEncoder:
             counts = [len(one) for one in chunks]
             ids = torch.tensor([chunk for one in chunks for chunk in one])
             output = encoder(ids.to(self.device), output_hidden_states=True)
-            hidden.append(output.hidden_states[-2])
-            pooled = output[0]
+            if len(self.encoders) == 1:
+                hidden.append(output.last_hidden_state)
+                pooled = output.last_hidden_state[:, 0, :0]
+            else:
+                hidden.append(output.hidden_states[-2])
+                pooled = output[0]
         assert pooled is not None
         states = torch.cat(hidden, dim=-1)
         if max_tokens == CHUNK_TOKENS:
@@ -133,7 +149,7 @@ class LatentScale:
         channels = vae_config["latent_channels"]
         mean = vae_config.get("latents_mean") or [0.0] * channels
         std = vae_config.get("latents_std") or [1.0] * channels
-        factor = vae_config["scaling_factor"]
+        factor = vae_config.get("scaling_factor", FIRST_SCALE)
         return cls(tuple(mean), tuple(factor / s for s in std))
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
-"""Reads a base from one .safetensors file in the layout of SDXL's original release, as most of its descendants have."""
+"""Reads a base from one .safetensors file in the layout of its family's original release, as most descendants have.
+
+The layouts of SDXL, of Stable Diffusion 1 (one CLIP) and of Stable Diffusion 2 (one OpenCLIP) are read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import (
     SingleFileComponentError,
     fetch_diffusers_config,
@@ -24,32 +28,72 @@ from t2i_adapter.config.tree import BaseOptions
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.errors import UserError, first_line, flag
 from t2i_adapter.files import sha256, user_path
-from t2i_adapter.models.base import PARTS, Base, freeze
+from t2i_adapter.models.base import Base, freeze
+from t2i_adapter.models.family import SD, SDXL, Family
 
 diffusers_logging.disable_progress_bar()  # each part would show a bar of its own
 
-CONFIG_FILES = ["model_index.json", *(f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "txt"))]
-_PREFIXES = {
-    "unet": ("model.diffusion_model.",),
-    "vae": ("first_stage_model.", "vae."),
-    "text_encoder": ("conditioner.embedders.0.transformer.text_model.",),
-    "text_encoder_2": ("conditioner.embedders.1.model.transformer.",),
-}
-"""Part -> prefixes of the names of its tensors in the file."""
-_TEXT_PROJECTION = "conditioner.embedders.1.model.text_projection"
+CONFIG_FILES = ["model_index.json", *(f"{part}/*.{suffix}" for part in SDXL.parts for suffix in ("json", "txt"))]
+"""Files of the hub with a base's configs; SDXL's parts include those of the other family."""
 _UNET_NAMES = re.compile(
     r"model\.diffusion_model\.(time_embed|label_emb|input_blocks|middle_block|output_blocks|out)\..+\.(weight|bias)$"
 )
-_TEXT_NAMES = re.compile(
-    r"conditioner\.embedders\.(0\.transformer\.text_model\..*\.(weight|bias|position_ids)"
-    r"|1\.model\.transformer\.resblocks\..*\.(in_proj_)?(weight|bias)"
-    r"|1\.model\.(token_embedding\.weight|ln_final\.(weight|bias)|positional_embedding|text_projection|logit_scale))$"
+_OPEN_CLIP_NAMES = (
+    r"(transformer\.resblocks\..*\.(in_proj_)?(weight|bias)"
+    r"|token_embedding\.weight|ln_final\.(weight|bias)|positional_embedding|text_projection|logit_scale)$"
 )
-"""The names of tensors in the original release. Others, such as `scale_weight` of quantised weights, change the
-numbers, and diffusers ignores them."""
+_CLIP_NAMES = r"transformer\.text_model\..*\.(weight|bias|position_ids)$"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The names of tensors in an original release.
+
+    Other names in the UNet or the text encoders, such as `scale_weight` of quantised weights, change the numbers, and
+    diffusers ignores them.
+
+    Attributes:
+        text: text encoder -> prefix of the names of its tensors; the UNet and the VAE have the same prefixes in all
+            layouts.
+        text_names: matches every allowed name of a text encoder's tensor.
+        required: a further tensor that must be in the file.
+    """
+
+    family: Family
+    text: Mapping[str, str]
+    text_names: re.Pattern[str]
+    required: str | None = None
+
+    @property
+    def prefixes(self) -> dict[str, tuple[str, ...]]:
+        """Part -> prefixes of the names of its tensors, one of which must be in the file."""
+        return {**_PREFIXES, **{part: (prefix,) for part, prefix in self.text.items()}}
+
+
+_PREFIXES = {"unet": ("model.diffusion_model.",), "vae": ("first_stage_model.", "vae.")}
+SDXL_LAYOUT = Layout(
+    SDXL,
+    {
+        "text_encoder": "conditioner.embedders.0.transformer.text_model.",
+        "text_encoder_2": "conditioner.embedders.1.model.transformer.",
+    },
+    re.compile(rf"conditioner\.embedders\.(0\.{_CLIP_NAMES}|1\.model\.{_OPEN_CLIP_NAMES})"),
+    required="conditioner.embedders.1.model.text_projection",
+)
+SD1_LAYOUT = Layout(
+    SD,
+    {"text_encoder": "cond_stage_model.transformer.text_model."},
+    re.compile(rf"cond_stage_model\.{_CLIP_NAMES}"),
+)
+SD2_LAYOUT = Layout(
+    SD,
+    {"text_encoder": "cond_stage_model.model.transformer."},
+    re.compile(rf"cond_stage_model\.model\.{_OPEN_CLIP_NAMES}"),
+)
+_PIPELINES = {SDXL.key: StableDiffusionXLPipeline, SD.key: StableDiffusionPipeline}
+"""Family -> class of diffusers that reads its parts from a file."""
 _OTHER_FILES = (
     (r"(^|[._])lora[._]", "It is a LoRA: merge it into a base first"),
-    (r"^cond_stage_model\.", "It is a checkpoint of Stable Diffusion 1 or 2"),
     (r"^conditioner\.embedders\.0\.model\.", "It is SDXL's refiner"),
     (r"^(encoder|decoder)\.", "It is a VAE"),
     (r"^(down_blocks|input_blocks)\.", "It has the names of a UNet alone"),
@@ -72,8 +116,13 @@ class SingleFileBase(Base):
 
     def __init__(self, options: BaseOptions, path: Path) -> None:
         self.path = path
-        keys = _read_keys(path, with_vae=options.vae is None)
+        keys, layout = _read_keys(path, with_vae=options.vae is None)
         super().__init__(options, _find_configs(options, path))
+        if self.family is not layout.family:
+            raise UserError(
+                f"{path} holds {layout.family.name}, and {self.folder} has the configs of {self.family.name}. "
+                f"{_NAME_CONFIG}."
+            )
         self._check_schedule(keys)
         if _SIGMAS in keys:
             self._check_sigmas()
@@ -88,10 +137,10 @@ class SingleFileBase(Base):
         return hashlib.sha256(f"{self._file_sha256}\n{configs}".encode()).hexdigest()
 
     def _load(self, kind: Any, part: str, device: torch.device | str, dtype: torch.dtype) -> Any:
-        others = {other: None for other in PARTS if other != part}
+        others: dict[str, Any] = {other: None for other in self.family.parts if other != part}
         try:
-            pipeline = StableDiffusionXLPipeline.from_single_file(
-                str(self.path), config=str(self.folder), local_files_only=True, **others
+            pipeline = _PIPELINES[self.family.key].from_single_file(
+                str(self.path), config=str(self.folder), local_files_only=True, **others, **self.family.fixed
             )
         except NotImplementedError as fault:  # raised if a weight is still on the meta device
             raise self._mismatch(part, "some of its weights are missing in the file") from fault
@@ -135,8 +184,9 @@ class SingleFileBase(Base):
             )
 
 
-def _read_keys(path: Path, *, with_vae: bool) -> set[str]:
-    """Returns the names of the file's tensors, from its header. Raises UserError if a part of SDXL is missing."""
+def _read_keys(path: Path, *, with_vae: bool) -> tuple[set[str], Layout]:
+    """Returns the names of the file's tensors, from its header, and their layout. Raises UserError if a part of a base
+    is missing."""
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: a single-file base must be .safetensors; pickled weights (.ckpt, .bin) are not read.")
     try:
@@ -144,31 +194,43 @@ def _read_keys(path: Path, *, with_vae: bool) -> set[str]:
             keys = set(file.keys())
     except (OSError, SafetensorError) as fault:
         raise UserError(f"{path}: damaged safetensors file ({first_line(fault)}). Download it again.") from fault
-    wanted = [prefixes for part, prefixes in _PREFIXES.items() if with_vae or part != "vae"]
+    layout = _find_layout(keys)
+    wanted = [prefixes for part, prefixes in layout.prefixes.items() if with_vae or part != "vae"]
     missing = [f"{prefixes[0]}*" for prefixes in wanted if not any(key.startswith(prefixes) for key in keys)]
-    if not missing and _TEXT_PROJECTION not in keys:
-        missing = [_TEXT_PROJECTION]
+    if not missing and layout.required and layout.required not in keys:
+        missing = [layout.required]
     if missing:
         raise UserError(
-            f"{path} is not an SDXL base in the layout of the original release: missing weights {', '.join(missing)}. "
-            f"{_advice(keys, missing)}"
+            f"{path} is not a base of {layout.family.name} in the layout of the original release: missing weights "
+            f"{', '.join(missing)}. {_advice(keys, missing, layout)}"
         )
-    _check_keys(keys, path)
-    return keys
+    _check_keys(keys, path, layout)
+    return keys, layout
 
 
-def _advice(keys: set[str], missing: list[str]) -> str:
+def _find_layout(keys: set[str]) -> Layout:
+    """Returns the layout of a file by the prefix of its text encoders; SDXL's if it has none."""
+    if any(key.startswith("cond_stage_model.model.") for key in keys):
+        return SD2_LAYOUT
+    return SD1_LAYOUT if any(key.startswith("cond_stage_model.") for key in keys) else SDXL_LAYOUT
+
+
+def _advice(keys: set[str], missing: list[str], layout: Layout) -> str:
     """Returns what the file is, if its names show that, and what to do."""
     known = [what for pattern, what in _OTHER_FILES if any(re.search(pattern, key) for key in keys)]
     if not known and missing == [f"{_PREFIXES['vae'][0]}*"]:
         return f"Set {flag('base.vae')} to the folder or hub id of a VAE, or name a complete checkpoint."
-    text = sorted(key for key in keys if re.match(r"conditioner\.|text_encoder", key) and not _TEXT_NAMES.match(key))
+    text = sorted(
+        key
+        for key in keys
+        if re.match(r"conditioner\.|text_encoder|cond_stage_model\.", key) and not layout.text_names.match(key)
+    )
     if not known and text:
         known = [f"Its text encoders have the names of another layout, such as {text[0]}"]
     return "".join(f"{what}. " for what in known[:1]) + "Name a complete checkpoint, or a diffusers folder."
 
 
-def _check_keys(keys: set[str], path: Path) -> None:
+def _check_keys(keys: set[str], path: Path, layout: Layout) -> None:
     """Raises UserError if a key means that the weights stand for other numbers, or for another process than DDPM."""
     if edm := sorted(key for key in keys if key.startswith(_EDM)):
         raise UserError(
@@ -176,12 +238,12 @@ def _check_keys(keys: set[str], path: Path) -> None:
             "CosXL were. Training follows DDPM's noise schedule only: use a base that was trained with it.",
             kind="schedule",
         )
-    unet, *text = (_PREFIXES[part][0] for part in ("unet", "text_encoder", "text_encoder_2"))
+    unet, text = _PREFIXES["unet"], tuple(layout.text.values())
     unknown = sorted(
         key
         for key in keys
         if (key.startswith(unet) and not _UNET_NAMES.match(key))
-        or (key.startswith(tuple(text)) and not _TEXT_NAMES.match(key))
+        or (key.startswith(text) and not layout.text_names.match(key))
     )
     if unknown:
         raise UserError(

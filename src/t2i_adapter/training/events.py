@@ -38,7 +38,8 @@ class Event:
     def kind(self) -> Kind:
         """Numbers of the training, a look at the control (`gain`, `score`, `advice`), the score of a validation, or a
         warning."""
-        return next((kind for key, kind in _KEYS if key in self.values), "train")
+        kinds: list[Kind] = [kind for key, kind in _KEYS if key in self.values]
+        return kinds[0] if kinds else "train"
 
 
 Callback = Callable[[Event], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from t2i_adapter.batches.example import example_batch
 from t2i_adapter.config.tree import Config
 from t2i_adapter.diffusion.schedule import NoiseSchedule
-from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.base import Base, enable_gradient_checkpointing
 from t2i_adapter.models.quantize import quantize
 from t2i_adapter.training.step import FrozenModel, batch_losses
@@ -48,12 +47,9 @@ class Shapes:
     def __init__(self, config: Config, base: Base, adapter: Any, dtype: torch.dtype) -> None:
         """adapter: the one to train; only its config is used. dtype: arithmetic of the run."""
         self.config, self.base, self.dtype = config, base, dtype
-        options = replace(
-            config.adapter, in_channels=adapter.config["in_channels"], num_res_blocks=adapter.config["num_res_blocks"]
-        )
         with torch.device("meta"):
             self._unet = self._make_unet()
-            self._adapter = build_adapter(options, base.unet_config).train()
+            self._adapter = type(adapter).from_config(adapter.config).train()
         schedule = NoiseSchedule.of(base.scheduler()).to(torch.device("meta"))
         self._frozen = FrozenModel(self._unet, schedule, base.latent_scale, dtype)
 

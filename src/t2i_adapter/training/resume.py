@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from t2i_adapter.config.recipe import RENAMED
-from t2i_adapter.config.tree import Config, OptimOptions, flat, to_dict
+from t2i_adapter.config.tree import RES_BLOCKS, Config, OptimOptions, flat, to_dict
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.training.optim import lr_schedule
 from t2i_adapter.training.plan import Plan
@@ -107,6 +107,9 @@ def changes(state: Mapping[str, Any], config: Config, plan: Mapping[str, Any]) -
     for former, name in RENAMED.items():  # an older version wrote the checkpoint
         if before.get(former) is not None:
             before.setdefault(name, before[former])
+    for tree in (before, after, initial):  # a number, whether it was written or None stood for it
+        kind = tree.get("adapter.type") or ""
+        tree["adapter.num_res_blocks"] = tree.get("adapter.num_res_blocks") or RES_BLOCKS.get(kind, 2)
     found = [
         # An option that the checkpoint's version did not have counts as its default value.
         Change(name, before.get(name, initial[name]), value, is_harmless(name))

@@ -51,6 +51,8 @@ from t2i_adapter.types import Batch
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Mixed precision as accelerate names it -> dtype of the frozen base and the encoders."""
+MUCH_LARGER = 1.5
+"""Share of the base's own size at which a run's size gets a line."""
 OPTIONS = "options.yaml"
 """In a run's folder: its resolved options and seed, a recipe that repeats or resumes the run."""
 
@@ -153,6 +155,8 @@ def set_up(config: Config) -> Setup:
         # An older version wrote the checkpoint, and left no pairs out of training.
         config = replace(config, validation=replace(config.validation, split="none"))
     inputs = open_inputs(config, accelerator, seed)
+    for line in _odd_size(config.data.resolution, inputs.base):
+        accelerator.print(line)
     plan = make_plan(
         config,
         samples=len(inputs.source),
@@ -215,6 +219,8 @@ def make_adapter(config: Config, base: Base, seed: int) -> Any:
                 f"{config.adapter.init_from} takes {channels}-channel pictures: "
                 f"set {flag('adapter.in_channels')} {channels}."
             )
+        if (kind := adapter.config["adapter_type"]) != (config.adapter.type or kind):
+            raise UserError(f"{config.adapter.init_from} is a {kind}: set {flag('adapter.type')} {kind}, or omit it.")
     else:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)
@@ -222,6 +228,16 @@ def make_adapter(config: Config, base: Base, seed: int) -> Any:
     check_fits(adapter.config, base.unet_config, config.adapter.init_from or "the adapter")
     check_resolution(config.data.resolution, config.data.resolution, adapter.config)
     return adapter
+
+
+def _odd_size(resolution: int, base: Base) -> Iterator[str]:
+    """A line if the run's pictures are much larger than those that the base was made for."""
+    if resolution >= MUCH_LARGER * base.native_size:
+        yield (
+            f"The base {base.name} makes pictures of {base.native_size} px by default, and this run trains at "
+            f"{resolution}: more memory and time, and pictures that the base draws less well. Its own size is "
+            f"{flag('data.resolution')} {base.native_size}."
+        )
 
 
 def _find_checkpoint(accelerator: Accelerator, config: Config) -> Path | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from t2i_adapter.diffusion import objective
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.models.encoders import LatentScale
+from t2i_adapter.models.family import added_conditions
 from t2i_adapter.types import Batch
 
 
@@ -56,10 +57,7 @@ def predict(adapter: Any, frozen: FrozenModel, noisy: Tensor, batch: Batch) -> T
         noisy.to(dtype),
         batch.timesteps,
         encoder_hidden_states=each_draw(batch.text.to(dtype), batch),
-        added_cond_kwargs={
-            "text_embeds": each_draw(batch.pooled.to(dtype), batch),
-            "time_ids": each_draw(batch.time_ids, batch),
-        },
+        added_cond_kwargs=added_conditions(each_draw(batch.pooled.to(dtype), batch), each_draw(batch.time_ids, batch)),
         down_intrablock_additional_residuals=features,
         return_dict=False,
     )[0]

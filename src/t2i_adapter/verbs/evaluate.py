@@ -18,8 +18,6 @@ from t2i_adapter.generation.options import ModelOptions, RequestedSampling, Samp
 from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLAdapterPipeline
-
     from t2i_adapter.annotators.registry import Annotator
     from t2i_adapter.data.source import Source
     from t2i_adapter.evaluation.evaluate import Evaluation
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from t2i_adapter.evaluation.processes import Processes
     from t2i_adapter.evaluation.store import PictureStore
     from t2i_adapter.generation.pipeline import Models
+    from t2i_adapter.models.family import AdapterPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +229,7 @@ def model_options(options: EvaluateOptions, adapter: str, device: str | None = N
     return ModelOptions(**{**values, "adapter": adapter, "device": device or options.device})
 
 
-def _open_pipeline(models: list[Models]) -> StableDiffusionXLAdapterPipeline:
+def _open_pipeline(models: list[Models]) -> AdapterPipeline:
     """Loads the base once. The other adapters are moved beside it, and take turns in its pipeline."""
     import torch
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from t2i_adapter.data.source import Source
 
 SDXL, SDXL_VAE = "stabilityai/stable-diffusion-xl-base-1.0", "madebyollin/sdxl-vae-fp16-fix"
+SDXL_SIZE = 1024
 LOOKED_AT = 64
 """Rows of the quick look, chosen by seed 0."""
 GLOBAL_BATCH = 16
@@ -72,7 +73,7 @@ def run(options: InitOptions) -> None:
     data, source = open_data(options, is_asking)
     memory = card_bytes(options.card) if options.card else _memory()
     base = options.base or (SDXL if memory else NANO)
-    data = replace(data, resolution=128 if base == NANO else 1024)
+    data = replace(data, resolution=_native_size(base))
     print(source.describe())
     for line in quick_look(source, data):
         print(line)
@@ -179,7 +180,7 @@ def _sections(data: DataOptions, base: str, memory: int | None, pairs: int) -> d
         models |= {"variant": "fp16", "vae": (SDXL_VAE, "SDXL's own VAE overflows in half precision")}
     if gib < 11:
         models["quantize"] = "int8", "8 bits a weight of the frozen base; docs/memory.md"
-    optim: dict[str, Any] = {"lr": (1e-5, "of the official SDXL adapters"), "schedule": "constant_with_warmup"}
+    optim: dict[str, Any] = {"lr": (1e-5, "of the official adapters"), "schedule": "constant_with_warmup"}
     if gib < 11:
         optim = {"name": ("adamw8bit", "pip install 'sdxl-t2i-adapter[adam8bit]'"), **optim}
     return {
@@ -207,6 +208,21 @@ _DATA = (
     *("location", "split", "kind", "image_column", "conditioning_image_column", "caption_column"),
     *("conditioning_dir", "captions", "skip", "background"),
 )
+
+
+def _native_size(base: str) -> int:
+    """Side in pixels of the pictures that a base makes by default. Of a base on the hub only its UNet's config is read.
+
+    SDXL's side, with a line about it, if the base cannot be read here.
+    """
+    if base in (NANO, SDXL):
+        return 128 if base == NANO else SDXL_SIZE
+    from t2i_adapter.models.open import native_size
+
+    size = native_size(base)
+    if size is None:
+        print(f"{base}: cannot be read here, so the recipe takes SDXL's {SDXL_SIZE} pixels; change data.resolution.")
+    return size or SDXL_SIZE
 
 
 def _memory() -> int | None:
