@@ -19,6 +19,8 @@ from t2i_adapter.types import MaxTokens
 NANO = "nano"
 Layout = Literal["auto", "folder", "paired", "manifest", "tar", "parquet", "hub", "emoji", "shapes"]
 """Layouts of a dataset; `data.formats.LAYOUTS` has their readers."""
+COLUMN, FOLDER = "column:", "folder:"
+"""What an item of `data.conditions` begins with if it names a column or a folder, and not an annotator."""
 SECRET = "secret"  # metadata key of fields that are never written to a file
 
 
@@ -82,9 +84,17 @@ class AdapterOptions:
     init: Literal["default", "quiet", "zero"] = "default"
     """`default` is diffusers' random start. `quiet` scales all features to 1 % of that, so that step 0 hardly changes
     the base's output. `zero` scales them to 0: the weights of the first convolution are zeros."""
+    compose: tuple[str, ...] = ()
+    """Train these existing adapters together, folders or hub ids, so that the sum of their features behaves
+    (docs/compose.md). Each is written to a folder of its own, adapter-0-NAME, adapter-1-NAME, ..."""
 
     def __post_init__(self) -> None:
         require("adapter.num_res_blocks", self.num_res_blocks >= 1, self.num_res_blocks, "1 or more")
+        count = len(self.compose)
+        require("adapter.compose", count != 1, self.compose[0] if count else "", "name two adapters or more")
+        alone = self.init_from is None or not count
+        other = f"and {flag('adapter.compose')} names the adapters to continue from; omit one of them"
+        require("adapter.init_from", alone, self.init_from, other)
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,9 @@ class DataOptions:
     condition: str | None = None
     """Make the condition from the image with this annotator (`t2i-adapter conditions` lists them), its options behind
     commas, for example canny,low=50. None reads the condition column."""
+    conditions: tuple[str, ...] = ()
+    """With adapter.compose, where the condition of each adapter comes from, in their order: an annotator as in
+    `condition`, column:NAME, or folder:DIR. Without it each adapter's record says how its condition is made."""
     max_train_samples: int | None = None
     """Number of rows to use, chosen by the seed; None uses all."""
     skip: str | None = None
@@ -182,6 +195,9 @@ class DataOptions:
         both = self.conditioning_dir is not None and self.condition is not None
         made = f"are conditions, and {flag('data.condition')} {self.condition} makes others; omit one of them"
         require("data.conditioning_dir", not both, self.conditioning_dir, made)
+        single = self.condition or self.conditioning_dir
+        made = f"{flag('data.conditions')} names the conditions of all adapters; omit this one"
+        require("data.condition", not (single and self.conditions), single, made)
         known = self.captions in ("auto", "none", "filename") or re.fullmatch(r"\.[^./\\]+", self.captions)
         require(
             "data.captions", bool(known), self.captions, "allowed is auto, none, filename or an ending such as .txt"

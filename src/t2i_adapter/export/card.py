@@ -265,7 +265,18 @@ def _introduction(metadata: Metadata, repo_id: str, channels: int) -> str:
         f"# {markdown(repo_id.rpartition('/')[2])}\n\n"
         f"A T2I-Adapter for Stable Diffusion XL, trained{size} on the frozen base {markdown(metadata.base['name'])}. "
         f"{kind}"
-    ).rstrip()
+    ).rstrip() + _together(metadata)
+
+
+def _together(metadata: Metadata) -> str:
+    """Returns how to use an adapter that was trained together with others."""
+    others = metadata.training.get("composed_with")
+    if not isinstance(others, list | tuple) or not others:
+        return ""
+    return (
+        f"\n\nIt was trained together with {markdown(', '.join(map(str, others)))}, so that the features of all can be "
+        "added. Give each a weight of 1, or 0.5 to 1.5: the default of `MultiAdapter` in diffusers is less."
+    )
 
 
 def _long_prompts(metadata: Metadata) -> str:

@@ -84,14 +84,15 @@ def shortened(config: Config, steps: int) -> Config:
 def differences(one: Path, other: Path, step: int) -> dict[str, float]:
     """Largest difference of each tensor in two runs' checkpoints of that step, and of their logged losses."""
     import torch
-    from safetensors.torch import load_file
 
     from t2i_adapter.training import checkpoint
 
-    found = {}
-    for file in (checkpoint.WEIGHTS, checkpoint.TENSORS):
-        a, b = (load_file(folder / f"{checkpoint.PREFIX}{step}" / file) for folder in (one, other))
-        found |= {name: _largest(a[name], b[name]) if name in a and name in b else float("inf") for name in a | b}
+    def tensors(run: Path) -> dict[str, Tensor]:
+        weights, training = checkpoint.load(run / f"{checkpoint.PREFIX}{step}")
+        return weights | training.tensors
+
+    a, b = tensors(one), tensors(other)
+    found = {name: _largest(a[name], b[name]) if name in a and name in b else float("inf") for name in a | b}
     a, b = (torch.tensor(_losses(folder), dtype=torch.float64) for folder in (one, other))
     return {**found, "logged losses": _largest(a, b)}
 
