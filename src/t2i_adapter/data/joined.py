@@ -12,6 +12,8 @@ from typing import Any
 
 from t2i_adapter.annotators.mirror import Kind
 from t2i_adapter.config.tree import COLUMN, FOLDER, DataOptions
+from t2i_adapter.data.generated import EmojiRows, ShapesRows
+from t2i_adapter.data.paired import PairedRows
 from t2i_adapter.data.rows import Row, Rows
 from t2i_adapter.errors import UserError
 
@@ -47,9 +49,23 @@ def open_joined(
 ) -> tuple[JoinedRows, str]:
     """The rows of the dataset with all of its conditions, and the name of its layout. Raises UserError."""
     opened = [open_layout(part.options(data)) for part in parts]
+    for part, (rows, what) in zip(parts, opened, strict=True):
+        _check_origin(part.origin, rows, what)
     layers = [rows for rows, _ in opened]
     known = tuple(replace(part, annotate=rows.annotate) for part, rows in zip(parts, layers, strict=True))
     return JoinedRows(layers, known), opened[0][1]
+
+
+def _check_origin(origin: str, rows: Rows, what: str) -> None:
+    """Raises UserError if a layout cannot have conditions of this origin, which it would not notice."""
+    is_folder = isinstance(rows, PairedRows)
+    if origin.startswith(FOLDER) and not is_folder:
+        instead = f"name a column ({COLUMN}NAME) or an annotator"
+    elif origin.startswith(COLUMN) and (is_folder or isinstance(rows, ShapesRows | EmojiRows)):
+        instead = f"name a folder ({FOLDER}DIR) or an annotator" if is_folder else "name one of its maps"
+    else:
+        return
+    raise UserError(f"{origin}: {rows.place} is read as {what}, which has none; {instead}.", option="data.conditions")
 
 
 class JoinedRows(Rows):

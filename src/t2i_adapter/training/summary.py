@@ -130,12 +130,12 @@ def next_commands(config: Config, source: Source, *, is_published: bool) -> list
     """Command lines that generate, measure and publish. What the run cannot know is a word in capital letters."""
     folders = adapter_folders(config)
     if config.adapter.compose:
-        found = [["push", "--folder", folder] for folder in folders]
+        found: list[list[str | Path]] = []
         for part, folder in zip(source.parts, folders, strict=True):
-            data = _held_out(part.options(config.data))
             made = ["--condition", part.annotate] if part.annotate else []
-            found.append(["evaluate", "--adapter", folder, *data, *made])
-        return [show_command("t2i-adapter", *words) for words in reversed(found)]
+            found.append(["evaluate", "--adapter", folder, *_held_out(part.options(config.data)), *made])
+        found += [["push", "--folder", folder] for folder in folders]
+        return [show_command("t2i-adapter", *words) for words in found]
     [folder] = folders
     prompt, kind, picture = _example(config, source)
     generate = ["generate", "--adapter", folder, "--prompt", prompt, kind, picture]
