@@ -48,9 +48,14 @@ def open_joined(
     data: DataOptions, parts: Sequence[Part], open_layout: Callable[[DataOptions], tuple[Rows, str]]
 ) -> tuple[JoinedRows, str]:
     """The rows of the dataset with all of its conditions, and the name of its layout. Raises UserError."""
-    opened = [open_layout(part.options(data)) for part in parts]
-    for part, (rows, what) in zip(parts, opened, strict=True):
+    opened = []
+    for part in parts:
+        try:
+            rows, what = open_layout(part.options(data))
+        except UserError as fault:
+            raise fault.within(part.origin) from fault
         _check_origin(part.origin, rows, what)
+        opened.append((rows, what))
     layers = [rows for rows, _ in opened]
     known = tuple(replace(part, annotate=rows.annotate) for part, rows in zip(parts, layers, strict=True))
     return JoinedRows(layers, known), opened[0][1]
