@@ -141,6 +141,7 @@ def test_the_guides_command_line() -> None:
             "in_channels": 3,
             "num_res_blocks": 2,
             "init": "default",
+            "compose": [],
         },
         "data": {
             "location": "fusing/fill50k",
@@ -156,6 +157,7 @@ def test_the_guides_command_line() -> None:
             "conditioning_image_column": "conditioning_image",
             "caption_column": "text",
             "condition": None,
+            "conditions": [],
             "max_train_samples": None,
             "resolution": 1024,
             "crops_coords_top_left_h": 0,

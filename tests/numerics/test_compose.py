@@ -23,7 +23,7 @@ from t2i_adapter.batches.loader import make_partial_batches
 from t2i_adapter.cli import main
 from t2i_adapter.config.tree import Config
 from t2i_adapter.errors import Stopped
-from t2i_adapter.models.joint import JointAdapter
+from t2i_adapter.models.joint import JointAdapter, adapters_in
 from t2i_adapter.models.record import read_metadata
 from t2i_adapter.training.accumulate import part
 from t2i_adapter.training.looks import LookPlan
@@ -67,7 +67,7 @@ def test_the_sum_is_that_of_diffusers_for_any_weights(joint: JointAdapter) -> No
     condition = torch.rand(2, 6, 64, 64)
     for scales in ([1.0, 1.0], [0.5, 1.5], [0.0, 1.25]):
         ours = joint(condition, torch.tensor([scales, scales]))
-        theirs = MultiAdapter(list(joint.adapters))([condition[:, :3], condition[:, 3:]], scales)
+        theirs = MultiAdapter(adapters_in(joint))([condition[:, :3], condition[:, 3:]], scales)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -193,6 +193,8 @@ def test_the_records_say_where_the_conditions_come_from(
     parts = set_up(again).source.parts
     assert [part.origin.partition(",")[0] for part in parts] == ["column:conditioning_image", "canny"]
     run(again, summary=False)
+    names = sorted(path.name for path in (tmp_path / "again").glob("adapter-*"))
+    assert names == ["adapter-0-outline", "adapter-1-lines"]
 
 
 def checkpoint_tensors(out: Path, step: int) -> dict[str, torch.Tensor]:

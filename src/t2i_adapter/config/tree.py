@@ -197,7 +197,8 @@ class DataOptions:
         require("data.conditioning_dir", not both, self.conditioning_dir, made)
         single = self.condition or self.conditioning_dir
         made = f"{flag('data.conditions')} names the conditions of all adapters; omit this one"
-        require("data.condition", not (single and self.conditions), single, made)
+        option = "data.condition" if self.condition else "data.conditioning_dir"
+        require(option, not (single and self.conditions), single, made)
         known = self.captions in ("auto", "none", "filename") or re.fullmatch(r"\.[^./\\]+", self.captions)
         require(
             "data.captions", bool(known), self.captions, "allowed is auto, none, filename or an ending such as .txt"

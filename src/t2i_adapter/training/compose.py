@@ -121,7 +121,8 @@ def adapter_folders(config: Config) -> list[Path]:
 def _short(name: str) -> str:
     """The last part of an adapter's folder or hub id, as it can stand in a folder's name."""
     last = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).resolve().name if Path(name).exists() else Path(name).name)
-    return last.strip("-.")[:_NAME_LETTERS] or "adapter"
+    own = re.sub(r"^(adapter-\d+-)+", "", last)  # of an earlier joint training
+    return own.strip("-.")[:_NAME_LETTERS] or "adapter"
 
 
 def joint_record(names: Sequence[str], number: int) -> dict[str, Any]:
