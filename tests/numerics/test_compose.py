@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import MultiAdapter, T2IAdapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.runs import losses, tiny_config, train_words
 from support.tiny import write_adapter, write_circles, write_tiny_sdxl
 
@@ -31,6 +31,7 @@ from t2i_adapter.training.setup import set_up
 from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.types import Batch
 from t2i_adapter.verbs.train import run
+from t2i_adapter.verbs.verify_resume import differences
 
 CONDITIONS = ("column:conditioning_image", "canny")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -223,6 +224,18 @@ def test_a_resumed_run_is_the_same_to_the_bit(config: Config, tmp_path: Path) ->
     assert losses(tmp_path / "run") == losses(tmp_path / "stopped")
 
 
+def test_verify_resume_compares_both_adapters(config: Config, tmp_path: Path) -> None:
+    run(config, summary=False)
+    again = shutil.copytree(config.output_dir, tmp_path / "again")
+    assert set(differences(tmp_path / "run", again, 6).values()) == {0.0}
+    file = again / "checkpoint-6" / "t2iadapter-1" / WEIGHTS
+    weights = load_file(file)
+    weights["adapter.conv_in.bias"] += 1
+    save_file(weights, file)
+    found = differences(tmp_path / "run", again, 6)
+    assert [name for name, value in found.items() if value] == ["t2iadapter-1/adapter.conv_in.bias"]
+
+
 def test_a_finished_run_is_recognised(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     again = replace(config, checkpoint=replace(config.checkpoint, resume="auto"))
     run(again, summary=False)
@@ -325,6 +338,25 @@ def test_options_that_do_not_go_together_are_refused(
 ) -> None:
     filled = [word.format(*adapters) for word in words]
     assert said in fails(*train_words(tiny_base, tiny_data, tmp_path / "out", *filled))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"in_channels": 4}, "takes pictures of 4 channels"), ({"downscale_factor": 8}, "their features do not add up")],
+)
+def test_an_adapter_that_is_unlike_the_first_is_refused(
+    tiny_base: Path,
+    tiny_data: Path,
+    adapters: Adapters,
+    tmp_path: Path,
+    fails: Callable[..., str],
+    change: dict[str, int],
+    said: str,
+) -> None:
+    config = {**T2IAdapter.load_config(adapters[0]), **change}
+    T2IAdapter.from_config(config).save_pretrained(tmp_path / "unlike")
+    words = train_words(tiny_base, tiny_data, tmp_path / "out", "--compose", adapters[0], tmp_path / "unlike")
+    assert said in fails(*words, "--conditions", *CONDITIONS)
 
 
 def test_code_that_a_record_names_is_not_run(

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from diffusers import T2IAdapter
+
 from t2i_adapter.annotators.mirror import Kind
 from t2i_adapter.annotators.registry import open_recorded
 from t2i_adapter.batches.choices import WEIGHT_RANGE
@@ -14,7 +16,7 @@ from t2i_adapter.config.tree import COLUMN, FOLDER, Config
 from t2i_adapter.data import shapes
 from t2i_adapter.data.joined import Part
 from t2i_adapter.errors import UserError, flag
-from t2i_adapter.models.adapter import DOWNSCALE, check_fits, load_adapter
+from t2i_adapter.models.adapter import check_fits, load_adapter
 from t2i_adapter.models.joint import JointAdapter, adapters_in
 from t2i_adapter.models.record import FILE_NAME, Metadata, read_metadata
 
@@ -58,15 +60,21 @@ def load_adapters(config: Config, unet_config: Mapping[str, Any]) -> JointAdapte
     for name in config.adapter.compose:
         adapter = load_adapter(name, cache_dir=config.base.cache_dir)
         check_fits(adapter.config, unet_config, name)
-        factor, channels = adapter.config["downscale_factor"], adapter.config["in_channels"]
-        if factor != DOWNSCALE or channels not in (1, 3):
-            raise UserError(
-                f"{name}: takes pictures of {channels} channels and divides their sides by {factor}; allowed are 1 or "
-                f"3 channels and {DOWNSCALE}.",
-                option="adapter.compose",
-            )
         adapters.append(adapter)
+        _check_like_the_first(adapters, name)
     return JointAdapter(adapters)
+
+
+def _check_like_the_first(adapters: Sequence[T2IAdapter], name: str) -> None:
+    """Raises UserError unless the last adapter, called `name`, takes pictures and makes features like the first."""
+    channels = adapters[-1].config["in_channels"]
+    if channels not in (1, 3):
+        text = f"{name}: takes pictures of {channels} channels; allowed are 1 and 3."
+        raise UserError(text, option="adapter.compose")
+    first, last = (adapter.config["downscale_factor"] for adapter in (adapters[0], adapters[-1]))
+    if first != last:
+        text = f"{name}: divides pictures by {last} and the first adapter by {first}; their features do not add up."
+        raise UserError(text, option="adapter.compose")
 
 
 def find_parts(config: Config, network: Any) -> tuple[Part, ...]:

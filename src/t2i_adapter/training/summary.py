@@ -133,7 +133,8 @@ def next_commands(config: Config, source: Source, *, is_published: bool) -> list
         found: list[list[str | Path]] = []
         for part, folder in zip(source.parts, folders, strict=True):
             made = ["--condition", part.annotate] if part.annotate else []
-            found.append(["evaluate", "--adapter", folder, *_held_out(part.options(config.data)), *made])
+            data, out = _held_out(part.options(config.data)), ["--out", folder / "evaluation"]
+            found.append(["evaluate", "--adapter", folder, *data, *made, *out])
         found += [["push", "--folder", folder] for folder in folders]
         return [show_command("t2i-adapter", *words) for words in found]
     [folder] = folders

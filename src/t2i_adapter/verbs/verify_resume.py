@@ -84,12 +84,17 @@ def shortened(config: Config, steps: int) -> Config:
 def differences(one: Path, other: Path, step: int) -> dict[str, float]:
     """Largest difference of each tensor in two runs' checkpoints of that step, and of their logged losses."""
     import torch
+    from safetensors.torch import load_file
 
     from t2i_adapter.training import checkpoint
 
     def tensors(run: Path) -> dict[str, Tensor]:
-        weights, training = checkpoint.load(run / f"{checkpoint.PREFIX}{step}")
-        return weights | training.tensors
+        """All tensors of the checkpoint by name; those of the second adapter and later ones with its folder's."""
+        read: dict[str, Tensor] = {}
+        for file in sorted((run / f"{checkpoint.PREFIX}{step}").rglob("*.safetensors")):
+            for name, tensor in load_file(file).items():
+                read[f"{file.parent.name}/{name}" if name in read else name] = tensor
+        return read
 
     a, b = tensors(one), tensors(other)
     found = {name: _largest(a[name], b[name]) if name in a and name in b else float("inf") for name in a | b}
