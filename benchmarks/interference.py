@@ -56,6 +56,8 @@ SCORES = {"outline": ("edge F1", 1), "depth": ("edge F1", 1), "palette": ("palet
 PAIRS = (("outline", "palette"), ("depth", "palette"))
 JOINT_RATE, JOINT_EMPTY_PROMPTS = 1e-3, 0.5
 ARMS = ("sum", "joint", "longer", "rescaled", "sqrt")
+SAME_ADAPTERS = ("rescaled", "sqrt")
+"""Arms with the adapters of `sum`, which is measured before them."""
 CASES = ("alone", "same", "other", "empty")
 
 
@@ -266,7 +268,15 @@ def write_measurement(arm: str, pair: tuple[str, str], seed: int, options: argpa
 
     pictures: dict[tuple[str | None, str | None], list[Image.Image]] = {}
     scores: dict[str, dict[str, list[float]]] = {kind: {} for kind in pair}
-    for (kind, case), sources in {**cases_of(pair), **{(kind, "none"): (None, None) for kind in pair}}.items():
+    cases = cases_of(pair)
+    if arm == "sum":
+        cases |= {(kind, "none"): (None, None) for kind in pair}
+    elif arm in SAME_ADAPTERS:  # one adapter alone gives the same pictures in these arms
+        known = json.loads(measurement("sum", pair, seed, options).read_text())["scores"]
+        for kind in pair:
+            scores[kind]["alone"] = known[kind]["alone"]
+            del cases[kind, "alone"]
+    for (kind, case), sources in cases.items():
         if sources not in pictures:
             pictures[sources] = generate(
                 pipeline,
@@ -319,7 +329,7 @@ def summarize(pair: tuple[str, str], options: argparse.Namespace) -> list[dict[s
         own, norms = _scores(arm, pair, options), _read(arm, pair, options, "norms")
         for kind in pair:
             name, sign = SCORES[kind]
-            cases = {case: _means(own[kind][case]) for case in (*CASES, "none")}
+            cases = {case: _means(own[kind][case]) for case in CASES} | {"none": _means(plain[kind]["none"])}
             entries.append(
                 {
                     "pair": " + ".join(pair),
