@@ -27,6 +27,7 @@ from t2i_adapter.models.joint import JointAdapter, adapters_in
 from t2i_adapter.models.record import read_metadata
 from t2i_adapter.training.accumulate import part
 from t2i_adapter.training.looks import LookPlan
+from t2i_adapter.training.memory import Shapes
 from t2i_adapter.training.setup import set_up
 from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.types import Batch
@@ -196,6 +197,14 @@ def test_the_records_say_where_the_conditions_come_from(
     run(again, summary=False)
     names = sorted(path.name for path in (tmp_path / "again").glob("adapter-*"))
     assert names == ["adapter-0-outline", "adapter-1-lines"]
+
+
+def test_the_plan_counts_the_weights_of_all(config: Config, adapters: Adapters) -> None:
+    setup = set_up(config)
+    wanted = sum(tensor.numel() for folder in adapters for tensor in load_file(folder / WEIGHTS).values())
+    assert setup.plan.trainable_parameters == wanted
+    memory = Shapes(config, setup.base, setup.adapter, torch.float32).memory(2, height=64, width=64)
+    assert memory.adapter == 4 * wanted and memory.step > 0
 
 
 def checkpoint_tensors(out: Path, step: int) -> dict[str, torch.Tensor]:

@@ -115,7 +115,8 @@ class PairTransform:
         framing = replace(self.framing, views=1, flip=self.framing.flip and self.framing.crop == "random")
         options = {**asdict(framing), "background": self.background, **self._about_condition()}
         if self.others:
-            options["others"] = [other._about_condition() for other in self.others]
+            about = (other._about_condition() for other in self.others)
+            options["others"] = " + ".join(", ".join(f"{key} {value}" for key, value in one.items()) for one in about)
         return options
 
     def fingerprint(self, vae_fingerprint: str) -> str:
