@@ -68,6 +68,8 @@ SHORT = {
             *("image_column", "conditioning_image_column", "caption_column"),
         )
     },
+    "compose": "adapter.compose",
+    "conditions": "data.conditions",
     "profile": "train.profile",
     "max_time": "train.max_time",
     "on_nonfinite": "train.on_nonfinite",

@@ -61,8 +61,9 @@ class Sample:
         image: the target picture, RGB.
         condition: the condition picture (RGB or L), or None if the source has no condition pictures.
         captions: one or more; each draw uses one of them.
-        digest: sha256 (hex) of the stored bytes of both pictures; the key in the cache is made of it.
+        digest: sha256 (hex) of the stored bytes of all pictures; the key in the cache is made of it.
         meta: further columns of the row, e.g. {"scene": "<json>"}.
+        others: the further conditions, each as `condition`, if several adapters are trained together.
     """
 
     key: str
@@ -71,6 +72,7 @@ class Sample:
     captions: tuple[str, ...]
     digest: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    others: tuple[Image | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class PartialBatch:
         condition: (B,C,H,W) uint8; equal channels may share memory.
         text, pooled: (B,L,D) and (B,P) float16, or None if `captions` are to be encoded.
         captions: each sample's caption; "" if it is dropped.
-        time_ids, timesteps, noise, latent_noise, keys: as in `Batch`.
+        time_ids, timesteps, noise, latent_noise, keys, weights: as in `Batch`.
         bad: (number, reason) of each sample that could not be read and was replaced by another.
     """
 
@@ -143,6 +145,7 @@ class PartialBatch:
     latent_noise: Tensor
     keys: Sequence[str]
     bad: tuple[tuple[int, str], ...] = ()
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class Batch:
 
     Attributes:
         moments: (B,8,h,w) float, mean and standard deviation of the VAE's posterior, before scaling.
-        condition: (B,C,H,W) float in [0,1].
+        condition: (B,C,H,W) float in [0,1]; of several adapters, their conditions stacked along C.
         text: (B,L,D) float, states of the text encoders (`models.encoders.TextEncoder.encode`).
         pooled: (B,P) float, the second text encoder's projection.
         time_ids: (B,6) int64; a UNet with P = 0 does not take them.
@@ -161,6 +164,8 @@ class Batch:
         noise: (B K,4,h,w) float32, added to the latent.
         latent_noise: (B K,4,h,w) float32, selects the sample from the VAE's posterior.
         keys: (B,) the samples' keys, for messages.
+        weights: (B,n) float32, the factor of each of n adapters' features, 0 for one that the sample leaves out; None
+            if one adapter is trained.
     """
 
     moments: Tensor
@@ -172,6 +177,7 @@ class Batch:
     noise: Tensor
     latent_noise: Tensor
     keys: Sequence[str]
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -189,7 +195,8 @@ class ImageRecord:
     Attributes:
         moments: (8,h,w) float16, mean and standard deviation of the VAE's posterior, before scaling; None if the
             picture is still to be encoded.
-        condition: (C,H,W) uint8; or the crop (3,H,W), if each draw makes a condition of its own.
+        condition: (C,H,W) uint8; or the crop (3,H,W), if each draw makes a condition of its own. Several conditions
+            are stacked along C.
         geometry: where the crop lies on the original picture.
         pixels: (3,H,W) uint8, the crop itself, if there are no moments.
     """

@@ -142,6 +142,7 @@ def test_the_guides_command_line() -> None:
             "in_channels": 3,
             "num_res_blocks": None,
             "init": "default",
+            "compose": [],
         },
         "data": {
             "location": "fusing/fill50k",
@@ -157,6 +158,7 @@ def test_the_guides_command_line() -> None:
             "conditioning_image_column": "conditioning_image",
             "caption_column": "text",
             "condition": None,
+            "conditions": [],
             "max_train_samples": None,
             "resolution": 1024,
             "crops_coords_top_left_h": 0,

@@ -29,6 +29,7 @@ from support.kills import (
     undisturbed,
 )
 
+from t2i_adapter.models.record import CONFIG, WEIGHTS
 from t2i_adapter.training import checkpoint
 
 FULL_DISK = "96m"
@@ -272,7 +273,9 @@ def damage(folder: Path, choices: random.Random) -> tuple[str, str]:
 
     Returns (file name that the error will contain, kind of damage).
     """
-    name = choices.choice((checkpoint.CONFIG, checkpoint.WEIGHTS, checkpoint.TENSORS, "state.json"))
+    name = choices.choice(
+        (f"{checkpoint.ADAPTER}/{CONFIG}", f"{checkpoint.ADAPTER}/{WEIGHTS}", checkpoint.TENSORS, "state.json")
+    )
     file = folder / name
     before = file.read_bytes()
     while True:

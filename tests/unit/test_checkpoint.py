@@ -83,9 +83,10 @@ def test_the_adapter_of_a_checkpoint_opens_by_itself(tmp_path: Path):
 def test_a_snapshot_shares_nothing_with_what_trains_on():
     adapter = small_adapter()
     taken = checkpoint.snapshot(adapter, TrainingState({}, state_of(1, {})))
-    before = {name: value.clone() for name, value in taken.weights.items()}
+    [(_, weights)] = taken.adapters
+    before = {name: value.clone() for name, value in weights.items()}
     trained(adapter, 1)
-    assert all(torch.equal(taken.weights[name], before[name]) for name in before)
+    assert all(torch.equal(weights[name], before[name]) for name in before)
     assert not all(torch.equal(value, before[name]) for name, value in adapter.state_dict().items())
 
 
@@ -288,7 +289,7 @@ def test_no_room_is_told_in_bytes_before_anything_is_written(tmp_path: Path):
 
     taken = snapshot(1)
     with pytest.raises(OSError, match=r"No space left.*1,152,921,504,606,846,976 bytes are needed and [\d,]+ are free"):
-        saving._check_room(tmp_path, Huge(taken.config, taken.weights, taken.training))
+        saving._check_room(tmp_path, Huge(taken.adapters, taken.training))
     assert not list(tmp_path.iterdir())
 
 
@@ -307,7 +308,7 @@ def test_a_save_that_waits_for_room_gives_way_to_the_next(saver: Saver, told: li
 def test_a_mistake_of_ours_in_the_writer_surfaces(saver: Saver):
     saver.output_dir.mkdir()
     taken = snapshot(1)
-    saver.save(checkpoint.Snapshot(taken.config, {"x": torch.zeros(1, dtype=torch.complex64)}, taken.training))
+    saver.save(checkpoint.Snapshot((("{}", {"x": torch.zeros(1, dtype=torch.complex64)}),), taken.training))
     with pytest.raises(KeyError, match="complex64"):
         saver.close()
     assert not list(saver.output_dir.iterdir())

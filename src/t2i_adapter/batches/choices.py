@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from t2i_adapter.batches.order import AGAIN_STREAM, DRAW_STREAM, VIEW_STREAM, Order
+from t2i_adapter.batches.order import AGAIN_STREAM, DRAW_STREAM, VIEW_STREAM, WEIGHTS_STREAM, Order
 from t2i_adapter.cache.dataset import PairDataset
 from t2i_adapter.cache.records import add_prefix
 from t2i_adapter.config.tree import Config, DataOptions
@@ -18,6 +18,12 @@ from t2i_adapter.types import ImageRecord, TextRecord
 
 MAX_BAD_ROWS = 100
 """If this many consecutive rows cannot be read, the run ends: then the whole source is missing, not a few rows."""
+
+SHARE_ALL, SHARE_NONE = 0.1, 0.1
+"""With several adapters: shares of the samples that have all conditions, and none. In the rest each condition is there
+with probability 0.5. CoAdapter and Uni-ControlNet (arXiv 2305.16322) train with these shares."""
+WEIGHT_RANGE = 0.5, 1.5
+"""With several adapters: range of the factor of a condition that is there, uniform."""
 
 
 class Choices(NamedTuple):
@@ -43,7 +49,7 @@ class DrawnSample:
     """One sample of a batch: its number in the dataset, its records and its choices.
 
     Fields as in `types.PartialBatch`, with K noise samples on the first axis. `text` is None if `caption` is still to
-    be encoded.
+    be encoded. `weights` has one number for each of several adapters, and is None if one is trained.
     """
 
     number: int
@@ -55,6 +61,7 @@ class DrawnSample:
     noise: np.ndarray
     latent_noise: np.ndarray
     bad: tuple[tuple[int, str], ...]
+    weights: tuple[float, ...] | None = None
 
 
 def choose(seed: int, draw: int, latent: tuple[int, int], noise_offset: float = 0.0, again: int = 0) -> Choices:
@@ -80,6 +87,23 @@ def choose_view(seed: int, draw: int) -> tuple[float, int]:
     """
     generator = np.random.Generator(np.random.PCG64([VIEW_STREAM, seed, draw]))
     return float(generator.random()), int(generator.integers(2**63))
+
+
+def choose_weights(seed: int, draw: int, count: int) -> tuple[float, ...]:
+    """The factors of the features of `count` adapters, 0 for one that the sample leaves out: a function of (seed,
+    draw).
+
+    They come from a stream of their own, so that they change no other choice.
+    """
+    generator = np.random.Generator(np.random.PCG64([WEIGHTS_STREAM, seed, draw]))
+    case, coins, factors = generator.random(), generator.random(count), generator.uniform(*WEIGHT_RANGE, count)
+    if case < SHARE_ALL:
+        is_there = np.ones(count, bool)
+    elif case < SHARE_ALL + SHARE_NONE:
+        is_there = np.zeros(count, bool)
+    else:
+        is_there = coins < 0.5
+    return tuple(np.where(is_there, factors, 0.0).tolist())
 
 
 def choose_caption(captions: Sequence[str], options: DataOptions, *, pick: float, drop: float, tags: int) -> str:
@@ -134,6 +158,7 @@ def draw_sample(
         noise=_stacked([choices.noise for choices in every]),
         latent_noise=_stacked([choices.latent_noise for choices in every]),
         bad=bad,
+        weights=choose_weights(seed, draw, count) if (count := len(config.adapter.compose)) else None,
     )
 
 

@@ -78,6 +78,7 @@ class Encoders:
             noise=partial.noise,
             latent_noise=partial.latent_noise,
             keys=partial.keys,
+            weights=partial.weights,
         )
 
     def _is_first(self, what: str) -> bool:

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-EPOCH_STREAM, DRAW_STREAM, VIEW_STREAM, GROUP_STREAM, SHARD_STREAM, AGAIN_STREAM, STRATA_STREAM, LOOK_STREAM = range(8)
+EPOCH_STREAM, DRAW_STREAM, VIEW_STREAM, GROUP_STREAM, SHARD_STREAM = range(5)
+AGAIN_STREAM, STRATA_STREAM, LOOK_STREAM, WEIGHTS_STREAM = range(5, 9)
 """First word of every generator's key, so that no two purposes share random numbers."""
 
 BLOCK_ROWS = 1024

@@ -110,7 +110,9 @@ def unpack(
     fields = dict(packed.fields)
     keys = SampleKeys(fields.pop("numbers"), key)
     ints = {name: torch.tensor(fields.pop(name)) for name in ("time_ids", "timesteps")}
-    return PartialBatch(**arrays, **ints, **fields, keys=keys)
+    factors = fields.pop("weights")
+    weights = torch.tensor(factors, dtype=torch.float32) if factors else None
+    return PartialBatch(**arrays, **ints, **fields, keys=keys, weights=weights)
 
 
 def _array(sample: DrawnSample, name: str) -> np.ndarray | None:
@@ -126,6 +128,7 @@ def _fields(samples: Sequence[DrawnSample]) -> dict[str, Any]:
         "timesteps": [timestep for sample in samples for timestep in sample.timesteps],
         "numbers": tuple(sample.number for sample in samples),
         "bad": tuple(bad for sample in samples for bad in sample.bad),
+        "weights": [sample.weights for sample in samples if sample.weights is not None],
     }
 
 

@@ -49,7 +49,8 @@ def prepare(
     """The dataset of a run; its missing records are made first.
 
     Args:
-        in_channels: of the condition, 1 (grey) or 3.
+        in_channels: of the condition, 1 (grey) or 3; not used if the source has several conditions, which have their
+            own.
         extra_captions: captions to encode besides the source's; "" is for dropped captions.
         bad_list: file that gets a line for each skipped row (`on_bad_sample skip`).
         check: called before a picture is encoded, with the source, the numbers (N,) of its good rows and their digests
@@ -59,7 +60,7 @@ def prepare(
     `cache none` the pictures are opened only if they must be sorted by crop size. Raises UserError.
     """
     started = time.monotonic()
-    transform = PairTransform.of(options, in_channels, source.annotate)
+    transform = PairTransform.of(options, in_channels, source.annotate, source.parts)
     notes = context.root / NOTES / context.run_id if context.world > 1 else None
     sweep(context.root / NOTES, "*")
     bad = BadRows(options, len(source), notes, context.rank)

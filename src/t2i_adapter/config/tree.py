@@ -23,6 +23,8 @@ AdapterType = Literal["full_adapter_xl", "full_adapter", "light_adapter"]
 """Networks of diffusers' `T2IAdapter`; `models.adapter.KINDS` has their sizes."""
 RES_BLOCKS = {"light_adapter": 4}
 """Type -> residual blocks of each stage in official adapters; the others have 2."""
+COLUMN, FOLDER = "column:", "folder:"
+"""What an item of `data.conditions` begins with if it names a column or a folder, and not an annotator."""
 SECRET = "secret"  # metadata key of fields that are never written to a file
 
 
@@ -90,10 +92,18 @@ class AdapterOptions:
     init: Literal["default", "quiet", "zero"] = "default"
     """`default` is diffusers' random start. `quiet` scales all features to 1 % of that, so that step 0 hardly changes
     the base's output. `zero` scales them to 0: the weights of the first convolution are zeros."""
+    compose: tuple[str, ...] = ()
+    """Train these existing adapters together, folders or hub ids, so that the sum of their features behaves
+    (docs/compose.md). Each is written to a folder of its own, adapter-0-NAME, adapter-1-NAME, ..."""
 
     def __post_init__(self) -> None:
         blocks = self.num_res_blocks
         require("adapter.num_res_blocks", blocks is None or blocks >= 1, blocks, "1 or more")
+        count = len(self.compose)
+        require("adapter.compose", count != 1, self.compose[0] if count else "", "name two adapters or more")
+        alone = self.init_from is None or not count
+        other = f"and {flag('adapter.compose')} names the adapters to continue from; omit one of them"
+        require("adapter.init_from", alone, self.init_from, other)
 
     @property
     def res_blocks(self) -> int:
@@ -136,6 +146,9 @@ class DataOptions:
     condition: str | None = None
     """Make the condition from the image with this annotator (`t2i-adapter conditions` lists them), its options behind
     commas, for example canny,low=50. None reads the condition column."""
+    conditions: tuple[str, ...] = ()
+    """With adapter.compose, where the condition of each adapter comes from, in their order: an annotator as in
+    `condition`, column:NAME, or folder:DIR. Without it each adapter's record says how its condition is made."""
     max_train_samples: int | None = None
     """Number of rows to use, chosen by the seed; None uses all."""
     skip: str | None = None
@@ -196,6 +209,10 @@ class DataOptions:
         both = self.conditioning_dir is not None and self.condition is not None
         made = f"are conditions, and {flag('data.condition')} {self.condition} makes others; omit one of them"
         require("data.conditioning_dir", not both, self.conditioning_dir, made)
+        single = self.condition or self.conditioning_dir
+        made = f"{flag('data.conditions')} names the conditions of all adapters; omit this one"
+        option = "data.condition" if self.condition else "data.conditioning_dir"
+        require(option, not (single and self.conditions), single, made)
         known = self.captions in ("auto", "none", "filename") or re.fullmatch(r"\.[^./\\]+", self.captions)
         require(
             "data.captions", bool(known), self.captions, "allowed is auto, none, filename or an ending such as .txt"

@@ -5,6 +5,7 @@ The bytes of the pictures and the options of a `PairTransform` determine a recor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from t2i_adapter.annotators.mirror import Kind, exchange_sides
 from t2i_adapter.annotators.registry import Annotator, annotate, open_annotator
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.geometry import Framing, Resample, apply
+from t2i_adapter.data.joined import Part
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import fingerprint
 from t2i_adapter.types import Geometry, ImageRecord, Sample
@@ -34,7 +36,8 @@ class CroppedPair:
     """One view of a sample, ready for the encoder: image (3,H,W) u8 and condition (C,H,W) u8.
 
     The condition is read-only; the three channels of a grey one share memory. If the annotator is random, the image
-    stands in its place, and `PairTransform.random_condition` makes the condition.
+    stands in its place, and `PairTransform.random_condition` makes the condition. Several conditions are stacked along
+    C.
     """
 
     key: str
@@ -54,6 +57,7 @@ class PairTransform:
         kind: what the condition's colours mean (`DataOptions.condition_kind`).
         annotator: makes the condition from the cropped image; None takes the sample's own condition picture.
         background: colour behind transparent pixels. The source has used it already; records depend on it.
+        others: one transform for each of the sample's further conditions (`Sample.others`).
     """
 
     framing: Framing
@@ -61,14 +65,20 @@ class PairTransform:
     kind: Kind = "map"
     annotator: Annotator | None = None
     background: str = "white"
+    others: tuple[PairTransform, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.in_channels in (1, 3)
 
     @classmethod
-    def of(cls, options: DataOptions, in_channels: int, annotate: str | None) -> PairTransform:
-        """`annotate` names the annotator that makes the conditions; None if the source has them. Raises UserError if
-        there is no such annotator."""
+    def of(
+        cls, options: DataOptions, in_channels: int, annotate: str | None, parts: Sequence[Part] = ()
+    ) -> PairTransform:
+        """`annotate` names the annotator that makes the conditions; None if the source has them. `parts`, if there are
+        several conditions, say this of each. Raises UserError if there is no such annotator."""
+        if parts:
+            first, *others = (cls.of(part.options(options), part.channels, part.annotate) for part in parts)
+            return replace(first, others=tuple(others))
         assert options.resolution % 8 == 0
         annotator = open_annotator(annotate) if annotate else None
         return cls(Framing.of(options), in_channels, options.condition_kind, annotator, options.background)
@@ -78,21 +88,23 @@ class PairTransform:
         geometry = self.framing.plan((sample.image.height, sample.image.width), sample.digest, view)
         image = apply(sample.image, geometry, IMAGE_FILTER)
         pixels = _channels_first(image)
-        if self.annotator is None:
-            condition = self._to_condition(self._crop_condition(sample, geometry))
-        elif self.annotator.chance:
-            condition = pixels
-        else:
-            condition = self._to_condition(annotate(self.annotator, image))
-        return CroppedPair(sample.key, sample.digest, view, pixels, condition, geometry)
+        pictures = (sample.condition, *sample.others)
+        conditions = [
+            one._make_condition(picture, sample.key, image, pixels, geometry)
+            for one, picture in zip((self, *self.others), pictures, strict=True)
+        ]
+        return CroppedPair(sample.key, sample.digest, view, pixels, _stacked(conditions), geometry)
 
     def random_condition(self, record: ImageRecord, draw: str) -> ImageRecord:
         """The record of one draw. A random annotator makes the condition from the crop that the record holds in its
         place, as a function of `draw`; otherwise the record is returned unchanged."""
-        if self._random is None:
+        parts = (self, *self.others)
+        if all(part._random is None for part in parts):
             return record
-        image = Image.fromarray(np.ascontiguousarray(record.condition.transpose(1, 2, 0)))
-        return replace(record, condition=self._to_condition(annotate(self._random, image, draw)))
+        ends = np.cumsum([part._stored_channels for part in parts])
+        stored = np.split(record.condition, ends[:-1])
+        conditions = [part._of_draw(planes, draw) for part, planes in zip(parts, stored, strict=True)]
+        return replace(record, condition=_stacked(conditions))
 
     def about(self) -> dict[str, Any]:
         """The options that a record depends on, for people and for `fingerprint`.
@@ -101,33 +113,60 @@ class PairTransform:
         so `flip` does not matter there.
         """
         framing = replace(self.framing, views=1, flip=self.framing.flip and self.framing.crop == "random")
-        options = {**asdict(framing), "background": self.background}
-        if self._random is not None:
-            return {**options, "condition": PER_DRAW}
-        condition = self.annotator.spec if self.annotator else f"picture, {self.kind}"
-        return {**options, "condition": condition, "in_channels": self.in_channels}
+        options = {**asdict(framing), "background": self.background, **self._about_condition()}
+        if self.others:
+            about = (other._about_condition() for other in self.others)
+            options["others"] = " + ".join(", ".join(f"{key} {value}" for key, value in one.items()) for one in about)
+        return options
 
     def fingerprint(self, vae_fingerprint: str) -> str:
         """Names the folder of records that this transform and this VAE make."""
         filters = IMAGE_FILTER, LABEL_FILTER if self.kind == "labels" else CONDITION_FILTER
         condition = self.annotator.fingerprint if self.annotator else self.kind
+        others = {"others": [other.fingerprint("") for other in self.others]} if self.others else {}
         return fingerprint(
-            **{**self.about(), "condition": condition if self._random is None else PER_DRAW},
+            **{**self.about(), "condition": condition if self._random is None else PER_DRAW, **others},
             vae=vae_fingerprint,
             filters=",".join(filters),
             version=IMAGE_VERSION,
         )
+
+    def _about_condition(self) -> dict[str, Any]:
+        if self._random is not None:
+            return {"condition": PER_DRAW}
+        condition = self.annotator.spec if self.annotator else f"picture, {self.kind}"
+        return {"condition": condition, "in_channels": self.in_channels}
+
+    @property
+    def _stored_channels(self) -> int:
+        """Channels that a record holds for the condition: those of the crop if each draw makes the condition."""
+        return self.in_channels if self._random is None else 3
+
+    def _of_draw(self, planes: np.ndarray, draw: str) -> np.ndarray:
+        """The condition (C,H,W) of one draw, from the planes that the record holds for it."""
+        if self._random is None:
+            return planes
+        image = Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+        return self._to_condition(annotate(self._random, image, draw))
 
     @property
     def _random(self) -> Annotator | None:
         """The annotator if it is random: then each draw gets a condition of its own."""
         return self.annotator if self.annotator and self.annotator.chance else None
 
-    def _crop_condition(self, sample: Sample, geometry: Geometry) -> Image.Image:
-        condition = sample.condition
+    def _make_condition(
+        self, picture: Image.Image | None, key: str, image: Image.Image, pixels: np.ndarray, geometry: Geometry
+    ) -> np.ndarray:
+        """The condition (C,H,W) of a crop, from the sample's condition `picture` or from the crop itself (`image`, and
+        as `pixels`), which also stands for a random condition."""
+        if self.annotator is None:
+            return self._to_condition(self._crop_condition(picture, key, geometry))
+        return pixels if self.annotator.chance else self._to_condition(annotate(self.annotator, image))
+
+    def _crop_condition(self, condition: Image.Image | None, key: str, geometry: Geometry) -> Image.Image:
         if condition is None:
             raise UserError(
-                f"{sample.key}: has no condition picture, and training needs one. Add it, or name an annotator that "
+                f"{key}: has no condition picture, and training needs one. Add it, or name an annotator that "
                 f"makes it from the image with {flag('data.condition')}.",
                 kind="missing",
             )
@@ -141,6 +180,15 @@ class PairTransform:
         """(C,H,W) u8, read-only; C is `in_channels`."""
         values = _channels_first(picture.convert("L") if self.in_channels == 1 else picture)
         return np.broadcast_to(values, (self.in_channels, picture.height, picture.width))
+
+
+def _stacked(conditions: Sequence[np.ndarray]) -> np.ndarray:
+    """Conditions (C_i,H,W) along the channels, read-only. A single one is returned unchanged."""
+    if len(conditions) == 1:
+        return conditions[0]
+    whole = np.concatenate(conditions)
+    whole.flags.writeable = False
+    return whole
 
 
 def _channels_first(picture: Image.Image) -> np.ndarray:

@@ -17,12 +17,16 @@ from t2i_adapter.errors import UserError
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it is stored; nothing is decoded or checked. `condition` is None if an annotator makes it."""
+    """One row as it is stored; nothing is decoded or checked. `condition` is None if an annotator makes it.
+
+    others: the further conditions of a row with several (`joined.JoinedRows`).
+    """
 
     image: StoredPicture
     condition: StoredPicture | None
     captions: Any
     meta: Mapping[str, Any]
+    others: tuple[StoredPicture | None, ...] = ()
 
 
 class Rows(ABC):

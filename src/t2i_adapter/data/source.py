@@ -18,6 +18,7 @@ from PIL.Image import Image
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.formats import open_layout
 from t2i_adapter.data.geometry import aspect_gap
+from t2i_adapter.data.joined import JoinedRows, Part, open_joined
 from t2i_adapter.data.names import split_ending
 from t2i_adapter.data.picture import color, decode
 from t2i_adapter.data.rows import Row, Rows
@@ -47,6 +48,7 @@ class Source:
         annotate: the annotator that makes the conditions, in which case `Sample.condition` is None; None if the data
             has condition pictures.
         captions_are_remote: whether reading captions may download the pictures too.
+        parts: the conditions of each pair if there are several; () if there is one.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Source:
         self._rows, self._numbers, self._background, self._what = rows, numbers, background, what
         self._captions = captions
         self.annotate, self.captions_are_remote = rows.annotate, rows.captions_are_remote
+        self.parts: tuple[Part, ...] = rows.parts if isinstance(rows, JoinedRows) else ()
         self.shards = shards_of(rows.shards, numbers)
 
     def subset(self, indices: np.ndarray) -> Source:
@@ -77,12 +80,12 @@ class Source:
         number = int(self._numbers[index])
         row = self._rows.row(number)
         image = decode(row.image, self._background, is_photo=True)
-        condition = row.condition and decode(row.condition, self._background)
-        if condition:
+        conditions = [stored and decode(stored, self._background) for stored in (row.condition, *row.others)]
+        for condition in filter(None, conditions):
             self._check_aspect(number, image, condition)
-        return Sample(
-            self._rows.key(number), image, condition, self._texts(number, row.captions), hash_row(row), row.meta
-        )
+        first, *others = conditions
+        captions = self._texts(number, row.captions)
+        return Sample(self._rows.key(number), image, first, captions, hash_row(row), row.meta, tuple(others))
 
     def key(self, index: int) -> str:
         """The pair's name, as in `Sample.key`; a row that cannot be read has one too. May read a line of a table, so
@@ -139,13 +142,15 @@ class Source:
             )
 
 
-def open_source(options: DataOptions, seed: int) -> Source:
+def open_source(options: DataOptions, seed: int, parts: Sequence[Part] = ()) -> Source:
     """Opens the dataset that the options name; `seed` chooses the rows if max_train_samples is set.
+
+    parts: the conditions of each pair if there are several; otherwise the options name the only one.
 
     Checks the dataset as a whole; a row is checked when it is read. Raises UserError.
     """
     background = color(options.background)
-    rows, what = open_layout(options)
+    rows, what = open_joined(options, parts, open_layout) if parts else open_layout(options)
     if options.captions == "filename" and rows.file_name(0) is None:
         text = "filename: the pictures of this dataset have no file names; allowed here are auto and none."
         raise UserError(text, option="data.captions")
@@ -220,9 +225,13 @@ def check_caption(value: Any, cell: str) -> None:
 
 
 def hash_row(row: Row) -> str:
-    """sha256 (hex) of both pictures' stored bytes."""
+    """sha256 (hex) of the stored bytes of all pictures."""
     whole = hashlib.sha256(len(row.image.data).to_bytes(8, "little"))
     whole.update(row.image.data)
     if row.condition:
         whole.update(row.condition.data)
+    for stored in row.others:
+        data = stored.data if stored else b""
+        whole.update(len(data).to_bytes(8, "little"))
+        whole.update(data)
     return whole.hexdigest()

@@ -94,6 +94,18 @@ def introduction(facts: Facts) -> str:
         f"# {markdown(facts.name)}\n\n"
         f"A [T2I-Adapter]({PAPER}) for {facts.family}, trained{size} on the frozen base {markdown(base)}{at}{data}. "
         f"It steers the base by a condition picture{_condition_name(facts)}; the base's own weights are unchanged."
+        f"{_together(facts.metadata)}"
+    )
+
+
+def _together(metadata: Metadata) -> str:
+    """Returns how to use an adapter that was trained together with others."""
+    others = metadata.training.get("composed_with")
+    if not isinstance(others, list | tuple) or not others:
+        return ""
+    return (
+        f"\n\nIt was trained together with {markdown(', '.join(map(str, others)))}, so that the features of all can be "
+        "added. Give each a weight of 1, or 0.5 to 1.5: the default of `MultiAdapter` in diffusers is less."
     )
 
 

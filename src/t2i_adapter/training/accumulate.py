@@ -136,10 +136,9 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
     """The samples from `start` up to `stop` of a batch."""
     if (start, stop) == (0, len(batch)):
         return batch
-    rows = {name: len(value) // len(batch) for name, value in vars(batch).items()}  # a sample has K noise samples
-    return replace(
-        batch, **{name: value[start * rows[name] : stop * rows[name]] for name, value in vars(batch).items()}
-    )
+    fields = {name: value for name, value in vars(batch).items() if value is not None}
+    rows = {name: len(value) // len(batch) for name, value in fields.items()}  # a sample has K noise samples
+    return replace(batch, **{name: value[start * rows[name] : stop * rows[name]] for name, value in fields.items()})
 
 
 def is_out_of_memory(fault: BaseException) -> bool:

@@ -1,7 +1,8 @@
 """Checkpoints: complete or not there at all, and without pickle.
 
     checkpoint-500/
-      t2iadapter/             the adapter (the EMA, if there is one): opens with T2IAdapter.from_pretrained
+      t2iadapter/             the adapter (the EMA, if there is one): opens with T2IAdapter.from_pretrained;
+                              of several adapters t2iadapter-0/, t2iadapter-1/, ...
       training.safetensors    what else a resume needs: the optimiser's tensors, and the raw weights beside an EMA
       state.json              schema, step, plan, options, numbers, sha256 of every file and of itself
 
@@ -29,13 +30,12 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.export.adapter import adapter_config, write_adapter_files
 from t2i_adapter.files import move_atomic, parse_json, sha256
 from t2i_adapter.models import record
+from t2i_adapter.models.joint import adapters_in
 from t2i_adapter.tensors import write_tensors
 
 SCHEMA = 2
 PREFIX = "checkpoint-"
 ADAPTER = "t2iadapter"
-CONFIG = f"{ADAPTER}/{record.CONFIG}"
-WEIGHTS = f"{ADAPTER}/{record.WEIGHTS}"
 TENSORS = "training.safetensors"
 STATE = "state.json"
 _SET_ASIDE = ".set-aside"
@@ -52,10 +52,10 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of a run's state in host memory. config: the adapter's config.json; weights: the EMA or the adapter."""
+    """A copy of a run's state in host memory. adapters: (config.json, weights) of the EMA or the adapter, or of each of
+    several."""
 
-    config: str
-    weights: dict[str, Tensor]
+    adapters: tuple[tuple[str, dict[str, Tensor]], ...]
     training: TrainingState
 
     @property
@@ -65,7 +65,8 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Approximate size on disk."""
-        return sum(tensor.nbytes for part in (self.weights, self.training.tensors) for tensor in part.values())
+        parts = (self.training.tensors, *(weights for _, weights in self.adapters))
+        return sum(tensor.nbytes for part in parts for tensor in part.values())
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class KeepPolicy:
 
 def snapshot(adapter: Any, training: TrainingState) -> Snapshot:
     """Copies everything to host memory; training waits for this part of saving alone."""
-    weights, tensors = _copied(adapter.state_dict()), _copied(training.tensors)
-    return Snapshot(adapter_config(adapter), weights, TrainingState(tensors, training.state))
+    adapters = tuple((adapter_config(part), _copied(part.state_dict())) for part in adapters_in(adapter))
+    return Snapshot(adapters, TrainingState(_copied(training.tensors), training.state))
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,14 +109,25 @@ def write(output_dir: Path, snapshot: Snapshot) -> Path:
 
 def _write(temporary: Path, snapshot: Snapshot) -> None:
     tidy(temporary.parent)  # frees the space of earlier saves that failed
-    adapter = temporary / ADAPTER
-    adapter.mkdir(parents=True)
-    written = write_adapter_files(adapter, snapshot.config, snapshot.weights)
-    files = {f"{ADAPTER}/{name}": digest for name, digest in written.items()}
+    files = {}
+    for name, (config, weights) in zip(folders_of(len(snapshot.adapters)), snapshot.adapters, strict=True):
+        (temporary / name).mkdir(parents=True)
+        written = write_adapter_files(temporary / name, config, weights)
+        files |= {f"{name}/{file}": digest for file, digest in written.items()}
     files[TENSORS] = write_tensors(temporary / TENSORS, snapshot.training.tensors)
     state = {"schema": SCHEMA, **snapshot.training.state, "files": files}
     text = json.dumps({**state, "sha256": _digest(state)}, indent=1)
     (temporary / STATE).write_text(text, encoding="utf-8")
+
+
+def folders_of(count: int) -> list[str]:
+    """Names of the folders of a checkpoint's adapters."""
+    return [ADAPTER] if count == 1 else [f"{ADAPTER}-{number}" for number in range(count)]
+
+
+def _folders(files: Collection[str]) -> list[str]:
+    """The folders of the adapters that a checkpoint's list of files has."""
+    return folders_of(max(1, (len(files) - 1) // 2))  # each has its config and its weights
 
 
 def rotate(output_dir: Path, keep: KeepPolicy, kept: Collection[int] = ()) -> None:
@@ -232,6 +244,7 @@ _STATE_TYPES: dict[str, type] = {
     "files": dict,
 }
 """Required parts of state.json and the type of each."""
+_ADAPTER_FILES = (record.CONFIG, record.WEIGHTS)
 _PLAN_INTEGERS = ("seed", "global_batch", "samples")
 """Integers of the plan that a resume compares."""
 
@@ -242,7 +255,8 @@ def _malformed(state: dict[str, Any]) -> str | None:
             return f"{name} is not of type {kind.__name__}"
     if state["step"] < 0 or any(type(state["plan"].get(name)) is not int for name in _PLAN_INTEGERS):
         return "malformed step or plan"
-    if state["files"].keys() != {CONFIG, WEIGHTS, TENSORS}:
+    folders = _folders(state["files"])
+    if state["files"].keys() != {f"{name}/{file}" for name in folders for file in _ADAPTER_FILES} | {TENSORS}:
         return "files lists other files than those of a checkpoint"
     return None
 
@@ -264,13 +278,18 @@ def _check_version(state: Any, folder: Path) -> None:
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], TrainingState]:
-    """(weights of the EMA or the adapter, training state). Raises UserError if a file cannot be read."""
+    """(weights of the EMA or the adapter, training state); of several adapters, the weights of a `JointAdapter`.
+
+    Raises UserError if a file cannot be read.
+    """
+    state = read_state(folder)
     try:
-        weights = load_file(folder / WEIGHTS)
+        parts = [load_file(folder / name / record.WEIGHTS) for name in _folders(state["files"])]
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as fault:
         raise UserError(f"{folder}: {fault}; resume from another checkpoint.") from fault
-    return weights, TrainingState(tensors, read_state(folder))
+    joined = {f"adapters.{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.items()}
+    return parts[0] if len(parts) == 1 else joined, TrainingState(tensors, state)
 
 
 def read_tensors(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ def _probe(setup: Setup, dtype: torch.dtype) -> float:
         train.batch_size,
         height=side,
         width=side,
-        channels=config.adapter.in_channels,
+        channels=setup.adapter.config["in_channels"],
         draws=train.noise_draws,
         length=text_length(config.data.max_tokens),
         device=device,
@@ -117,7 +117,7 @@ def _cache_bytes(setup: Setup) -> int:
     config = setup.config
     if config.data.cache == "none":
         return 0
-    view = picture_bytes(config.data.resolution, config.adapter.in_channels)
+    view = picture_bytes(config.data.resolution, setup.adapter.config["in_channels"])
     text = 0 if config.data.text_cache == "live" else caption_bytes(setup.base, config.data.max_tokens)
     return setup.plan.samples * (config.data.views * view + text)
 

@@ -49,8 +49,8 @@ def choose_held_out(config: Config, source: Source) -> HeldOut:
     """
     count, split = config.validation.held_out, config.validation.split
     if split not in (None, "none"):
-        return _of_split(config, source, open_source(replace(_data(config, count), split=split), _SEED), split)
-    found = None if split == "none" else _own_split(config)
+        return _of_split(config, source, _open(config, source, split), split)
+    found = None if split == "none" else _own_split(config, source)
     if found:
         return _of_split(config, source, found[0], found[1])
     left_out = min(count, int(len(source) * LEFT_OUT_SHARE))
@@ -71,7 +71,13 @@ def _of_split(config: Config, source: Source, measured: Source, split: str) -> H
     return HeldOut(source, measured, origin, seen, f"{len(measured)} pairs of the split {split}")
 
 
-def _own_split(config: Config) -> tuple[Source, str] | None:
+def _open(config: Config, source: Source, split: str) -> Source:
+    """The pairs of another split of `source`, as many as are measured."""
+    options = replace(_data(config, config.validation.held_out), split=split)
+    return open_source(options, _SEED, source.parts)
+
+
+def _own_split(config: Config, source: Source) -> tuple[Source, str] | None:
     """The pairs of the dataset's own split for tests, and its name; None if it is not local or has none that can be
     read."""
     location = config.data.location or ""
@@ -80,7 +86,7 @@ def _own_split(config: Config) -> tuple[Source, str] | None:
         if split == config.data.split or not (is_generated or (location and (Path(location) / split).is_dir())):
             continue
         try:
-            found = open_source(replace(_data(config, config.validation.held_out), split=split), _SEED)
+            found = _open(config, source, split)
         except UserError:  # a folder of this name that holds something else
             continue
         if len(found) >= FEWEST:

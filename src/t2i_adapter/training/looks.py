@@ -60,7 +60,8 @@ def plan_looks(
         budget: share of the training time.
         pairs: held-out pairs that there are.
         picture_forwards: forward passes of one picture.
-        columns: pictures of each pair at a look: with its own condition, and with another's if they are scored.
+        columns: pictures of each pair at a look: with its own condition, and with another's if they are scored. 0 if
+            no pictures are generated.
     """
     total = budget * steps * samples * FORWARDS_A_SAMPLE
     most = min(pairs, MOST_PICTURES)
@@ -92,7 +93,7 @@ def _count_looks(total: float, pairs: int) -> int:
 def _plan_pictures(total: float, most: int, forwards: int, columns: int) -> tuple[int, int]:
     """(number of pictures of each column at a look, number of such looks), both 0 if they cost more than `total`."""
     each = forwards + DECODE_FORWARDS
-    if total <= 0 or not most:
+    if total <= 0 or not most or not columns:
         return 0, 0
     pictures = min(most, int(total / (each * (1 + columns * 6))))
     pictures = max(pictures, min(FEWEST_PICTURES, most))

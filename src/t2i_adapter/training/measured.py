@@ -59,7 +59,7 @@ def make_look_plan(config: Config, plan: Plan, held_out: HeldOut, *, is_scored: 
         config.validation.budget,
         pairs=len(held_out.measured),
         picture_forwards=PICTURE_STEPS * (2 if config.validation.guidance > 1 else 1),
-        columns=2 if is_scored else 1,
+        columns=0 if config.adapter.compose else 2 if is_scored else 1,  # pictures show one condition
     )
 
 
@@ -175,7 +175,7 @@ def _picture_task(
     states: Callable[[CachedDataset, str], tuple[torch.Tensor, torch.Tensor]],
 ) -> PictureTask | None:
     count = min(looks.pictures, len(dataset))
-    if count < 2:
+    if count < 2 or config.adapter.compose:
         return None
     pairs = [_pictured(dataset, number, config) for number in range(count)]
     prompts = [pair.prompt for pair in pairs]
@@ -220,6 +220,8 @@ def _rate_cause(config: Config, plan: Plan) -> list[str]:
 def _pair_causes(config: Config, dataset: CachedDataset, judge: Annotator | None) -> list[str]:
     from t2i_adapter.doctor.pairing import check_pairs  # imports cv2, 15 MB that most runs do not need
 
+    if config.adapter.compose:
+        return []  # a pair has several conditions; the run of each adapter alone has checked its own
     pairs = [_pictured(dataset, number, config) for number in range(min(MOST_CHECKED, len(dataset)))]
     found = check_pairs([pair.condition for pair in pairs], [pair.target for pair in pairs], judge)
     return list(found.values())

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import T2IAdapter, UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -18,6 +18,7 @@ from t2i_adapter.batches.example import example_batch
 from t2i_adapter.config.tree import Config
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.models.base import Base, enable_gradient_checkpointing
+from t2i_adapter.models.joint import JointAdapter, adapters_in
 from t2i_adapter.models.quantize import quantize
 from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.types import text_length
@@ -45,11 +46,11 @@ class Shapes:
     """A run's networks on the meta device, built once for batches of any size."""
 
     def __init__(self, config: Config, base: Base, adapter: Any, dtype: torch.dtype) -> None:
-        """adapter: the one to train; only its config is used. dtype: arithmetic of the run."""
+        """adapter: the one to train; only its shapes are used. dtype: arithmetic of the run."""
         self.config, self.base, self.dtype = config, base, dtype
         with torch.device("meta"):
             self._unet = self._make_unet()
-            self._adapter = type(adapter).from_config(adapter.config).train()
+            self._adapter = _same_shapes(adapter).train()
         schedule = NoiseSchedule.of(base.scheduler()).to(torch.device("meta"))
         self._frozen = FrozenModel(self._unet, schedule, base.latent_scale, dtype)
 
@@ -100,6 +101,12 @@ class Shapes:
             return self._adapter(condition)
         cast = {name: parameter.to(self.dtype) for name, parameter in self._adapter.named_parameters()}
         return torch.func.functional_call(self._adapter, cast, (condition.to(self.dtype),))
+
+
+def _same_shapes(adapter: Any) -> Any:
+    """A network of the adapter's shapes, on the default device."""
+    parts: list[Any] = [T2IAdapter.from_config(part.config) for part in adapters_in(adapter)]
+    return parts[0] if len(parts) == 1 else JointAdapter(parts)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from t2i_adapter.annotators.registry import kinds, open_annotator
 from t2i_adapter.config import recipe
 from t2i_adapter.config.tree import Config, DataOptions
 from t2i_adapter.data.formats import is_hub_dataset
+from t2i_adapter.data.joined import Part
 from t2i_adapter.errors import UserError
 from t2i_adapter.export import hub
 from t2i_adapter.export.adapter import save_adapter
@@ -19,9 +20,11 @@ from t2i_adapter.export.release import OPTIONS, make_release
 from t2i_adapter.files import show_path
 from t2i_adapter.models.adapter import load_adapter
 from t2i_adapter.models.base import Base
+from t2i_adapter.models.joint import adapters_in
 from t2i_adapter.models.open import downloaded_commit
 from t2i_adapter.models.record import Metadata, read_metadata
 from t2i_adapter.training import checkpoint
+from t2i_adapter.training.compose import adapter_folders, joint_record
 from t2i_adapter.training.loop import Trainer
 from t2i_adapter.training.resume import versions
 from t2i_adapter.training.saving import read_best
@@ -36,40 +39,53 @@ def find_repository(config: Config) -> hub.Place | None:
     return hub.check_access(config.output_dir, model_id=options.model_id, token=options.token, private=options.private)
 
 
-def publish(trainer: Trainer, base: Base, place: hub.Place | None) -> bool:
+def publish(trainer: Trainer, base: Base, place: hub.Place | None, parts: Sequence[Part] = ()) -> bool:
     """Writes the adapter and its card into the output folder, then pushes them if `place` is not None.
+
+    parts: the conditions of several adapters, each of which is written to a folder of its own and not pushed.
 
     Returns whether they were pushed.
 
     Everything is on the disk before the push. If the push fails, a line with the command that pushes later is printed.
     """
     config, folder = trainer.config, trainer.output_dir
-    record = metadata(trainer, base)
-    save_adapter(trainer.update.ema_or_adapter, folder, metadata=record)
     samples = trainer.validate.latest if isinstance(trainer.validate, Validator) else ()
-    repo_id = place.repo_id if place else str(folder)
-    write_card(folder, metadata=record, repo_id=repo_id, samples=samples, licence=config.hub.licence)
+    repo_id = place.repo_id if place else None
+    networks, records = adapters_in(trainer.update.ema_or_adapter), metadata(trainer, base, parts)
+    for network, record, own in zip(networks, records, adapter_folders(config), strict=True):
+        save_adapter(network, own, metadata=record)
+        write_card(own, metadata=record, repo_id=repo_id or str(own), samples=samples, licence=config.hub.licence)
     if place is None:
         return False
     try:
-        release = make_release(folder, repo_id)
+        release = make_release(folder, place.repo_id)
         print(f"Published: {hub.push(release, place, token=config.hub.token)}", flush=True)
     except UserError as fault:
         print(
             f"{fault}\nThe adapter is safe in {show_path(folder)}; to push it later: "
-            f"{hub.push_command(folder, repo_id)}",
+            f"{hub.push_command(folder, place.repo_id)}",
             flush=True,
         )
         return False
     return True
 
 
-def metadata(trainer: Trainer, base: Base) -> Metadata:
-    """The content of t2i_adapter.json: how the adapter was trained."""
-    channels = trainer.update.adapter.config["in_channels"]
-    found = make_record(trainer.config, trainer.plan.to_dict(), channels, trainer.step, versions())
+def metadata(trainer: Trainer, base: Base, parts: Sequence[Part] = ()) -> list[Metadata]:
+    """The content of t2i_adapter.json: how the adapter was trained; or that of each of several."""
+    config, channels = trainer.config, trainer.update.adapter.config["in_channels"]
+    found = make_record(config, trainer.plan.to_dict(), channels, trainer.step, versions())
     commit = downloaded_commit(base)
-    return replace(found, base={**found.base, **({"commit": commit} if commit else {})})
+    found = replace(found, base={**found.base, **({"commit": commit} if commit else {})})
+    if not parts:
+        return [found]
+    return [
+        replace(
+            found,
+            condition={**condition_record(part.options(config.data)), "channels": part.channels},
+            training={**found.training, **joint_record(config.adapter.compose, number)},
+        )
+        for number, part in enumerate(parts)
+    ]
 
 
 def make_record(

@@ -30,7 +30,7 @@ from t2i_adapter.models.adapter import build_adapter, check_fits, check_resoluti
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.open import open_base
 from t2i_adapter.runs.lock import lock
-from t2i_adapter.training import checkpoint, optim, tracking
+from t2i_adapter.training import checkpoint, compose, optim, tracking
 from t2i_adapter.training.agree import agree_on_checkpoint
 from t2i_adapter.training.data import make_batches, prepare_data
 from t2i_adapter.training.data_record import DataCheck, DataRecord
@@ -138,10 +138,12 @@ class Setup(Inputs):
 
 def open_inputs(config: Config, accelerator: Accelerator, seed: int) -> Inputs:
     """Opens base, adapter and dataset, and reads the validation pictures. Raises UserError."""
+    compose.check_options(config)
     rows = read_rows(config)
     base = open_base(config.base)
     adapter = make_adapter(config, base, seed)
-    held_out = choose_held_out(config, open_source(config.data, seed))
+    parts = compose.find_parts(config, adapter)
+    held_out = choose_held_out(config, open_source(config.data, seed, parts))
     return Inputs(config, accelerator, base, adapter, held_out, rows)
 
 
@@ -210,8 +212,11 @@ def make_accelerator(config: Config) -> Accelerator:
 
 
 def make_adapter(config: Config, base: Base, seed: int) -> Any:
-    """The adapter to train, float32: loaded, or random by the seed; checked against base and resolution."""
-    if config.adapter.init_from:
+    """The adapter to train, float32: loaded, or random by the seed; checked against base and resolution. Of several, a
+    `JointAdapter`."""
+    if config.adapter.compose:
+        adapter: Any = compose.load_adapters(config, base.unet_config)
+    elif config.adapter.init_from:
         adapter = load_adapter(config.adapter.init_from, cache_dir=config.base.cache_dir)
         channels = adapter.config["in_channels"]
         if channels != config.adapter.in_channels:

@@ -31,7 +31,8 @@ def batch_losses(adapter: Any, frozen: FrozenModel, batch: Batch, *, min_snr_gam
 def draw_losses(adapter: Any, frozen: FrozenModel, batch: Batch, *, min_snr_gamma: float | None = None) -> Tensor:
     """The loss of each of a sample's K noise samples, (B,K) float32.
 
-    adapter: condition (B,C,H,W) -> four features; it may run under autocast and be wrapped in DDP.
+    adapter: condition (B,C,H,W) -> four features; it may run under autocast and be wrapped in DDP. If the batch has
+    weights (B,n), they are its second argument (`models.joint.JointAdapter`).
     """
     latents = frozen.latent_scale.sample(each_draw(batch.moments, batch), batch.latent_noise)
     noisy = objective.add_noise(latents, batch.noise, batch.timesteps, frozen.schedule)
@@ -52,7 +53,8 @@ def predict(adapter: Any, frozen: FrozenModel, noisy: Tensor, batch: Batch) -> T
     The features are computed once a sample, whatever K is.
     """
     dtype = frozen.dtype
-    features = [each_draw(feature.to(dtype), batch) for feature in adapter(batch.condition)]
+    inputs = (batch.condition,) if batch.weights is None else (batch.condition, batch.weights)
+    features = [each_draw(feature.to(dtype), batch) for feature in adapter(*inputs)]
     return frozen.unet(
         noisy.to(dtype),
         batch.timesteps,

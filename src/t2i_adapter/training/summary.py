@@ -17,6 +17,7 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.files import parse_json, show_bytes, show_command, show_path, show_seconds
 from t2i_adapter.runs.page import FILE as REPORT
 from t2i_adapter.training import checkpoint
+from t2i_adapter.training.compose import adapter_folders
 from t2i_adapter.training.loop import METRICS, Trainer
 from t2i_adapter.training.validation import FOLDER
 
@@ -52,7 +53,7 @@ def _rows(trainer: Trainer) -> dict[str, str]:
         "control": _gain(entries),
         "score": _control(entries),
         "peak memory": _peak_memory(trainer.accelerator.device),
-        "adapter": show_path(folder),
+        "adapter": ", ".join(show_path(place) for place in adapter_folders(trainer.config)),
         "checkpoints": f"{show_path(saved[-1])}{f' and {len(saved) - 1} before it' if len(saved) > 1 else ''}"
         if saved
         else "",
@@ -127,7 +128,16 @@ def _peak_memory(device: torch.device) -> str:
 
 def next_commands(config: Config, source: Source, *, is_published: bool) -> list[str]:
     """Command lines that generate, measure and publish. What the run cannot know is a word in capital letters."""
-    folder = Path(config.output_dir)
+    folders = adapter_folders(config)
+    if config.adapter.compose:
+        found: list[list[str | Path]] = []
+        for part, folder in zip(source.parts, folders, strict=True):
+            made = ["--condition", part.annotate] if part.annotate else []
+            data, out = _held_out(part.options(config.data)), ["--out", folder / "evaluation"]
+            found.append(["evaluate", "--adapter", folder, *data, *made, *out])
+        found += [["push", "--folder", folder] for folder in folders]
+        return [show_command("t2i-adapter", *words) for words in found]
+    [folder] = folders
     prompt, kind, picture = _example(config, source)
     generate = ["generate", "--adapter", folder, "--prompt", prompt, kind, picture]
     evaluate = ["evaluate", "--adapter", folder, *_held_out(config.data)]

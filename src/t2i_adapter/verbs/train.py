@@ -109,7 +109,7 @@ def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool, callbac
         end = ""
         if accelerator.is_main_process:
             place = place or _find_repository(config, is_resumed=True)
-            is_published = publish(trainer, setup.base, place)
+            is_published = publish(trainer, setup.base, place, setup.source.parts)
             end = describe_end(trainer, setup.source, is_published=is_published)
         tracking.finish(accelerator)
         if summary and end:
@@ -135,19 +135,15 @@ def _find_repository(config: Config, *, is_resumed: bool) -> Place | None:
 
 def _is_finished(setup: Setup, resume: Path) -> bool:
     """Whether the run of the checkpoint `resume` has made its last step and has written its adapter after it."""
-    from t2i_adapter.models.record import read_metadata
     from t2i_adapter.training import checkpoint
+    from t2i_adapter.training.compose import is_written
     from t2i_adapter.training.control import ended_at
 
     if setup.config.checkpoint.resume not in ("auto", "latest"):
         return False
-    try:
-        record = read_metadata(setup.config.output_dir)
-    except UserError:  # the end of this run replaces it
-        return False
     step = checkpoint.read_state(resume)["step"]
     is_plateau = setup.config.train.stop_when == "plateau" and ended_at(Path(setup.config.output_dir)) == step
-    return (step >= setup.plan.steps or is_plateau) and record is not None and record.steps == step
+    return (step >= setup.plan.steps or is_plateau) and is_written(setup.config, step)
 
 
 def _resume_advice(config: Config) -> str:

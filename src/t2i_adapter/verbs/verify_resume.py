@@ -88,10 +88,16 @@ def differences(one: Path, other: Path, step: int) -> dict[str, float]:
 
     from t2i_adapter.training import checkpoint
 
-    found = {}
-    for file in (checkpoint.WEIGHTS, checkpoint.TENSORS):
-        a, b = (load_file(folder / f"{checkpoint.PREFIX}{step}" / file) for folder in (one, other))
-        found |= {name: _largest(a[name], b[name]) if name in a and name in b else float("inf") for name in a | b}
+    def tensors(run: Path) -> dict[str, Tensor]:
+        """All tensors of the checkpoint by name; those of the second adapter and later ones with its folder's."""
+        read: dict[str, Tensor] = {}
+        for file in sorted((run / f"{checkpoint.PREFIX}{step}").rglob("*.safetensors")):
+            for name, tensor in load_file(file).items():
+                read[f"{file.parent.name}/{name}" if name in read else name] = tensor
+        return read
+
+    a, b = tensors(one), tensors(other)
+    found = {name: _largest(a[name], b[name]) if name in a and name in b else float("inf") for name in a | b}
     a, b = (torch.tensor(_losses(folder), dtype=torch.float64) for folder in (one, other))
     return {**found, "logged losses": _largest(a, b)}
 

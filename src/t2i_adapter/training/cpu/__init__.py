@@ -33,9 +33,9 @@ def cpu_gradients(
         return None
 
     def autocast_losses(network: Any, batch: Batch) -> Tensor:
-        def features(condition: Tensor) -> Any:
+        def features(*inputs: Tensor) -> Any:
             with accelerator.autocast():
-                return network(condition)
+                return network(*inputs)
 
         return losses(features, batch)
 
