@@ -79,8 +79,14 @@ class SamplingOptions:
 
     @property
     def strength(self) -> Strength:
-        """The adapter's strength over the steps, without the schedule."""
-        return Strength(scale=self.scale, start=self.condition_start, end=self.condition_factor)
+        """The adapter's strength over the steps."""
+        return Strength(
+            scale=self.scale,
+            start=self.condition_start,
+            end=self.condition_factor,
+            control_guidance=self.control_guidance,
+            scale_schedule=self.scale_schedule,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +96,14 @@ class Strength:
     Attributes:
         scale: weight of its features.
         start, end: shares of the steps, counted from the first, between which it acts.
+        control_guidance, scale_schedule: as in `SamplingOptions`; None takes those of the sampling.
     """
 
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    control_guidance: float | None = None
+    scale_schedule: str | None = None
 
 
 def parse_schedule(text: str) -> tuple[tuple[int, float], ...]:
