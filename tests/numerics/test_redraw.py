@@ -36,9 +36,7 @@ def pipeline(tiny_base: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    return [
-        Image.fromarray(picture) for picture in np.random.default_rng(1).integers(0, 256, (4, *SIZE, 3), np.uint8)
-    ]
+    return [Image.fromarray(picture) for picture in np.random.default_rng(1).integers(0, 256, (4, *SIZE, 3), np.uint8)]
 
 
 def sample(pipeline: Any, pictures: list[Image.Image], redraw: Redraw | None, **changes: Any) -> np.ndarray:
@@ -161,7 +159,9 @@ def test_every_scheduler_begins_later_and_keeps_what_is_black(nano: Any, circle:
     def draw(strength: float | None, mask: Image.Image | None = None) -> np.ndarray:
         sampling = SamplingOptions(steps=10, guidance=3.0)
         redraw = None if strength is None else Redraw([InitImage(circle, mask)], strength)
-        drawn = generate(nano, ["white square with green background"], None, [11], size=SIZE, sampling=sampling, redraw=redraw)
+        drawn = generate(
+            nano, ["white square with green background"], None, [11], size=SIZE, sampling=sampling, redraw=redraw
+        )
         return np.asarray(drawn[0]).astype(int)
 
     half = Image.fromarray(np.where(np.arange(64) < 32, 0, 255).astype(np.uint8)[None].repeat(64, 0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from t2i_adapter.generation.controlnet import Controlled
 from t2i_adapter.generation.guidance import adapters_of, steer
 from t2i_adapter.generation.options import SamplingOptions, Strength
 from t2i_adapter.generation.redraw import Redraw, Tail, encode_pictures
@@ -135,6 +136,7 @@ def generate(
     sampling: SamplingOptions,
     strengths: Sequence[Strength] | None = None,
     redraw: Redraw | None = None,
+    controlled: Controlled | None = None,
     negative: str | None = None,
     max_tokens: MaxTokens = CHUNK_TOKENS,
     progress: str | None = None,
@@ -155,6 +157,7 @@ def generate(
         sampling=sampling,
         strengths=strengths,
         redraw=redraw,
+        controlled=controlled,
         progress=progress,
     )
     return [picture for batch in batches for picture in batch]
@@ -175,6 +178,7 @@ def generate_batches(
     sampling: SamplingOptions,
     strengths: Sequence[Strength] | None = None,
     redraw: Redraw | None = None,
+    controlled: Controlled | None = None,
     progress: str | None = None,
 ) -> Iterator[list[Image.Image]]:
     """Generates N pictures, one for each text, condition and seed, and yields each batch when it is finished.
@@ -190,6 +194,7 @@ def generate_batches(
         size: (height, width) in pixels, multiples of what the adapter takes.
         strengths: how strongly each adapter acts, and when; None takes the values of `sampling` for each.
         redraw: N pictures to begin from, of `size`, and their masks; None begins from noise.
+        controlled: a ControlNet that acts beside the adapters, with N pictures of `size`.
         progress: title of a progress bar over all denoising steps; None shows none.
 
     Raises UserError if the base cannot do what `sampling` asks for.
@@ -206,7 +211,9 @@ def generate_batches(
             chosen = None if conditions is None else conditions[part]
             text = texts.arguments(part)
             begin = None if redraw is None else redraw.part(part)
-            latents = _sample_latents(pipeline, text, chosen, seeds[part], size, sampling, strengths, begin, bar)
+            beside = nullcontext() if controlled is None else controlled.part(part).on(pipeline.unet)
+            with beside:
+                latents = _sample_latents(pipeline, text, chosen, seeds[part], size, sampling, strengths, begin, bar)
             pictures = _decode(pipeline, latents)
             yield pictures if begin is None else begin.finish(pictures)
     pipeline.maybe_free_model_hooks()

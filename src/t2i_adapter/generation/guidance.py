@@ -13,8 +13,8 @@ its UNet. They change what the negative branch carries (two passes), or put (1 -
 w = (c - 1) / (g - 1) in the place of n (three passes: InstructPix2Pix, arXiv 2211.09800, eq. 3). The two forms are
 equal to first order in the features, and amplify the condition c times. c = 1 is the pipeline itself.
 
-With several adapters, c and the schedule may differ between them. Adapter i then has its own share r_i. With three passes
-each c_i is 1 or one common c: the pass without the adapter keeps those with c_i = 1.
+With several adapters, c and the schedule may differ between them. Adapter i then has its own share r_i. With three
+passes each c_i is 1 or one common c: the pass without the adapter keeps those with c_i = 1.
 
 Letters: B pictures; a batch has 2 B rows with text guidance, the negative ones first, and B without it.
 """
@@ -94,8 +94,8 @@ class _Steering:
             )
         if self.separates and len(amplified) > 1:
             raise UserError(
-                f"{' and '.join(f'{control:g}' for control in amplified)}: with {flag('control_passes')} 3 each adapter "
-                f"has 1 or one common value; set {flag('control_passes')} 2 for different ones.",
+                f"{' and '.join(f'{control:g}' for control in amplified)}: with {flag('control_passes')} 3 each "
+                f"adapter has 1 or one common value; set {flag('control_passes')} 2 for different ones.",
                 option="control_guidance",
             )
         self.periods = [(int(self.steps * s.start), int(self.steps * s.end)) for s in strengths]
@@ -144,7 +144,11 @@ class _Steering:
             if len(plain) < len(active):
                 self.added = rows // 2 if self.has_negative else rows
                 args, kwargs = _with_first_rows(args, rows, self.added), _with_first_rows(kwargs, rows, self.added)
-                first = self._features(given, plain, factors) if plain else [torch.zeros_like(feature) for feature in positive]
+                first = (
+                    self._features(given, plain, factors)
+                    if plain
+                    else [torch.zeros_like(feature) for feature in positive]
+                )
                 positive = [torch.cat([a[: self.added], b]) for a, b in zip(first, positive, strict=True)]
             return args, {**kwargs, _FEATURES: positive}
         if any(self.controls[number] != 1 for number in active):

@@ -2,7 +2,8 @@
 
 The sampling begins late: the picture's latents x0 get the noise of a later step, and only the steps after it are made.
 With a mask m (1 is generated anew) each step ends with x <- m x + (1 - m) x', where x' is x0 with the noise of the next
-step. So the base sees, at every noise level, what stays. At the end the pixels outside the mask become the picture's own.
+step. So the base sees, at every noise level, what stays. At the end the pixels outside the mask become the
+picture's own.
 
 `Tail` does this as a scheduler around the pipeline's own, so every pipeline of diffusers can be called as it is.
 
@@ -76,7 +77,9 @@ class Redraw:
             np.ones((1, 1), np.float32) if init.mask is None else np.asarray(init.mask, np.float32) / 255
             for init in self.inits
         ]
-        pooled = [torch.nn.functional.adaptive_max_pool2d(torch.from_numpy(m)[None, None], like.shape[2:]) for m in masks]
+        pooled = [
+            torch.nn.functional.adaptive_max_pool2d(torch.from_numpy(m)[None, None], like.shape[2:]) for m in masks
+        ]
         return torch.cat(pooled).to(like)
 
     def finish(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
@@ -94,7 +97,7 @@ def soften(mask: Image.Image, radius: int) -> Image.Image:
     """Returns the mask with a border that rises over about `radius` pixels inside its white part; black stays black."""
     if not radius:
         return mask
-    support = mask.point(lambda level: 255 * (level > 0))
+    support = Image.fromarray(np.where(np.asarray(mask) > 0, 255, 0).astype(np.uint8))
     blurred = np.asarray(support.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
     # A straight border has half of the blurred weight.
     weight = np.clip(2 * blurred - 1, 0, 1) * np.asarray(mask, np.float32)
@@ -125,7 +128,9 @@ class Tail:
     init_noise_sigma = 1.0
     """The pipeline multiplies the latents that it is given by this number."""
 
-    def __init__(self, scheduler: Any, steps: int, made: int, known: Tensor, noise: Tensor, mask: Tensor | None) -> None:
+    def __init__(
+        self, scheduler: Any, steps: int, made: int, known: Tensor, noise: Tensor, mask: Tensor | None
+    ) -> None:
         """known, noise: (B,4,h,w), the pictures' latents and standard normal noise. mask: (B,1,h,w), 1 is generated."""
         if type(scheduler).__name__ == "PNDMScheduler":
             raise UserError(
