@@ -1,4 +1,4 @@
-"""What `generate` writes: pictures with their parameters, a JSON file beside each, and the sheet of a grid."""
+"""What `generate` writes: pictures with their parameters, and a JSON file beside each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from t2i_adapter.generation.request import GenerateOptions, Job
 from t2i_adapter.generation.schedulers import sampler_title
 from t2i_adapter.generation.several import EACH
 from t2i_adapter.models.lora_file import Lora
-from t2i_adapter.reports.sheet import SheetRow, make_sheet
 from t2i_adapter.types import CHUNK_TOKENS
 
 LIBRARIES = ("sdxl-t2i-adapter", "torch", "diffusers", "transformers")
@@ -182,38 +181,4 @@ def save_picture(
             condition.save(path.with_name(f"{path.stem}_condition{number if number > 1 else ''}.png"))
     content = json.dumps(record, indent=2, ensure_ascii=False)
     path.with_suffix(".json").write_text(content + "\n", encoding="utf-8")
-    return path
-
-
-def save_grid(
-    first: Path,
-    jobs: Sequence[Job],
-    conditions: Sequence[Sequence[Image.Image]],
-    columns: Sequence[tuple[str, Sequence[Image.Image]]],
-) -> Path:
-    """Writes one sheet: a row for each prompt, with its conditions and its pictures; returns its path.
-
-    Args:
-        first: the first picture's file; the sheet is named after it.
-        conditions: one sequence for each job, one picture for each adapter.
-        columns: a heading and a picture for each job. If there is only one column, its columns are the seeds.
-    """
-    is_swept = len(columns) > 1
-    starts = [number for number, job in enumerate(jobs) if number == 0 or job.row != jobs[number - 1].row]
-    ends = [*starts[1:], len(jobs)]
-    groups = [(n, n + 1) for n in range(len(jobs))] if is_swept else list(zip(starts, ends, strict=True))
-    adapters = len(conditions[0])
-    headings = [f"condition {number + 1}" if adapters > 1 else "condition" for number in range(adapters)]
-    if is_swept:
-        headings += [heading for heading, _ in columns]
-    else:
-        seeds = [[job.seed for job in jobs[start:end]] for start, end in groups]
-        is_common = all(row == seeds[0] for row in seeds)
-        headings += [f"seed {seed}" if is_common else f"{n + 1}" for n, seed in enumerate(seeds[0])]
-    rows = [
-        SheetRow([*conditions[start], *(p for _, pictures in columns for p in pictures[start:end])], jobs[start].prompt)
-        for start, end in groups
-    ]
-    path = first.with_name(f"{first.stem}_grid.png")
-    make_sheet(headings, rows, blocks=1).save(path)
     return path

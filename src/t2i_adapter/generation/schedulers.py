@@ -54,7 +54,7 @@ _ZERO_SNR = {"euler_a", "euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "ddim", "d
 """Those that can rescale the betas to zero terminal SNR."""
 _CLASSES = {sampler.kind: name for name, sampler in reversed(SAMPLERS.items())}
 _LATENTS = {"clip_sample": False, "thresholding": False}
-"""Latents are not pixels: some classes clip their prediction to [-1, 1] unless they are told otherwise."""
+"""Latents are not pixels: some classes clip their prediction to [-1, 1] unless these options turn it off."""
 
 
 def find_sampler(name: str) -> tuple[str, bool]:

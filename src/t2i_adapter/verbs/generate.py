@@ -37,8 +37,9 @@ def run(options: GenerateOptions) -> None:
     from t2i_adapter.generation.controlnet import Controlled, load_controlnet
     from t2i_adapter.generation.generate import encode_prompts, generate_batches
     from t2i_adapter.generation.pipeline import describe_differences, open_several
-    from t2i_adapter.generation.records import picture_record, png_parameters, save_grid, save_picture
+    from t2i_adapter.generation.records import picture_record, png_parameters, save_picture
     from t2i_adapter.models.lora_file import Lora
+    from t2i_adapter.reports.grid import save_grid
 
     jobs = make_jobs(options)
     first = _read(jobs[0].pictures[0])
