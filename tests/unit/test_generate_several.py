@@ -298,7 +298,11 @@ LAYERS = {
         "down_blocks.0.resnets.0.conv1",
     ),
     "text_encoder": ("encoder.layers.0.self_attn.q_proj", "encoder.layers.1.self_attn.out_proj"),
-    "text_encoder_2": ("encoder.layers.1.mlp.fc1", "encoder.layers.0.self_attn.v_proj"),
+    "text_encoder_2": (
+        "encoder.layers.1.mlp.fc1",
+        "encoder.layers.0.self_attn.v_proj",
+        "encoder.layers.0.self_attn.out_proj",
+    ),
 }
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_text_model_"}
 
