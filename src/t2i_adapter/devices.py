@@ -1,4 +1,4 @@
-"""CPU threads and memory: splits the cores between threads, limits malloc arenas, frees memory."""
+"""The device to run on; CPU threads and memory: splits cores between threads, limits malloc arenas, frees memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,39 @@ from threading import Barrier
 
 import torch
 
+from t2i_adapter.errors import UserError, flag
+
 _M_ARENA_MAX = -8  # from glibc's malloc.h
+
+
+def choose_device(name: str = "auto") -> str:
+    """Returns the device of that name if this machine has it; "auto" is the first of cuda, xpu, mps, cpu that it has.
+
+    Raises UserError.
+    """
+    has = {
+        "cuda": torch.cuda.is_available(),
+        "xpu": torch.xpu.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if name == "auto":
+        return next((kind for kind, is_there in has.items() if is_there), "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as fault:
+        raise UserError(
+            f"{name}: no such device; allowed are auto, cpu, cuda, cuda:1, xpu, mps.", option="device"
+        ) from fault
+    if device.type not in (*has, "cpu"):
+        raise UserError(f"{name}: allowed are auto, cpu, cuda, cuda:1, xpu, mps.", option="device")
+    if not has.get(device.type, True):
+        kind = "CUDA GPU" if device.type == "cuda" else f"{device.type} device"
+        raise UserError(f"{name}: no {kind} found; use {flag('device')} cpu or auto.", option="device")
+    counts = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count}
+    count = counts[device.type]() if device.type in counts else 1
+    if device.index is not None and device.index >= count:
+        raise UserError(f"{name}: this machine has {count} of them, numbered from 0.", option="device")
+    return name
 
 
 def limit_malloc_arenas() -> None:

@@ -73,6 +73,8 @@ NOT_RUN = {
     f"{PROG} plan --recipe recipe-24gb": "needs the hub; tests/unit/test_plan.py plans for a card too",
     f"{PROG} push": "needs the hub; tests/unit/test_push.py runs it against a server",
     f"{PROG} pull": "needs the hub; tests/unit/test_pull.py runs it against a server",
+    f"{PROG} generate --lora": "needs a LoRA; tests/unit/test_generate_several.py has a small one",
+    f"{PROG} generate --controlnet": "needs a ControlNet; tests/unit/test_generate_several.py has a small one",
     f"{PROG} annotate depth": "needs weights of the hub; tests/unit/test_conditions_depth.py has small ones",
     f"{PROG} annotate segmentation": "needs weights; tests/unit/test_conditions_segmentation.py has small ones",
     f'{PROG} train --data "': "shards elsewhere; tests/e2e/test_sources.py reads them from servers",
@@ -104,7 +106,7 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("my-pictures", "runs/demo/data"):
         write_dataset(root / folder, num=4, split="train")
         write_dataset(root / folder, num=2, split="test")
-    for name in ("house_outline", "circle", "condition", "conditioning_image_1", "conditioning_image_2"):
+    for name in ("house_outline", "circle", "condition", "mask", "conditioning_image_1", "conditioning_image_2"):
         shutil.copy(root / "my-pictures/test/00000_cond.png", root / f"{name}.png")
     shutil.copy(root / "my-pictures/test/00000.png", root / "photo.png")
     write_single_file(write_tiny_sd(root / "sd15"), root / "v2-base.safetensors")

@@ -24,6 +24,7 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.generation.generate import encode_prompts, generate
 from t2i_adapter.generation.guidance import steer
 from t2i_adapter.generation.options import SamplingOptions, Strength
+from t2i_adapter.generation.schedulers import make_scheduler
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.open import open_base
 
@@ -355,3 +356,88 @@ def test_control_guidance_works_with_several_adapters(pair: Any, conditions: lis
         full.append(torch.equal(blocks[-2], blocks[-1]))
     # Two passes: the negative branch carries (3 - 2) / (3 - 1) = 0.5 of the features. Three: 0, 1 and 1.
     assert all(half) if passes == 2 else without == [0.0] * STEPS and all(full)
+
+
+def test_each_adapter_has_its_own_control_guidance(pair: Any, conditions: list[Image.Image]) -> None:
+    """Two passes: the negative branch carries r_i = (g - c_i) / (g - 1) of adapter i; here 0.75 and 0."""
+    rows = [(conditions[0], conditions[1])] * 2
+    strengths = [Strength(scale=0.7, control_guidance=1.5), Strength(scale=0.4, control_guidance=3.0)]
+    seen = steps(pair, rows, options(), strengths=strengths)
+    first, second = (
+        adapter_features(adapter, [row[number] for row in rows]) for number, adapter in enumerate(pair.adapter.adapters)
+    )
+    weights = [float(np.float32(weight)) for weight in (0.7, 0.7 * 0.75, 0.4)]
+    for features in seen.features:
+        for ours, a, b in zip(features or [], first, second, strict=True):
+            negative, positive = ours.chunk(2)
+            assert torch.allclose(negative, weights[1] * a, rtol=1e-6)
+            assert torch.allclose(positive, weights[0] * a + weights[2] * b, rtol=1e-6)
+
+
+def test_equal_control_guidances_are_one(pair: Any, conditions: list[Image.Image]) -> None:
+    rows = [(conditions[0], conditions[1])] * 2
+    for passes in (2, 3):
+        common = options(control_guidance=2.0, control_passes=passes, scale_schedule="500:0.5")
+        own = [Strength(control_guidance=2.0, scale_schedule="500:0.5")] * 2
+        assert are_equal(steps(pair, rows, options(control_passes=passes), strengths=own), steps(pair, rows, common))
+
+
+def test_three_passes_amplify_some_of_the_adapters(pair: Any, conditions: list[Image.Image]) -> None:
+    """The added pass carries the adapters whose control guidance is 1, and the others carry all."""
+    rows = [(conditions[0], conditions[1])] * 2
+    strengths = [Strength(scale=0.5), Strength(control_guidance=4.0)]
+    seen = steps(pair, rows, options(control_passes=3), strengths=strengths)
+    alone = adapter_features(pair.adapter.adapters[0], [row[0] for row in rows])
+    for features in seen.features:
+        for ours, feature in zip(features or [], alone, strict=True):
+            added, negative, positive = ours.split(len(SEEDS))
+            assert torch.allclose(added, 0.5 * feature, rtol=EXACT)
+            assert torch.equal(negative, positive) and not torch.equal(added, negative)
+    without = steps(
+        pair, rows, options(control_passes=3, condition_factor=1.0), strengths=[Strength(scale=0.5), Strength()]
+    )
+    assert not are_equal(seen, without)
+    with pytest.raises(
+        UserError, match="--control_guidance 2 and 3: with --control_passes 3 each adapter has 1 or one"
+    ):
+        steps(
+            pair,
+            rows,
+            options(control_passes=3),
+            strengths=[Strength(control_guidance=3.0), Strength(control_guidance=2.0)],
+        )
+
+
+def test_each_adapter_has_its_own_schedule(pair: Any, conditions: list[Image.Image]) -> None:
+    rows = [(conditions[0], conditions[1])] * 2
+    strengths = [Strength(scale_schedule="100:0,900:1"), Strength(scale=0.5)]
+    seen = steps(pair, rows, options(), strengths=strengths)
+    first, second = (
+        adapter_features(adapter, [row[number] for row in rows]) for number, adapter in enumerate(pair.adapter.adapters)
+    )
+    for (args, _), features in zip(seen.calls, seen.features, strict=True):
+        factor = min(max((float(args[1]) - 100) / 800, 0), 1)
+        for ours, a, b in zip(features or [], first, second, strict=True):
+            assert torch.allclose(ours, torch.cat([factor * a + 0.5 * b] * 2), rtol=1e-6, atol=1e-6)
+
+
+# Schedulers that call the UNet twice a step -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "calls"), [("heun", 7), ("dpm2", 7), ("pndm", 5), ("dpmpp_2m", 4), ("unipc", 4)])
+def test_shares_are_of_the_steps_with_every_scheduler(
+    tiny_base: Path, conditions: list[Image.Image], name: str, calls: int
+) -> None:
+    pipeline = make_pipeline(str(tiny_base), torch.float32)
+    pipeline.scheduler = make_scheduler(name, pipeline.scheduler.config)
+
+    def acts(**changes: Any) -> list[bool]:
+        return [features is not None for features in steps(pipeline, conditions, options(**changes)).features]
+
+    assert acts() == [True] * calls, "the pipeline of diffusers counts calls, and would stop after the fourth"
+    half = acts(condition_factor=0.5)
+    assert half == sorted(half, reverse=True) and sum(half) == (calls + 1) // 2
+    assert acts(condition_start=0.5) == [not acted for acted in half]
+    assert acts(condition_factor=0.0) == [False] * calls
+    by_guidance = steps(pipeline, conditions, options(control_guidance=3.0)).features
+    assert all(features is not None and not features[0].chunk(2)[0].any() for features in by_guidance)

@@ -25,6 +25,8 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.export.adapter import save_adapter
 from t2i_adapter.flags import parse_flags
 from t2i_adapter.generation.condition import fit_condition
+from t2i_adapter.generation.prompts import Picture
+from t2i_adapter.generation.several import EACH
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.types import Sample
 from t2i_adapter.verbs.generate import GenerateOptions, Job, make_jobs, run
@@ -43,7 +45,8 @@ def condition(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(folder: Path, picture: Path, **changes: Any) -> GenerateOptions:
-    given = {"adapter": str(folder), "prompt": ("red circle",), "image": (str(picture),), "steps": 1}
+    given = {"adapter": (str(folder),), "prompt": ("red circle",), "image": (str(picture),), "steps": 1}
+    changes |= {name: (changes[name],) for name in (*EACH, "condition") if name in changes}
     return GenerateOptions(**{**given, **changes})
 
 
@@ -99,8 +102,8 @@ def test_errors_name_the_option(adapter: Path, condition: Path, tiny_base: Path,
         ({"image": ("missing.png",)}, r"--image.*missing\.png"),
         ({"image": (str(broken),)}, r"broken\.png"),
         ({"width": 70}, r"--width 70: .*64 or 80"),
-        ({"adapter": str(tmp_path / "none")}, "no adapter found"),
-        ({"adapter": str(wide)}, "does not fit"),
+        ({"adapter": (str(tmp_path / "none"),)}, "no adapter found"),
+        ({"adapter": (str(wide),)}, "does not fit"),
         ({"base": str(tmp_path)}, "not an SDXL"),
         ({"device": "cuda:9"}, "--device"),
         ({"device": "abacus"}, "--device abacus"),
@@ -132,17 +135,19 @@ def test_errors_name_the_option(adapter: Path, condition: Path, tiny_base: Path,
 
 
 def jobs(file: Path, **changes: Any) -> list[Job]:
-    return make_jobs(GenerateOptions(adapter="a", prompt_file=str(file), **changes))
+    return make_jobs(GenerateOptions(adapter=("a",), prompt_file=str(file), **changes))
 
 
 def test_a_text_file_has_one_prompt_a_line(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffred circle\r\n\r\n  blau, grün 你好 \n# 1\n".encode())
     assert jobs(file, image=("a.png",), num=2, seed=7) == [
-        Job(prompt, "a.png", False, seed) for prompt in ("red circle", "blau, grün 你好", "# 1") for seed in (7, 8)
+        Job(prompt, (Picture("a.png"),), seed, row=row)
+        for row, prompt in enumerate(("red circle", "blau, grün 你好", "# 1"))
+        for seed in (7, 8)
     ]
-    assert [job.file for job in jobs(file, photo=("a", "b", "c"))] == ["a", "b", "c"]
-    assert all(job.is_photo for job in jobs(file, photo=("a",)))
+    assert [job.pictures[0].file for job in jobs(file, photo=("a", "b", "c"))] == ["a", "b", "c"]
+    assert all(job.pictures[0].is_photo for job in jobs(file, photo=("a",)))
 
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.CSV"])
@@ -160,9 +165,9 @@ def test_a_table_names_pictures_and_seeds(tmp_path: Path, name: str) -> None:
             'prompt,image,photo,seed\n"a ""red"", round circle",maps/1.png,,5\n"two\nlines",,/photos/2.jpg,\nblue,,,\n'
         )
     assert jobs(file, image=("rest.png",), seed=3) == [
-        Job('a "red", round circle', str(tmp_path / "maps" / "1.png"), False, 5),
-        Job("two\nlines", "/photos/2.jpg", True, 3),
-        Job("blue", "rest.png", False, 3),
+        Job('a "red", round circle', (Picture(str(tmp_path / "maps" / "1.png")),), 5, row=0),
+        Job("two\nlines", (Picture("/photos/2.jpg", is_photo=True),), 3, row=1),
+        Job("blue", (Picture("rest.png"),), 3, row=2),
     ]
     with pytest.raises(UserError, match=r"prompts\..*, line \d: names no picture; add a column image or photo, or set"):
         jobs(file)
@@ -177,7 +182,7 @@ def test_a_table_names_pictures_and_seeds(tmp_path: Path, name: str) -> None:
         ("p.txt", b"a\nb\n", "--prompt_file has 2 entries and --image 3"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt":', "line 2: not JSON"),
         ("p.jsonl", b'["a"]', "line 1: must be an object"),
-        ("p.jsonl", b'{"prompt": "a", "sed": 1}', "unknown column 'sed'; allowed are prompt, image, photo, seed"),
+        ("p.jsonl", b'{"prompt": "a", "sed": 1}', "unknown column 'sed'; allowed are prompt, image, photo, init_image"),
         ("p.jsonl", b'{"image": "a"}', "line 1: has no prompt"),
         ("p.jsonl", b'{"prompt": ["a"]}', "prompt is"),
         ("p.jsonl", b'{"prompt": "a", "seed": -1}', "seed is -1"),
@@ -207,7 +212,7 @@ def test_a_condition_kind_needs_a_photo_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "p.csv"
     file.write_text("prompt,image\na,1.png\n")
     with pytest.raises(UserError, match="--condition canny: only --photo needs it"):
-        jobs(file, condition="canny")
+        jobs(file, condition=("canny",))
 
 
 def test_pictures_of_a_file_of_prompts(adapter: Path, condition: Path, tmp_path: Path) -> None:
@@ -216,7 +221,11 @@ def test_pictures_of_a_file_of_prompts(adapter: Path, condition: Path, tmp_path:
         json.dumps({"prompt": "--red circle", "image": str(condition), "seed": 9}) + '\n{"prompt": "blue circle"}'
     )
     given = GenerateOptions(
-        adapter=str(adapter), prompt_file=str(tmp_path / "p.jsonl"), image=(str(condition),), steps=1, out=str(tmp_path)
+        adapter=(str(adapter),),
+        prompt_file=str(tmp_path / "p.jsonl"),
+        image=(str(condition),),
+        steps=1,
+        out=str(tmp_path),
     )
     run(given)
     records = [json.loads((tmp_path / f"{index:05d}.json").read_text()) for index in range(2)]
@@ -263,7 +272,7 @@ def test_the_png_carries_its_parameters(adapter: Path, condition: Path, tmp_path
         "Model": "tiny",
         "RNG": "CPU",
         "T2I-Adapter": adapter.name,
-        "T2I-Adapter hash": record["adapter_sha256"][:10],
+        "T2I-Adapter hash": record["adapter_sha256"][0][:10],
         "T2I-Adapter scale": "0.8",
         "T2I-Adapter end": "1.0",
         "T2I-Adapter picture": condition.name,
@@ -335,7 +344,7 @@ def test_prompts_are_read_as_in_the_adapters_training(
 
     def picture(folder: Path, **changes: Any) -> tuple[bytes, int]:
         out = tmp_path / f"{folder.name} {changes}"
-        run(replace(options(folder, condition, prompt=(long,), steps=2, out=str(out)), **changes))
+        run(options(folder, condition, prompt=(long,), steps=2, out=str(out), **changes))
         return Image.open(out / "00000.png").tobytes(), json.loads((out / "00000.json").read_text())["options"][
             "max_tokens"
         ]
@@ -376,11 +385,13 @@ def test_generate_takes_what_the_record_recommends(
 
     file.write_text(json.dumps({**plain_record, "sampling": point}))
     pixels, record, fields = picture(trained)
-    assert {name: record["options"][name] for name in point} == point
+    assert {name: record["options"][name] for name in point} == {
+        name: [value] if name in EACH else value for name, value in point.items()
+    }
     assert {
         name: value for name, value in fields.items() if name.startswith("T2I-Adapter ") and "pict" not in name
     } == {
-        "T2I-Adapter hash": record["adapter_sha256"][:10],
+        "T2I-Adapter hash": record["adapter_sha256"][0][:10],
         "T2I-Adapter scale": "0.5",
         "T2I-Adapter end": "1.0",
         "T2I-Adapter guidance": "2.0",
@@ -395,5 +406,5 @@ def test_generate_takes_what_the_record_recommends(
     assert "recommends" not in capsys.readouterr().out
     # A picture that was generated without a recommendation is the same after the record has one.
     again = parse_flags(GenerateOptions, shlex.split(plain_options["command"])[2:], "t2i-adapter generate")
-    run(replace(again, adapter=str(trained), out=str(tmp_path / "again")))
+    run(replace(again, adapter=(str(trained),), out=str(tmp_path / "again")))
     assert Image.open(tmp_path / "again" / "00000.png").tobytes() == plain

@@ -8,16 +8,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from t2i_adapter.generation.guidance import adapters_of, steer, takes_end
+from t2i_adapter.generation.controlnet import Controlled
+from t2i_adapter.generation.guidance import adapters_of, steer
 from t2i_adapter.generation.options import SamplingOptions, Strength
+from t2i_adapter.generation.redraw import Redraw, Tail, encode_pictures
 from t2i_adapter.models.encoders import LatentScale, TextEncoder, count_tokens, text_beyond
 from t2i_adapter.models.family import AdapterPipeline
 from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
@@ -135,6 +139,8 @@ def generate(
     size: tuple[int, int],
     sampling: SamplingOptions,
     strengths: Sequence[Strength] | None = None,
+    redraw: Redraw | None = None,
+    controlled: Controlled | None = None,
     negative: str | None = None,
     max_tokens: MaxTokens = CHUNK_TOKENS,
     progress: str | None = None,
@@ -154,6 +160,8 @@ def generate(
         size=size,
         sampling=sampling,
         strengths=strengths,
+        redraw=redraw,
+        controlled=controlled,
         progress=progress,
     )
     return [picture for batch in batches for picture in batch]
@@ -173,6 +181,8 @@ def generate_batches(
     size: tuple[int, int],
     sampling: SamplingOptions,
     strengths: Sequence[Strength] | None = None,
+    redraw: Redraw | None = None,
+    controlled: Controlled | None = None,
     progress: str | None = None,
 ) -> Iterator[list[Image.Image]]:
     """Generates N pictures, one for each text, condition and seed, and yields each batch when it is finished.
@@ -186,23 +196,30 @@ def generate_batches(
             its family's plain pipeline does. With several adapters (a pipeline with a MultiAdapter) each is a sequence
             of one picture an adapter.
         size: (height, width) in pixels, multiples of what the adapter takes.
-        strengths: scale and steps of each adapter; None takes those of `sampling` for each. Guidances and schedule are
-            common to all.
+        strengths: how strongly each adapter acts, and when; None takes the values of `sampling` for each.
+        redraw: N pictures to begin from, of `size`, and their masks; None begins from noise.
+        controlled: a ControlNet that acts beside the adapters, with N pictures of `size`.
         progress: title of a progress bar over all denoising steps; None shows none.
 
     Raises UserError if the base cannot do what `sampling` asks for.
     """
     assert len(texts) == len(seeds) and (conditions is None or len(conditions) == len(seeds))
+    assert redraw is None or len(redraw.inits) == len(seeds)
     strengths = strengths or [sampling.strength] * len(adapters_of(pipeline))
     batch = batch_length(size, sampling)
-    total, is_hidden = len(seeds) * sampling.steps, progress is None
+    made = sampling.steps if redraw is None else redraw.steps(sampling.steps)
+    total, is_hidden = len(seeds) * made, progress is None
     with tqdm(total=total, desc=progress, unit="step", disable=is_hidden, leave=False, delay=0.5) as bar:
         for start in range(0, len(seeds), batch):
             part = slice(start, start + batch)
             chosen = None if conditions is None else conditions[part]
             text = texts.arguments(part)
-            latents = _sample_latents(pipeline, text, chosen, seeds[part], size, sampling, strengths, bar)
-            yield _decode(pipeline, latents)
+            begin = None if redraw is None else redraw.part(part)
+            beside = nullcontext() if controlled is None else controlled.part(part).on(pipeline.unet)
+            with beside:
+                latents = _sample_latents(pipeline, text, chosen, seeds[part], size, sampling, strengths, begin, bar)
+            pictures = _decode(pipeline, latents)
+            yield pictures if begin is None else begin.finish(pictures)
     pipeline.maybe_free_model_hooks()
 
 
@@ -214,15 +231,55 @@ def _sample_latents(
     size: tuple[int, int],
     sampling: SamplingOptions,
     strengths: Sequence[Strength],
+    redraw: Redraw | None,
     bar: tqdm[Any],
 ) -> Tensor:
     """Returns one batch of the UNet's latents, (B,4,h,w). `bar` advances by B at each step."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    made = sampling.steps if redraw is None else redraw.steps(sampling.steps)
+    if redraw is None or (made == sampling.steps and not redraw.has_masks):
+        return _call(pipeline, text, conditions, generators, size, sampling, strengths, None, bar)
+    known = encode_pictures(pipeline, [init.picture for init in redraw.inits])
+    if made == 0:
+        return known
+    known = known.to(text["prompt_embeds"].dtype)
+    noise = randn_tensor(known.shape, generator=generators, device=known.device, dtype=known.dtype)
+    mask = redraw.latent_mask(known) if redraw.has_masks else None
+    tail = Tail(pipeline.scheduler, sampling.steps, made, known, noise, mask)
+    with _using(pipeline, tail):
+        sampling = replace(sampling, steps=made)
+        return _call(pipeline, text, conditions, generators, size, sampling, strengths, tail.start(), bar)
+
+
+@contextmanager
+def _using(pipeline: AdapterPipeline, scheduler: Any) -> Iterator[None]:
+    """Puts another scheduler into the pipeline while it is open."""
+    own = pipeline.scheduler
+    pipeline.scheduler = scheduler
+    try:
+        yield
+    finally:
+        pipeline.scheduler = own
+
+
+def _call(
+    pipeline: AdapterPipeline,
+    text: dict[str, Any],
+    conditions: Sequence[Condition] | None,
+    generators: list[torch.Generator],
+    size: tuple[int, int],
+    sampling: SamplingOptions,
+    strengths: Sequence[Strength],
+    latents: Tensor | None,
+    bar: tqdm[Any],
+) -> Tensor:
+    """Calls the pipeline, the only call of it. latents: (B,4,h,w) before the first step; None is noise."""
     adapters = adapters_of(pipeline)
     assert len(strengths) == len(adapters)
     height, width = size
     if conditions is None:
         # The pipeline needs a picture even if the adapter acts in no step.
-        conditions = [[Image.new("RGB", (width, height))] * len(adapters)] * len(seeds)
+        conditions = [[Image.new("RGB", (width, height))] * len(adapters)] * len(generators)
         strengths = [Strength(end=0.0)] * len(adapters)
     columns = list(zip(*map(_condition_row, conditions), strict=True))
     assert len(columns) == len(adapters)
@@ -233,18 +290,18 @@ def _sample_latents(
     ]
     scales = [strength.scale for strength in strengths]
     is_single = len(adapters) == 1
-    end = {"adapter_conditioning_factor": max(strength.end for strength in strengths)} if takes_end(pipeline) else {}
-    with steer(pipeline, sampling, strengths):
+    with steer(pipeline, sampling, strengths) as end:
         output: Any = pipeline(
             image=images[0] if is_single else images,
             height=height,
             width=width,
             num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            generator=generators,
+            latents=latents,
             adapter_conditioning_scale=scales[0] if is_single else scales,
             output_type="latent",
-            callback=lambda *_: bar.update(len(seeds)),  # pyright: ignore[reportArgumentType]
+            callback=lambda *_: bar.update(len(generators)),  # pyright: ignore[reportArgumentType]
             **end,
             **text,
         )

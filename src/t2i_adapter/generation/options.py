@@ -79,8 +79,14 @@ class SamplingOptions:
 
     @property
     def strength(self) -> Strength:
-        """The adapter's strength over the steps, without the schedule."""
-        return Strength(scale=self.scale, start=self.condition_start, end=self.condition_factor)
+        """The adapter's strength over the steps."""
+        return Strength(
+            scale=self.scale,
+            start=self.condition_start,
+            end=self.condition_factor,
+            control_guidance=self.control_guidance,
+            scale_schedule=self.scale_schedule,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +96,14 @@ class Strength:
     Attributes:
         scale: weight of its features.
         start, end: shares of the steps, counted from the first, between which it acts.
+        control_guidance, scale_schedule: as in `SamplingOptions`; None takes those of the sampling.
     """
 
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    control_guidance: float | None = None
+    scale_schedule: str | None = None
 
 
 def parse_schedule(text: str) -> tuple[tuple[int, float], ...]:
@@ -183,13 +192,24 @@ class RequestedSampling:
                 f"the options given do not fit the adapter's recommended values, which {flag('defaults')} plain ignores"
             ) from None
 
+    def not_given(self, recommended: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the values of `recommended` that the options take. Raises UserError."""
+        advised = _read_point(recommended) if self.defaults == "recommended" else {}
+        return {name: value for name, value in advised.items() if getattr(self, name) is None}
+
     def describe_point(self, recommended: Mapping[str, Any]) -> str | None:
         """Returns a line for the log if recommended values differ from the plain ones."""
-        taken, plain = self.settle(recommended), self.settle({})
-        changed = [f"{name} {getattr(taken, name)}" for name in POINT if getattr(taken, name) != getattr(plain, name)]
-        if not changed:
-            return None
-        return f"sampling: {', '.join(changed)}, as the adapter's record recommends (--defaults plain ignores it)"
+        return describe_advice(self.not_given(recommended), self.settle(recommended))
+
+
+def describe_advice(advised: Mapping[str, Any], taken: SamplingOptions) -> str | None:
+    """Returns a line for the log if values that were advised and taken differ from the plain ones."""
+    plain = SamplingOptions()
+    values = {name: getattr(taken, name) for name in POINT if name in advised}
+    changed = [f"{n} {v}" for n, v in values.items() if v == advised[n] and v != getattr(plain, n)]
+    if not changed:
+        return None
+    return f"sampling: {', '.join(changed)}, as the adapter's record recommends (--defaults plain ignores it)"
 
 
 def _read_point(recommended: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,9 +248,9 @@ class ModelOptions:
     """Tokens of a prompt that are read; the rest is cut off. None takes what the adapter's training read or, if that is
     unknown, 75."""
     device: str = "auto"
-    """Device to run on: auto, cpu, cuda, cuda:1, mps, ..."""
+    """Device to run on: cpu, cuda, cuda:1, xpu, mps, or auto, the first GPU that is found, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the base; auto is fp16 on a GPU and fp32 elsewhere. The VAE always runs in fp32."""
+    """Precision of the base; auto is fp16 on cuda and xpu and fp32 elsewhere. The VAE always runs in fp32."""
     offload: Literal["none", "model", "sequential"] = "none"
     """Keep only the running model on the GPU; `sequential` keeps only the running layer: less memory, but slower."""
     xformers: bool = False

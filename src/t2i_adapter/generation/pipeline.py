@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-from diffusers import T2IAdapter
+from diffusers import MultiAdapter, T2IAdapter
 
 from t2i_adapter.config.tree import BaseOptions
-from t2i_adapter.errors import UserError, flag
+from t2i_adapter.devices import choose_device
+from t2i_adapter.errors import UserError
 from t2i_adapter.generation.options import ModelOptions
+from t2i_adapter.generation.several import SeveralAdapters
 from t2i_adapter.models.adapter import check_fits, load_adapter
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.family import AdapterPipeline
+from t2i_adapter.models.lora import add_loras
+from t2i_adapter.models.lora_file import Lora
 from t2i_adapter.models.open import open_base
+from t2i_adapter.models.quantize import Format, quantize
 from t2i_adapter.models.record import BASE_FIELDS, FILE_NAME, Metadata, read_metadata
 from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
 
@@ -72,10 +77,44 @@ class Models:
         why = ", as in the adapter's training" if is_recorded else ""
         return f"prompts: up to {self.max_tokens} tokens are read, in chunks of {CHUNK_TOKENS}{why}"
 
-    def pipeline(self) -> AdapterPipeline:
-        """Loads the base and builds the pipeline on the device."""
-        dtype = _DTYPES[self.precision]
-        pipeline = self.base.pipeline(self.adapter, self.device, dtype, offload=self.offload)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the base."""
+        return _DTYPES[self.precision]
+
+    def pipeline(
+        self,
+        others: Sequence[Models] = (),
+        *,
+        loras: Sequence[Lora] = (),
+        quantized: Format | Literal["none"] = "none",
+        scheduler: Any = None,
+    ) -> AdapterPipeline:
+        """Loads the base and builds the pipeline on the device.
+
+        Args:
+            others: further adapters, which act beside this one.
+            loras: are added to the base's weights.
+            quantized: format of the UNet's large matrices; LoRAs are added before.
+            scheduler: another one than Euler ancestral.
+
+        Raises UserError.
+        """
+        place = torch.device("cpu" if self.offload != "none" else self.device)
+        parts: dict[str, Any] = {}
+        if loras or quantized != "none":
+            parts["unet"] = self.base.unet("cpu" if quantized != "none" else place, self.dtype)
+        if loras:
+            parts["text"] = self.base.text_encoder(place, self.dtype)
+            names = ("text_encoder", "text_encoder_2")
+            add_loras(loras, {"unet": parts["unet"], **dict(zip(names, parts["text"].encoders, strict=False))})
+        if quantized != "none":
+            parts["unet"] = quantize(parts["unet"], quantized, place).to(place)
+        adapters = [self.adapter, *(other.adapter for other in others)]
+        network: Any = MultiAdapter(adapters) if others else self.adapter
+        pipeline = self.base.pipeline(network, self.device, self.dtype, offload=self.offload, **parts)
+        if scheduler is not None:
+            pipeline.scheduler = scheduler
         if self.xformers:
             try:
                 pipeline.enable_xformers_memory_efficient_attention()
@@ -84,17 +123,52 @@ class Models:
         return pipeline
 
 
-def open_models(options: ModelOptions) -> Models:
-    """Finds the adapter and its base. Raises UserError if one is missing or they do not fit."""
-    device = _find_device(options.device, options.offload)
+def open_several(options: SeveralAdapters) -> list[Models]:
+    """Finds the adapters and their common base: that of the options, or else the first adapter's.
+
+    Raises UserError if one is missing, or they do not fit together.
+    """
+    first = open_models(options.model_options(0))
+    found = [first, *(open_models(options.model_options(n), first.base) for n in range(1, len(options.adapter)))]
+    factors = [model.adapter_config["downscale_factor"] for model in found]
+    if len(set(factors)) > 1:
+        raise UserError(
+            f"their downscale_factor differs ({', '.join(map(str, factors))}), so their features have different sizes; "
+            "use adapters of one kind.",
+            option="adapter",
+        )
+    max_tokens = max(model.max_tokens for model in found)
+    return [replace(model, max_tokens=max_tokens) for model in found]
+
+
+def describe_differences(names: Sequence[str], models: Sequence[Models]) -> list[str]:
+    """Returns lines for the log about adapters whose training differs from the first one's, or from the base."""
+    lines = []
+    sides = {name: model.resolution for name, model in zip(names, models, strict=True) if model.resolution}
+    if len(set(sides.values())) > 1:
+        sizes = ", ".join(f"{name} {side} px" for name, side in sides.items())
+        lines.append(f"the adapters were trained at different sizes: {sizes}; set --width and --height to choose")
+    base = models[0].base.name
+    for name, model in list(zip(names, models, strict=True))[1:]:
+        trained = model.metadata.base.get("name") if model.metadata else None
+        if trained not in (None, base):
+            lines.append(f"{name} was trained on {trained}; the base is {base}")
+    return lines
+
+
+def open_models(options: ModelOptions, base: Base | None = None) -> Models:
+    """Finds the adapter and its base, unless that is given. Raises UserError if one is missing or they do not fit."""
+    device = choose_device(options.device)
+    if torch.device(device).type == "cpu" and options.offload != "none":
+        raise UserError(f"{options.offload}: needs a GPU, and the device is {device}; use none.", option="offload")
     precision = options.precision
     if precision == "auto":
-        precision = "fp16" if device.startswith("cuda") else "fp32"
+        precision = "fp16" if device.startswith(("cuda", "xpu")) else "fp32"
     if options.xformers and importlib.util.find_spec("xformers") is None:
         raise UserError("the package is not installed; `pip install xformers`, or omit it.", option="xformers")
     metadata = read_metadata(options.adapter)
     adapter = load_adapter(options.adapter)
-    base = open_base(_base_options(options, metadata))
+    base = base or open_base(_base_options(options, metadata))
     check_fits(dict(adapter.config), base.unet_config, options.adapter)
     digest = weights_digest(adapter)
     max_tokens = options.max_tokens or (metadata.max_tokens if metadata else CHUNK_TOKENS)
@@ -131,20 +205,3 @@ def _base_options(options: ModelOptions, metadata: Metadata | None) -> BaseOptio
     if options.base_vae is not None:
         recorded["vae"] = options.base_vae
     return BaseOptions(**recorded)
-
-
-def _find_device(name: str, offload: str) -> str:
-    """Resolves "auto" and checks that the device exists and that `offload` works on it. Raises UserError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as fault:
-        raise UserError(
-            f"{name}: no such device; allowed are auto, cpu, cuda, cuda:1, mps, ...", option="device"
-        ) from fault
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"{name}: no CUDA GPU found; use {flag('device')} cpu or auto.", option="device")
-    if kind == "cpu" and offload != "none":
-        raise UserError(f"{offload}: needs a GPU, and the device is {name}; use none.", option="offload")
-    return name

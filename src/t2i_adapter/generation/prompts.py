@@ -17,8 +17,24 @@ from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import parse_json, user_path
 
 OPTION = "prompt_file"
-COLUMNS = ("prompt", "image", "photo", "seed")
 MAX_SEED = 2**63 - 1
+OTHERS = ("init_image", "mask", "controlnet_image")
+"""Options and columns of pictures that are no adapter's."""
+NO_PICTURE = "none"
+"""Stands in a list of several adapters' pictures for one that the other list has."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What an adapter's condition is made of: a condition picture's file or, if `is_photo`, a photo's."""
+
+    file: str
+    is_photo: bool = False
+
+    @property
+    def option(self) -> str:
+        """The option that names such pictures."""
+        return "photo" if self.is_photo else "image"
 
 
 @dataclass(frozen=True)
@@ -27,29 +43,54 @@ class Request:
 
     Attributes:
         place: names the row in messages.
-        image, photo: a condition picture's file, or a photo's; at most one is set.
+        pictures: one for each adapter.
+        init_image, mask, controlnet_image: files of the picture to begin from, of its mask, and for the ControlNet.
         seed: of the first of the prompt's pictures.
     """
 
     prompt: str
     place: str = ""
-    image: str | None = None
-    photo: str | None = None
+    pictures: tuple[Picture | None, ...] = (None,)
+    init_image: str | None = None
+    mask: str | None = None
+    controlnet_image: str | None = None
     seed: int | None = None
 
 
-def read_prompts(file: str) -> list[Request]:
+@dataclass(frozen=True)
+class GivenFiles:
+    """Picture files by the options that name them; each list is empty if its option is not set.
+
+    Attributes:
+        adapters: their number. With one, `image` and `photo` belong to the prompts; with several, to the adapters.
+    """
+
+    image: tuple[str, ...] = ()
+    photo: tuple[str, ...] = ()
+    init_image: tuple[str, ...] = ()
+    mask: tuple[str, ...] = ()
+    controlnet_image: tuple[str, ...] = ()
+    adapters: int = 1
+
+
+def columns(adapters: int) -> tuple[str, ...]:
+    """Returns the names of a table's columns."""
+    others = [f"{name}_{number}" for number in range(2, adapters + 1) for name in ("image", "photo")]
+    return ("prompt", "image", "photo", *others, *OTHERS, "seed")
+
+
+def read_prompts(file: str, adapters: int = 1) -> list[Request]:
     """Reads the prompts of a file, one or more.
 
-    A .jsonl file has an object a line and a .csv file a header line, with `prompt` and, if wanted, `image` or `photo`
-    (relative to the file's folder) and `seed`. Any other file has one prompt a line; empty lines are skipped. Raises
+    A .jsonl file has an object a line and a .csv file a header line, with `prompt` and, if wanted, the other `columns`;
+    pictures are relative to the file's folder. Any other file has one prompt a line; empty lines are skipped. Raises
     UserError that names the line.
     """
     path = user_path(file)
     text = _read_text(path, file)
     kind = path.suffix.lower()
     rows = {".jsonl": _json_rows, ".csv": _csv_rows}.get(kind, _plain_rows)(text, file)
-    requests = [_request(row, place, path.parent) for place, row in rows]
+    requests = [_request(row, place, path.parent, adapters) for place, row in rows]
     if not requests:
         raise UserError(f"{file}: holds no prompt; write one a line.", option=OPTION)
     return requests
@@ -100,11 +141,12 @@ def _csv_rows(text: str, file: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise UserError(f"{file}, line {reader.line_num + 1}: not CSV ({fault}).", option=OPTION) from fault
 
 
-def _request(row: Mapping[str, Any], place: str, folder: Path) -> Request:
+def _request(row: Mapping[str, Any], place: str, folder: Path, adapters: int) -> Request:
     """Checks a row. Raises UserError."""
-    if unknown := next((name for name in row if name not in COLUMNS), None):
-        raise UserError(f"{place}: unknown column {unknown!r}; allowed are {', '.join(COLUMNS)}.", option=OPTION)
-    for name in ("prompt", "image", "photo"):
+    known = columns(adapters)
+    if unknown := next((name for name in row if name not in known), None):
+        raise UserError(f"{place}: unknown column {unknown!r}; allowed are {', '.join(known)}.", option=OPTION)
+    for name in known[:-1]:
         if name in row and not isinstance(row[name], str):
             raise UserError(f"{place}: {name} is {row[name]!r}; it must be text.", option=OPTION)
     if "prompt" not in row:
@@ -113,10 +155,18 @@ def _request(row: Mapping[str, Any], place: str, folder: Path) -> Request:
         raise UserError(
             f"{place}: prompt {row['prompt']!r} holds half of a surrogate pair; write it anew.", option=OPTION
         )
-    if row.get("image") and row.get("photo"):
-        raise UserError(f"{place}: sets both image and photo; keep one of them.", option=OPTION)
-    files = {name: str(folder / user_path(row[name])) for name in ("image", "photo") if row.get(name)}
-    return Request(row["prompt"], place, seed=_seed(row.get("seed"), place), **files)
+
+    def file(name: str) -> str | None:
+        return str(folder / user_path(row[name])) if row.get(name) else None
+
+    pictures: list[Picture | None] = []
+    for ending in ("", *(f"_{number}" for number in range(2, adapters + 1))):
+        image, photo = file(f"image{ending}"), file(f"photo{ending}")
+        if image and photo:
+            raise UserError(f"{place}: sets both image{ending} and photo{ending}; keep one of them.", option=OPTION)
+        pictures.append(Picture(image or photo or "", photo is not None) if image or photo else None)
+    others = {name: file(name) for name in OTHERS}
+    return Request(row["prompt"], place, tuple(pictures), **others, seed=_seed(row.get("seed"), place))
 
 
 def is_unicode(text: str) -> bool:
@@ -139,32 +189,88 @@ def _seed(value: Any, place: str) -> int | None:
     return int(value)
 
 
-def match_files(requests: list[Request], image: tuple[str, ...], photo: tuple[str, ...]) -> list[Request]:
-    """Gives every request a picture: its row's own, or else one of the option `image` or `photo`.
+def match_files(requests: list[Request], files: GivenFiles) -> list[Request]:
+    """Gives every request its pictures: its row's own, or else those of the options.
 
     A single request is repeated for every picture, and a single picture is used for every request. Raises UserError if
     the numbers do not match or a picture is missing.
     """
-    files = image or photo
-    name = "photo" if photo else "image"
-    missing = [request for request in requests if not (request.image or request.photo)]
-    if not missing:
-        return requests
-    if not files:
-        raise UserError(
-            f"{missing[0].place}: names no picture; add a column image or photo, or set {flag('image')} or "
-            f"{flag('photo')}.",
+    lists: dict[str, tuple[str, ...]] = {name: getattr(files, name) for name in OTHERS}
+    if files.adapters == 1:
+        lists["photo" if files.photo else "image"] = files.photo or files.image
+    else:
+        common = _adapter_pictures(files)
+        requests = [
+            replace(one, pictures=tuple(own or other for own, other in zip(one.pictures, common, strict=True)))
+            for one in (replace(request, pictures=_padded(request, files.adapters)) for request in requests)
+        ]
+    used = {name: some for name, some in lists.items() if some and any(_lacks(request, name) for request in requests)}
+    count = max([len(requests), *map(len, used.values())])
+    for name, some in used.items():
+        if {len(requests), len(some)} - {1, count}:
+            source = flag(OPTION if requests[0].place else "prompt")
+            raise UserError(
+                f"{source} has {len(requests)} entries and {flag(name)} {len(some)}: "
+                "set as many of one as of the other, or a single one of either."
+            )
+    matched = requests * count if len(requests) == 1 else requests
+    for name, some in used.items():
+        matched = [
+            _with_file(request, name, some[index % len(some)]) if _lacks(request, name) else request
+            for index, request in enumerate(matched)
+        ]
+    for request in matched:
+        if None in request.pictures:
+            raise _missing_picture(request, files.adapters)
+    return matched
+
+
+def _lacks(request: Request, name: str) -> bool:
+    return (request.pictures[0] if name in ("image", "photo") else getattr(request, name)) is None
+
+
+def _with_file(request: Request, name: str, file: str) -> Request:
+    if name in ("image", "photo"):
+        return replace(request, pictures=(Picture(file, name == "photo"),))
+    return replace(request, **{name: file})
+
+
+def _padded(request: Request, adapters: int) -> tuple[Picture | None, ...]:
+    return (*request.pictures, *[None] * (adapters - len(request.pictures)))
+
+
+def _adapter_pictures(files: GivenFiles) -> list[Picture | None]:
+    """Returns the options' picture for each of several adapters. Raises UserError."""
+    pictures: list[Picture | None] = [None] * files.adapters
+    for name, some in (("image", files.image), ("photo", files.photo)):
+        if len(some) not in (0, 1, files.adapters):
+            raise UserError(
+                f"{len(some)} pictures for {files.adapters} adapters: with several adapters set one picture for each, "
+                f"in their order, or a single one for all. Pictures for several prompts belong into {flag(OPTION)}.",
+                option=name,
+            )
+        for number in range(files.adapters if some else 0):
+            file = some[number % len(some)]
+            if file == NO_PICTURE:
+                continue
+            if pictures[number]:
+                raise UserError(
+                    f"{file}: {flag('image')} has a picture for adapter {number + 1}, too; write {NO_PICTURE} in its "
+                    "place in one of the two lists.",
+                    option=name,
+                )
+            pictures[number] = Picture(file, name == "photo")
+    return pictures
+
+
+def _missing_picture(request: Request, adapters: int) -> UserError:
+    number = request.pictures.index(None) + 1
+    ending = f"_{number}" if number > 1 else ""
+    which = f" for adapter {number}" if adapters > 1 else ""
+    options = f"{flag('image')} or {flag('photo')}"
+    if request.place:
+        return UserError(
+            f"{request.place}: names no picture{which}; add a column image{ending} or photo{ending}, or set {options}.",
             option=OPTION,
         )
-    count = max(len(requests), len(files))
-    if {len(requests), len(files)} - {1, count}:
-        source = flag(OPTION if missing[0].place else "prompt")
-        raise UserError(
-            f"{source} has {len(requests)} entries and {flag(name)} {len(files)}: "
-            "set as many of one as of the other, or a single one of either."
-        )
-    repeated = requests * count if len(requests) == 1 else requests
-    return [
-        request if request.image or request.photo else replace(request, **{name: files[index % len(files)]})
-        for index, request in enumerate(repeated)
-    ]
+    return UserError(f"there is no picture{which}; set {options}.")

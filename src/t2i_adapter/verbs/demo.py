@@ -127,7 +127,7 @@ def _generate_options(data: Path, adapter: Path, out: Path, seed: int) -> Genera
     lines = (data / "test" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:PICTURES]
     rows = [json.loads(line) for line in lines]
     return GenerateOptions(
-        adapter=str(adapter),
+        adapter=(str(adapter),),
         prompt=tuple(row["text"] for row in rows),
         image=tuple(str(data / "test" / row["conditioning_image_file_name"]) for row in rows),
         guidance=GUIDANCE,

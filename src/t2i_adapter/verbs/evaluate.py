@@ -355,7 +355,7 @@ def _settings(
     from importlib.metadata import version
 
     from t2i_adapter.evaluation.metrics import TOLERANCE
-    from t2i_adapter.verbs.generate import LIBRARIES
+    from t2i_adapter.generation.records import LIBRARIES
 
     model, is_one = models[0], len(models) == 1
     return {
