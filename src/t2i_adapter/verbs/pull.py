@@ -51,7 +51,7 @@ def describe(pulled: Pulled, out: Path) -> list[str]:
     from t2i_adapter.annotators.registry import kinds
 
     config, metadata = pulled.config, pulled.metadata
-    kind = "SDXL" if config.get("adapter_type") == "full_adapter_xl" else "Stable Diffusion 1.5"
+    kind = "SDXL" if config.get("adapter_type") == "full_adapter_xl" else "Stable Diffusion 1 or 2"
     channels = config.get("in_channels", 3)
     rows: dict[str, Any] = {
         "adapter": f"{config.get('adapter_type', 'full_adapter')} for {kind}, {pulled.parameters:,} parameters",
