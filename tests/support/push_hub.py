@@ -57,6 +57,7 @@ class Hub:
     trouble: str = ""
     """Fault of uploads: an HTTP status, "hung up", "silence", or "slow", which succeeds."""
     models: dict[str, Repository] = field(default_factory=dict)
+    collections: dict[str, list[str]] = field(default_factory=dict)  # slug -> ids of models
     blobs: dict[str, bytes] = field(default_factory=dict)  # sha256 -> content of large files
     requests: list[str] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
@@ -115,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/blob/"):
             assert "Authorization" not in self.headers, "the token goes to the hub only"
             return self._send(200, self.state.blobs[path.removeprefix("/blob/")], {})
+        if found := re.fullmatch(r"/api/collections/(.+)", path):
+            return self._collection(found[1])
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(refs)|/revision/(.+))?", path):
             return self._model(found[1], bool(found[2]), found[3] or MAIN)
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -147,6 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
                 for o in json.loads(body)["objects"]
             ]
             self._answer({"transfer": "basic", "objects": objects})
+        elif found := re.fullmatch(r"/api/collections/(.+)/items", path):
+            self._add_item(found[1], json.loads(body)["item"])
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|branch|tag)/(.+)", path):
             self._change(found[1], found[2], found[3], body, wants_pr)
         else:
@@ -155,6 +160,21 @@ class _Handler(BaseHTTPRequestHandler):
     @property
     def _role(self) -> str:
         return self.state.role
+
+    def _add_item(self, slug: str, item: dict[str, Any]) -> None:
+        items = self.state.collections[slug]
+        if item["id"] in items:
+            return self._answer({"error": "The item is in the collection"}, 409)
+        assert item["type"] == "model"
+        items.append(item["id"])
+        return self._collection(slug)
+
+    def _collection(self, slug: str) -> None:
+        if slug not in self.state.collections:
+            return self._answer({"error": "Collection not found"}, 404)
+        items = [{"_id": name, "id": name, "type": "model", "position": 0} for name in self.state.collections[slug]]
+        facts = {"slug": slug, "title": "t", "owner": {}, "items": items, "lastUpdated": "2026-01-01T00:00:00.000Z"}
+        return self._answer({**facts, "position": 0, "private": False, "theme": "green", "upvotes": 0})
 
     def _create(self, wanted: dict[str, Any]) -> None:
         if wanted.get("organization") not in (None, "someone"):

@@ -263,7 +263,8 @@ def test_the_condition_is_described_and_its_command_is_ours() -> None:
     text = section(new_card(replace(column, config={"in_channels": 1})), "condition")
     assert "column depth" in text and "one channel (grey)" in text and "annotate" not in text
     unknown = replace(RECORD, condition={"name": "file.py:Own", "options": {"x": 1}})
-    assert "annotate" not in section(new_card(replace(FACTS, metadata=unknown)), "condition")
+    text = section(new_card(replace(FACTS, metadata=unknown)), "condition")
+    assert "annotate" not in text and "does not make such maps" in text
 
 
 def test_each_program_gets_the_recommended_strength_and_share_of_steps() -> None:

@@ -101,7 +101,10 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub, files: dict[str, byt
 def test_an_adapter_of_another_trainer(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:
     """It has no record, and here only the fp16 weights."""
     hub.add("others/plain", {name: files[name] for name in ("config.json", FP16)})
-    [done] = run_verbs(hub, ["pull", "others/plain"], cwd=tmp_path)
+    record = b'{"base": {"name": "a/b"}, "condition": {"name": "drawn-by-hand"}}'
+    hub.add("others/own", {**{name: files[name] for name in ("config.json", WEIGHTS)}, "t2i_adapter.json": record})
+    done, own = run_verbs(hub, ["pull", "others/plain"], ["pull", "others/own"], cwd=tmp_path)
+    assert own.code == 0 and "drawn-by-hand" in own.out and "--photo" not in own.out and "--base" not in own.out
     assert done.code == 0, done.err
     assert "not recorded" in done.out and "--base BASE" in done.out and "--image" in done.out
     full, half = load_adapter(str(tmp_path / "plain")), T2IAdapter.from_pretrained(tmp_path / "plain", variant="fp16")

@@ -156,6 +156,21 @@ def test_a_commit_goes_to_a_branch_with_a_tag_or_to_a_pull_request(hub: Hub, fin
     assert b"from_pretrained('others/adapter'" in card
 
 
+def test_the_repository_is_added_to_a_collection_that_exists(hub: Hub, finished: Path) -> None:
+    hub.collections["someone/adapters-1"] = []
+    words = ["push", "--folder", finished, "--token", TOKEN, "--collection"]
+    done, again, missing = run_verbs(
+        hub,
+        [*words, "someone/adapters-1"],
+        [*words, "someone/adapters-1"],
+        [*words, "someone/gone-2", "--model_id", "someone/unsent"],
+        cwd=finished.parent,
+    )
+    assert done.code == again.code == 0, done.err + again.err
+    assert hub.collections == {"someone/adapters-1": ["someone/my-adapter"]}
+    assert "404" in missing.error and "someone/unsent" not in hub.models
+
+
 def test_errors_are_one_line_without_the_token(hub: Hub, finished: Path) -> None:
     words = ["push", "--folder", finished, "--token"]
     hub.add("others/closed", {})

@@ -157,6 +157,7 @@ def condition(facts: Facts) -> str:
     if settings:
         text += f" Options: {markdown(', '.join(f'{key} {value}' for key, value in settings.items()))}."
     if name not in TABLE:
+        text += " This package does not make such maps; use pictures that were made in the same way as the dataset's."
         return f"## The condition picture\n\n{text}"
     spec = ",".join([str(name), *(f"{key}={value}" for key, value in settings.items())])
     commands = [

@@ -32,12 +32,14 @@ READ_TIMEOUT = 100.0
 
 @dataclass(frozen=True)
 class Place:
-    """Where a commit goes. revision: a branch, None for main. is_pr: as a pull request to main. tag: of the commit."""
+    """Where a commit goes. revision: a branch, None for main. is_pr: as a pull request to main. tag: of the commit.
+    collection: the address's last part of a collection that the repository is added to."""
 
     repo_id: str
     revision: str | None = None
     is_pr: bool = False
     tag: str | None = None
+    collection: str | None = None
 
 
 def check_access(
@@ -50,6 +52,7 @@ def check_access(
     revision: str | None = None,
     is_pr: bool = False,
     tag: str | None = None,
+    collection: str | None = None,
 ) -> Place:
     """Checks that the repository exists and is writable; creates it and the branch if they are missing.
 
@@ -59,8 +62,8 @@ def check_access(
         is_pr: a pull request is to be opened, which needs a repository that exists and no right to write to it.
 
     Raises:
-        UserError: if the token is missing or read-only, the hub refuses the name, the tag exists, or the hub cannot be
-            reached.
+        UserError: if the token is missing or read-only, the hub refuses the name, the tag exists, the collection is
+            missing, or the hub cannot be reached.
     """
     with hub_errors(place, token):
         api = HfApi(token=token)
@@ -72,6 +75,8 @@ def check_access(
         if is_pr:
             _check_exists(api, name, place)
             return Place(name, is_pr=True)
+        if collection:
+            api.get_collection(collection)
         repo_id = api.create_repo(name, private=private, exist_ok=True).repo_id
         if revision or tag:
             refs = api.list_repo_refs(repo_id)
@@ -79,7 +84,7 @@ def check_access(
                 raise UserError(f"{tag}: {repo_id} has this tag already; name another one.", option="tag")
             if revision and revision not in [ref.name for ref in refs.branches]:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return Place(repo_id, revision, False, tag)
+        return Place(repo_id, revision, False, tag, collection)
 
 
 def push(release: Release, place: Place, *, token: str | None, message: str = "Add the adapter") -> str:
@@ -95,6 +100,8 @@ def push(release: Release, place: Place, *, token: str | None, message: str = "A
         )
         if place.tag:
             api.create_tag(place.repo_id, tag=place.tag, revision=commit.oid)
+        if place.collection:
+            api.add_collection_item(place.collection, item_id=place.repo_id, item_type="model", exists_ok=True)
         return (commit.pr_url if place.is_pr else None) or commit.commit_url
 
 
@@ -152,9 +159,13 @@ def _advice(fault: Exception) -> str:
         return "Check the name; a private repository needs a token that may read it."
     if isinstance(fault, HFValidationError):
         return "A repository is named ACCOUNT/NAME, in letters, digits, - _ and dots."
+    if isinstance(fault, ValueError):
+        return ""
     status: Any = fault.response.status_code if isinstance(fault, HfHubHTTPError) else None
     if status == 401:
         return "Log in with `hf auth login`, or name a token that is valid."
+    if status == 404:
+        return "Check the name; what is private needs a token that may read it."
     if status == 403:
         return "The token has no right to do this: it needs write permission for this account or organisation."
     return "" if status is not None else "Check the connection, and try again."

@@ -48,8 +48,10 @@ def run(options: PullOptions) -> None:
 
 def describe(pulled: Pulled, out: Path) -> list[str]:
     """Lines that say what the adapter is, and the command that uses it."""
+    from t2i_adapter.annotators.registry import kinds
+
     config, metadata = pulled.config, pulled.metadata
-    kind = "SDXL" if config.get("adapter_type") == "full_adapter_xl" else "Stable Diffusion 1.5"
+    kind = "SDXL" if config.get("adapter_type") == "full_adapter_xl" else "Stable Diffusion 1 or 2"
     channels = config.get("in_channels", 3)
     rows: dict[str, Any] = {
         "adapter": f"{config.get('adapter_type', 'full_adapter')} for {kind}, {pulled.parameters:,} parameters",
@@ -69,7 +71,7 @@ def describe(pulled: Pulled, out: Path) -> list[str]:
     lines += [f"  {label:<11}{value}" for label, value in rows.items()]
     if pulled.skipped:
         lines.append(f"  not downloaded: {len(pulled.skipped)} pickled files, such as {pulled.skipped[0]}")
-    picture = ["--photo", "PHOTO.png"] if name else ["--image", "CONDITION.png"]
+    picture = ["--photo", "PHOTO.png"] if name in kinds() else ["--image", "CONDITION.png"]
     base = [] if metadata else ["--base", "BASE"]
     words = ["t2i-adapter", "generate", "--adapter", out, *base, "--prompt", "PROMPT", *picture]
     return [*lines, "Use it:", f"  {show_command(*words)}"]

@@ -32,6 +32,8 @@ class PushOptions:
     """Open a pull request to main, in a repository that exists; for repositories of others."""
     tag: str | None = None
     """Tag of the new commit, such as v1."""
+    collection: str | None = None
+    """Collection of the hub that the repository is added to, as in its address: ACCOUNT/TITLE-NUMBER."""
     message: str = "Add the adapter"
     """Title of the commit."""
     dry_run: bool = False
@@ -55,10 +57,11 @@ class PushOptions:
         register_secret(self.token)
         licence_of(self.license, self.license_name, self.license_link)
         require("message", bool(self.message.strip()), repr(self.message), "a title of one letter or more")
-        for name in ("revision", "tag"):
+        for name in ("revision", "tag", "collection"):
             if self.pr and getattr(self, name):
                 raise UserError(
-                    f"{getattr(self, name)}: a pull request goes to main and has no tag; omit this or {flag('pr')}",
+                    f"{getattr(self, name)}: a pull request goes to main, without a tag or collection; omit this or "
+                    f"{flag('pr')}",
                     option=name,
                 )
 
@@ -96,6 +99,7 @@ def _push(options: PushOptions, folder: Path, name: str) -> None:
             revision=options.revision,
             is_pr=options.pr,
             tag=options.tag,
+            collection=options.collection,
         )
         if place.repo_id != repo_id:
             release = make_release(folder, place.repo_id, licence=licence, evaluation=options.evaluation)
