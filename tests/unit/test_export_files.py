@@ -21,7 +21,7 @@ from support.tiny import write_adapter
 
 from t2i_adapter.cli import main
 from t2i_adapter.export.adapter import save_adapter
-from t2i_adapter.export.release import file_stem
+from t2i_adapter.export.to_program import file_stem
 from t2i_adapter.models import nano
 from t2i_adapter.models.record import Metadata
 
@@ -257,6 +257,20 @@ def test_the_sample_pictures_of_a_run_are_shown(adapter: Path, tmp_path: Path) -
         assert example.size == (32, 32) and example.getpixel((5, 5)) == (0, 0, 255)
     with Image.open(next((tmp_path / "out").glob("*-condition.png"))) as condition:
         assert condition.getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_single_sample_pictures_are_taken_before_the_strip(adapter: Path, tmp_path: Path) -> None:
+    (adapter / "images").mkdir()
+    for name, colour in (("sample_00", "white"), ("sample_00_00", "red"), ("sample_00_condition", "blue")):
+        Image.new("RGB", (96, 32), colour).save(adapter / "images" / f"{name}.png")
+    head = {"license": "mit", "widget": [{"text": PROMPT, "output": {"url": "images/sample_00_00.png"}}, "by hand"]}
+    (adapter / "README.md").write_text(f"---\n{yaml.safe_dump(head)}---\n\n# card\n")
+    assert export(adapter, "comfyui", tmp_path / "out") == 0
+    for part, colour in (("example", (255, 0, 0)), ("condition", (0, 0, 255))):
+        with Image.open(next((tmp_path / "out").glob(f"*-{part}.png"))) as shown:
+            assert shown.getpixel((5, 5)) == colour
+    workflow = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert check_workflow(workflow)["Prompt"]["widgets_values"] == [PROMPT]
 
 
 # CivitAI and Spaces ---------------------------------------------------------------------------------------------------
