@@ -369,6 +369,14 @@ def test_what_is_refused_says_why_in_one_line(tmp_path: Path, capsys: pytest.Cap
     assert "--base is needed: the adapter has no record" in capsys.readouterr().err
 
 
+def test_a_malformed_record_is_one_line(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for sampling, error in (({"scale": "much"}, "sampling.scale is 'much'"), ({"scale": -1}, "-1")):
+        (adapter / "t2i_adapter.json").write_text(json.dumps({"schema": 1, **RECORD, "sampling": sampling}))
+        assert export(adapter, "comfyui", tmp_path / "out") == 2
+        shown = capsys.readouterr().err
+        assert len(shown.splitlines()) == 1 and error in shown
+
+
 def test_weights_beyond_fp16_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = T2IAdapter(3, [16, 32, 64, 64], 2, 16, "full_adapter_xl")
     with torch.no_grad():

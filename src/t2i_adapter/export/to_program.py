@@ -25,6 +25,7 @@ from t2i_adapter.export.space import SpaceText, space_base, write_space
 from t2i_adapter.export.weights_file import read_tensors
 from t2i_adapter.export.workflow import Settings, example_info, make_workflow
 from t2i_adapter.files import atomic_path, move_atomic, user_path
+from t2i_adapter.generation.options import RequestedSampling
 from t2i_adapter.models.adapter import load_adapter
 from t2i_adapter.models.record import CONFIG, FILE_NAME, WEIGHTS, read_metadata
 from t2i_adapter.tensors import write_tensors
@@ -75,6 +76,7 @@ def open_bundle(
         title=title,
         condition=condition,
         record=public,
+        sampling=RequestedSampling().settle(public.sampling if public else {}),
         license=license or (found if isinstance(found := card.get("license"), str) else None),
         author=author,
         thumbnail=samples[0].picture if samples else None,
@@ -184,14 +186,14 @@ def _write_diffusers(bundle: Bundle, dtype: str | None, folder: Path) -> None:
 def _write_space(bundle: Bundle, dtype: str, target: Path, named: str | None) -> Path:
     record = bundle.description.record
     base = space_base(record.base if record else None, named)
-    sampling: Mapping[str, Any] = record.sampling if record else {}
+    sampling = bundle.description.sampling
     text = SpaceText(
         title=bundle.description.title,
         made_by=preprocessor(record),
         license=bundle.description.license,
-        strength=sampling.get("scale", 1.0),
-        end=sampling.get("condition_factor", 1.0),
-        guidance=sampling.get("guidance", 5.0),
+        strength=sampling.scale,
+        end=sampling.condition_factor,
+        guidance=sampling.guidance,
     )
     with _new_folder(target) as temporary:
         write_space(temporary, bundle.network, base, bundle.size, text)
@@ -204,7 +206,7 @@ def _write_workflow(bundle: Bundle, file: str, out: Path) -> list[Path]:
     """Writes the workflow and, if there is a sample, its condition and an example picture with the workflow inside."""
     record, multiple = bundle.description.record, programs.size_multiple(bundle.network)
     sample = next(iter(bundle.samples), None)
-    sampling: Mapping[str, Any] = record.sampling if record else {}
+    sampling = bundle.description.sampling
     side = max(bundle.size // multiple, 1) * multiple
     condition = f"{bundle.stem}-condition.png"
     name = record.base["name"] if record else next(iter(CHECKPOINTS))
@@ -215,9 +217,10 @@ def _write_workflow(bundle: Bundle, file: str, out: Path) -> list[Path]:
             condition=condition,
             prompt=(sample.prompt if sample else None) or "what the picture shows",
             size=(side, side),
-            strength=float(sampling.get("scale", 1.0)),
-            end=float(sampling.get("condition_factor", 1.0)),
-            guidance=float(sampling.get("guidance", 5.0)),
+            strength=sampling.scale,
+            end=sampling.condition_factor,
+            guidance=sampling.guidance,
+            steps=sampling.steps,
             prefix=bundle.stem,
             note=f"Put {file} into ComfyUI/models/controlnet and the condition picture into ComfyUI/input. "
             f"{usage(bundle.description, bundle.network)}",

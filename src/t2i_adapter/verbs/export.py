@@ -21,8 +21,7 @@ class ExportOptions:
     """The program: `comfyui` and `a1111` (Forge too) take one file, `invoke` (SD.Next too) and `diffusers` a folder,
     `civitai` a zip, and `space` is a page on the hub."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    """Precision of the weights. None is fp16 and, in the folders of diffusers and InvokeAI, fp32 with fp16 beside
-    it."""
+    """Precision of the weights. None is fp16, and for `diffusers` and `invoke` fp32 with fp16 beside it."""
     out: str = "exports"
     """Folder for the result."""
     name: str | None = None
@@ -56,7 +55,9 @@ def run(options: ExportOptions) -> None:
     )
     programs.check(bundle.network, options.to)
     record = bundle.description.record
-    found = programs.warnings(bundle.network, options.to, record)
+    found = programs.warnings(
+        bundle.network, options.to, record.resolution if record else None, bundle.description.sampling
+    )
     if options.to == "space":
         base = space.space_base(record.base if record else None, options.base)
         found += filter(None, [space.describe_base(base)])
