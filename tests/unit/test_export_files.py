@@ -21,7 +21,7 @@ from support.tiny import write_adapter
 
 from t2i_adapter.cli import main
 from t2i_adapter.export.adapter import save_adapter
-from t2i_adapter.export.program_files import file_stem
+from t2i_adapter.export.to_program import file_stem
 from t2i_adapter.models import nano
 from t2i_adapter.models.record import Metadata
 
@@ -259,6 +259,20 @@ def test_the_sample_pictures_of_a_run_are_shown(adapter: Path, tmp_path: Path) -
         assert condition.getpixel((5, 5)) == (255, 255, 255)
 
 
+def test_single_sample_pictures_are_taken_before_the_strip(adapter: Path, tmp_path: Path) -> None:
+    (adapter / "images").mkdir()
+    for name, colour in (("sample_00", "white"), ("sample_00_00", "red"), ("sample_00_condition", "blue")):
+        Image.new("RGB", (96, 32), colour).save(adapter / "images" / f"{name}.png")
+    head = {"license": "mit", "widget": [{"text": PROMPT, "output": {"url": "images/sample_00_00.png"}}, "by hand"]}
+    (adapter / "README.md").write_text(f"---\n{yaml.safe_dump(head)}---\n\n# card\n")
+    assert export(adapter, "comfyui", tmp_path / "out") == 0
+    for part, colour in (("example", (255, 0, 0)), ("condition", (0, 0, 255))):
+        with Image.open(next((tmp_path / "out").glob(f"*-{part}.png"))) as shown:
+            assert shown.getpixel((5, 5)) == colour
+    workflow = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert check_workflow(workflow)["Prompt"]["widgets_values"] == [PROMPT]
+
+
 # CivitAI and Spaces ---------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +367,14 @@ def test_what_is_refused_says_why_in_one_line(tmp_path: Path, capsys: pytest.Cap
     assert "no adapter found" in capsys.readouterr().err
     assert export(tmp_path / "a", "space", tmp_path / "out") == 2
     assert "--base is needed: the adapter has no record" in capsys.readouterr().err
+
+
+def test_a_malformed_record_is_one_line(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for sampling, error in (({"scale": "much"}, "sampling.scale is 'much'"), ({"scale": -1}, "-1")):
+        (adapter / "t2i_adapter.json").write_text(json.dumps({"schema": 1, **RECORD, "sampling": sampling}))
+        assert export(adapter, "comfyui", tmp_path / "out") == 2
+        shown = capsys.readouterr().err
+        assert len(shown.splitlines()) == 1 and error in shown
 
 
 def test_weights_beyond_fp16_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

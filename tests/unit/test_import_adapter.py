@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from t2i_adapter.cli import main
+from t2i_adapter.errors import UserError
 from t2i_adapter.export.layouts import DOWNSCALE, FULL, LIGHT, XL, Kind, Network, find_network, to_original
 from t2i_adapter.models.record import read_metadata
 
@@ -157,6 +159,38 @@ def test_a_file_that_is_no_adapter_is_refused(
         len(shown.splitlines()) == 1 and shown.startswith(f"error: {tmp_path / 'a.safetensors'}: ") and error in shown
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_any_names_and_shapes_are_an_adapter_or_a_user_error() -> None:
+    """Real files with weights removed, renamed, resized and added: never another exception, never without end."""
+    choices, starts = random.Random(1), []
+    sizes: list[tuple[Kind, tuple[int, ...], int]] = [(XL, (4, 8, 16, 16), 2), (FULL, (4, 8, 8), 1), (LIGHT, (8,), 1)]
+    for kind, widths, blocks in sizes:
+        network = Network(kind, 3, widths, blocks, DOWNSCALE[kind])
+        starts += [network.shapes(), {to_original(name, network): s for name, s in network.shapes().items()}]
+    found = 0
+    for _ in range(400):
+        shapes = dict(choices.choice(starts))
+        for _ in range(choices.choice((1, 2, 5))):
+            name = choices.choice(list(shapes))
+            change = choices.choice(("remove", "resize", "rename", "add", "remove stage"))
+            if change == "remove stage":
+                shapes = {k: v for k, v in shapes.items() if k.split(".")[:2] != name.split(".")[:2]} or shapes
+            elif change == "add":
+                shapes[f"{name}{choices.choice(('.x', '0'))}"] = choices.choice(((), (1,), (4, 4, 3, 3)))
+            else:
+                shape = shapes.pop(name)
+                renamed = name.replace(choices.choice("0123"), choices.choice("01234567"))
+                resized = tuple(choices.choice((size, 0, 3, 8192)) for size in shape)
+                if change != "remove" or not shapes:
+                    shapes[renamed if change == "rename" else name] = resized if change == "resize" else shape
+        try:
+            network, names = find_network(shapes, choices.choice((None, XL, FULL, LIGHT)))
+        except UserError:
+            continue
+        found += 1
+        assert {target: shapes[name] for name, target in names.items()} == network.shapes()
+    assert found > 5
 
 
 @pytest.mark.parametrize(

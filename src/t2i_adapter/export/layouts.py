@@ -144,6 +144,7 @@ def find_network(shapes: Shapes, kind: Kind | None = None) -> tuple[Network, dic
         raise UserError(f"its names are {'' if is_light else 'not '}those of a {LIGHT}; omit the kind {kind}.")
     is_flat = not is_light and all(part.inner is None for part in parts.values())
     network = _light(parts, of) if is_light else _full(parts, of, kind, is_flat=is_flat)
+    _check_sizes(network)
     names = {outer: _to_diffusers(name, parts.get(name), network, is_flat=is_flat) for name, outer in inside.items()}
     _check(network, [(target, shapes[source]) for source, target in names.items()])
     return network, names
@@ -238,6 +239,17 @@ def _to_diffusers(name: str, part: _Part | None, network: Network, *, is_flat: b
             block = None if block == 0 else block  # it stands before a stage's first block only
     inner = "" if block is None else f"resnets.{block}."
     return f"adapter.body.{stage}.{inner}{part.layer}.{part.tensor}"
+
+
+def _check_sizes(network: Network) -> None:
+    """Raises UserError for sizes with which diffusers' class cannot be built, before it is."""
+    least = 4 if network.adapter_type == LIGHT else 1  # a light adapter's blocks have a quarter of the channels
+    if not 1 <= len(network.channels) <= 8 or not all(least <= size <= 8192 for size in network.channels):
+        raise UserError(
+            f"its stages have {list(network.channels)} channels; allowed are 1 to 8 stages of {least} to 8192 channels."
+        )
+    if not 1 <= network.in_channels <= 64:
+        raise UserError(f"it takes pictures of {network.in_channels} channels; allowed are 1 to 64.")
 
 
 def _check(network: Network, weights: Sequence[tuple[str, tuple[int, ...]]]) -> None:

@@ -14,7 +14,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,6 +25,7 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.export.layouts import XL, Network
 from t2i_adapter.export.programs import size_multiple
 from t2i_adapter.files import parse_json
+from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.models.record import Metadata
 from t2i_adapter.tensors import file_order, tensor_bytes
 
@@ -47,6 +48,7 @@ class Description:
         title: its name.
         condition: kind of its conditions, such as "canny"; "" if unknown.
         record: its record, if it has one, without local paths.
+        sampling: options that the record recommends, else the plain ones.
         license, author: None if unknown.
         thumbnail: a picture that it made, if there is one.
     """
@@ -54,6 +56,7 @@ class Description:
     title: str
     condition: str
     record: Metadata | None
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     license: str | None = None
     author: str | None = None
     thumbnail: Image.Image | None = None
@@ -134,14 +137,13 @@ def usage(description: Description, network: Network) -> str:
     """Returns how to use the adapter: its condition, strength and sizes."""
     record = description.record
     condition = record.condition if record else {}
-    sampling = record.sampling if record else {}
     made = preprocessor(record)
     polarity = plain(str(condition.get("polarity") or ""))
     picture = "grey picture" if network.in_channels == 1 else "picture"
     sentences = [
         f"Condition: a {picture}{f' made by {made}' if made else ''}"
         f"{f' ({polarity})' if polarity and polarity != 'none' else ''}.",
-        f"Strength {sampling.get('scale', 1.0)}, end {sampling.get('condition_factor', 1.0)} of the steps.",
+        f"Strength {description.sampling.scale:g}, end {description.sampling.condition_factor:g} of the steps.",
         f"Sides in multiples of {size_multiple(network)} pixels.",
     ]
     return " ".join(sentences)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.export.layouts import DOWNSCALE, LIGHT, XL, Network
-from t2i_adapter.models.record import Metadata
+from t2i_adapter.generation.options import SamplingOptions
 
 LIGHT_CHANNELS = (320, 640, 1280)
 BLOCKS = {"full_adapter": 2, XL: 2, LIGHT: 4}
@@ -111,13 +111,16 @@ def _confusion(network: Network) -> str:
     return "."
 
 
-def warnings(network: Network, name: str, record: Metadata | None) -> list[str]:
-    """Returns sentences about what works, but not as somebody may expect."""
+def warnings(network: Network, name: str, resolution: int | None, sampling: SamplingOptions) -> list[str]:
+    """Returns sentences about what works, but not as somebody may expect.
+
+    resolution: side of the training's crops in pixels, if known. sampling: what the adapter's record recommends.
+    """
     program, multiple = PROGRAMS[name], size_multiple(network)
     found = []
-    if record and record.resolution and record.resolution % multiple:
+    if resolution and resolution % multiple:
         found.append(
-            f"the training's crops have sides of {record.resolution} pixels. Programs compute equal features at sides "
+            f"the training's crops have sides of {resolution} pixels. Programs compute equal features at sides "
             f"of multiples of {multiple} only, so choose such a size there."
         )
     if network.in_channels == 1 and program.grey:
@@ -130,7 +133,7 @@ def warnings(network: Network, name: str, record: Metadata | None) -> list[str]:
             f"its first feature has {network.channels[0]} channels, and those of SD 1.5 and SDXL have {BASE_CHANNELS}: "
             "the file opens, but it fits only the base of its training."
         )
-    if record and program.by_names and (unknown := _unknown_steering(record)):
+    if program.by_names and (unknown := _unknown_steering(sampling)):
         found.append(
             f"the record recommends {unknown}, which {program.title} does not have. The recommended strength was "
             "measured together with it, so compare a few strengths there."
@@ -138,12 +141,10 @@ def warnings(network: Network, name: str, record: Metadata | None) -> list[str]:
     return found
 
 
-def _unknown_steering(record: Metadata) -> str:
+def _unknown_steering(sampling: SamplingOptions) -> str:
     """Returns the recommended options of sampling that only this package has, as text; "" if there are none."""
-    plain = {"control_guidance": 1.0, "control_passes": 2, "scale_schedule": "none"}
-    changed = {
-        name: record.sampling[name] for name, usual in plain.items() if record.sampling.get(name, usual) != usual
-    }
+    names, plain = ("control_guidance", "control_passes", "scale_schedule"), SamplingOptions()
+    changed = {name: value for name in names if (value := getattr(sampling, name)) != getattr(plain, name)}
     return ", ".join(f"{name} {value}" for name, value in changed.items())
 
 

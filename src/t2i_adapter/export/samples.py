@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,16 @@ class Sample:
     parameters: str = ""
 
 
-def read_samples(adapter: Path, pictures: str | None) -> list[Sample]:
+def read_samples(adapter: Path, pictures: str | None, prompts: Mapping[str, str]) -> list[Sample]:
     """Returns up to `MOST` samples: those in `pictures`, a folder that `generate` wrote, else the run's own.
+
+    prompts: path of a picture in the adapter's folder -> its prompt, as far as known.
 
     Raises UserError if the named folder holds none.
     """
     if pictures is None:
         strips = sorted(path for path in (adapter / "images").glob("*.png") if _STRIP.fullmatch(path.name))
-        return [sample for path in strips[:MOST] if (sample := _from_strip(path))]
+        return [sample for path in strips[:MOST] if (sample := _of_run(path, prompts))]
     folder = Path(pictures)
     files = sorted(path for path in folder.glob("*.png") if _GENERATED.fullmatch(path.name))
     if not files:
@@ -82,8 +85,13 @@ def _parameters(path: Path) -> str:
         return ""
 
 
-def _from_strip(path: Path) -> Sample | None:
-    """Cuts a card's strip of square cells into condition and first picture; None if its cells are not square."""
+def _of_run(path: Path, prompts: Mapping[str, str]) -> Sample | None:
+    """Returns the sample whose strip is `path`: of its single pictures if they lie beside the strip, else cut from it.
+    None if the strip's cells are not square."""
+    picture, condition = (path.with_name(f"{path.stem}_{part}.png") for part in ("00", "condition"))
+    if picture.is_file() and condition.is_file():
+        first, second = (read_condition(str(file), flag("folder")) for file in (picture, condition))
+        return Sample(first, second, prompts.get(f"{path.parent.name}/{picture.name}"))
     strip = read_condition(str(path), flag("folder"))
     side = strip.height
     if strip.width < 2 * side or strip.width % side:

@@ -175,7 +175,7 @@ def _app(network: Network, base: Mapping[str, Any], side: int, text: SpaceText) 
         load="from_single_file" if single else "from_pretrained",
         arguments=shown,
         label=repr(f"Condition picture{f' ({text.made_by})' if text.made_by else ''}"),
-        strength=float(text.strength),
-        end=float(text.end),
-        guidance=float(text.guidance),
+        strength=text.strength,
+        end=text.end,
+        guidance=text.guidance,
     )

@@ -21,8 +21,7 @@ class ExportOptions:
     """The program: `comfyui` and `a1111` (Forge too) take one file, `invoke` (SD.Next too) and `diffusers` a folder,
     `civitai` a zip, and `space` is a page on the hub."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    """Precision of the weights. None is fp16 and, in the folders of diffusers and InvokeAI, fp32 with fp16 beside
-    it."""
+    """Precision of the weights. None is fp16, and for `diffusers` and `invoke` fp32 with fp16 beside it."""
     out: str = "exports"
     """Folder for the result."""
     name: str | None = None
@@ -45,27 +44,29 @@ class ExportOptions:
 def run(options: ExportOptions) -> None:
     """Checks that the program reads the adapter correctly, writes the files, and prints their paths and places."""
     from t2i_adapter.export import programs, space
-    from t2i_adapter.export.program_files import export, open_release
+    from t2i_adapter.export.to_program import export, open_bundle
 
-    release = open_release(
+    bundle = open_bundle(
         options.folder,
         name=options.name,
         license=options.license,
         author=options.author,
         pictures=options.pictures,
     )
-    programs.check(release.network, options.to)
-    record = release.description.record
-    found = programs.warnings(release.network, options.to, record)
+    programs.check(bundle.network, options.to)
+    record = bundle.description.record
+    found = programs.warnings(
+        bundle.network, options.to, record.resolution if record else None, bundle.description.sampling
+    )
     if options.to == "space":
         base = space.space_base(record.base if record else None, options.base)
         found += filter(None, [space.describe_base(base)])
-    if options.to in ("comfyui", "civitai") and not release.samples:
+    if options.to in ("comfyui", "civitai") and not bundle.samples:
         found.append("no pictures of the adapter were found; --pictures names a folder that `generate` wrote.")
     for line in found:
         print(f"warning: {line}", flush=True)
-    for path in export(release, options.to, options.dtype, output_folder(options.out), options.base):
+    for path in export(bundle, options.to, options.dtype, output_folder(options.out), options.base):
         print(show_path(path), flush=True)
     program = programs.PROGRAMS[options.to]
-    multiple = programs.size_multiple(release.network)
+    multiple = programs.size_multiple(bundle.network)
     print(f"{program.title}: {program.place}. Pictures there need sides of multiples of {multiple} pixels.")

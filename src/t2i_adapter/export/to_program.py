@@ -25,6 +25,7 @@ from t2i_adapter.export.space import SpaceText, space_base, write_space
 from t2i_adapter.export.weights_file import read_tensors
 from t2i_adapter.export.workflow import Settings, example_info, make_workflow
 from t2i_adapter.files import atomic_path, move_atomic, user_path
+from t2i_adapter.generation.options import RequestedSampling
 from t2i_adapter.models.adapter import load_adapter
 from t2i_adapter.models.record import CONFIG, FILE_NAME, WEIGHTS, read_metadata
 from t2i_adapter.tensors import write_tensors
@@ -38,7 +39,7 @@ CHECKPOINTS = {
 
 
 @dataclass(frozen=True)
-class Exportable:
+class Bundle:
     """An adapter with all that its exports say of it.
 
     Attributes:
@@ -58,28 +59,30 @@ class Exportable:
     size: int
 
 
-def open_release(
+def open_bundle(
     adapter: str, *, name: str | None, license: str | None, author: str | None, pictures: str | None
-) -> Exportable:
+) -> Bundle:
     """Loads an adapter and finds its record and pictures. The arguments are options of `export`. Raises UserError."""
     folder = user_path(adapter)
     network = load_adapter(str(folder) if folder.is_dir() else adapter)
     sizes = layouts.Network.from_config(network.config)
     record = read_metadata(adapter)
     public = record.without_local_paths() if record else None
-    samples = read_samples(folder, pictures)
+    card = _card_head(folder)
+    samples = read_samples(folder, pictures, _prompts(card))
     title = name or folder.resolve().name
     condition = _word(preprocessor(public).partition(",")[0].rpartition(":")[2])
     description = Description(
         title=title,
         condition=condition,
         record=public,
-        license=license or _card_license(folder),
+        sampling=RequestedSampling().settle(public.sampling if public else {}),
+        license=license or (found if isinstance(found := card.get("license"), str) else None),
         author=author,
         thumbnail=samples[0].picture if samples else None,
     )
     family = "sdxl" if sizes.adapter_type == layouts.XL else "sd15"
-    return Exportable(
+    return Bundle(
         folder=folder,
         config=adapter_config(network),
         network=sizes,
@@ -98,7 +101,7 @@ def file_stem(title: str, family: str, condition: str) -> str:
     return "-".join([name, *(word for word in (family, condition, "t2i-adapter") if word and word.lower() not in has)])
 
 
-def export(release: Exportable, program: str, dtype: str | None, out: Path, base: str | None = None) -> list[Path]:
+def export(bundle: Bundle, program: str, dtype: str | None, out: Path, base: str | None = None) -> list[Path]:
     """Writes what `program` takes into the folder `out`; returns the files and folders that a user needs there.
 
     Args:
@@ -110,17 +113,17 @@ def export(release: Exportable, program: str, dtype: str | None, out: Path, base
     """
     try:
         if program in ("diffusers", "invoke"):
-            return [_write_folder(release, dtype, out / release.stem)]
+            return [_write_folder(bundle, dtype, out / bundle.stem)]
         if program == "space":
-            return [_write_space(release, dtype or "fp16", out / f"{release.stem}-space", base)]
+            return [_write_space(bundle, dtype or "fp16", out / f"{bundle.stem}-space", base)]
         precision = dtype or "fp16"
         if program != "civitai":
-            file = _write_file(release, precision, out)
-            return [file, *(_write_workflow(release, file.name, out) if program == "comfyui" else ())]
-        archive = out / f"{release.stem}_{precision}-civitai.zip"
+            file = _write_file(bundle, precision, out)
+            return [file, *(_write_workflow(bundle, file.name, out) if program == "comfyui" else ())]
+        archive = out / f"{bundle.stem}_{precision}-civitai.zip"
         with tempfile.TemporaryDirectory(dir=out) as temporary:
-            file = _write_file(release, precision, Path(temporary))
-            write_civitai(archive, file, release.network, release.description, release.samples, precision)
+            file = _write_file(bundle, precision, Path(temporary))
+            write_civitai(archive, file, bundle.network, bundle.description, bundle.samples, precision)
         return [archive]
     except OSError as fault:
         raise UserError(
@@ -128,15 +131,15 @@ def export(release: Exportable, program: str, dtype: str | None, out: Path, base
         ) from fault
 
 
-def _write_file(release: Exportable, dtype: str, out: Path) -> Path:
+def _write_file(bundle: Bundle, dtype: str, out: Path) -> Path:
     """Writes the adapter as one file in the original layout, and reads it again."""
-    cast = _cast(release, dtype)
-    weights = {layouts.to_original(name, release.network): tensor for name, tensor in cast.items()}
-    target = out / f"{release.stem}_{dtype}.safetensors"
-    header = metadata(weights, release.network, release.description, "original")
+    cast = _cast(bundle, dtype)
+    weights = {layouts.to_original(name, bundle.network): tensor for name, tensor in cast.items()}
+    target = out / f"{bundle.stem}_{dtype}.safetensors"
+    header = metadata(weights, bundle.network, bundle.description, "original")
     with atomic_path(target) as temporary:
         write_tensors(temporary, weights, header)
-    _read_again(target, release.network, cast)
+    _read_again(target, bundle.network, cast)
     return target
 
 
@@ -152,60 +155,60 @@ def _kind(network: layouts.Network) -> layouts.Kind | None:
     return None if network.adapter_type == layouts.LIGHT else network.adapter_type
 
 
-def _cast(release: Exportable, dtype: str) -> dict[str, Tensor]:
+def _cast(bundle: Bundle, dtype: str) -> dict[str, Tensor]:
     """Returns the weights in another precision. Raises UserError if one becomes inf."""
-    cast = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in release.weights.items()}
+    cast = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in bundle.weights.items()}
     for name, tensor in cast.items():
-        if not torch.isfinite(tensor).all() and torch.isfinite(release.weights[name]).all():
+        if not torch.isfinite(tensor).all() and torch.isfinite(bundle.weights[name]).all():
             raise UserError(f"{dtype}: {name} has weights beyond its range; use fp32 or bf16.", option="dtype")
     return cast
 
 
-def _write_folder(release: Exportable, dtype: str | None, target: Path) -> Path:
+def _write_folder(bundle: Bundle, dtype: str | None, target: Path) -> Path:
     """Writes a folder of diffusers, with the record if there is one. The card belongs to `push`."""
     with _new_folder(target) as temporary:
-        _write_diffusers(release, dtype, temporary)
+        _write_diffusers(bundle, dtype, temporary)
     return target
 
 
-def _write_diffusers(release: Exportable, dtype: str | None, folder: Path) -> None:
+def _write_diffusers(bundle: Bundle, dtype: str | None, folder: Path) -> None:
     if dtype is None:
-        save_adapter(make_adapter(release.network, release.weights), folder, metadata=release.description.record)
+        save_adapter(make_adapter(bundle.network, bundle.weights), folder, metadata=bundle.description.record)
         return
-    weights = _cast(release, dtype)
-    (folder / CONFIG).write_text(release.config, encoding="utf-8")
-    write_tensors(folder / WEIGHTS, weights, metadata(weights, release.network, release.description, "diffusers"))
-    if record := release.description.record:
+    weights = _cast(bundle, dtype)
+    (folder / CONFIG).write_text(bundle.config, encoding="utf-8")
+    write_tensors(folder / WEIGHTS, weights, metadata(weights, bundle.network, bundle.description, "diffusers"))
+    if record := bundle.description.record:
         text = json.dumps(record.to_dict(), indent=2, ensure_ascii=False)
         (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def _write_space(release: Exportable, dtype: str, target: Path, named: str | None) -> Path:
-    record = release.description.record
+def _write_space(bundle: Bundle, dtype: str, target: Path, named: str | None) -> Path:
+    record = bundle.description.record
     base = space_base(record.base if record else None, named)
-    sampling: Mapping[str, Any] = record.sampling if record else {}
+    sampling = bundle.description.sampling
     text = SpaceText(
-        title=release.description.title,
+        title=bundle.description.title,
         made_by=preprocessor(record),
-        license=release.description.license,
-        strength=sampling.get("scale", 1.0),
-        end=sampling.get("condition_factor", 1.0),
-        guidance=sampling.get("guidance", 5.0),
+        license=bundle.description.license,
+        strength=sampling.scale,
+        end=sampling.condition_factor,
+        guidance=sampling.guidance,
     )
     with _new_folder(target) as temporary:
-        write_space(temporary, release.network, base, release.size, text)
+        write_space(temporary, bundle.network, base, bundle.size, text)
         (temporary / "adapter").mkdir()
-        _write_diffusers(release, dtype, temporary / "adapter")
+        _write_diffusers(bundle, dtype, temporary / "adapter")
     return target
 
 
-def _write_workflow(release: Exportable, file: str, out: Path) -> list[Path]:
+def _write_workflow(bundle: Bundle, file: str, out: Path) -> list[Path]:
     """Writes the workflow and, if there is a sample, its condition and an example picture with the workflow inside."""
-    record, multiple = release.description.record, programs.size_multiple(release.network)
-    sample = next(iter(release.samples), None)
-    sampling: Mapping[str, Any] = record.sampling if record else {}
-    side = max(release.size // multiple, 1) * multiple
-    condition = f"{release.stem}-condition.png"
+    record, multiple = bundle.description.record, programs.size_multiple(bundle.network)
+    sample = next(iter(bundle.samples), None)
+    sampling = bundle.description.sampling
+    side = max(bundle.size // multiple, 1) * multiple
+    condition = f"{bundle.stem}-condition.png"
     name = record.base["name"] if record else next(iter(CHECKPOINTS))
     workflow = make_workflow(
         Settings(
@@ -214,20 +217,21 @@ def _write_workflow(release: Exportable, file: str, out: Path) -> list[Path]:
             condition=condition,
             prompt=(sample.prompt if sample else None) or "what the picture shows",
             size=(side, side),
-            strength=float(sampling.get("scale", 1.0)),
-            end=float(sampling.get("condition_factor", 1.0)),
-            guidance=float(sampling.get("guidance", 5.0)),
-            prefix=release.stem,
+            strength=sampling.scale,
+            end=sampling.condition_factor,
+            guidance=sampling.guidance,
+            steps=sampling.steps,
+            prefix=bundle.stem,
             note=f"Put {file} into ComfyUI/models/controlnet and the condition picture into ComfyUI/input. "
-            f"{usage(release.description, release.network)}",
+            f"{usage(bundle.description, bundle.network)}",
         )
     )
-    target = out / f"{release.stem}-workflow.json"
+    target = out / f"{bundle.stem}-workflow.json"
     with atomic_path(target) as temporary:
         temporary.write_text(json.dumps(workflow, indent=2) + "\n", encoding="utf-8")
     written = [target]
     if sample and sample.condition:
-        written += [out / condition, out / f"{release.stem}-example.png"]
+        written += [out / condition, out / f"{bundle.stem}-example.png"]
         with atomic_path(written[1]) as temporary:
             sample.condition.save(temporary, "PNG")
         with atomic_path(written[2]) as temporary:
@@ -252,13 +256,24 @@ def _word(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
 
 
-def _card_license(folder: Path) -> str | None:
-    """Returns the licence in the front matter of the folder's card; None if there is none."""
+def _card_head(folder: Path) -> dict[str, Any]:
+    """Returns the front matter of the folder's card; empty if there is none that can be read."""
     import yaml
 
     try:
         head = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[1])
-        found = head.get("license")
-    except (OSError, ValueError, LookupError, AttributeError, yaml.YAMLError):
-        return None
-    return found if isinstance(found, str) else None
+    except (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError):
+        return {}
+    return head if isinstance(head, dict) else {}
+
+
+def _prompts(card: Mapping[str, Any]) -> dict[str, str]:
+    """Returns path of a picture in the card's gallery -> its prompt."""
+    found = {}
+    widget = card.get("widget")
+    for entry in widget if isinstance(widget, list) else ():
+        try:
+            found[entry["output"]["url"]] = " ".join(entry["text"].split())
+        except (LookupError, TypeError, AttributeError):
+            continue  # an entry that somebody wrote by hand
+    return found
