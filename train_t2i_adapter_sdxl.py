@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Train a T2I-Adapter for SDXL with the flags of the diffusers script of this name (docs/diffusers-script.md).
+"""Train a T2I-Adapter for SDXL, or for Stable Diffusion 1.5 or 2.1, with the flags of the diffusers script of this name
+(docs/diffusers-script.md).
 
 python train_t2i_adapter_sdxl.py --help, or under `accelerate launch` and `torchrun`.
 """

@@ -83,11 +83,22 @@ def test_a_run_resumes_to_the_bit_and_its_adapter_is_used(work: Path, name: str)
 
 def test_a_run_measures_its_control_and_makes_its_pictures(work: Path) -> None:
     """Gain by noise level, held-out pairs and validation, which all use the frozen UNet and its pipeline."""
-    more = ["--validation.budget", "0.5", "--validation.held_out", "8", "--train.max_steps", "40"]
+    more = ["--validation.budget", "0.5", "--validation.held_out", "8", "--train.max_steps", "120"]
     more += ["--validation.prompts", "red circle", "--validation.images", "circles/train/00000_outline.png"]
-    more += ["--validation.steps", "2", "--validation.every", "20", "--validation.num_images", "1"]
+    more += [
+        "--validation.guidance",
+        "1",
+        "--validation.steps",
+        "2",
+        "--validation.every",
+        "60",
+        "--validation.num_images",
+        "1",
+    ]
     printed = finish(work, *train_words("sd21", "measured", *more))
     assert "Done" in printed and "measuring it needs a longer run" not in printed
+    gains = [row["gain"] for row in map(json.loads, (work / "measured" / "metrics.jsonl").open()) if "gain" in row]
+    assert gains
     card = (work / "measured" / "README.md").read_text()
     assert "StableDiffusionAdapterPipeline" in card and "XL" not in card and "adapter_conditioning_factor" not in card
 

@@ -81,7 +81,7 @@ def test_the_loss_of_a_step_is_the_formula(
     frozen = FrozenModel(unet, NoiseSchedule.of(base.scheduler()), base.latent_scale, torch.float64)
     ours = batch_losses(adapter, frozen, batch, min_snr_gamma=gamma)
 
-    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler: Any = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     latents = 0.18215 * (batch.moments[:, :4] + batch.moments[:, 4:] * batch.latent_noise)
     is_v = scheduler.config["prediction_type"] == "v_prediction"
     assert is_v == (base.native_size == 96)

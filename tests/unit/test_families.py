@@ -123,11 +123,12 @@ def test_wrong_pairs_are_refused(tiny_base: Path, sd15: Path) -> None:
     for wrong, other in [(build_adapter(AdapterOptions(), xl), sd), (build_adapter(AdapterOptions(), sd), xl)]:
         with pytest.raises(UserError, match=r"x is a full_adapter.* does not fit the base, S.* needs a full_adapter"):
             check_fits(wrong.config, other, "x")
-    for kind, config, allowed in [
+    wrong_types: list[tuple[AdapterType, dict[str, Any], str]] = [
         ("full_adapter_xl", sd, "Stable Diffusion 1 or 2; allowed for it: full_adapter, light_adapter"),
         ("full_adapter", xl, "SDXL; allowed for it: full_adapter_xl"),
         ("light_adapter", xl, "SDXL; allowed for it: full_adapter_xl"),
-    ]:
+    ]
+    for kind, config, allowed in wrong_types:
         with pytest.raises(UserError, match=f"{kind}: does not fit the base, {allowed}") as caught:
             build_adapter(AdapterOptions(type=kind), config)
         assert caught.value.option == "adapter.type"
@@ -170,7 +171,7 @@ def test_a_quiet_start_scales_every_feature(sd15: Path, kind: AdapterType) -> No
         torch.manual_seed(0)
         adapter = build_adapter(AdapterOptions(type=kind, init=init), unet)
         found = adapter(picture)
-        sum(feature.sum() for feature in found).backward()
+        torch.stack([feature.sum() for feature in found]).sum().backward()
         gradients = {name: weight.grad for name, weight in adapter.named_parameters()}
         assert any(gradient is not None and gradient.any() for gradient in gradients.values()), "it can learn"
         return [feature.detach() for feature in found]

@@ -159,7 +159,8 @@ class DataOptions:
     max_bad_share: float = 0.01
     """Largest share of bad rows, 0 to 1, that on_bad_sample skip accepts."""
     resolution: int = 1024
-    """Side of the training crop in pixels, and with buckets the square root of its area."""
+    """Side of the training crop in pixels, and with buckets the square root of its area. Stable Diffusion 1.5 makes
+    pictures of 512 pixels, 2.1 of 768."""
     buckets: Literal["none", "sdxl", "generated"] = "none"
     """`none` crops squares. `sdxl` picks the size of SDXL's own list that is nearest in aspect ratio, scaled to the
     resolution. `generated` picks from all sizes of about that area in multiples of bucket_step."""

@@ -118,7 +118,7 @@ def check_sizes(config: Any, name: str) -> None:
             raise UserError(
                 f"{name}/config.json: {key} is {str(size)[:40]}; allowed is a whole number from 1 to {most}."
             )
-    if (kind := config.get("adapter_type", "full_adapter")) not in KINDS:
+    if (kind := config.get("adapter_type", "full_adapter")) not in list(KINDS):  # it may be any JSON
         raise UserError(f"{name}/config.json: adapter_type is {str(kind)[:40]}; allowed are {', '.join(KINDS)}.")
 
 
