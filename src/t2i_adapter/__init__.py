@@ -11,9 +11,33 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from t2i_adapter.api import Config, Event, Run, StopTraining, UserError, make_config, train
+    from t2i_adapter.api import (
+        Config,
+        Event,
+        Run,
+        StopTraining,
+        UserError,
+        generate,
+        load,
+        make_condition,
+        make_config,
+        train,
+    )
+    from t2i_adapter.types import Photo
 
-__all__ = ["Config", "Event", "Run", "StopTraining", "UserError", "make_config", "train"]
+__all__ = [
+    "Config",
+    "Event",
+    "Photo",
+    "Run",
+    "StopTraining",
+    "UserError",
+    "generate",
+    "load",
+    "make_condition",
+    "make_config",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_origin
+from typing import TYPE_CHECKING, Any, get_origin
 
 from t2i_adapter.config import recipe as recipes
 from t2i_adapter.config.read import allowed, item_kinds, nearest, option_types, read_value, with_values, without_none
@@ -17,8 +17,26 @@ from t2i_adapter.config.tree import Config
 from t2i_adapter.environment import set_defaults
 from t2i_adapter.errors import Stopped, UserError
 from t2i_adapter.training.events import Callback, Event, StopTraining
+from t2i_adapter.types import Photo
 
-__all__ = ["Config", "Event", "Run", "StopTraining", "UserError", "make_config", "train"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from t2i_adapter.generation.loaded import Condition, LoadedAdapters, Picture
+
+__all__ = [
+    "Config",
+    "Event",
+    "Photo",
+    "Run",
+    "StopTraining",
+    "UserError",
+    "generate",
+    "load",
+    "make_condition",
+    "make_config",
+    "train",
+]
 
 set_defaults()
 
@@ -72,6 +90,121 @@ def train(config: Config, *, callbacks: Sequence[Callback] = ()) -> Run:
     except Stopped as stop:
         return Run(Path(config.output_dir), False, str(stop))
     return Run(Path(config.output_dir), True)
+
+
+def load(
+    adapter: str | Path | Sequence[str | Path],
+    *,
+    base: str | Path | None = None,
+    device: str = "auto",
+    lora: Sequence[str] = (),
+    quantize: str = "none",
+    scheduler: str | None = None,
+    **options: Any,
+) -> LoadedAdapters:
+    """Loads an adapter, or several that act together, with their base.
+
+    Args:
+        adapter: folder or hub id; several for adapters whose features are summed.
+        base: hub id, diffusers folder, single .safetensors file or "nano"; None takes the one of the first adapter's
+            training.
+        device: auto, cpu, cuda, xpu, mps, ...
+        lora: files "FILE[:weight]" that are added to the base.
+        quantize: none, float8, int8 or nf4.
+        scheduler: a short name or a class of diffusers; None is Euler ancestral.
+        options: further options of `t2i-adapter generate` about models: precision, offload, max_tokens, base_vae, ...
+
+    Raises UserError.
+    """
+    from t2i_adapter.generation.loaded import LoadedAdapters
+    from t2i_adapter.generation.several import SeveralAdapters
+
+    names = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    known = {"precision", "offload", "max_tokens", "xformers", "base_config", "base_revision", "base_variant"}
+    if unknown := sorted(set(options) - known - {"base_vae"}):
+        raise UserError(f"{unknown[0]}: no such option; allowed are {', '.join(sorted(known | {'base_vae'}))}.")
+    asked = SeveralAdapters(
+        adapter=tuple(map(str, names)), base=None if base is None else str(base), device=device, **options
+    )
+    return LoadedAdapters.load(asked, loras=lora, quantized=quantize, scheduler=scheduler)
+
+
+def generate(
+    adapters: LoadedAdapters,
+    prompt: str | Sequence[str],
+    condition: Condition | Sequence[Condition] | Sequence[Sequence[Condition]] | None,
+    *,
+    seed: int = 0,
+    num: int = 1,
+    size: tuple[int, int] | None = None,
+    negative: str | None = None,
+    init_image: Picture | None = None,
+    mask: Picture | None = None,
+    strength: float | None = None,
+    progress: bool = False,
+    **sampling: Any,
+) -> list[Image.Image]:
+    """Generates `num` pictures for each prompt: the pictures that `t2i-adapter generate` writes with the same options.
+
+    Args:
+        adapters: what `load` returned.
+        prompt: one, or several.
+        condition: a picture, a file, or `Photo(...)` of which the adapter's annotator makes the condition. With several
+            prompts one for all or one for each. With several adapters each is a sequence of one an adapter. None
+            generates with the base alone.
+        seed: of each prompt's first picture; the others' seeds count up from it.
+        size: (height, width) in pixels; None takes the training's.
+        negative: what the pictures should not show.
+        init_image, mask, strength: a picture to begin from, what of it is generated anew (white), and how much.
+        progress: show a bar.
+        sampling: steps, guidance, scale, control_guidance and the others of `t2i-adapter generate --help`.
+
+    Raises UserError.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    rows = None if condition is None else _rows(condition, len(prompts), len(adapters.models))
+    begins: dict[str, Any] = {"inits": [init_image] * len(prompts) * num if init_image is not None else ()}
+    begins |= {"masks": [mask] * len(prompts) * num if mask is not None else (), "strength": strength}
+    if init_image is None and (mask is not None or strength is not None):
+        raise UserError("mask and strength need init_image, the picture that they are about.")
+    return adapters.generate(
+        [text for text in prompts for _ in range(num)],
+        None if rows is None else [row for row in rows for _ in range(num)],
+        [seed + index for _ in prompts for index in range(num)],
+        size=size,
+        negative=negative,
+        progress=progress,
+        **begins,
+        **sampling,
+    )
+
+
+def make_condition(photo: Picture, kind: str) -> Image.Image:
+    """Returns the condition map of a photo, of the photo's size.
+
+    kind: one of `t2i-adapter conditions`, options after commas: "canny,low=50". Raises UserError.
+    """
+    from PIL import Image
+
+    from t2i_adapter.annotators.registry import annotate, open_annotator
+    from t2i_adapter.generation.condition import read_photo
+
+    picture = photo if isinstance(photo, Image.Image) else read_photo(str(photo))
+    return annotate(open_annotator(kind), picture.convert("RGB"))
+
+
+def _rows(condition: Any, prompts: int, adapters: int) -> list[Sequence[Any]]:
+    """Returns for each prompt one condition an adapter. Raises UserError if their numbers do not match."""
+    is_list = isinstance(condition, list | tuple)
+    rows: list[Sequence[Any]]
+    if adapters == 1:
+        rows = [one if isinstance(one, list | tuple) else [one] for one in (condition if is_list else [condition])]
+    else:
+        has_rows = is_list and all(isinstance(one, list | tuple) for one in condition)
+        rows = list(condition) if has_rows else [condition if is_list else [condition]]
+    if len(rows) not in (1, prompts):
+        raise UserError(f"{len(rows)} conditions for {prompts} prompts; give one for each, or a single one for all.")
+    return rows * prompts if len(rows) == 1 else rows
 
 
 def _checked(path: str, value: Any, kind: Any) -> Any:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from PIL.Image import Image
     from torch import Tensor
@@ -50,6 +52,13 @@ def text_widths(unet_config: Mapping[str, Any]) -> tuple[int, int]:
         return unet_config["cross_attention_dim"], 0
     time_ids = 6 * unet_config["addition_time_embed_dim"]
     return unet_config["cross_attention_dim"], unet_config["projection_class_embeddings_input_dim"] - time_ids
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo in place of a condition: the adapter's own annotator makes the condition of it. picture: or its file."""
+
+    picture: Image | str | Path
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 from support.runs import read_metrics
-from support.tiny import write_circles
+from support.tiny import write_adapter, write_circles
 
 import t2i_adapter
-from t2i_adapter import Event, StopTraining, UserError, make_config, train
-from t2i_adapter.config.tree import Config
+from t2i_adapter import (
+    Config,
+    Event,
+    Photo,
+    StopTraining,
+    UserError,
+    generate,
+    load,
+    make_condition,
+    make_config,
+    train,
+)
+from t2i_adapter.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +134,84 @@ def test_importing_the_package_loads_no_torch() -> None:
 def test_a_wrong_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         t2i_adapter.trian  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapters") / "one", tiny_base, seed=1)
+
+
+@pytest.fixture(scope="module")
+def other(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapters") / "other", tiny_base, seed=2)
+
+
+def pixels(pictures: list[Image.Image]) -> list[bytes]:
+    return [picture.tobytes() for picture in pictures]
+
+
+def test_it_generates_the_pictures_of_the_command(
+    adapter: Path, tiny_base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    condition = data / "train" / "00000_outline.png"
+    words = ["generate", "--adapter", adapter, "--base", tiny_base, "--prompt", "red circle", "--image", condition]
+    words += ["--num", 2, "--seed", 5, "--steps", 2, "--width", 64, "--height", 64, "--scale", 0.5]
+    assert main([*map(str, words), "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    loaded = load(adapter, base=tiny_base)
+    drawn = generate(loaded, "red circle", condition, num=2, seed=5, steps=2, size=(64, 64), scale=0.5)
+    assert pixels(drawn) == pixels([Image.open(path).convert("RGB") for path in sorted(tmp_path.glob("*.png"))])
+    with Image.open(condition) as picture:
+        assert pixels(generate(loaded, "red circle", picture, num=2, seed=5, steps=2, scale=0.5)) == pixels(drawn)
+    assert pixels(generate(loaded, "red circle", None, num=2, seed=5, steps=2, size=(64, 64))) != pixels(drawn)
+
+
+def test_several_adapters_prompts_and_a_picture_to_begin_from(
+    adapter: Path, other: Path, tiny_base: Path, data: Path
+) -> None:
+    first, second = (data / "train" / f"0000{number}_outline.png" for number in (0, 1))
+    loaded = load([adapter, other], base=tiny_base)
+    both = generate(loaded, ["a", "b"], [(first, second), (second, first)], steps=2, scale=(1.0, 0.0))
+    alone = load(adapter, base=tiny_base)
+    assert pixels(both) == pixels(generate(alone, ["a", "b"], [first, second], steps=2))
+    begin = data / "train" / "00000.png"
+    black = Image.new("L", (64, 64))
+    (kept,) = generate(alone, "a", first, steps=2, init_image=begin, mask=black)
+    with Image.open(begin) as picture:
+        assert kept.tobytes() == picture.convert("RGB").tobytes()
+
+
+def test_a_photo_gives_the_condition(adapter: Path, tiny_base: Path, data: Path) -> None:
+    photo = data / "train" / "00000.png"
+    found = make_condition(photo, "canny")
+    assert found.size == (64, 64) and set(found.convert("L").tobytes()) == {0, 255}
+    loaded = load(adapter, base=tiny_base)
+    with pytest.raises(UserError, match="does not record how the conditions"):
+        generate(loaded, "a", Photo(photo), steps=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stepz": 2}, "stepz: no such option"),
+        ({"scale": (1.0, 1.0)}, "2 values for 1 of"),
+        ({"steps": 0}, "--steps 0: 1 or more"),
+        ({"size": (60, 64)}, "multiples of"),
+        ({"strength": 0.5}, "need init_image"),
+        ({"condition": ["x.png", "y.png"], "prompt": ["a", "b", "c"]}, "2 conditions for 3 prompts"),
+        ({"condition": "nowhere.png"}, "nowhere.png"),
+    ],
+)
+def test_what_generate_refuses(
+    adapter: Path, tiny_base: Path, data: Path, changes: dict[str, Any], message: str
+) -> None:
+    arguments = {"prompt": "a", "condition": data / "train" / "00000_outline.png", "steps": 2} | changes
+    with pytest.raises(UserError) as caught:
+        generate(load(adapter, base=tiny_base), **arguments)
+    assert message in str(caught.value)
+
+
+def test_load_refuses_what_it_does_not_know(adapter: Path, tiny_base: Path) -> None:
+    with pytest.raises(UserError, match="fp8: no such option|precison: no such option"):
+        load(adapter, base=tiny_base, precison="fp32")
+    with pytest.raises(UserError, match="no adapter found"):
+        load(tiny_base)

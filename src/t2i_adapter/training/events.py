@@ -20,7 +20,7 @@ _KEYS: tuple[tuple[str, Kind], ...] = (
 
 @dataclass(frozen=True)
 class Event:
-    """An entry of a run's log, told when it is written into metrics.jsonl.
+    """An entry of a run's log, at the time when it is written into metrics.jsonl.
 
     Attributes:
         step: updates made so far.

@@ -55,7 +55,8 @@ class Trainer:
 
         validate: (adapter, step) -> score of the adapter, higher is better, or None if it is not measured; only the
         main process calls it. None trains without validation. data: what the batches are made of. control: measures
-        held-out pairs after the steps `look_steps`; only the main process has one. callbacks: are told what is logged.
+        held-out pairs after the steps `look_steps`; only the main process has one. callbacks: get an `Event` for each
+        log entry.
 
         After `fit`, `first_step` is the step that it began at, and `seconds` what it took.
         """

@@ -35,7 +35,7 @@ def run(
 
     dry_run: prints the options and the plan, and returns before a file is written or a weight is loaded.
     stop_after: a step after which the run stops as if `max_time` were reached. summary: prints one at the end.
-    callbacks: are told what the run logs.
+    callbacks: get an `Event` for each entry of the log.
 
     Raises UserError as early as an error can be found, and Stopped if a signal or a limit ends the run early.
     """
