@@ -16,7 +16,7 @@ from support.processes import Run, end_all, finish
 from support.runs import losses
 from support.tiny import write_circles, write_tiny_sd
 
-from t2i_adapter.export.card import usage_code
+from t2i_adapter.export.card_code import usage_code
 from t2i_adapter.models.record import Metadata, read_metadata
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -71,7 +71,7 @@ def test_a_run_resumes_to_the_bit_and_its_adapter_is_used(work: Path, name: str)
     kind = "light_adapter" if "light" in name else "full_adapter"
     assert adapter.config["adapter_type"] == kind and adapter.config["downscale_factor"] == 8
     record = read_metadata(folder)
-    assert record is not None and record.base["family"] == "sd"
+    assert record is not None
     picture = ["--image", "circles/train/00000_outline.png", "--steps", "2", "--out", f"pictures-{name}"]
     finish(work, "generate", "--adapter", name, "--prompt", "red circle", *picture, "--control_guidance", "2")
     assert Image.open(work / f"pictures-{name}" / "00000.png").size == (64, 64)
@@ -110,7 +110,7 @@ def test_the_cards_program_runs(work: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert isinstance(record, Metadata)
     Image.open(work / "circles/train/00000_outline.png").save(work / "condition.png")
     monkeypatch.chdir(work)
-    program = usage_code(record, "carded", prompt="red circle").replace("inference_steps=30", "inference_steps=2")
+    program = usage_code(record, "carded", prompt="red circle", is_xl=False).replace("inference_steps=30", "inference_steps=2")
     exec(compile(program, "card", "exec"), {})
     assert Image.open(work / "picture.png").size == (64, 64)
 
