@@ -110,7 +110,8 @@ def test_the_cards_program_runs(work: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert isinstance(record, Metadata)
     Image.open(work / "circles/train/00000_outline.png").save(work / "condition.png")
     monkeypatch.chdir(work)
-    program = usage_code(record, "carded", prompt="red circle", is_xl=False).replace("inference_steps=30", "inference_steps=2")
+    program = usage_code(record, "carded", prompt="red circle", is_xl=False)
+    program = program.replace("inference_steps=30", "inference_steps=2")
     exec(compile(program, "card", "exec"), {})
     assert Image.open(work / "picture.png").size == (64, 64)
 
