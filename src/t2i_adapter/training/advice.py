@@ -41,7 +41,8 @@ LEAST_PAIRS = 16
 """Pairs below which neither `plateau` nor a harm is said: if a quarter of the pairs has all of the gain, eight pairs
 have none of it in a tenth of the runs."""
 SKEW = 4
-"""Divides the error of `not_read` and `plateau`: Student's bound of skewed values misses more often than it should."""
+"""Divides the error of `not_read`, `plateau` and `harm`: Student's bound of skewed values misses more often than it
+should."""
 KEPT = 4
 """Checkpoints that wait for the choice of the best one, at most."""
 USUAL_CAUSES = (
