@@ -56,6 +56,8 @@ SCORES = {"outline": ("edge F1", 1), "depth": ("edge F1", 1), "palette": ("palet
 PAIRS = (("outline", "palette"), ("depth", "palette"))
 JOINT_RATE, JOINT_EMPTY_PROMPTS = 1e-3, 0.5
 ARMS = ("sum", "joint", "longer", "rescaled", "sqrt")
+BASELINES = ("sum", "longer")
+"""Arms that every arm is compared with."""
 SAME_ADAPTERS = ("rescaled", "sqrt")
 """Arms with the adapters of `sum`, which is measured before them."""
 CASES = ("alone", "same", "other", "empty")
@@ -321,15 +323,15 @@ def norm_ratios(networks: Sequence[Any], rows: Sequence[Any], arm: str) -> list[
 
 
 def summarize(pair: tuple[str, str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """An entry for each arm and condition: the mean of each case, and paired differences from `alone` and from `sum`,
-    all oriented so that more is better."""
+    """An entry for each arm and condition: the mean of each case, and paired differences from `alone` and from the arms
+    BASELINES, all oriented so that more is better."""
     entries = []
-    plain = _scores("sum", pair, options)
+    baselines = {name: _scores(name, pair, options) for name in BASELINES}
     for arm in ARMS:
         own, norms = _scores(arm, pair, options), _read(arm, pair, options, "norms")
         for kind in pair:
             name, sign = SCORES[kind]
-            cases = {case: _means(own[kind][case]) for case in CASES} | {"none": _means(plain[kind]["none"])}
+            cases = {case: _means(own[kind][case]) for case in CASES} | {"none": _means(baselines["sum"][kind]["none"])}
             entries.append(
                 {
                     "pair": " + ".join(pair),
@@ -341,9 +343,12 @@ def summarize(pair: tuple[str, str], options: argparse.Namespace) -> list[dict[s
                     "better_than_alone": {
                         case: mean_interval(sign * (cases[case] - cases["alone"])).to_json() for case in CASES[1:]
                     },
-                    "better_than_sum": {
-                        case: mean_interval(sign * (cases[case] - _means(plain[kind][case]))).to_json()
-                        for case in CASES
+                    **{
+                        f"better_than_{baseline}": {
+                            case: mean_interval(sign * (cases[case] - _means(scores[kind][case]))).to_json()
+                            for case in CASES
+                        }
+                        for baseline, scores in baselines.items()
                     },
                     "norm_ratio": np.mean(norms, axis=(0, 1)).round(3).tolist(),
                 }
@@ -398,7 +403,6 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     write_scenes(options)
-    began = time.monotonic()
     with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for seed in range(options.seeds):
             for job in [pool.submit(train_alone, kind, seed, options) for kind in EMPTY]:
@@ -408,7 +412,7 @@ def main() -> None:
     entries = [entry for pair in PAIRS for entry in summarize(pair, options)]
     names = ("pairs", "seeds", "scenes", "updates", "joint_updates", "sampling_steps", "processes")
     settings = {name: getattr(options, name) for name in names}
-    content = {"settings": settings, "seconds": round(time.monotonic() - began), "rows": entries}
+    content = {"settings": settings, "rows": entries}
     print(table(entries), flush=True)
     write_result("interference", content, options.out)
 

@@ -362,8 +362,9 @@ def test_an_adapter_that_is_unlike_the_first_is_refused(
     change: dict[str, int],
     said: str,
 ) -> None:
-    config = {**T2IAdapter.load_config(adapters[0]), **change}
-    T2IAdapter.from_config(config).save_pretrained(tmp_path / "unlike")
+    sizes: Any = T2IAdapter.load_config(adapters[0])
+    unlike: Any = T2IAdapter.from_config({**sizes, **change})
+    unlike.save_pretrained(tmp_path / "unlike")
     words = train_words(tiny_base, tiny_data, tmp_path / "out", "--compose", adapters[0], tmp_path / "unlike")
     assert said in fails(*words, "--conditions", *CONDITIONS)
 

@@ -93,8 +93,8 @@ class AdapterOptions:
     """`default` is diffusers' random start. `quiet` scales all features to 1 % of that, so that step 0 hardly changes
     the base's output. `zero` scales them to 0: the weights of the first convolution are zeros."""
     compose: tuple[str, ...] = ()
-    """Train these existing adapters together, folders or hub ids, so that the sum of their features behaves
-    (docs/compose.md). Each is written to a folder of its own, adapter-0-NAME, adapter-1-NAME, ..."""
+    """Train these existing adapters together, folders or hub ids, for the sum of their features (docs/compose.md).
+    Each is written to a folder of its own, adapter-0-NAME, adapter-1-NAME, ..."""
 
     def __post_init__(self) -> None:
         blocks = self.num_res_blocks
