@@ -23,7 +23,7 @@ from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
 from t2i_adapter.config import recipe
 from t2i_adapter.config.tree import Config
 from t2i_adapter.data.source import Source, open_source
-from t2i_adapter.devices import limit_malloc_arenas, release
+from t2i_adapter.devices import choose_device, limit_malloc_arenas, release
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import write_atomic
 from t2i_adapter.models.adapter import build_adapter, check_fits, check_resolution, load_adapter
@@ -191,13 +191,13 @@ def make_accelerator(config: Config) -> Accelerator:
     wanted = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if wanted not in DTYPES:
         raise UserError(f"{wanted}: allowed are {', '.join(DTYPES)}.", option="train.mixed_precision")
-    has_gpu = torch.cuda.is_available()
-    precision = "no" if wanted == "fp16" and not has_gpu else wanted
+    device = choose_device()
+    precision = "no" if wanted == "fp16" and device in ("cpu", "mps") else wanted
     output = Path(config.output_dir)
     log_with: Any = tracking.trackers_named(config.tracking.report_to)
     AcceleratorState._reset_state()  # it keeps the mixed precision of an earlier run in this process
     accelerator = Accelerator(
-        cpu=not has_gpu and not torch.backends.mps.is_available(),
+        cpu=device == "cpu",
         mixed_precision=precision,
         log_with=log_with,
         project_config=ProjectConfiguration(str(output), logging_dir=str(output / config.tracking.logging_dir)),
