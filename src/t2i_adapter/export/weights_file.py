@@ -1,7 +1,6 @@
-"""Reads the tensors of one file of weights: safetensors, or the tensors of a .pth file. No code of a file is run.
+"""Reads the tensors of one file of weights: safetensors, or a .pth file, which `torch_file` reads without unpickling.
 
-This is the only place of the package that reads a .pth file, because the official files of SD 1.5 exist in no other
-form. `torch.load` with `weights_only=True` builds tensors and plain containers, and refuses every other object.
+The official files of SD 1.5 exist as .pth files only.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from t2i_adapter.errors import UserError, first_line
+from t2i_adapter.export.torch_file import TorchFileError, read_torch_file
 
 PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 _NESTED = ("adapter", "state_dict", "model")
@@ -48,12 +47,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_pickled(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as fault:  # the class for a refused object belongs to a module that the package never imports
+        return read_torch_file(path)
+    except (TorchFileError, OSError) as fault:
         raise UserError(
             f"{path}: it is damaged, or holds more than tensors ({first_line(fault)[:160]}). Only tensors are read, "
             "because other objects can run code. Ask its author for a .safetensors file."
-        ) from None
+        ) from fault
 
 
 def _tensors(content: Any) -> dict[str, Tensor]:
