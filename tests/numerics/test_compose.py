@@ -351,7 +351,7 @@ def test_options_that_do_not_go_together_are_refused(
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"in_channels": 4}, "takes pictures of 4 channels"), ({"downscale_factor": 8}, "their features do not add up")],
+    [({"in_channels": 4}, "takes pictures of 4 channels"), ({"downscale_factor": 8}, "does not fit the base")],
 )
 def test_an_adapter_that_is_unlike_the_first_is_refused(
     tiny_base: Path,

@@ -293,7 +293,7 @@ def test_an_adapter_for_sd15_is_described_as_one() -> None:
     facts = replace(FACTS, config={**CONFIG, "adapter_type": "full_adapter"})
     card = new_card(facts)
     assert "stable-diffusion" in head_of(card)["tags"] and "stable-diffusion-xl" not in head_of(card)["tags"]
-    assert "StableDiffusionAdapterPipeline.from_pretrained" in card and "Stable Diffusion 1.5" in card
+    assert "StableDiffusionAdapterPipeline.from_pretrained" in card and "for Stable Diffusion, " in card
     assert "multiples of 64 pixels" in card and "XL" not in card.split("## Training")[0].replace("controlnet", "")
 
 

@@ -94,7 +94,7 @@ def test_sizes(adapter: Path, condition: Path, tmp_path: Path) -> None:
 
 def test_errors_name_the_option(adapter: Path, condition: Path, tiny_base: Path, tmp_path: Path) -> None:
     wide = tmp_path / "wide"
-    network = build_adapter(AdapterOptions(), {"block_out_channels": (16, 32, 128)})
+    network = build_adapter(AdapterOptions(), {"block_out_channels": (16, 32, 128), "addition_embed_type": "text_time"})
     save_adapter(network, wide, metadata={"base": {"name": str(tiny_base)}, "resolution": 64}, fp16=False)
     broken = tmp_path / "broken.png"
     broken.write_text("not a picture")

@@ -185,6 +185,8 @@ def random_tree(tree: Any, choices: np.random.Generator) -> Any:
         "schedule": "cosine",
         "captions": "filename",
         "conditioning_dir": None,
+        "conditions": (),
+        "compose": (),
         "held_out": 16,
         "budget": 0.25,
     }  # options of which not all values pass

@@ -80,7 +80,7 @@ def test_an_adapter_comes_with_its_files_and_no_others(
     words = shlex.split(done.out.splitlines()[-1])
     assert words[:4] == ["t2i-adapter", "generate", "--adapter", "canny"] and "--photo" in words
     monkeypatch.chdir(tmp_path)
-    assert parse_flags(GenerateOptions, words[2:], "t2i-adapter").adapter == "canny", "the command parses"
+    assert parse_flags(GenerateOptions, words[2:], "t2i-adapter").adapter == ("canny",), "the command parses"
 
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub, files: dict[str, bytes], tmp_path: Path) -> None:

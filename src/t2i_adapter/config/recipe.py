@@ -68,7 +68,7 @@ def dump(options: Any) -> str:
 def _parse(file: Path) -> yaml.Node | None:
     try:
         text = file.read_text(encoding="utf-8")
-        _check_depth(text, file)
+        check_depth(text, file)
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}", option="recipe") from None
@@ -80,8 +80,9 @@ def _parse(file: Path) -> yaml.Node | None:
         raise UserError(f"{file}{f':{mark.line + 1}' if mark else ''}: not YAML: {problem}") from None
 
 
-def _check_depth(text: str, file: Path) -> None:
-    """Refuses deep nesting, for which PyYAML takes time with the square of the depth and overflows the stack."""
+def check_depth(text: str, file: Path) -> None:
+    """Raises UserError for deep nesting, for which PyYAML takes time with the square of the depth and overflows the
+    stack."""
     depth = 0
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
         depth += isinstance(token, _OPENING)

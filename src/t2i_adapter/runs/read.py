@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import yaml
 
-from t2i_adapter.config.recipe import RENAMED
+from t2i_adapter.config.recipe import RENAMED, check_depth
 from t2i_adapter.config.tree import Config, flat, to_dict
+from t2i_adapter.errors import UserError
 from t2i_adapter.models import record
 from t2i_adapter.runs import lock
 from t2i_adapter.runs import metrics as log
@@ -282,10 +283,11 @@ def _options(file: Path) -> dict[str, Any]:
     references is not one that a run wrote: it could expand without end."""
     try:
         text = read_file(file, 1 << 20).decode()
+        check_depth(text, file)
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             return {}
         content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (UserError, yaml.YAMLError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) and all(isinstance(name, str) for name in flat_names(content)) else {}
 

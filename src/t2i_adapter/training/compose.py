@@ -61,19 +61,15 @@ def load_adapters(config: Config, unet_config: Mapping[str, Any]) -> JointAdapte
         adapter = load_adapter(name, cache_dir=config.base.cache_dir)
         check_fits(adapter.config, unet_config, name)
         adapters.append(adapter)
-        _check_like_the_first(adapters, name)
+        _check_channels(adapters[-1], name)
     return JointAdapter(adapters)
 
 
-def _check_like_the_first(adapters: Sequence[T2IAdapter], name: str) -> None:
-    """Raises UserError unless the last adapter, called `name`, takes pictures and makes features like the first."""
-    channels = adapters[-1].config["in_channels"]
+def _check_channels(adapter: T2IAdapter, name: str) -> None:
+    """Raises UserError unless the adapter, called `name`, takes grey or RGB pictures."""
+    channels = adapter.config["in_channels"]
     if channels not in (1, 3):
         text = f"{name}: takes pictures of {channels} channels; allowed are 1 and 3."
-        raise UserError(text, option="adapter.compose")
-    first, last = (adapter.config["downscale_factor"] for adapter in (adapters[0], adapters[-1]))
-    if first != last:
-        text = f"{name}: divides pictures by {last} and the first adapter by {first}; their features do not add up."
         raise UserError(text, option="adapter.compose")
 
 

@@ -155,7 +155,7 @@ class Trainer:
             tracking.log(self.accelerator, values, self.step)
 
     def _record(self, values: Mapping[str, Any]) -> None:
-        """Writes an entry into the run's log, and tells the callbacks."""
+        """Writes an entry into the run's log, and calls the callbacks with it."""
         tracking.append_metrics(self.output_dir / METRICS, values, self.step)
         event = Event(self.step, self.plan.steps, values, self.output_dir)
         try:
