@@ -187,6 +187,8 @@ def random_tree(tree: Any, choices: np.random.Generator) -> Any:
         "conditioning_dir": None,
         "conditions": (),
         "compose": (),
+        "license_name": None,
+        "license_link": None,
         "held_out": 16,
         "budget": 0.25,
     }  # options of which not all values pass
