@@ -6,7 +6,7 @@
 
 Each run is `t2i-adapter train` with the demo's recipe, which measures control on held-out pairs by itself. The faults:
 the conditions of other rows ("shuffled pairs"), a learning rate of 1e-7, and held-out conditions of the other polarity.
-The last run may end at its plateau. Each adapter is then evaluated on the held-out pairs with `t2i-adapter evaluate`,
+The last run, on scenes of one circle, may end at its plateau. Each adapter is then evaluated on the held-out pairs with `t2i-adapter evaluate`,
 and those that should read their condition beside their own checkpoint after an eighth of --steps: what its score rose
 by since then, pair by pair. The adapter of "inverted" is that of "canny", trained further on its own pairs at a low
 rate.
@@ -58,6 +58,7 @@ class Run:
         spoil: what is done to the dataset, as a function of its folder.
         length: updates, as a share of --steps.
         begins_with: the run whose adapter this one begins with.
+        kinds: kinds of shapes in the scenes; one shape a scene if they are named.
     """
 
     condition: Literal["outline", "canny", "depth", "segmentation", "palette"]
@@ -69,6 +70,7 @@ class Run:
     spoil: Callable[[Path], None] | None = None
     length: float = 1.0
     begins_with: str | None = None
+    kinds: tuple[str, ...] = ()
 
 
 def shuffle_conditions(folder: Path) -> None:
@@ -117,14 +119,16 @@ RUNS: dict[str, Run] = {
         length=0.5,
         begins_with="canny",
     ),
-    "until the plateau": canny("plateau", flags=("--train.stop_when", "plateau"), length=3.0),
+    "until the plateau": canny(
+        "plateau", flags=("--train.stop_when", "plateau", "--validation.held_out", "16"), length=2.0, kinds=("circle",)
+    ),
 }
 
 
 def folder_of(name: str, options: argparse.Namespace) -> Path:
     """The run's folder, with a digest of recipe and settings in its name."""
     run = RUNS[name]
-    settings = (name, run.flags, run.length, options.steps, options.scenes, options.pairs, options.budget)
+    settings = (name, run.flags, run.length, run.kinds, options.steps, options.scenes, options.pairs, options.budget)
     digest = hashlib.sha256(repr(settings).encode() + RECIPE.read_bytes()).hexdigest()[:8]
     return options.work / f"{name.replace(' ', '-')}-{digest}"
 
@@ -199,7 +203,8 @@ def training_words(run: Run, data: Path, adapter: Path, options: argparse.Namesp
         *("--train.max_steps", str(steps), "--checkpoint.resume", "auto"),
         *("--checkpoint.every", str(early_update(options)), "--checkpoint.keep_every", str(early_update(options))),
         *("--train.cpu_threads", str(options.threads), "--validation.guidance", str(GUIDANCE)),
-        *("--validation.budget", str(options.budget), "--validation.held_out", str(options.pairs)),
+        *("--validation.budget", str(options.budget)),
+        *(() if "--validation.held_out" in own else ("--validation.held_out", str(options.pairs))),
         *("--tracking.report_to", "none", "--data.prepared_dir", str(options.work / "cache"), *own),
     ]
 
@@ -207,15 +212,17 @@ def training_words(run: Run, data: Path, adapter: Path, options: argparse.Namesp
 def make_data(run: Run, options: argparse.Namespace) -> Path:
     """Writes one or two shapes on a plain ground with the run's maps, if they are missing. The scenes are the same in
     all runs."""
-    plain = options.work / f"data-{run.condition}-{options.scenes}-{options.pairs}"
+    name = "-".join(["data", run.condition, *run.kinds, str(options.scenes), str(options.pairs)])
+    plain = options.work / name
+    kinds: dict[str, Any] = {"kinds": run.kinds, "max_shapes": 1} if run.kinds else {"max_shapes": MOST_SHAPES}
     scenes = ShapesOptions(
         out=plain,
         num=options.scenes,
         num_test=options.pairs,
         size=SIZE,
         condition=run.condition,
-        max_shapes=MOST_SHAPES,
         patterns=("plain",),
+        **kinds,
     )
     make_shapes(scenes)
     if run.spoil is None:
