@@ -6,10 +6,10 @@
 
 Each run is `t2i-adapter train` with the demo's recipe, which measures control on held-out pairs by itself. The faults:
 the conditions of other rows ("shuffled pairs"), a learning rate of 1e-7, and held-out conditions of the other polarity.
-The last run, on scenes of one circle, may end at its plateau. Each adapter is then evaluated on the held-out pairs with `t2i-adapter evaluate`,
-and those that should read their condition beside their own checkpoint after an eighth of --steps: what its score rose
-by since then, pair by pair. The adapter of "inverted" is that of "canny", trained further on its own pairs at a low
-rate.
+The last run, on scenes of one circle, may end at its plateau. Each adapter is then evaluated on the held-out pairs with
+`t2i-adapter evaluate`, and those that should read their condition beside their own checkpoint after an eighth of
+--steps: what its score rose by since then, pair by pair. The adapter of "inverted" is that of "canny", trained further
+on its own pairs at a low rate.
 
 A run that is finished in --work is not run again while its options are unchanged. A stopped run resumes. After each run
 the program writes the result file with the numbers of all finished runs, and prints their table.
@@ -59,6 +59,7 @@ class Run:
         length: updates, as a share of --steps.
         begins_with: the run whose adapter this one begins with.
         kinds: kinds of shapes in the scenes; one shape a scene if they are named.
+        pairs: held-out pairs of the looks, of which fewer mean more looks; None takes --pairs.
     """
 
     condition: Literal["outline", "canny", "depth", "segmentation", "palette"]
@@ -71,6 +72,7 @@ class Run:
     length: float = 1.0
     begins_with: str | None = None
     kinds: tuple[str, ...] = ()
+    pairs: int | None = None
 
 
 def shuffle_conditions(folder: Path) -> None:
@@ -120,7 +122,7 @@ RUNS: dict[str, Run] = {
         begins_with="canny",
     ),
     "until the plateau": canny(
-        "plateau", flags=("--train.stop_when", "plateau", "--validation.held_out", "16"), length=2.0, kinds=("circle",)
+        "plateau", flags=("--train.stop_when", "plateau"), length=2.0, kinds=("circle",), pairs=16
     ),
 }
 
@@ -204,7 +206,7 @@ def training_words(run: Run, data: Path, adapter: Path, options: argparse.Namesp
         *("--checkpoint.every", str(early_update(options)), "--checkpoint.keep_every", str(early_update(options))),
         *("--train.cpu_threads", str(options.threads), "--validation.guidance", str(GUIDANCE)),
         *("--validation.budget", str(options.budget)),
-        *(() if "--validation.held_out" in own else ("--validation.held_out", str(options.pairs))),
+        *("--validation.held_out", str(run.pairs or options.pairs)),
         *("--tracking.report_to", "none", "--data.prepared_dir", str(options.work / "cache"), *own),
     ]
 

@@ -129,4 +129,5 @@ def test_the_flags_of_each_run_are_known(name: str, tmp_path: Path):
     options = argparse.Namespace(work=tmp_path, steps=40, scenes=8, pairs=8, budget=0.05, threads=1)
     words = program.training_words(program.RUNS[name], tmp_path / "data", tmp_path / "run", options)
     config = parse_train(words[1:], "train").config
-    assert config.train.max_steps == round(40 * program.RUNS[name].length) and config.validation.held_out == 8
+    run = program.RUNS[name]
+    assert config.train.max_steps == round(40 * run.length) and config.validation.held_out == (run.pairs or 8)
