@@ -130,7 +130,8 @@ RUNS: dict[str, Run] = {
 def folder_of(name: str, options: argparse.Namespace) -> Path:
     """The run's folder, with a digest of recipe and settings in its name."""
     run = RUNS[name]
-    settings = (name, run.flags, run.length, run.kinds, options.steps, options.scenes, options.pairs, options.budget)
+    own = (name, run.flags, run.length, run.kinds, run.pairs)
+    settings = (*own, options.steps, options.scenes, options.pairs, options.budget)
     digest = hashlib.sha256(repr(settings).encode() + RECIPE.read_bytes()).hexdigest()[:8]
     return options.work / f"{name.replace(' ', '-')}-{digest}"
 
