@@ -122,7 +122,7 @@ RUNS: dict[str, Run] = {
         begins_with="canny",
     ),
     "until the plateau": canny(
-        "plateau", flags=("--train.stop_when", "plateau"), length=2.0, kinds=("circle",), pairs=16
+        "plateau", flags=("--train.stop_when", "plateau"), length=4.0, kinds=("circle",), pairs=16
     ),
 }
 
