@@ -29,6 +29,8 @@ from t2i_adapter import (
 )
 from t2i_adapter.cli import main
 
+RECIPES = Path(__file__).parents[2] / "recipes"
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -123,7 +125,7 @@ def test_options_are_checked_as_flags_are(values: dict[str, Any], message: str) 
 def test_options_take_python_values() -> None:
     config = make_config({"optim.betas": (0.8, 0.9), "data.location": Path("pairs"), "train.max_steps": None})
     assert (config.optim.betas, config.data.location, config.train.max_steps) == ((0.8, 0.9), "pairs", None)
-    assert make_config({"adapter.in_channels": 1}, recipe="recipes/nano-shapes.yaml").adapter.in_channels == 1
+    assert make_config({"adapter.in_channels": 1}, recipe=RECIPES / "nano-shapes.yaml").adapter.in_channels == 1
 
 
 def test_importing_the_package_loads_no_torch() -> None:

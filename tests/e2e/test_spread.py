@@ -90,7 +90,8 @@ def samples(folder: Path) -> dict[str, list[Any]]:
     for file in sorted(folder.iterdir()):
         (batch,), _ = nonfinite.read(file)
         found["step"] += [int(file.name.partition("-")[0])] * len(batch)
-        for name, value in vars(batch).items():
+        given = {name: value for name, value in vars(batch).items() if value is not None}
+        for name, value in given.items():
             found.setdefault(name, []).extend(value)
     return found
 

@@ -168,7 +168,9 @@ def differences(alone: Path, out: Path, *, missing_lines: bool = False) -> list[
 
 def curve(out: Path) -> list[dict[str, float]]:
     """The rows of metrics.jsonl without the speed, which depends on the machine."""
-    return [{key: row[key] for key in ("step", "loss", "grad_norm", "lr")} for row in read_metrics(out)]
+    return [
+        {key: row[key] for key in ("step", "loss", "grad_norm", "lr")} for row in read_metrics(out) if "loss" in row
+    ]
 
 
 def left_behind(out: Path) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import hf_hub_url
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from t2i_adapter.config.tree import NANO
 from t2i_adapter.export.card_pictures import PICTURE_NAME, PICTURES, Shown
@@ -21,7 +23,6 @@ _FAMILY_TAGS = {
     False: ("stable-diffusion", "stable-diffusion-diffusers"),
 }
 _KIND = re.compile(r"[a-z][a-z0-9-]{1,30}")
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def make_head(
@@ -46,7 +47,7 @@ def make_head(
     added = [tag for tag in (listed if isinstance(listed, list) else []) if isinstance(tag, str)]
     head["tags"] = list(dict.fromkeys([*own, *added]))
     name = facts.metadata.base["name"]
-    if name != NANO and _REPO_ID.fullmatch(name) and not is_path(name):
+    if name != NANO and _is_repository(name):
         head |= {"base_model": name, "base_model_relation": "adapter"}
     if facts.dataset:
         head["datasets"] = [facts.dataset]
@@ -56,7 +57,7 @@ def make_head(
     if shown is not None:
         head["widget"] = [*_others(old), *({"text": one.prompt, "output": {"url": one.path}} for one in shown)]
     widget = read_widget({**old, **head})
-    if widget and _REPO_ID.fullmatch(facts.repo_id):
+    if widget and _is_repository(facts.repo_id):
         head["thumbnail"] = hf_hub_url(facts.repo_id, widget[0].path)
     if measured:
         head["model-index"] = _model_index(facts, measured)
@@ -80,6 +81,15 @@ def read_widget(head: Mapping[str, Any]) -> list[Shown]:
 
 def yaml_block(head: Mapping[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _is_repository(name: str) -> bool:
+    """Whether a name is that of a repository on the hub, and not of a folder."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not is_path(name)
 
 
 def _is_own(path: str) -> bool:
@@ -127,6 +137,6 @@ def _model_index(facts: Facts, measured: Measured) -> list[dict[str, Any]]:
         "dataset": dataset,
         "metrics": metrics,
     }
-    if _REPO_ID.fullmatch(facts.repo_id):
+    if _is_repository(facts.repo_id):
         result["source"] = {"name": FILE_NAME, "url": hf_hub_url(facts.repo_id, FILE_NAME)}
     return [{"name": facts.name, "results": [result]}]

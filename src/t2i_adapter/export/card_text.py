@@ -199,9 +199,12 @@ def sampling(facts: Facts) -> str:
             notes.append(markdown(measured))
     else:
         notes.append("The best strength was not measured. Strength 1 in all steps is as in training.")
+    strength = f"In diffusers the strength is `adapter_conditioning_scale` ({chosen.scale:g})"
+    share = "the share of the steps in which the adapter acts, from the first,"
     notes.append(
-        f"In diffusers the strength is `adapter_conditioning_scale` ({chosen.scale:g}), and the share of the steps in "
-        f"which the adapter acts, from the first, is `adapter_conditioning_factor` ({chosen.condition_factor:g})."
+        f"{strength}, and {share} is `adapter_conditioning_factor` ({chosen.condition_factor:g})."
+        if facts.is_xl
+        else f"{strength}. Its pipeline has no option for {share} of which this is {chosen.condition_factor:g}."
     )
     steering = [
         "Guidance amplifies the prompt, and not the condition, because both of its branches carry the adapter. With "
