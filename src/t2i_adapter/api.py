@@ -16,27 +16,15 @@ from t2i_adapter.config.read import allowed, item_kinds, nearest, option_types, 
 from t2i_adapter.config.tree import Config
 from t2i_adapter.environment import set_defaults
 from t2i_adapter.errors import Stopped, UserError
-from t2i_adapter.training.events import Callback, Event, StopTraining
-from t2i_adapter.types import Photo
+from t2i_adapter.training.events import Callback
+from t2i_adapter.training.events import Event as Event  # these three are shown by the package
+from t2i_adapter.training.events import StopTraining as StopTraining
+from t2i_adapter.types import Photo as Photo
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from t2i_adapter.generation.loaded import Condition, LoadedAdapters, Picture
-
-__all__ = [
-    "Config",
-    "Event",
-    "Photo",
-    "Run",
-    "StopTraining",
-    "UserError",
-    "generate",
-    "load",
-    "make_condition",
-    "make_config",
-    "train",
-]
 
 set_defaults()
 

@@ -231,8 +231,8 @@ def test_the_workflow_and_the_example_open(adapter: Path, pictures: Path, tmp_pa
     assert (first, second) == (nodes["Prompt"]["id"], nodes["Negative prompt"]["id"])
     assert (out / nodes["Condition picture"]["widgets_values"][0]).is_file()
     with Image.open(out / f"{stem}-example.png") as example:
-        assert json.loads(example.text["workflow"]) == workflow  # type: ignore[attr-defined]  # of PNG files
-        assert example.text["parameters"].startswith(PROMPT)  # type: ignore[attr-defined]
+        assert json.loads(example.info["workflow"]) == workflow
+        assert example.info["parameters"].startswith(PROMPT)
         assert example.getpixel((0, 0)) == (255, 0, 0)
 
 
@@ -288,7 +288,7 @@ def test_the_zip_for_civitai(adapter: Path, pictures: Path, tmp_path: Path) -> N
         }
         form = json.loads(opened.read("metadata.json"))
         with Image.open(io.BytesIO(opened.read("pictures/00.png"))) as picture:
-            assert picture.text["parameters"].startswith(PROMPT)  # type: ignore[attr-defined]
+            assert picture.info["parameters"].startswith(PROMPT)
         text = opened.read("description.md").decode()
     assert (form["type"], form["baseModel"], form["license"]) == ("Controlnet", "SDXL 1.0", "apache-2.0")
     assert form["files"] == [{"name": file, "type": "Model", "metadata": {"format": "SafeTensor", "fp": "fp32"}}]

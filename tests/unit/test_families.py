@@ -84,7 +84,9 @@ def test_features_of_full_size_fit_into_the_unet(
     features = adapter(batch.condition)
     halves = [tuple(-(-side // 2**level) for side in (height // 8, width // 8)) for level in range(4)]
     widths = (320, 640, 1280, 1280)
-    assert [tuple(feature.shape) for feature in features] == [(1, w, *half) for w, half in zip(widths, halves)]  # noqa: B905
+    assert [tuple(feature.shape) for feature in features] == [
+        (1, w, *half) for w, half in zip(widths, halves, strict=True)
+    ]
     noisy, left = batch.noise, list(features)
     assert added_conditions(batch.pooled, batch.time_ids) is None
     output = unet(noisy, batch.timesteps, batch.text, down_intrablock_additional_residuals=left).sample

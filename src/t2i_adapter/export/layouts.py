@@ -27,7 +27,7 @@ FULL, XL, LIGHT = "full_adapter", "full_adapter_xl", "light_adapter"
 Kind = Literal["full_adapter", "full_adapter_xl", "light_adapter"]
 DOWNSCALE = {FULL: 8, XL: 16, LIGHT: 8}
 """Kind -> PixelUnshuffle factor. In a file it is not written down: the first convolution reads channels * factor^2."""
-INPUTS = {64: (FULL, 1), 192: (FULL, 3), 256: (XL, 1), 768: (XL, 3)}
+INPUTS: dict[int, tuple[Kind, int]] = {64: (FULL, 1), 192: (FULL, 3), 256: (XL, 1), 768: (XL, 3)}
 """Channels that the first convolution of a full adapter reads -> kind and channels of the condition picture.
 
 256 and 768 could also be 4 and 12 channels of an SD 1.5 adapter. Programs read them as XL, and so does this one.
@@ -203,8 +203,7 @@ def _input(first: int, kind: Kind | None) -> tuple[Kind, int]:
             raise UserError(
                 f"its first convolution reads {first} channels, which names no kind; known are {known}. Name the kind."
             )
-        found, channels = INPUTS[first]
-        return found, channels  # type: ignore[return-value]  # the table's keys are of Kind
+        return INPUTS[first]
     factor = DOWNSCALE[kind] ** 2
     if first % factor:
         raise UserError(f"its first convolution reads {first} channels, and a {kind} reads a multiple of {factor}.")
