@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -51,12 +51,20 @@ def choose_device(name: str = "auto", *, option: str = "device") -> str:
         why = why_no_cuda() if device.type == "cuda" else f"no {device.type} device found"
         raise UserError(f"{name}: {why}, or use {flag(option)} cpu or auto.", option=option)
     count = count_devices(device.type)
-    if device.index is None and count > 1 and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        name = f"{device.type}:{int(os.environ.get('LOCAL_RANK') or 0) % count}"
-    elif device.index is not None and device.index >= count:
+    if device.index is None:
+        name = own_device(device.type, count, os.environ)
+    elif device.index >= count:
         raise UserError(f"{name}: this machine has {count} of them, numbered from 0.", option=option)
     _start(name, option)
     return name
+
+
+def own_device(kind: str, count: int, environment: Mapping[str, str]) -> str:
+    """The device of this process among `count` of a kind: with several processes the one of its number on the machine,
+    or one that it shares if there are fewer; `kind` itself for a single process."""
+    if count < 2 or int(environment.get("WORLD_SIZE") or 1) < 2:
+        return kind
+    return f"{kind}:{int(environment.get('LOCAL_RANK') or 0) % count}"
 
 
 def count_devices(kind: str) -> int:

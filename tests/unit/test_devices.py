@@ -15,6 +15,7 @@ from t2i_adapter.devices import (
     has_driver,
     in_float64,
     memory_bytes,
+    own_device,
     peak_bytes,
     release,
     reset_peak,
@@ -112,6 +113,20 @@ def test_memory_of_a_cpu_is_the_hosts_and_has_no_count_of_its_own() -> None:
     reset_peak("cpu")
     assert peak_bytes("cpu") is None and memory_bytes("cpu") is None
     release("cpu")
+
+
+@pytest.mark.parametrize(
+    ("count", "environment", "device"),
+    [
+        (8, {}, "cuda"),
+        (8, {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "cuda"),
+        (8, {"WORLD_SIZE": "16", "RANK": "11", "LOCAL_RANK": "3"}, "cuda:3"),
+        (2, {"WORLD_SIZE": "4", "LOCAL_RANK": "3"}, "cuda:1"),
+        (1, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "cuda"),
+    ],
+)
+def test_each_process_of_a_machine_takes_its_own(count: int, environment: dict[str, str], device: str) -> None:
+    assert own_device("cuda", count, environment) == device
 
 
 def test_float64_on_a_cpu_stays_there() -> None:

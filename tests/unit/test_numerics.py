@@ -27,7 +27,7 @@ from t2i_adapter.training.numerics import (
     restored_switches,
     set_switches,
 )
-from t2i_adapter.training.setup import make_accelerator
+from t2i_adapter.training.setup import check_processes, make_accelerator
 from t2i_adapter.verbs.train import run
 
 TURING, A100, ADA = (Hardware("cuda", version) for version in ((7, 5), (8, 0), (8, 9)))
@@ -228,3 +228,11 @@ def test_processes_and_devices_that_do_not_fit_are_one_line(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match=words):
         make_accelerator(config(train__device=name))
+
+
+def test_more_processes_than_gpus_are_one_line() -> None:
+    check_processes(4, "cuda", 4)
+    with pytest.raises(
+        UserError, match=r"^--train.device cuda: 2 processes on this machine and 1 cuda device: start 1, "
+    ):
+        check_processes(2, "cuda", 1)

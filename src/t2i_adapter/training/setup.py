@@ -243,13 +243,20 @@ def _choose_device(name: str) -> str:
         )
     device = choose_device(name, option="train.device")
     kind = torch.device(device).type
-    if kind != "cpu" and here > (count := count_devices(kind)):
+    if kind != "cpu":
+        check_processes(here, kind, count_devices(kind))
+    return device
+
+
+def check_processes(here: int, kind: str, count: int) -> None:
+    """Raises UserError if `here` processes of one machine are more than its `count` devices: NCCL and its like refuse
+    two processes on one."""
+    if here > count:
         raise UserError(
-            f"{here} processes on this machine and {count} {kind} device{'s' * (count > 1)}: start {count}, or use "
-            f"{flag('train.device')} cpu.",
+            f"{kind}: {here} processes on this machine and {count} {kind} device{'s' * (count > 1)}: start {count}, or "
+            f"use {flag('train.device')} cpu.",
             option="train.device",
         )
-    return device
 
 
 @contextmanager

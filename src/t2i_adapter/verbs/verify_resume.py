@@ -98,7 +98,7 @@ def verdict(found: Mapping[str, float], repeated: Mapping[str, float] | None) ->
         return line, False
     far = [name for name, value in found.items() if value > FACTOR * max(repeated.get(name, 0.0), FLOOR)]
     bound = (
-        f"Checked: no tensor may differ more than {FACTOR:g} times as much as two uninterrupted runs do, which "
+        f"Checked: no tensor may differ more than {FACTOR:g} times as much as two uninterrupted runs, which are "
         f"{max(repeated.values(), default=0.0):g} apart at most, or {FACTOR * FLOOR:g}"
     )
     if far:
