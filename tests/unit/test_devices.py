@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2i_adapter import devices
 from t2i_adapter.devices import (
     choose_device,
     explain_no_cuda,
@@ -127,6 +128,18 @@ def test_memory_of_a_cpu_is_the_hosts_and_has_no_count_of_its_own() -> None:
 )
 def test_each_process_of_a_machine_takes_its_own(count: int, environment: dict[str, str], device: str) -> None:
     assert own_device("cuda", count, environment) == device
+
+
+def test_no_other_file_looks_for_a_device_or_its_abilities() -> None:
+    """The programs that `export` writes for others ask for themselves."""
+    source = Path(devices.__file__).parent
+    asks = re.compile(r"(cuda|xpu|mps)\.is_available|get_device_capability|is_bf16_supported|cuda\.device_count")
+    found = {
+        str(file.relative_to(source))
+        for file in source.rglob("*.py")
+        if file.parent.name != "export" and asks.search(file.read_text(encoding="utf-8"))
+    }
+    assert found == {"devices.py"}
 
 
 def test_float64_on_a_cpu_stays_there() -> None:
