@@ -2,6 +2,7 @@
 set stays."""
 
 import os
+import sys
 from collections.abc import MutableMapping
 
 _DEFAULTS = {
@@ -12,12 +13,19 @@ _DEFAULTS = {
     # forward passes of a small model took 3 to 50 times as long on busy cores (benchmarks/busy_cores.py).
     "GOMP_SPINCOUNT": "1000",
 }
-_OVERRULES = {"GOMP_SPINCOUNT": "OMP_WAIT_POLICY"}
-"""Variable -> another one by which the user may have decided the same."""
+if sys.platform == "linux":
+    # CUDA's allocator then grows a segment where it would otherwise take a new one of another size: a long run with
+    # pictures of several sizes does not fragment its memory. torch reads this name from 2.9 on.
+    _DEFAULTS["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+_OVERRULES = {
+    "GOMP_SPINCOUNT": ("OMP_WAIT_POLICY",),
+    "PYTORCH_ALLOC_CONF": ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"),
+}
+"""Variable -> others by which the user may have decided the same."""
 
 
 def set_defaults(environment: MutableMapping[str, str] = os.environ) -> None:
     """Sets what the user has not set. Has no effect on a library that is loaded already."""
     for name, value in _DEFAULTS.items():
-        if _OVERRULES.get(name, name) not in environment:
+        if not any(other in environment for other in _OVERRULES.get(name, ())):
             environment.setdefault(name, value)

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_origin
 
@@ -33,7 +34,11 @@ def parse(argv: Sequence[str]) -> TrainFlags:
     """The script's flags and ours, over the script's defaults. Raises UserError."""
     kinds = option_types(Config)
     flags = {row.flag: Flag(row.paths, _kind(row, kinds), row.given if row.type is None else None) for row in ROWS}
-    return parse_train(argv, PROG, defaults=script_defaults(), more=flags, meant={row.flag: row.flag for row in ROWS})
+    given = parse_train(argv, PROG, defaults=script_defaults(), more=flags, meant={row.flag: row.flag for row in ROWS})
+    if given.config.train.mixed_precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        # Without accelerate's configuration the script computes in fp32; our own default is bf16 on a GPU that has it.
+        return replace(given, config=with_values(given.config, {"train.mixed_precision": "no"}))
+    return given
 
 
 def main(argv: Sequence[str] | None = None) -> int:

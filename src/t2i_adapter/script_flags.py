@@ -92,7 +92,7 @@ ROWS = (
     Row("logging_dir", "tracking.logging_dir", str, "logs", "Folder of the tracker's files, in the output folder."),
     _switch("allow_tf32", "train.allow_tf32", "TF32 matrix products on Ampere and newer."),
     Row("report_to", "tracking.report_to", str, "tensorboard", "A tracker of accelerate, `all` or `none`."),
-    Row("mixed_precision", "train.mixed_precision", str, None, "accelerate's setting by default.",
+    Row("mixed_precision", "train.mixed_precision", str, None, "accelerate's setting by default, else no.",
         choices=("no", "fp16", "bf16")),
     _switch("enable_xformers_memory_efficient_attention", "train.xformers", "xFormers' attention; SDPA otherwise."),
     _switch("set_grads_to_none", "", "Always so here."),

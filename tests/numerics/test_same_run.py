@@ -192,6 +192,49 @@ def test_verify_resume_would_see_a_difference(tmp_path: Path):
     assert found["only-a"] == found["only-b"] == float("inf")
 
 
+def test_a_tensor_that_differs_fails_unless_two_uninterrupted_runs_differ_so():
+    exact = {"w": 0.0, "logged losses": 0.0}
+    near, far = {"w": 3e-3, "logged losses": 0.0}, {"w": 3e-2, "logged losses": 0.0}
+    assert verify.verdict(exact, None) == (
+        "All 2 are the same to the bit: a resumed run equals an uninterrupted one here.",
+        True,
+    )
+    assert verify.verdict({"w": 1e-300}, None)[1] is False, "nothing may differ"
+    line, is_same = verify.verdict(near, {"w": 1e-3, "logged losses": 0.0})
+    assert is_same and "Equality to the bit was not checked" in line and "--train.deterministic" in line
+    line, is_same = verify.verdict(far, {"w": 1e-3, "logged losses": 0.0})
+    assert not is_same and "1 do, first w" in line
+    assert verify.verdict({"w": 5e-5}, {"w": 0.0})[1], "last bits, on a device where two runs were equal by chance"
+    assert not verify.verdict({"w": 5e-4}, {"w": 0.0})[1]
+    assert not verify.verdict({"w": float("inf")}, {"w": 1e-3})[1] and not verify.verdict({"w": 1e-3}, {})[1]
+
+
+def test_a_distance_is_a_share_of_the_tensor_and_sees_every_bit():
+    one = torch.tensor([3.0, 4.0])
+    assert verify._distance(one, one.clone()) == 0
+    assert verify._distance(one, torch.tensor([3.0, 4.5])) == pytest.approx(0.1)
+    assert 0 < verify._distance(torch.zeros(2), -torch.zeros(2)) < 1e-300
+    nan = torch.tensor([1.0, torch.nan])
+    assert verify._distance(nan, nan.clone()) == 0 and verify._distance(nan, one) == float("inf")
+    assert verify._distance(one, torch.ones(3)) == verify._distance(torch.zeros(2), one) == float("inf")
+
+
+def test_a_resume_compares_the_precision_that_was_in_use(config: Config):
+    """`None` is another precision on another device."""
+    setup = set_up(config)
+    state = {"options": to_dict(config), "plan": setup.plan.to_dict()}
+    assert resume.changes(state, config, setup.plan.to_dict()) == []
+    named = replace(config, train=replace(config.train, mixed_precision="no"))
+    assert resume.changes(state, named, setup.plan.to_dict()) == []
+    (change,) = resume.changes(state, config, {**setup.plan.to_dict(), "precision": "bf16"})
+    assert str(change) == "train.mixed_precision fp32 -> bf16" and not change.is_harmless
+    moved = replace(config, train=replace(config.train, device="cpu", deterministic=True))
+    assert [(c.name, c.is_harmless) for c in resume.changes(state, moved, setup.plan.to_dict())] == [
+        ("train.device", True),
+        ("train.deterministic", True),
+    ]
+
+
 def test_the_best_checkpoint_by_its_pictures_is_kept(config: Config, tiny_data: Path):
     picture = next((tiny_data / "test").glob("*_*.png"))
     judged = replace(
@@ -321,7 +364,7 @@ def test_a_tracker_that_fails_costs_a_line(
 # What may change ------------------------------------------------------------------------------------------------------
 
 
-PLAN = {"seed": 5, "global_batch": 4, "samples": 8}
+PLAN: dict[str, Any] = {"seed": 5, "global_batch": 4, "samples": 8, "precision": "fp32"}
 
 
 def test_the_flags_that_stand_alone_are_those_of_the_tree_in_verb_and_script():
@@ -335,7 +378,7 @@ def test_the_flags_that_stand_alone_are_those_of_the_tree_in_verb_and_script():
         assert config.checkpoint.allow_changed
 
 
-def changes(config: Config, plan: dict[str, int] = PLAN, **state: Any) -> list[resume.Change]:
+def changes(config: Config, plan: dict[str, Any] = PLAN, **state: Any) -> list[resume.Change]:
     return resume.changes({"options": to_dict(Config()), "plan": PLAN, **state}, config, plan)
 
 

@@ -364,7 +364,7 @@ def test_two_processes_make_the_same_pictures_as_one(
 
 def test_a_process_whose_partner_dies_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     port = str(free_port())
-    code = "from t2i_adapter.evaluation.processes import Processes; import os; Processes(1, 2, 1).meet(); os._exit(1)"
+    code = "from t2i_adapter.evaluation.processes import Processes; import os; Processes(1, 2).meet(); os._exit(1)"
     ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in (ranks | {"RANK": "0"}).items():
         monkeypatch.setenv(name, value)

@@ -15,6 +15,7 @@ from t2i_adapter.batches.order import Order, draws_of
 from t2i_adapter.batches.packing import PREFETCH, Packed, SharedSlots, pack, unpack
 from t2i_adapter.cache.dataset import PairDataset
 from t2i_adapter.config.tree import Config
+from t2i_adapter.devices import hardware_of
 from t2i_adapter.errors import UserError
 from t2i_adapter.types import PartialBatch
 
@@ -32,8 +33,8 @@ def make_partial_batches(
     stop_step: int,
     device: torch.device = CPU,
 ) -> Iterator[PartialBatch]:
-    """Yields (stop_step - start_step) * gradient_accumulation_steps micro-batches in CPU memory, pinned if CUDA is
-    available.
+    """Yields (stop_step - start_step) * gradient_accumulation_steps micro-batches in CPU memory, pinned if the
+    device copies from it.
 
     They do not depend on the number of workers, and a run that starts at step k gets the batches that an uninterrupted
     run gets from step k on. `config.train.seed` must be set. `device` is where they are trained on. Raises UserError if
@@ -46,7 +47,7 @@ def make_partial_batches(
         for step in range(start_step, stop_step)
         for micro in range(accumulate)
     )
-    pin = torch.cuda.is_available()
+    pin = hardware_of(device).can("pinned")
     workers = count_workers(config.data.num_workers, device)
     loader = DataLoader(
         MicroBatches(dataset, config, train.batch_size * accumulate * world, num_timesteps, pin=pin),

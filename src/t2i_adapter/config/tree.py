@@ -334,9 +334,12 @@ class TrainOptions:
     stop_when: Literal["done", "plateau"] = "done"
     """`plateau` ends the run, as if max_steps were reached, when held-out pairs show that more training brings less
     than 2 % of what is left to gain (docs/control.md). `done` makes all updates."""
+    device: str = "auto"
+    """Device to train and encode on: cpu, cuda, cuda:1, xpu, mps, or auto, the first GPU that is found, else the CPU.
+    Of several processes each takes the GPU of its own number."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the frozen base, and of autocast for the adapter, whose weights stay fp32. None takes accelerate's
-    configuration."""
+    configuration, or else bf16 on a GPU that has it, and fp32 on other devices."""
     gradient_checkpointing: bool = False
     """Recompute the UNet's activations in the backward pass: less memory, more time."""
     checkpoint_blocks: Literal["all", "large"] = "all"
@@ -346,6 +349,9 @@ class TrainOptions:
     """Every random choice is a function of the seed and of the draw's number; None draws a seed and prints it."""
     allow_tf32: bool = False
     """TF32 matrix products on NVIDIA Ampere and newer."""
+    deterministic: bool = False
+    """Use only operations that add in one order, so that a run repeats to the bit on one kind of GPU too; slower there.
+    A CPU repeats to the bit without it."""
     profile: bool = False
     """Profile some updates: a trace, and a table of where the time went, in profile/ in the run's folder."""
     xformers: bool = False

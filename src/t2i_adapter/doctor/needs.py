@@ -17,7 +17,7 @@ import torch
 from t2i_adapter.cache.records import caption_bytes, pack_text, stored_bytes
 from t2i_adapter.cache.texts import choose_captions
 from t2i_adapter.config.tree import DataOptions
-from t2i_adapter.devices import release
+from t2i_adapter.devices import choose_device, peak_bytes, release, reset_peak
 from t2i_adapter.doctor.scan import Scan
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.encoders import LatentEncoder, TextEncoder, encode_pixels
@@ -32,7 +32,7 @@ class Measured:
     """Time and memory of encoding on this machine.
 
     Attributes:
-        device: "cpu" or "cuda".
+        device: the device that encoded, such as "cpu" or "cuda".
         picture_seconds: the VAE's time for one crop.
         caption_seconds: the text encoders' time for one caption.
         peak_bytes: peak memory of the GPU, or on the CPU of the whole process.
@@ -101,15 +101,14 @@ def caption_record_bytes(base: Base, chunks: int = 1) -> int:
 
 def time_encoders(base: Base, crops: Sequence[np.ndarray], captions: Sequence[str], max_tokens: int) -> Measured:
     """Encodes crops, each (3,H,W) uint8, and captions, on the GPU if there is one. It needs at least one of each."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    device = choose_device()
+    reset_peak(device)
     picture_seconds = _time_pictures(base.latent_encoder(device), crops)
     release(device)
     caption_seconds = _time_captions(base.text_encoder(device, torch.float32), captions, max_tokens)
     release(device)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak_memory()
-    return Measured(device, picture_seconds, caption_seconds, peak)
+    peak = peak_bytes(device)
+    return Measured(device, picture_seconds, caption_seconds, _peak_memory() if peak is None else peak)
 
 
 def _time_pictures(vae: LatentEncoder, crops: Sequence[np.ndarray]) -> float:

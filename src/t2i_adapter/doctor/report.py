@@ -220,7 +220,7 @@ def _describe_needs(needs: Needs) -> dict[str, str]:
     disk = f"{show_bytes(total)}: pictures {pictures}, captions {captions}"
     if measured is None or needs.seconds is None:
         return {"disk": disk, "time": "not measured", "memory": "not measured"}
-    where = "on the GPU" if measured.device == "cuda" else "in this process, on the CPU"
+    where = "in this process, on the CPU" if measured.device == "cpu" else f"on {measured.device}"
     return {
         "disk": disk,
         "time": (

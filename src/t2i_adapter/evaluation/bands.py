@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t2i_adapter.devices import in_float64
 from t2i_adapter.diffusion import objective
 from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.evaluation.pairs import Pair
@@ -182,7 +183,7 @@ def measure_losses(
                     return_dict=False,
                 )[0]
                 found = objective.losses(prediction, goal, torch.ones(len(latents), device=device))
-                losses[part, number, column] = found.double().cpu().numpy()
+                losses[part, number, column] = in_float64(found).cpu().numpy()
         on_pairs(len(latents))
     return losses
 

@@ -25,25 +25,15 @@ class Processes:
     Attributes:
         rank: number of this process; rank 0 measures and prints.
         world: world size.
-        local: number of this process on its machine.
     """
 
     rank: int = 0
     world: int = 1
-    local: int = 0
     _groups: list[Any] = field(default_factory=list)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    def device(self, name: str) -> str:
-        """Returns the device of this process: with several processes on CUDA GPUs, each takes its own."""
-        import torch
-
-        if self.world == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
-            return name
-        return f"cuda:{self.local % torch.cuda.device_count()}"
 
     def meet(self) -> None:
         """Returns when all processes have called it. Raises UserError if another one has ended."""
@@ -74,8 +64,8 @@ class Processes:
 
 def find_processes() -> Processes:
     """Returns what the launcher's environment says; one process without a launcher."""
-    rank, world, local = (int(os.environ.get(name) or default) for name, default in _VARIABLES.items())
-    return Processes(rank, world, local)
+    rank, world = (int(os.environ.get(name) or default) for name, default in _VARIABLES.items())
+    return Processes(rank, world)
 
 
-_VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+_VARIABLES = {"RANK": 0, "WORLD_SIZE": 1}

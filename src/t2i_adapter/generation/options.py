@@ -248,7 +248,8 @@ class ModelOptions:
     """Tokens of a prompt that are read; the rest is cut off. None takes what the adapter's training read or, if that is
     unknown, 75."""
     device: str = "auto"
-    """Device to run on: cpu, cuda, cuda:1, xpu, mps, or auto, the first GPU that is found, else the CPU."""
+    """Device to run on: cpu, cuda, cuda:1, xpu, mps, or auto, the first GPU that is found, else the CPU. Of several
+    processes each takes the GPU of its own number."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the base; auto is fp16 on cuda and xpu and fp32 elsewhere. The VAE always runs in fp32."""
     offload: Literal["none", "model", "sequential"] = "none"

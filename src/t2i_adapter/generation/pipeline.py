@@ -12,7 +12,7 @@ import torch
 from diffusers import MultiAdapter, T2IAdapter
 
 from t2i_adapter.config.tree import BaseOptions
-from t2i_adapter.devices import choose_device
+from t2i_adapter.devices import choose_device, hardware_of
 from t2i_adapter.errors import UserError
 from t2i_adapter.generation.options import ModelOptions
 from t2i_adapter.generation.several import SeveralAdapters
@@ -162,8 +162,11 @@ def open_models(options: ModelOptions, base: Base | None = None) -> Models:
     if torch.device(device).type == "cpu" and options.offload != "none":
         raise UserError(f"{options.offload}: needs a GPU, and the device is {device}; use none.", option="offload")
     precision = options.precision
+    hardware = hardware_of(device)
     if precision == "auto":
-        precision = "fp16" if device.startswith(("cuda", "xpu")) else "fp32"
+        precision = "fp16" if hardware.can("fp16") else "fp32"
+    if precision == "bf16" and not hardware.can("bf16"):
+        raise UserError(f"bf16: {hardware.lacks('bf16')}; use auto, fp16 or fp32.", option="precision")
     if options.xformers and importlib.util.find_spec("xformers") is None:
         raise UserError("the package is not installed; `pip install xformers`, or omit it.", option="xformers")
     metadata = read_metadata(options.adapter)

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i_adapter.devices import hardware_of
+
 Format = Literal["float8", "int8", "nf4"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
@@ -121,15 +123,10 @@ def _dequantize(format: Format, data: Tensor, scale: Tensor, dtype: torch.dtype,
 # Products in float8 --------------------------------------------------------------------------------------------------
 
 
-@cache
-def _has_float8_units(index: int | None) -> bool:
-    return torch.cuda.get_device_capability(index) >= (8, 9)  # Ada, Hopper and later
-
-
 def multiplies_float8(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> bool:
     """Whether the device multiplies float8 matrices of this shape (out, in) faster than `dtype`."""
     fits = dtype == torch.bfloat16 and shape[0] % 16 == 0 and shape[1] % 16 == 0
-    return fits and device.type == "cuda" and _has_float8_units(device.index)
+    return fits and hardware_of(device).can("float8")
 
 
 def float8_product(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from t2i_adapter.batches.order import LOOK_STREAM
 from t2i_adapter.batches.packing import pack, unpack
 from t2i_adapter.cache.dataset import PairDataset
 from t2i_adapter.cache.records import add_prefix
+from t2i_adapter.devices import in_float64
 from t2i_adapter.training.data import to_device
 from t2i_adapter.training.step import FrozenModel, draw_losses
 from t2i_adapter.types import Batch
@@ -79,7 +80,7 @@ class Gain:
     def _losses(self, adapter: Callable[[Tensor], Sequence[Tensor]], conditions: Sequence[int]) -> np.ndarray:
         """(N,T); conditions: for each pair the number of the pair whose condition it gets."""
         rows = [draw_losses(adapter, self._frozen, batch) for batch in self._batches(conditions)]
-        return torch.cat(rows).double().cpu().numpy()
+        return in_float64(torch.cat(rows)).cpu().numpy()
 
     def _batches(self, conditions: Sequence[int]) -> Iterator[Batch]:
         for first in range(0, len(self), self._pairs):

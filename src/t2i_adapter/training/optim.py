@@ -11,6 +11,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from t2i_adapter.config.tree import OptimOptions
+from t2i_adapter.devices import hardware_of
 from t2i_adapter.errors import UserError
 from t2i_adapter.training.muon import Muon
 from t2i_adapter.training.plan import Plan
@@ -38,7 +39,9 @@ def make_optimizer(options: OptimOptions, parameters: Any, lr: float) -> torch.o
         return Muon(parameters, **settings)
     if options.name == "adamw":
         # Fused into one kernel: on a CPU a quarter of the time (benchmarks/results/speed_options_2cpu_2026-11-26.json).
-        return torch.optim.AdamW(parameters, fused=True, **settings)
+        parameters = list(parameters)
+        fused = hardware_of(parameters[0].device).can("fused_adamw")
+        return torch.optim.AdamW(parameters, fused=fused, **settings)
     return importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **settings)
 
 

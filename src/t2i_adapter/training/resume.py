@@ -33,7 +33,10 @@ HARMLESS = {
     "train.max_steps": "where the run ends; the learning rate follows the new end",
     "train.epochs": "where the run ends; the learning rate follows the new end",
     "train.seed": "PLAN compares the seed in use, which may have been random",
+    "train.mixed_precision": "PLAN compares the precision in use, which may follow from the device",
     "train.max_time": "when the run stops",
+    "train.device": "equal to rounding",
+    "train.deterministic": "equal to rounding",
     "train.gradient_checkpointing": "equal gradients in less memory",
     "train.checkpoint_blocks": "equal gradients in less memory",
     "train.xformers": "equal to rounding",
@@ -51,7 +54,12 @@ HARMLESS = {
 }
 """Options, or whole groups of them, that may change, each with the reason. Any other makes another run."""
 
-PLAN = {"seed": "train.seed", "global_batch": "the global batch", "samples": "the number of pairs"}
+PLAN = {
+    "seed": "train.seed",
+    "global_batch": "the global batch",
+    "samples": "the number of pairs",
+    "precision": "train.mixed_precision",
+}
 """Parts of a plan that make another run if they change, and their names in a message."""
 
 
@@ -114,11 +122,13 @@ def changes(state: Mapping[str, Any], config: Config, plan: Mapping[str, Any]) -
         # An option that the checkpoint's version did not have counts as its default value.
         Change(name, before.get(name, initial[name]), value, is_harmless(name))
         for name, value in after.items()
-        if before.get(name, initial[name]) != value and name not in ("checkpoint.resume", "train.seed")
+        if before.get(name, initial[name]) != value
+        and name not in ("checkpoint.resume", "train.seed", "train.mixed_precision")
     ]
     for name, words in PLAN.items():
-        if state["plan"][name] != plan[name]:
-            found.append(Change(words, state["plan"][name], plan[name], False))
+        before_that = state["plan"].get(name, plan[name])
+        if before_that != plan[name]:
+            found.append(Change(words, before_that, plan[name], False))
     return found
 
 

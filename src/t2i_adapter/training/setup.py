@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    patch_environment,
+)
 from diffusers.utils.import_utils import is_xformers_available
 from torch import Tensor
 
@@ -23,14 +29,22 @@ from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
 from t2i_adapter.config import recipe
 from t2i_adapter.config.tree import Config
 from t2i_adapter.data.source import Source, open_source
-from t2i_adapter.devices import choose_device, limit_malloc_arenas, release
+from t2i_adapter.devices import (
+    choose_device,
+    count_devices,
+    hardware_of,
+    has_driver,
+    limit_malloc_arenas,
+    release,
+    why_no_cuda,
+)
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import write_atomic
 from t2i_adapter.models.adapter import build_adapter, check_fits, check_resolution, load_adapter
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.open import open_base
 from t2i_adapter.runs.lock import lock
-from t2i_adapter.training import checkpoint, compose, optim, tracking
+from t2i_adapter.training import checkpoint, compose, numerics, optim, tracking
 from t2i_adapter.training.agree import agree_on_checkpoint
 from t2i_adapter.training.data import make_batches, prepare_data
 from t2i_adapter.training.data_record import DataCheck, DataRecord
@@ -186,29 +200,78 @@ def _check_packages(config: Config) -> None:
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """Ranks, device and mixed precision. fp16 needs a GPU; without one the run prints a line and computes in fp32."""
+    """Ranks, device, mixed precision and torch's switches; prints lines about options that this device lacks.
+
+    Raises UserError if the device is missing or lacks what an option needs.
+    """
     limit_malloc_arenas()
-    wanted = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if wanted not in DTYPES:
+    wanted = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if wanted not in (None, *DTYPES):
         raise UserError(f"{wanted}: allowed are {', '.join(DTYPES)}.", option="train.mixed_precision")
-    device = choose_device()
-    precision = "no" if wanted == "fp16" and device in ("cpu", "mps") else wanted
+    numerics.prepare_deterministic(config)
+    device = _choose_device(config.train.device)
+    hardware = hardware_of(device)
+    precision, lines = numerics.choose_precision(wanted, hardware)
+    lines += numerics.idle_options(config, hardware)
+    numerics.set_switches(config)
     output = Path(config.output_dir)
     log_with: Any = tracking.trackers_named(config.tracking.report_to)
-    AcceleratorState._reset_state()  # it keeps the mixed precision of an earlier run in this process
-    accelerator = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision=precision,
-        log_with=log_with,
-        project_config=ProjectConfiguration(str(output), logging_dir=str(output / config.tracking.logging_dir)),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
-    if precision != wanted:
-        accelerator.print("train.mixed_precision fp16 needs a GPU and none was found: this run computes in fp32.")
-    if config.train.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+    with _accelerate_on(device):
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision=precision,
+            log_with=log_with,
+            project_config=ProjectConfiguration(str(output), logging_dir=str(output / config.tracking.logging_dir)),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    if config.train.device == "auto" and device == "cpu" and has_driver():
+        lines.append(f"train.device auto: {why_no_cuda()}. This run uses the CPU.")
+    for line in lines:
+        accelerator.print(line)
     return accelerator
+
+
+def _choose_device(name: str) -> str:
+    """This process's device. Raises UserError, also if the processes of this machine are more than its GPUs."""
+    if name == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t"):
+        return "cpu"  # `accelerate launch --cpu`
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    if here > 1 and ":" in name:
+        raise UserError(
+            f"{name}: names one device for {here} processes; use {name.partition(':')[0]}, and each takes its own.",
+            option="train.device",
+        )
+    device = choose_device(name, option="train.device")
+    kind = torch.device(device).type
+    if kind != "cpu":
+        check_processes(here, kind, count_devices(kind))
+    return device
+
+
+def check_processes(here: int, kind: str, count: int) -> None:
+    """Raises UserError if `here` processes of one machine are more than its `count` devices: NCCL and its like refuse
+    two processes on one."""
+    if here > count:
+        raise UserError(
+            f"{kind}: {here} processes on this machine and {count} {kind} device{'s' * (count > 1)}: start {count}, or "
+            f"use {flag('train.device')} cpu.",
+            option="train.device",
+        )
+
+
+@contextmanager
+def _accelerate_on(device: str) -> Iterator[None]:
+    """Inside, accelerate takes this device. Its state of an earlier run in this process, such as its precision, is
+    discarded, except for the connection to other processes."""
+    is_alone = not torch.distributed.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=is_alone)
+    place = torch.device(device)
+    if not is_alone or place.index is None or int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        yield
+        return
+    torch.accelerator.set_device_index(place.index)
+    with patch_environment(accelerate_torch_device=device):
+        yield
 
 
 def make_adapter(config: Config, base: Base, seed: int) -> Any:

@@ -116,8 +116,7 @@ def _run(options: EvaluateOptions, processes: Processes) -> list[Evaluation]:
     from t2i_adapter.models.adapter import check_resolution
 
     source = open_dataset(options)
-    device = processes.device(options.device)
-    models = [open_models(model_options(options, adapter, device)) for adapter in options.adapter]
+    models = [open_models(model_options(options, adapter)) for adapter in options.adapter]
     check_comparable(options.adapter, models, options.condition, options.resolution)
     resolution = options.resolution or models[0].resolution
     if resolution is None:
@@ -223,10 +222,10 @@ def _describe(options: EvaluateOptions, names: list[str], models: list[Models]) 
             print(f"{name}: {line}" if len(names) > 1 else line, flush=True)
 
 
-def model_options(options: EvaluateOptions, adapter: str, device: str | None = None) -> ModelOptions:
-    """Returns the options of one of the adapters. device: another device than the options name."""
+def model_options(options: EvaluateOptions, adapter: str) -> ModelOptions:
+    """Returns the options of one of the adapters."""
     values = {each.name: getattr(options, each.name) for each in fields(ModelOptions)}
-    return ModelOptions(**{**values, "adapter": adapter, "device": device or options.device})
+    return ModelOptions(**{**values, "adapter": adapter})
 
 
 def _open_pipeline(models: list[Models]) -> AdapterPipeline:

@@ -227,9 +227,9 @@ def _native_size(base: str) -> int:
 
 def _memory() -> int | None:
     """Memory of this machine's GPU in bytes; None without one."""
-    import torch
+    from t2i_adapter.devices import choose_device, memory_bytes
 
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    return memory_bytes(choose_device())
 
 
 def _ask(question: str) -> str:

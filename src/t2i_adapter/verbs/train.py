@@ -40,12 +40,13 @@ def run(
     Raises UserError as early as an error can be found, and Stopped if a signal or a limit ends the run early.
     """
     preload("t2i_adapter.training.setup")
+    from t2i_adapter.training.numerics import restored_switches
     from t2i_adapter.training.signals import Stopper
 
     config = replace(config, output_dir=str(user_path(config.output_dir)))  # "~" from a recipe or behind "="
     limit = config.train.max_time
     try:
-        with Stopper(seconds_of(limit) if limit else None, stop_after) as stopper:
+        with Stopper(seconds_of(limit) if limit else None, stop_after) as stopper, restored_switches():
             _run(config, stopper, dry_run, summary, callbacks)
     except Stopped as stop:
         is_main = os.environ.get("RANK", "0") == "0"
