@@ -4,20 +4,21 @@ missing."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from t2i_adapter.cache.context import STAMPS, PrepareContext, check_room, in_batches, run_ahead
+from t2i_adapter.cache.context import PrepareContext, in_batches, run_ahead
+from t2i_adapter.cache.crew import Crew
 from t2i_adapter.cache.records import PackedCondition, image_record, pack_condition, view_keys
-from t2i_adapter.cache.shards import Keys, Shards, ShardWriter
+from t2i_adapter.cache.shards import Keys, Shards
 from t2i_adapter.cache.stamps import Stamps
 from t2i_adapter.data.bad_rows import BadRow, BadRows
 from t2i_adapter.data.pair import CroppedPair, PairTransform
@@ -47,30 +48,75 @@ class Packed(NamedTuple):
 
 
 def read_digests(
-    pool: Executor, source: Source, context: PrepareContext, bad: BadRows
+    pool: Executor, source: Source, context: PrepareContext, bad: BadRows, crew: Crew
 ) -> tuple[np.ndarray, np.ndarray]:
     """Numbers (N,) of the good rows, ascending, and their digests (N,32) uint8.
 
-    Only rows whose files are new or have changed are read. Raises UserError with up to ten bad rows.
+    Only rows whose files are new or have changed are read, each by one process of the crew. Raises UserError with up to
+    ten bad rows.
     """
-    stamps = Stamps(context.root / STAMPS)
-    digests = np.zeros((len(source), 32), np.uint8)
+    stamps = context.open_stamps()
+    total = len(source)
+    digests = np.zeros((total, 32), np.uint8)
+    size = CHUNK if crew.world == 1 else max(1, min(CHUNK, total // crew.units))
+    chunks = [range(start, min(start + size, total)) for start in range(0, total, size)]
+    others: list[int] = []
     saved = time.monotonic()
-    try:
-        for chunk in in_batches(context.bar(range(len(source)), len(source), "reading"), CHUNK):
-            digests[chunk[0] : chunk[0] + len(chunk)] = _read_chunk(pool, source, chunk, stamps, bad)
+
+    def read(places: Iterable[int]) -> None:
+        nonlocal saved
+        for place in places:
+            chunk = chunks[place]
+            digests[chunk.start : chunk.stop] = found = _read_chunk(pool, source, chunk, stamps, bad)
+            if crew.notes:
+                crew.notes.write(f"digests.{place}", found.tobytes())
             if time.monotonic() - saved > SAVE_SECONDS:
                 stamps.save()
                 saved = time.monotonic()
+
+    def missing() -> list[int]:
+        """The chunks that other processes still read; the digests of the others are set."""
+        bad.exchange()
+        return [place for place in others if not receive(place)]
+
+    def receive(place: int) -> bool:
+        note = crew.notes.read(f"digests.{place}") if crew.notes and not received[place] else None
+        if note is not None:
+            chunk = chunks[place]
+            digests[chunk.start : chunk.stop] = np.frombuffer(note, np.uint8).reshape(-1, 32)
+            received[place] = True
+        return received[place]
+
+    received = [False] * len(chunks)
+    try:
+        for place in context.bar(crew.order(len(chunks)), len(chunks), "reading"):
+            chunk = chunks[place]
+            known, all_known = _look_up(source, chunk, stamps, bad)
+            if all_known:
+                digests[chunk.start : chunk.stop] = known
+            elif crew.take("digests", place):
+                read([place])
+            else:
+                others.append(place)
+        crew.complete("digests", missing, lambda place: place, read, context.timeout, context.address)
     finally:
         with contextlib.suppress(OSError):  # rows whose stamps are not saved are read again
             stamps.save()
+    bad.exchange()
     bad.settle()
-    good = ~np.isin(np.arange(len(source)), list(bad.found))
+    good = ~np.isin(np.arange(total), list(bad.found))
     return np.flatnonzero(good).astype(np.int32), digests[good]
 
 
-def _read_chunk(pool: Executor, source: Source, chunk: list[int], stamps: Stamps, bad: BadRows) -> np.ndarray:
+def _look_up(source: Source, chunk: range, stamps: Stamps, bad: BadRows) -> tuple[np.ndarray, bool]:
+    """The digests (n,32) of the rows of a chunk whose stamps are known, zeros for others; and whether that is all."""
+    digests, known = stamps.digests([source.stamp(number) for number in chunk])
+    if bad.skips and known.all():
+        known &= [_has_captions(source, number, bad) for number in chunk]
+    return digests, bool(known.all())
+
+
+def _read_chunk(pool: Executor, source: Source, chunk: range, stamps: Stamps, bad: BadRows) -> np.ndarray:
     """Digests (n,32) of the rows of a chunk, zeros for bad rows."""
     names = [source.stamp(number) for number in chunk]
     digests, known = stamps.digests(names)
@@ -139,29 +185,35 @@ def is_bad(digests: np.ndarray, numbers: np.ndarray, bad: BadRows) -> np.ndarray
 def build_images(
     pool: Executor,
     source: Source,
-    missing: Sequence[MissingRecord],
+    missing: Iterator[MissingRecord],
     transform: PairTransform,
     context: PrepareContext,
     bad: BadRows,
-    folder: Path,
+    images: Shards,
     *,
     crops: int,
 ) -> None:
-    """Encodes the missing crops and appends their records. The pool decodes ahead of the encoder.
+    """Encodes the missing crops and appends their records to `images`. The pool decodes ahead of the encoder.
 
-    `crops` is the number that all processes together make. A row is bad, too, if its moments are NaN or inf. Raises
-    UserError if a row is bad and may not be skipped, if too many rows are bad, and if the disk has too little room, as
-    estimated from the first batch.
+    `crops` is the number that all processes together make, at most. A row is bad, too, if its moments are NaN or inf.
+    Raises UserError if a row is bad and may not be skipped, if too many rows are bad, and if the disk has too little
+    room, as estimated from the first batch.
     """
+    first = next(missing, None)
+    if first is None:
+        return
+    missing = itertools.chain([first], missing)
     encoder = context.base.latent_encoder(context.device)
     size = batch_size(transform.framing.resolution**2, context.device)
-    results = run_ahead(pool, lambda one: _crop(source, transform, one), missing, 2 * size)
-    pairs = _good(context.bar(results, len(missing), "encoding pictures"), bad)
+    # Rows that are read ahead are taken from the other processes too, so of few rows few are read ahead.
+    ahead = min(2 * size, max(1, crops // (4 * context.world)))
+    results = run_ahead(pool, lambda one: _crop(source, transform, one), missing, ahead)
+    pairs = _good(context.bar(results, -(-crops // context.world), "encoding pictures"), bad)
     levels: dict[int, tuple[int, int]] = {}
     is_first, started = True, time.monotonic()
     batches = in_batches(pairs, size, lambda packed: packed.pair.geometry.target)
     threads = cores_of(context.device)
-    with ShardWriter(folder) as writer, sharing_cores(threads) as encoding:
+    with images.writer() as writer, sharing_cores(threads) as encoding:
         for batch, moments in run_ahead(encoding, partial(_encoded, encoder), batches, threads):
             for (number, pair, condition, own_levels), moment in zip(batch, moments, strict=True):
                 if own_levels:
@@ -202,7 +254,7 @@ def _estimate(context: PrepareContext, crops: int, size: float, seconds: float) 
     seconds /= context.world
     duration = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
     context.log(f"pictures: {crops:,} new, about {show_bytes(size)} and {duration}")
-    check_room(context.root, int(size))
+    context.check_room(int(size))
 
 
 def _crop(source: Source, transform: PairTransform, missing: MissingRecord) -> list[Packed] | BadRow:

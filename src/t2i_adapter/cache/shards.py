@@ -21,14 +21,19 @@ import time
 import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from t2i_adapter.cache.mirror import Mirror
+from t2i_adapter.data.addresses import Blob
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import parse_json, sweep, write_atomic
 
@@ -99,6 +104,12 @@ SHARD_BYTES = 64 * 2**20
 SHARD_SECONDS = 30.0
 """A shard is written when it has this size or this age."""
 
+INDEX_SUFFIX = ".index"
+"""Ending of the local copy of the index of a shard on object storage."""
+INDEX_BYTES = 2**16
+"""Bytes at a shard's end that are requested first: the index of 1,300 records."""
+INDEX_READERS = 16  # concurrent requests
+
 MAX_OPEN = 64  # open memory maps; each holds a file descriptor
 
 
@@ -123,10 +134,14 @@ class Shards:
 
     There may be millions of records, so the index is kept in arrays: 52 bytes a record, and 16 to find it. The checksum
     of a record is verified the first time that this process reads it.
+
+    With a `mirror`, the shards lie on object storage. Only their indices are read at first, and `folder` has copies of
+    these.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, mirror: Mirror | None = None) -> None:
+        self.folder, self.mirror = folder, mirror
+        self._blobs: dict[str, Blob] = {}
         self._names: list[str] = []
         self._seen: set[str] = set()
         self._index = np.empty(0, INDEX)
@@ -175,7 +190,8 @@ class Shards:
             record = unpack(data[int(entry["place"]) :][: int(entry["size"])], check=not self._checked[row])
         except (OSError, ValueError, DamagedShardError) as fault:  # ValueError: mmap of an empty file
             raise UserError(
-                f"{self.folder / name}: a record of the cache cannot be read ({fault}). "
+                f"{self.mirror.url if self.mirror else self.folder}/{name}: a record of the cache cannot be read "
+                f"({fault}). "
                 "Delete that file and start again: its records are made again."
             ) from fault
         self._checked[row] = True
@@ -191,25 +207,72 @@ class Shards:
     def refresh(self) -> None:
         """Adds new shards to the table. A damaged shard is skipped, with a warning."""
         found = [self._index]
-        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-            if path.name in self._seen:
-                continue
-            self._seen.add(path.name)
-            try:
-                found.append(read_index(path))
-            except (OSError, DamagedShardError) as fault:
-                print(f"{path} is damaged ({fault}): skipped; its records are made again.", file=sys.stderr)
-                continue
-            self._names.append(path.name)
+        for name, index in self._new_indices():
+            if isinstance(index, np.ndarray):
+                found.append(index)
+                self._names.append(name)
+            else:
+                place = self.mirror.url if self.mirror else self.folder
+                print(f"{place}/{name} is damaged ({index}): skipped; its records are made again.", file=sys.stderr)
         if len(found) > 1:
             first = len(self._names) - len(found) + 1
             numbers = [np.full(len(index), first + place, np.int32) for place, index in enumerate(found[1:])]
             self._index, self._shard = np.concatenate(found), np.concatenate([self._shard, *numbers])
             self._fresh()
 
+    def _new_indices(self) -> Iterator[tuple[str, np.ndarray | Exception]]:
+        """The names of new shards, each with its index, or with why it cannot be read."""
+        if not self.mirror:
+            new = [path.name for path in sorted(self.folder.glob(f"*{SUFFIX}")) if path.name not in self._seen]
+            self._seen |= set(new)
+            for name in new:
+                yield name, _or_fault(partial(read_index, self.folder / name))
+            return
+        blobs = {name: blob for name, blob in self.mirror.list(SUFFIX).items() if name not in self._seen}
+        self._seen |= blobs.keys()
+        self._blobs |= blobs
+        with ThreadPoolExecutor(INDEX_READERS) as pool:
+            indices = pool.map(lambda blob: _or_fault(partial(self._index_of, blob)), blobs.values())
+            yield from zip(blobs, indices, strict=True)
+
+    def _index_of(self, blob: Blob) -> np.ndarray:
+        """The index of a shard on object storage, read from its end, or from the copy that is made of it."""
+        assert self.mirror
+        copy = self.folder / (blob.name.rpartition("/")[2] + INDEX_SUFFIX)
+        with suppress(OSError, DamagedShardError):
+            return parse_index(copy.read_bytes())
+        data = self.mirror.tail(blob, INDEX_BYTES)
+        need = index_bytes(data, blob.size)
+        if need > len(data):
+            data = self.mirror.tail(blob, need)
+        write_atomic(copy, [data[len(data) - need :]])
+        return parse_index(data)
+
+    def path(self, name: str) -> Path:
+        """The local file of a shard. Raises UserError if it cannot be downloaded."""
+        return self.mirror.local(self._blobs[name]) if self.mirror else self.folder / name
+
+    def write_note(self, name: str, data: bytes) -> None:
+        """Writes a small file beside the shards. Raises OSError or UserError."""
+        if self.mirror:
+            self.mirror.write(name, data)
+        else:
+            write_atomic(self.folder / name, [data])
+
+    def read_note(self, name: str) -> bytes | None:
+        """A small file beside the shards; None if it is missing."""
+        if self.mirror:
+            return self.mirror.read(name)
+        path = self.folder / name
+        return path.read_bytes() if path.is_file() else None
+
+    def writer(self) -> ShardWriter:
+        """Adds records to this folder; `refresh` finds them."""
+        return ShardWriter(self.folder, self.mirror)
+
     def _map(self, shard: int) -> mmap.mmap:
         if shard not in self._maps:
-            with (self.folder / self._names[shard]).open("rb") as file:
+            with self.path(self._names[shard]).open("rb") as file:
                 self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if len(self._maps) > MAX_OPEN:
                 self._maps.popitem(last=False)  # arrays that are still in use keep their map alive
@@ -224,8 +287,9 @@ class ShardWriter:
     records since the last shard. `written` counts the bytes of records so far.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, mirror: Mirror | None = None) -> None:
+        """With a mirror, a shard is uploaded when it is complete, and its local file is deleted."""
+        self.folder, self.mirror = folder, mirror
         self.written = 0
         self._clear()
 
@@ -238,6 +302,8 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder, "*.tmp")
+        if self.mirror:
+            sweep(self.folder, f"*{SUFFIX}")  # a process was killed while it uploaded
         return self
 
     def __exit__(
@@ -263,12 +329,16 @@ class ShardWriter:
             index["key"] = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
             data = index.tobytes()
             tail = TAIL.pack(len(index), zlib.crc32(data), MAGIC)
+            path = self.folder / f"{uuid.uuid4().hex}{SUFFIX}"
             try:
-                write_atomic(self.folder / f"{uuid.uuid4().hex}{SUFFIX}", [*self._chunks, data, tail])
+                write_atomic(path, [*self._chunks, data, tail])
             except OSError as fault:
                 if fault.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise UserError(f"{self.folder}: no space left on the disk. Make room and start again.") from fault
                 raise
+            if self.mirror:
+                self.mirror.put(path)
+                path.unlink()
         self._clear()
 
 
@@ -316,18 +386,38 @@ def read_index(path: Path) -> np.ndarray:
     """A shard's index, (records,) of INDEX. Raises DamagedShardError."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
-        if size < TAIL.size:
-            raise DamagedShardError(f"it has only {size} bytes")
-        file.seek(size - TAIL.size)
-        count, checksum, magic = TAIL.unpack(file.read(TAIL.size))
-        length = count * INDEX.itemsize
-        if magic != MAGIC or length > size - TAIL.size:
-            raise DamagedShardError("its end is missing, or has another version")
-        file.seek(size - TAIL.size - length)
-        data = file.read(length)
+        file.seek(max(0, size - TAIL.size))
+        need = index_bytes(file.read(TAIL.size), size)
+        file.seek(size - need)
+        return parse_index(file.read(need))
+
+
+def index_bytes(end: bytes, size: int) -> int:
+    """Bytes of the index and the tail of a shard of `size` bytes, from its last bytes. Raises DamagedShardError."""
+    if len(end) < TAIL.size:
+        raise DamagedShardError(f"it has only {len(end)} bytes")
+    count, _, magic = TAIL.unpack(end[-TAIL.size :])
+    need = count * INDEX.itemsize + TAIL.size
+    if magic != MAGIC or need > size:
+        raise DamagedShardError("its end is missing, or has another version")
+    return need
+
+
+def parse_index(end: bytes) -> np.ndarray:
+    """The index, (records,) of INDEX, from the last bytes of a shard. Raises DamagedShardError."""
+    need = index_bytes(end, len(end))
+    _, checksum, _ = TAIL.unpack(end[-TAIL.size :])
+    data = end[len(end) - need : -TAIL.size]
     if zlib.crc32(data) != checksum:
         raise DamagedShardError("its index does not match its checksum")
     return np.frombuffer(data, INDEX)
+
+
+def _or_fault(read: Callable[[], np.ndarray]) -> np.ndarray | Exception:
+    try:
+        return read()
+    except (OSError, DamagedShardError) as fault:
+        return fault
 
 
 def damage(path: Path) -> str | None:
