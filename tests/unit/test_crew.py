@@ -169,7 +169,11 @@ def all_see(*groups: Sequence[int]) -> Iterator[Sequence[int]]:
         ([0, 0, 0], [[0, 1, 2]], ""),
         ([0, 0, 1, 1], [[0, 1, 2, 3]], "2 machines share {where}: each encodes a part"),
         ([0, 0, 1, 1], [[0, 1], [2, 3]], "2 machines do not share {where}: each encodes all"),
-        ([0, 1, 2], [[0, 2], [1]], "2 caches at {where}, and each is filled by those that see it: 0 (node0), 2 (node2); "),
+        (
+            [0, 1, 2],
+            [[0, 2], [1]],
+            "2 caches at {where}, and each is filled by those that see it: 0 (node0), 2 (node2); ",
+        ),
     ],
     ids=["one machine", "shared", "not shared", "partly"],
 )
