@@ -146,7 +146,8 @@ def without_rights(env: dict[str, str]) -> Iterator[dict[str, str]]:
 
 def _check_rights_after(env: dict[str, str], requests: str) -> None:
     address = f"{env['AWS_ENDPOINT_URL']}/moto-api/reset-auth"
-    with urlopen(Request(address, requests.encode(), method="POST")) as answer:
+    plain = {"Content-Type": "text/plain"}
+    with urlopen(Request(address, requests.encode(), plain, method="POST")) as answer:
         answer.read()
 
 

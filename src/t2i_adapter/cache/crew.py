@@ -6,12 +6,15 @@ counts in a note of its own. If that count stands still, the process has died, a
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar
+
+import numpy as np
 
 from t2i_adapter.data.notes import Notes
 from t2i_adapter.errors import UserError
@@ -63,7 +66,7 @@ class Crew:
     def order(self, count: int) -> list[int]:
         """The parts 0 to count - 1 in the order in which this process takes them: it begins at a place of its own and
         goes on with the next, so that it reads what is stored together."""
-        first = self.rank * count // self.world
+        first = self.rank % self.world * count // self.world
         return [*range(first, count), *range(first)]
 
     def take(self, stage: str, unit: int) -> bool:
@@ -161,6 +164,13 @@ class Crew:
             count += 1
             if self._ended.wait(BEAT_SECONDS):
                 return
+
+
+def mark_of(keys: np.ndarray) -> str:
+    """Names a set of keys, (N,K) uint8 with K at least 8. It belongs into the name of a stage: so processes that have
+    other data share no part, and do not wait for each other's."""
+    heads = np.sort(np.ascontiguousarray(keys[:, :8]).view("<u8")[:, 0])
+    return hashlib.blake2b(heads.tobytes(), digest_size=6).hexdigest()
 
 
 def _name(stage: str, unit: int, generation: int) -> str:

@@ -3,7 +3,6 @@ missing."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -16,10 +15,8 @@ import numpy as np
 import torch
 
 from t2i_adapter.cache.context import PrepareContext, in_batches, run_ahead
-from t2i_adapter.cache.crew import Crew
 from t2i_adapter.cache.records import PackedCondition, image_record, pack_condition, view_keys
 from t2i_adapter.cache.shards import Keys, Shards
-from t2i_adapter.cache.stamps import Stamps
 from t2i_adapter.data.bad_rows import BadRow, BadRows
 from t2i_adapter.data.pair import CroppedPair, PairTransform
 from t2i_adapter.data.picture import narrow_range, notes_of
@@ -29,10 +26,6 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.files import show_bytes
 from t2i_adapter.models.encoders import LatentEncoder, batch_size, encode_pixels
 
-CHUNK = 4096
-"""Rows whose stamps are looked up at once."""
-SAVE_SECONDS = 30.0
-"""Seconds between saves of the stamps: a killed run reads at most this much again."""
 LOOK_ON = 256
 """Rows that are still checked after the first bad one, so that one error reports several."""
 
@@ -45,110 +38,6 @@ class Packed(NamedTuple):
     pair: CroppedPair
     condition: PackedCondition
     levels: tuple[int, int] | None
-
-
-def read_digests(
-    pool: Executor, source: Source, context: PrepareContext, bad: BadRows, crew: Crew
-) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers (N,) of the good rows, ascending, and their digests (N,32) uint8.
-
-    Only rows whose files are new or have changed are read, each by one process of the crew. Raises UserError with up to
-    ten bad rows.
-    """
-    stamps = context.open_stamps()
-    total = len(source)
-    digests = np.zeros((total, 32), np.uint8)
-    size = CHUNK if crew.world == 1 else max(1, min(CHUNK, total // crew.units))
-    chunks = [range(start, min(start + size, total)) for start in range(0, total, size)]
-    others: list[int] = []
-    saved = time.monotonic()
-
-    def read(places: Iterable[int]) -> None:
-        nonlocal saved
-        for place in places:
-            chunk = chunks[place]
-            digests[chunk.start : chunk.stop] = found = _read_chunk(pool, source, chunk, stamps, bad)
-            if crew.notes:
-                crew.notes.write(f"digests.{place}", found.tobytes())
-            if time.monotonic() - saved > SAVE_SECONDS:
-                stamps.save()
-                saved = time.monotonic()
-
-    def missing() -> list[int]:
-        """The chunks that other processes still read; the digests of the others are set."""
-        bad.exchange()
-        return [place for place in others if not receive(place)]
-
-    def receive(place: int) -> bool:
-        note = crew.notes.read(f"digests.{place}") if crew.notes and not received[place] else None
-        if note is not None:
-            chunk = chunks[place]
-            digests[chunk.start : chunk.stop] = np.frombuffer(note, np.uint8).reshape(-1, 32)
-            received[place] = True
-        return received[place]
-
-    received = [False] * len(chunks)
-    try:
-        for place in context.bar(crew.order(len(chunks)), len(chunks), "reading"):
-            chunk = chunks[place]
-            known, all_known = _look_up(source, chunk, stamps, bad)
-            if all_known:
-                digests[chunk.start : chunk.stop] = known
-            elif crew.take("digests", place):
-                read([place])
-            else:
-                others.append(place)
-        crew.complete("digests", missing, lambda place: place, read, context.timeout, context.address)
-    finally:
-        with contextlib.suppress(OSError):  # rows whose stamps are not saved are read again
-            stamps.save()
-    bad.exchange()
-    bad.settle()
-    good = ~np.isin(np.arange(total), list(bad.found))
-    return np.flatnonzero(good).astype(np.int32), digests[good]
-
-
-def _look_up(source: Source, chunk: range, stamps: Stamps, bad: BadRows) -> tuple[np.ndarray, bool]:
-    """The digests (n,32) of the rows of a chunk whose stamps are known, zeros for others; and whether that is all."""
-    digests, known = stamps.digests([source.stamp(number) for number in chunk])
-    if bad.skips and known.all():
-        known &= [_has_captions(source, number, bad) for number in chunk]
-    return digests, bool(known.all())
-
-
-def _read_chunk(pool: Executor, source: Source, chunk: range, stamps: Stamps, bad: BadRows) -> np.ndarray:
-    """Digests (n,32) of the rows of a chunk, zeros for bad rows."""
-    names = [source.stamp(number) for number in chunk]
-    digests, known = stamps.digests(names)
-    if bad.skips:
-        known &= [_has_captions(source, number, bad) for number in chunk]
-    unread = [place for place in np.flatnonzero(~known) if chunk[place] not in bad.found]
-    answers = run_ahead(pool, lambda number: _digest(source, number), (chunk[place] for place in unread), 256)
-    good = []
-    for place, answer in zip(unread, answers, strict=True):
-        if isinstance(answer, BadRow):
-            bad.add(answer)
-        else:
-            digests[place] = np.frombuffer(answer, np.uint8)
-            good.append(place)
-    stamps.add([names[place] for place in good], digests[good])
-    return digests
-
-
-def _has_captions(source: Source, number: int, bad: BadRows) -> bool:
-    """Captions can change while the pictures stay, so a row with a known digest may have become bad."""
-    try:
-        return bool(source.identify(number, "").captions)
-    except UserError as fault:
-        bad.add(BadRow.of(source, number, fault))
-        return False
-
-
-def _digest(source: Source, number: int) -> bytes | BadRow:
-    try:
-        return bytes.fromhex(source.identify(number).digest)
-    except UserError as fault:
-        return BadRow.of(source, number, fault)
 
 
 def find_rows(images: Shards, digests: np.ndarray, views: int) -> np.ndarray:

@@ -3,7 +3,8 @@ disk first."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from t2i_adapter.data import remote
@@ -27,6 +28,13 @@ class Mirror:
         """The files with this ending by their names, sorted."""
         found = {base_name(blob.name): blob for blob in remote.list_files(self.url)}
         return {name: blob for name, blob in found.items() if name.endswith(suffix)}
+
+    def beside(self, name: str) -> Iterator[Mirror]:
+        """The folders beside this one that have a file of this name."""
+        for blob in remote.find_all(f"{self.url.rpartition('/')[0]}/*/{name}"):
+            url = blob.name.rpartition("/")[0]
+            if url != self.url:
+                yield replace(self, url=url)
 
     def tail(self, blob: Blob, count: int) -> bytes:
         """The last `count` bytes of a file, or all of it."""

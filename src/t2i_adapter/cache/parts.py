@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,28 +64,20 @@ def describe_missing(images: Shards, shards: Sequence[int], numbers: np.ndarray,
         more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
         names = ", ".join(map(str, parts[:SHOWN]))
         return f"of part {names}{more}; `t2i-adapter prepare` makes them with {flag('data.part')} {parts[0]}"
-    return other_options(images.folder, about)
+    return other_options(images, about)
 
 
-def other_options(folder: Path, about: Mapping[str, Any]) -> str:
-    """Words about parts that were prepared with other options, in the folders beside `folder`; "" if there are none."""
-    for other in sorted(folder.parent.glob(f"*/{PARTS}")):
-        if other.parent == folder:
-            continue
-        theirs = _read(_content(other.with_name(ABOUT)))
+def other_options(images: Shards, about: Mapping[str, Any]) -> str:
+    """Words about parts that were prepared with other options, in the folders beside that of `images`; "" if there are
+    none."""
+    for other in images.beside(PARTS):
+        theirs = _read(other(ABOUT))
         differences = [
             f"{name} {theirs.get(name)}, here {value}" for name, value in about.items() if theirs.get(name) != value
         ]
-        count = _read(_content(other)).get("count")
+        count = _read(other(PARTS)).get("count")
         return f"{count} parts were prepared with other options: {'; '.join(differences) or 'other weights'}"
     return ""
-
-
-def _content(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None
 
 
 def _read(content: bytes | None) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from t2i_adapter.cache.context import PrepareContext, run_ahead
-from t2i_adapter.cache.crew import Crew
+from t2i_adapter.cache.crew import Crew, mark_of
 from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
-from t2i_adapter.cache.images import MissingRecord, build_images, find_missing, find_rows, is_bad, read_digests
+from t2i_adapter.cache.digests import read_digests
+from t2i_adapter.cache.images import MissingRecord, build_images, find_missing, find_rows, is_bad
 from t2i_adapter.cache.parts import describe_missing, rows_of, write_parts
 from t2i_adapter.cache.records import add_prefix, caption_bytes, picture_bytes
 from t2i_adapter.cache.shards import Shards
@@ -33,6 +34,7 @@ from t2i_adapter.data.notes import sweep_notes
 from t2i_adapter.data.pair import PairTransform
 from t2i_adapter.data.source import Source, shards_of
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import show_bytes
 
 HEAD_BYTES = 8
 """Bytes of a digest that a dataset keeps of each sample."""
@@ -128,6 +130,12 @@ class _Images:
             numbers, digests = numbers[~lost], digests[~lost]
         rows = find_rows(images, digests, views)
         _check_any(numbers, source)
+        if context.mirror and len(source.shards) == 1 and images.stored_bytes > context.mirror.store.limit:
+            context.log(
+                f"warning: the cache holds {show_bytes(images.stored_bytes)} at {context.address}, and "
+                f"{show_bytes(context.mirror.store.limit)} may be copied (--data.local_gb). Pairs of a dataset without "
+                "shards are drawn in any order, so most draws download a shard again."
+            )
         groups, shards = groups_of(images.tags[rows[0]]), shards_of(source.shards, numbers)
         heads = digests[:, :HEAD_BYTES].copy()
         dataset = CachedDataset(source, self.transform, numbers, groups, shards, None, rows, images, digests=heads)
@@ -164,8 +172,9 @@ class _Images:
             good = ~is_bad(digests, numbers, self.bad)
             return find_missing(find_rows(images, digests[good], views), numbers[good], digests[good])
 
-        make(crew.share("images", missing, unit_of, crew.units))
-        crew.complete("images", find_left, unit_of, lambda some: make(iter(some)), context.timeout, context.address)
+        stage = f"images-{mark_of(digests)}"
+        make(crew.share(stage, missing, unit_of, crew.units))
+        crew.complete(stage, find_left, unit_of, lambda some: make(iter(some)), context.timeout, context.address)
 
 
 def _live(
@@ -259,8 +268,9 @@ def _texts(
             option="data.on_missing",
         )
     context.check_room(len(missing) * caption_bytes(context.base))
-    make(crew.share("texts", missing, unit_of, crew.units))
-    crew.complete("texts", find_left, unit_of, make, context.timeout, context.address)
+    stage = f"texts-{mark_of(keys)}"
+    make(crew.share(stage, missing, unit_of, crew.units))
+    crew.complete(stage, find_left, unit_of, make, context.timeout, context.address)
     for line in warn_of_long(texts, captions):
         context.log(line)
     table = CaptionTable(tuple(distinct), np.array(places, np.int32), np.array(ends, np.int64))

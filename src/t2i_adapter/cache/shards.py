@@ -28,13 +28,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from t2i_adapter.cache.mirror import Mirror
 from t2i_adapter.data.addresses import Blob
-from t2i_adapter.errors import UserError
+from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import parse_json, sweep, write_atomic
 
 KEY_BYTES = 32
@@ -109,6 +109,7 @@ INDEX_SUFFIX = ".index"
 INDEX_BYTES = 2**16
 """Bytes at a shard's end that are requested first: the index of 1,300 records."""
 INDEX_READERS = 16  # concurrent requests
+COPY_TRIES = 5
 
 MAX_OPEN = 64  # open memory maps; each holds a file descriptor
 
@@ -177,6 +178,11 @@ class Shards:
     def tags(self) -> np.ndarray:
         """(rows,) uint32."""
         return self._index["tag"]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all records."""
+        return int(self._index["size"].sum(dtype=np.int64))
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Rows (N,) int64 of keys (N,32) uint8; -1 for a missing key. `refresh` does not change the rows."""
@@ -248,9 +254,18 @@ class Shards:
         write_atomic(copy, [data[len(data) - need :]])
         return parse_index(data)
 
-    def path(self, name: str) -> Path:
-        """The local file of a shard. Raises UserError if it cannot be downloaded."""
-        return self.mirror.local(self._blobs[name]) if self.mirror else self.folder / name
+    def _open(self, name: str) -> BinaryIO:
+        """Raises OSError, and UserError if the shard cannot be downloaded."""
+        if not self.mirror:
+            return (self.folder / name).open("rb")
+        for _ in range(COPY_TRIES):
+            with suppress(FileNotFoundError):
+                return self.mirror.local(self._blobs[name]).open("rb")
+        raise UserError(
+            f"{self.mirror.url}/{name}: its local copy was deleted {COPY_TRIES} times before it was opened, because "
+            f"other processes need the room. Set a larger {flag('data.local_gb')}.",
+            option="data.prepared_dir",
+        )
 
     def write_note(self, name: str, data: bytes) -> None:
         """Writes a small file beside the shards. Raises OSError or UserError."""
@@ -261,10 +276,18 @@ class Shards:
 
     def read_note(self, name: str) -> bytes | None:
         """A small file beside the shards; None if it is missing."""
+        return self.mirror.read(name) if self.mirror else _content(self.folder / name)
+
+    def beside(self, name: str) -> Iterator[Callable[[str], bytes | None]]:
+        """The folders beside this one that have a small file of this name, each as a function that reads its small
+        files."""
         if self.mirror:
-            return self.mirror.read(name)
-        path = self.folder / name
-        return path.read_bytes() if path.is_file() else None
+            for mirror in self.mirror.beside(name):
+                yield mirror.read
+            return
+        for path in sorted(self.folder.parent.glob(f"*/{name}")):
+            if path.parent != self.folder:
+                yield lambda wanted, folder=path.parent: _content(folder / wanted)
 
     def writer(self) -> ShardWriter:
         """Adds records to this folder; `refresh` finds them."""
@@ -272,7 +295,7 @@ class Shards:
 
     def _map(self, shard: int) -> mmap.mmap:
         if shard not in self._maps:
-            with self.path(self._names[shard]).open("rb") as file:
+            with self._open(self._names[shard]) as file:
                 self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if len(self._maps) > MAX_OPEN:
                 self._maps.popitem(last=False)  # arrays that are still in use keep their map alive
@@ -411,6 +434,14 @@ def parse_index(end: bytes) -> np.ndarray:
     if zlib.crc32(data) != checksum:
         raise DamagedShardError("its index does not match its checksum")
     return np.frombuffer(data, INDEX)
+
+
+def _content(path: Path) -> bytes | None:
+    """A file's content; None if it is missing."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def _or_fault(read: Callable[[], np.ndarray]) -> np.ndarray | Exception:

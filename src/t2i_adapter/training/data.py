@@ -21,7 +21,7 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.models.base import Base
 from t2i_adapter.training.cpu.feeding import build_in_process
 from t2i_adapter.training.data_record import DataCheck
-from t2i_adapter.training.sharing import find_group
+from t2i_adapter.training.sharing import Group, find_group
 from t2i_adapter.types import Batch, PartialBatch
 
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -43,7 +43,10 @@ def prepare_data(
     check: compares the pictures with those of the checkpoint to resume from, before any is encoded. Raises UserError.
     """
     place = cache_place(config.data)
-    group = find_group(accelerator, place)
+    if config.data.cache == "disk" or config.data.text_cache == "disk":
+        group = find_group(accelerator, place)
+    else:
+        group = Group(accelerator.local_process_index, 1, "")  # nothing is stored
     context = PrepareContext(
         base,
         accelerator.device,
