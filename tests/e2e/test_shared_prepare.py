@@ -21,7 +21,8 @@ from support.runs import losses
 from support.tiny import write_circles
 
 from t2i_adapter.cache import crew, shards
-from t2i_adapter.cache.shards import Shards, pack
+from t2i_adapter.cache.shard_file import pack
+from t2i_adapter.cache.shards import Shards
 from t2i_adapter.data import source
 from t2i_adapter.types import Sample
 

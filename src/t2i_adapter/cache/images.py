@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from t2i_adapter.cache.context import PrepareContext, in_batches, run_ahead
+from t2i_adapter.cache.keys import Keys
 from t2i_adapter.cache.records import PackedCondition, image_record, pack_condition, view_keys
-from t2i_adapter.cache.shards import Keys, Shards
+from t2i_adapter.cache.shards import Shards
 from t2i_adapter.data.bad_rows import BadRow, BadRows
 from t2i_adapter.data.pair import CroppedPair, PairTransform
 from t2i_adapter.data.picture import narrow_range, notes_of

@@ -1,8 +1,4 @@
-"""The cache's file format: records of arrays in append-only shard files, written atomically and read by memory map.
-
-A shard is one file: records one after another, then the index (each record's key, place, size and tag), then a tail of
-fixed size (number of records, crc32 of the index, magic). A record is its length and crc32, a JSON header, and the
-bytes of its arrays. It starts at a multiple of 16 bytes.
+"""Folders of shards, on a disk or on object storage: read by memory map as one table of records, and added to.
 
 A shard gets its name by one rename, after its bytes are on the disk. So a killed writer leaves at most a `.tmp` file.
 Several processes can add to a folder at once: each writes shards of its own, and a record that two processes made is
@@ -12,19 +8,15 @@ stored twice.
 from __future__ import annotations
 
 import errno
-import json
-import math
 import mmap
-import struct
 import sys
 import time
 import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -32,74 +24,26 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from t2i_adapter.cache.keys import Keys
 from t2i_adapter.cache.mirror import Mirror
+from t2i_adapter.cache.shard_file import (
+    INDEX,
+    KEY_BYTES,
+    MAGIC,
+    SUFFIX,
+    TAIL,
+    DamagedShardError,
+    Record,
+    index_bytes,
+    pack,
+    parse_index,
+    read_index,
+    unpack,
+)
 from t2i_adapter.data.addresses import Blob
 from t2i_adapter.errors import UserError, flag
-from t2i_adapter.files import parse_json, sweep, write_atomic
+from t2i_adapter.files import sweep, write_atomic
 
-KEY_BYTES = 32
-BLOCK = 2**16  # keys that are looked up at once; bounds the memory of a look-up
-
-
-class Keys:
-    """Finds rows of a table of keys, (N,K) uint8 with K at least 8. Of equal keys the first is found.
-
-    Keys are hashes, so nearly all of them differ in their first 8 bytes. The table is sorted by these, and the other
-    bytes are compared.
-    """
-
-    def __init__(self, keys: np.ndarray) -> None:
-        self._keys = keys
-        heads = _heads(keys)
-        self._order = np.argsort(heads, kind="stable").astype(np.int32)
-        self._heads = heads[self._order]
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def find(self, wanted: np.ndarray) -> np.ndarray:
-        """(M,K) uint8 -> (M,) int64 rows of these keys; -1 for a key that is not in the table."""
-        blocks = range(0, len(wanted), BLOCK)
-        return np.concatenate([np.empty(0, np.int64), *(self._find(wanted[at : at + BLOCK]) for at in blocks)])
-
-    def find_one(self, wanted: bytes) -> int:
-        """`find` for one key, without an array."""
-        head = np.uint64(int.from_bytes(wanted[:8], "little"))
-        place = int(self._heads.searchsorted(head))
-        while place < len(self._heads) and self._heads[place] == head:
-            row = int(self._order[place])
-            if self._keys[row].tobytes() == wanted:
-                return row
-            place += 1
-        return -1
-
-    def _find(self, wanted: np.ndarray) -> np.ndarray:
-        found = np.full(len(wanted), -1, np.int64)
-        heads = _heads(wanted)
-        place = np.searchsorted(self._heads, heads)
-        left = np.arange(len(wanted))
-        while True:  # runs once, unless different keys have equal heads
-            left = left[place[left] < len(self._heads)]
-            left = left[self._heads[place[left]] == heads[left]]
-            if not len(left):
-                return found
-            rows = self._order[place[left]]
-            same = (self._keys[rows] == wanted[left]).all(axis=1)
-            found[left[same]] = rows[same]
-            left = left[~same]
-            place[left] += 1
-
-
-def _heads(keys: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(keys[:, :8]).view("<u8")[:, 0]
-
-
-SUFFIX = ".shard"
-MAGIC = b"T2ASHRD2"
-TAIL = struct.Struct("<QI8s")
-HEAD = struct.Struct("<II")  # bytes of the JSON header, crc32 of all that follows this head
-ALIGN = 16
-INDEX = np.dtype([("key", "u1", KEY_BYTES), ("place", "<u8"), ("size", "<u4"), ("tag", "<u4")])
 SHARD_BYTES = 64 * 2**20
 SHARD_SECONDS = 30.0
 """A shard is written when it has this size or this age."""
@@ -112,22 +56,6 @@ INDEX_READERS = 16  # concurrent requests
 COPY_TRIES = 5
 
 MAX_OPEN = 64  # open memory maps; each holds a file descriptor
-
-
-@dataclass(frozen=True)
-class Record:
-    """Named arrays, and JSON values that describe them. Arrays that were read are read-only views of the file.
-
-    `tag` is a number below 2^32. The index holds it too, so that the tags of all records are read at once.
-    """
-
-    arrays: Mapping[str, np.ndarray]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    tag: int = 0
-
-
-class DamagedShardError(Exception):
-    """A shard file is damaged."""
 
 
 class Shards:
@@ -365,77 +293,6 @@ class ShardWriter:
         self._clear()
 
 
-def pack(record: Record) -> list[bytes]:
-    """The bytes of a record, in pieces; their sum is a multiple of ALIGN."""
-    specs, pieces, size = {}, [], 0
-    for name, array in record.arrays.items():
-        data = np.ascontiguousarray(array).tobytes()
-        specs[name] = [array.dtype.str, list(array.shape), size]
-        pieces += [data, bytes(-len(data) % ALIGN)]
-        size += len(data) + len(pieces[-1])
-    header = json.dumps({"arrays": specs, "facts": dict(record.facts), "tag": record.tag}).encode()
-    pieces.insert(0, header + b" " * (-(HEAD.size + len(header)) % ALIGN))
-    checksum = 0
-    for piece in pieces:
-        checksum = zlib.crc32(piece, checksum)
-    return [HEAD.pack(len(pieces[0]), checksum), *pieces]
-
-
-def unpack(data: memoryview, *, check: bool) -> Record:
-    """The record in `data`; its arrays are views of `data`. Raises DamagedShardError."""
-    if len(data) < HEAD.size:
-        raise DamagedShardError("its end is missing")
-    length, checksum = HEAD.unpack_from(data)
-    if check and zlib.crc32(data[HEAD.size :]) != checksum:
-        raise DamagedShardError("its bytes do not match their checksum")
-    try:
-        return _read_record(data, HEAD.size + length)
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as fault:
-        raise DamagedShardError(f"its header cannot be read ({fault})") from fault
-
-
-def _read_record(data: memoryview, start: int) -> Record:
-    """The header lies before `start`, the arrays after it. A header with a right checksum may still hold anything."""
-    header = parse_json(bytes(data[HEAD.size : start]))
-    arrays = {}
-    for name, (dtype, shape, place) in header["arrays"].items():
-        if place < 0 or any(side < 0 for side in shape):
-            raise ValueError(f"array {name} at {place} with shape {shape}")
-        arrays[name] = np.frombuffer(data, dtype, math.prod(shape), start + place).reshape(shape)
-    return Record(arrays, dict(header["facts"]), header["tag"])
-
-
-def read_index(path: Path) -> np.ndarray:
-    """A shard's index, (records,) of INDEX. Raises DamagedShardError."""
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - TAIL.size))
-        need = index_bytes(file.read(TAIL.size), size)
-        file.seek(size - need)
-        return parse_index(file.read(need))
-
-
-def index_bytes(end: bytes, size: int) -> int:
-    """Bytes of the index and the tail of a shard of `size` bytes, from its last bytes. Raises DamagedShardError."""
-    if len(end) < TAIL.size:
-        raise DamagedShardError(f"it has only {len(end)} bytes")
-    count, _, magic = TAIL.unpack(end[-TAIL.size :])
-    need = count * INDEX.itemsize + TAIL.size
-    if magic != MAGIC or need > size:
-        raise DamagedShardError("its end is missing, or has another version")
-    return need
-
-
-def parse_index(end: bytes) -> np.ndarray:
-    """The index, (records,) of INDEX, from the last bytes of a shard. Raises DamagedShardError."""
-    need = index_bytes(end, len(end))
-    _, checksum, _ = TAIL.unpack(end[-TAIL.size :])
-    data = end[len(end) - need : -TAIL.size]
-    if zlib.crc32(data) != checksum:
-        raise DamagedShardError("its index does not match its checksum")
-    return np.frombuffer(data, INDEX)
-
-
 def _content(path: Path) -> bytes | None:
     """A file's content; None if it is missing."""
     try:
@@ -449,16 +306,3 @@ def _or_fault(read: Callable[[], np.ndarray]) -> np.ndarray | Exception:
         return read()
     except (OSError, DamagedShardError) as fault:
         return fault
-
-
-def damage(path: Path) -> str | None:
-    """Reads every record of a shard file. Returns what is wrong with it, or None."""
-    try:
-        index = read_index(path)
-        with path.open("rb") as file:
-            for entry in index:
-                file.seek(int(entry["place"]))
-                unpack(memoryview(file.read(int(entry["size"]))), check=True)
-    except (OSError, DamagedShardError) as fault:
-        return str(fault)
-    return None

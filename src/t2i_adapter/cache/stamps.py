@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from t2i_adapter.cache.keys import KEY_BYTES, Keys
 from t2i_adapter.cache.mirror import Mirror
-from t2i_adapter.cache.shards import KEY_BYTES, Keys
 from t2i_adapter.data.remote import download
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import write_atomic

@@ -64,7 +64,7 @@ class Folder:
     @classmethod
     def of(cls, path: Path) -> Folder:
         from t2i_adapter.cache.context import ABOUT
-        from t2i_adapter.cache.shards import SUFFIX
+        from t2i_adapter.cache.shard_file import SUFFIX
 
         files = tuple(sorted(path.glob(f"*{SUFFIX}")))
         newest = max(one.stat().st_mtime for one in (path / ABOUT, *files, path) if one.exists())
@@ -96,7 +96,7 @@ def ls(options: CacheOptions) -> None:
 def verify(options: CacheOptions) -> None:
     """Reads every record and prints the damaged files. Exits with code 1 if there are any."""
     from t2i_adapter.cache.context import bar
-    from t2i_adapter.cache.shards import damage
+    from t2i_adapter.cache.shard_file import damage
 
     root = _root(options.prepared_dir)
     files = [file for folder in folders(root) for file in folder.files]
@@ -168,7 +168,7 @@ def _named(found: list[Folder], name: str) -> Folder:
 
 
 def _count_records(file: Path) -> int:
-    from t2i_adapter.cache.shards import DamagedShardError, read_index
+    from t2i_adapter.cache.shard_file import DamagedShardError, read_index
 
     try:
         return len(read_index(file))
