@@ -267,6 +267,9 @@ def test_missing_parts_are_named_and_training_makes_them_or_stops(work: Path) ->
     other = start(work, {}, "holes", *fail, "--data.resolution", "32")
     assert other.wait() == 2
     assert "4 parts were prepared with other options: resolution 64, here 32" in other.said()
+    fewer = start(work, {}, "holes", *fail, "--data.max_train_samples", "20")
+    assert fewer.wait() == 2
+    assert "4 parts were prepared of 24 pairs, and this run has 20: choose rows by equal options" in fewer.said()
     said = finish(work, "train", "--recipe", "run.yaml", "--data.prepared_dir", "holes", "--output_dir", "holes-run")
     assert "pictures: 12 of 24 have no record, of part 2/4, 3/4" in said
     assert digests(work / "holes") == digests(work / "alone")

@@ -14,6 +14,7 @@ import pytest
 from t2i_adapter.cache import crew as crew_module
 from t2i_adapter.cache.crew import Crew
 from t2i_adapter.cache.parts import cut, rows_of
+from t2i_adapter.cache.texts import MAX_AUTO_BYTES, choose_captions
 from t2i_adapter.config.tree import DataOptions, Part, part_of
 from t2i_adapter.data.notes import NOTES, FolderNotes, sweep_notes
 from t2i_adapter.errors import UserError
@@ -145,6 +146,14 @@ def test_a_part_out_of_range_is_one_line(text: str) -> None:
 def test_parts_are_written_from_1() -> None:
     assert part_of("3/64") == (3, 64)
     assert str(part_of("64/64")) == "64/64"
+
+
+def test_a_part_decides_about_captions_as_the_whole_would() -> None:
+    """Otherwise 64 jobs would store states that the run, which has 64 times as many captions, does not read."""
+    captions, each = [str(number) for number in range(10)], MAX_AUTO_BYTES // 20
+    for parts, stored in ((1, True), (2, True), (3, False), (64, False)):
+        found, _ = choose_captions(captions, DataOptions(), each, parts)
+        assert (found is not None) == stored, parts
 
 
 # Who sees whose cache -------------------------------------------------------------------------------------------------

@@ -47,20 +47,17 @@ def write_parts(images: Shards, count: int, rows: int) -> None:
     images.write_note(PARTS, json.dumps({"count": count, "rows": rows}).encode())
 
 
-def missing_parts(images: Shards, shards: Sequence[int], numbers: np.ndarray) -> list[Part]:
-    """The parts that the rows `numbers` belong to; none if the records were not made in parts of this dataset."""
-    known = _read(images.read_note(PARTS))
-    if known.get("rows") != sum(shards):
-        return []
-    count = int(known["count"])
-    found = np.unique(np.searchsorted(cut(shards, count), numbers, side="right"))
-    return [Part(int(number), count) for number in found]
-
-
 def describe_missing(images: Shards, shards: Sequence[int], numbers: np.ndarray, about: Mapping[str, Any]) -> str:
     """Words about rows without records: their parts, or that parts were made with other options; "" if neither."""
-    parts = missing_parts(images, shards, numbers)
-    if parts:
+    known = _read(images.read_note(PARTS))
+    count, rows = known.get("count"), known.get("rows")
+    if isinstance(count, int) and rows != sum(shards):
+        return (
+            f"{count} parts were prepared of {rows} pairs, and this run has {sum(shards)}: choose rows by equal options"
+        )
+    if isinstance(count, int):
+        found = np.unique(np.searchsorted(cut(shards, count), numbers, side="right"))
+        parts = [Part(int(number), count) for number in found]
         more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
         names = ", ".join(map(str, parts[:SHOWN]))
         return f"of part {names}{more}; `t2i-adapter prepare` makes them with {flag('data.part')} {parts[0]}"

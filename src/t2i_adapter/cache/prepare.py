@@ -118,11 +118,13 @@ class _Images:
         if check:
             check(source, numbers, digests)
         images.refresh()  # other processes have added records while the pictures were read
-        missing = find_missing(find_rows(images, digests, views), numbers, digests)
+        rows = find_rows(images, digests, views)
+        missing = find_missing(rows, numbers, digests)
         if missing:
             if not self.options.part:
                 self._report(images, about, missing, len(numbers))
-            self._make(images, missing, numbers, digests)
+            places = np.flatnonzero((rows < 0).any(axis=0))
+            self._make(images, missing, numbers[places], digests[places], f"images-{mark_of(digests)}")
             lost = is_bad(digests, numbers, self.bad)
             for number in numbers[lost].tolist():
                 fault = UserError("has the same pictures as another row, which is bad.")
@@ -154,8 +156,13 @@ class _Images:
         if words:
             self.context.log(f"pictures: {len(missing):,} of {total:,} have no record, {words}")
 
-    def _make(self, images: Shards, missing: list[MissingRecord], numbers: np.ndarray, digests: np.ndarray) -> None:
-        """Returns when all records exist but those of bad rows, whichever process makes them."""
+    def _make(
+        self, images: Shards, missing: list[MissingRecord], numbers: np.ndarray, digests: np.ndarray, stage: str
+    ) -> None:
+        """Returns when all records exist but those of bad rows, whichever process makes them.
+
+        numbers, digests: of all rows without records, of which `missing` has one of each digest.
+        """
         source, context, crew, views = self.source, self.context, self.crew, self.transform.framing.count
         crops = sum(len(one.views) for one in missing)
         context.check_room(crops * picture_bytes(self.transform.framing.resolution))
@@ -167,12 +174,15 @@ class _Images:
             return one.number * crew.units // len(source)
 
         def find_left() -> list[MissingRecord]:
+            nonlocal numbers, digests
             self.bad.exchange()
             images.refresh()
             good = ~is_bad(digests, numbers, self.bad)
-            return find_missing(find_rows(images, digests[good], views), numbers[good], digests[good])
+            rows = find_rows(images, digests[good], views)
+            left = (rows < 0).any(axis=0)
+            numbers, digests = numbers[good][left], digests[good][left]
+            return find_missing(rows[:, left], numbers, digests)
 
-        stage = f"images-{mark_of(digests)}"
         make(crew.share(stage, missing, unit_of, crew.units))
         crew.complete(stage, find_left, unit_of, lambda some: make(iter(some)), context.timeout, context.address)
 
