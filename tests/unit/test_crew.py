@@ -18,6 +18,7 @@ from t2i_adapter.cache.texts import MAX_AUTO_BYTES, choose_captions
 from t2i_adapter.config.tree import DataOptions, Part, part_of
 from t2i_adapter.data.notes import NOTES, FolderNotes, sweep_notes
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import cache_root
 from t2i_adapter.training.sharing import _Process, describe, machine_numbers, mutual, unique
 
 
@@ -96,6 +97,11 @@ def test_a_process_that_lives_keeps_its_parts_and_waiting_ends(tmp_path: Path, q
             other.complete("images", lambda: [0], lambda n: n, lambda items: pytest.fail("taken"), 1.0, "cache")
 
 
+def test_a_single_process_does_not_wait_for_others() -> None:
+    with Crew(None) as crew, pytest.raises(UserError, match="cache: 1 records were written but cannot be found"):
+        crew.complete("images", lambda: [0], lambda n: n, lambda items: None, 1000, "cache")
+
+
 def test_a_note_that_was_cut_off_belongs_to_nobody(tmp_path: Path, quick: None) -> None:
     """A process was killed between creating the note and writing its number."""
     (tmp_path / "images.0.0").write_bytes(b"")
@@ -114,6 +120,15 @@ def test_notes_of_old_runs_are_removed(tmp_path: Path) -> None:
     os.utime(tmp_path / NOTES / "old", (old, old))
     sweep_notes(tmp_path)
     assert [path.name for path in (tmp_path / NOTES).iterdir()] == ["new"]
+
+
+def test_an_address_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the local folder, which is also needed if `data.prepared_dir` is an address."""
+    monkeypatch.setenv("T2I_ADAPTER_CACHE", "s3://bucket/x")
+    with pytest.raises(UserError, match="s3://bucket/x: T2I_ADAPTER_CACHE names a local folder"):
+        cache_root(None)
+    monkeypatch.setenv("T2I_ADAPTER_CACHE", "/local")
+    assert str(cache_root("s3://bucket/x")) == "/local"
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------

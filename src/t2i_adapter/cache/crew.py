@@ -112,10 +112,12 @@ class Crew:
                 continue
             if len(left) != last_left:
                 last_left, last_news = len(left), time.monotonic()
-            if self.world == 1 or time.monotonic() - last_news > timeout:
+            if self.world == 1:
+                raise UserError(f"{what}: {len(left)} records were written but cannot be found. Check the disk.")
+            if time.monotonic() - last_news > timeout:
                 raise UserError(
-                    f"{what}: {len(left)} records that this process or other processes should make did not appear in "
-                    f"{timeout:.0f} s. Read the other processes' messages, then start again: finished records are kept."
+                    f"{what}: {len(left)} records that other processes should make did not appear in {timeout:.0f} s. "
+                    "Read the other processes' messages, then start again: finished records are kept."
                 )
             time.sleep(pause)
             pause = min(max(2.0, self.world / 16), pause * 1.5)

@@ -70,7 +70,8 @@ class Stamps:
         path = self.folder / f"{uuid.uuid4().hex}{SUFFIX}"
         write_atomic(path, [data, zlib.crc32(data).to_bytes(4, "little")])
         if self._mirror:
-            self._mirror.put(path)
+            with suppress(UserError):  # credentials that may only read: the rows are read again at the next start
+                self._mirror.put(path)
         for file in self._files if crowded else ():
             file.unlink(missing_ok=True)
             if self._mirror:

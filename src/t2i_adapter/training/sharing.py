@@ -66,7 +66,7 @@ def find_group(accelerator: Accelerator, place: CachePlace) -> Group:
     if line := describe([sorted({machines[one] for one in some}) for some in unique(members)], processes, machines):
         where = place.mirror.url if place.mirror else place.root
         accelerator.print(line.format(where=where), flush=True)
-    return Group(group.index(rank), len(group), run_id[0])
+    return Group(group.index(rank), len(group), f"{run_id[0]}-{group[0]}")
 
 
 def _write_token(notes: Notes, accelerator: Accelerator) -> _Process:
