@@ -6,6 +6,7 @@ A "machine" here is a process with local rank 0 and a view of the cache of its o
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import signal
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.object_store import serve_s3, without_rights
+from support.object_store import as_user, serve_s3
 from support.processes import Run, end_all, finish, ranks, until
 from support.runs import losses
 from support.tiny import write_circles
@@ -104,7 +105,7 @@ def said_new(run: Run) -> int:
 
 
 def test_machines_that_share_a_folder_make_each_record_once(work: Path) -> None:
-    runs = [start(work, env, "both", seconds=0.1) for env in machines(2)]
+    runs = [start(work, env, "both", seconds=0.5) for env in machines(2)]
     for run in runs:
         assert run.wait() == 0, run.said()
     assert "cache: 2 machines share both: each encodes a part" in runs[0].said()
@@ -141,8 +142,9 @@ def test_two_machines_share_and_a_third_has_its_own(work: Path) -> None:
 
 
 def test_the_others_make_what_a_killed_machine_has_taken(work: Path) -> None:
-    env = machines(2)
-    survivor, killed = (start(work, one, "survivors", seconds=0.3) for one in env)
+    """The machine that is killed is so slow that it has not made a record by then."""
+    pace = zip(machines(2), (0.05, 30.0), strict=True)
+    survivor, killed = (start(work, env, "survivors", seconds=seconds) for env, seconds in pace)
     notes = work / "survivors" / "notes"
 
     def has_begun() -> bool:
@@ -159,7 +161,8 @@ def test_the_others_make_what_a_killed_machine_has_taken(work: Path) -> None:
 
 
 def test_a_start_after_all_were_killed_makes_the_rest(work: Path) -> None:
-    runs = [start(work, env, "killed", seconds=0.2) for env in machines(2)]
+    pace = zip(machines(2), (0.05, 30.0), strict=True)
+    runs = [start(work, env, "killed", seconds=seconds) for env, seconds in pace]
     until(lambda: new_shards(work / "killed") > 3)
     for run in runs:
         run.send(signal.SIGKILL)
@@ -389,11 +392,25 @@ def test_faults_of_a_bucket_are_one_line_before_anything_is_encoded(work: Path, 
         return lines[0]
 
     assert "s3://nobody/x" in said(node, "s3://nobody/x") and "no such bucket" in said(node, "s3://nobody/x")
-    with without_rights(s3) as refused:
+    with as_user(s3) as refused:
         line = said({**node, **refused}, "s3://pairs/refused")
         assert "The bucket refuses these credentials. Allow them to list" in line
         unknown = said({**node, "AWS_ACCESS_KEY_ID": "AKIAUNKNOWN"}, "s3://pairs/refused")
         assert "The bucket refuses these credentials" in unknown
+
+
+def test_who_may_only_read_can_train_and_not_prepare(work: Path, s3: dict[str, str]) -> None:
+    where = "s3://pairs/read-only"
+    finish(work, "prepare", "--recipe", "run.yaml", "--data.prepared_dir", where, env=local(work, "writer", s3))
+    # Another date, so that the files are read again and their stamps are new, which cannot be stored.
+    os.utime(work / "data" / "train" / "00003.png")
+    with as_user(s3, "s3:GetObject", "s3:ListBucket") as reader:
+        node = local(work, "reader", {**s3, **reader})
+        words = ("train", "--recipe", "run.yaml", "--data.prepared_dir", where, "--output_dir", "reader-run")
+        assert f"prepared: {PAIRS} pairs (0 new)" in finish(work, *words, env=node)
+        run = start(work, node, where, "--data.resolution", "32")
+        assert run.wait() == 2, run.said()
+        assert "cannot be written (1 try)" in run.said() and "The bucket refuses these credentials" in run.said()
 
 
 def test_a_copy_that_was_damaged_in_transit_is_named(work: Path, s3: dict[str, str]) -> None:

@@ -126,16 +126,20 @@ def serve_s3(folder: Path) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def without_rights(env: dict[str, str]) -> Iterator[dict[str, str]]:
-    """While the block runs, the S3 server of `serve_s3` checks who asks; yields `env` with the keys of a user without
-    rights."""
+def as_user(env: dict[str, str], *actions: str) -> Iterator[dict[str, str]]:
+    """While the block runs, the S3 server of `serve_s3` checks who asks; yields `env` with the keys of a user who may
+    do only these actions, such as "s3:GetObject"."""
     import boto3
 
     options = {"endpoint_url": env["AWS_ENDPOINT_URL"], "region_name": "us-east-1"}
     keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
     iam = boto3.client("iam", **options, **keys)
-    name = f"nobody-{uuid.uuid4().hex[:8]}"
+    name = f"user-{uuid.uuid4().hex[:8]}"
     iam.create_user(UserName=name)
+    if actions:
+        allowed = [{"Effect": "Allow", "Action": list(actions), "Resource": "*"}]
+        policy = json.dumps({"Version": "2012-10-17", "Statement": allowed})
+        iam.put_user_policy(UserName=name, PolicyName="allowed", PolicyDocument=policy)
     made = iam.create_access_key(UserName=name)["AccessKey"]
     _check_rights_after(env, "0")
     try:
