@@ -148,9 +148,14 @@ def cache_folder(kind: str, named: str | None, variable: str, *, option: str | N
 
 
 def cache_root(named: str | None) -> Path:
-    """Folder of everything that is cached of datasets: `named` (data.prepared_dir), else $T2I_ADAPTER_CACHE, else
-    ~/.cache/t2i_adapter/prepared. Raises UserError."""
-    return cache_folder("prepared", named, "T2I_ADAPTER_CACHE", option="data.prepared_dir")
+    """Local folder of everything that is cached of datasets: `named` (data.prepared_dir) if it is a folder, else
+    $T2I_ADAPTER_CACHE, else ~/.cache/t2i_adapter/prepared. Raises UserError."""
+    is_folder = "://" not in (named or "")
+    variable = os.environ.get("T2I_ADAPTER_CACHE", "")
+    if "://" in variable:
+        text = f"{variable}: T2I_ADAPTER_CACHE names a local folder; name the address here"
+        raise UserError(text, option="data.prepared_dir")
+    return cache_folder("prepared", named if is_folder else None, "T2I_ADAPTER_CACHE", option="data.prepared_dir")
 
 
 def output_folder(out: str) -> Path:

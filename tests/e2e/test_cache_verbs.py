@@ -127,6 +127,12 @@ def test_rm_removes_the_named_folders(cache: Path, capsys: pytest.CaptureFixture
     assert "freed at" in capsys.readouterr().out
 
 
+def test_a_cache_on_object_storage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in (("ls",), ("verify",), ("rm", "--all")):
+        assert main(["cache", *verb, "--prepared_dir", "s3://bucket/x"]) == 2
+        assert "--prepared_dir s3://bucket/x: only folders; use your storage's own tools" in capsys.readouterr().err
+
+
 def test_rm_all_leaves_other_files_alone(cache: Path) -> None:
     (cache / "mine.txt").write_text("mine")
     assert main(["cache", "rm", "--all", "--yes", "--prepared_dir", str(cache)]) == 0

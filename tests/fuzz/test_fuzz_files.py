@@ -25,7 +25,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from support.icc import grey_profile, rgb_profile
 
-from t2i_adapter.cache.shards import Record, Shards, ShardWriter, damage
+from t2i_adapter.cache.shard_file import Record, damage
+from t2i_adapter.cache.shards import Shards, ShardWriter
 from t2i_adapter.cache.stamps import Stamps
 from t2i_adapter.config.tree import AdapterOptions, DataOptions
 from t2i_adapter.data.picture import StoredPicture, decode
@@ -261,7 +262,7 @@ def test_a_forged_record_is_refused(header: Any, arrays: Any):
     import struct
     import zlib
 
-    from t2i_adapter.cache.shards import DamagedShardError, unpack
+    from t2i_adapter.cache.shard_file import DamagedShardError, unpack
 
     for content in (
         header,

@@ -114,15 +114,18 @@ def test_without_a_cache_nothing_is_stored_and_nothing_encoded_early(
         batches(options, base)
 
 
-def test_shares_of_processes_do_not_depend_on_when_they_look(tiny_base: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_processes_that_look_at_different_times_make_each_caption_once(
+    tiny_base: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     options = config(tiny_base, tiny_data, tmp_path, cache="none", text_cache="disk").data
     source, base = open_source(options, 0), open_base(BaseOptions(name=str(tiny_base)))
     cpu: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "root": tmp_path / "cache", "progress": False}
     early, late = (PrepareContext(base, **cpu, rank=rank, world=2, run_id="m", timeout=0.1) for rank in (0, 1))
-    with pytest.raises(UserError, match="records that other processes should make"):
-        prepare(source, options, early, in_channels=3)
-    facts = prepare(source, options, late, in_channels=3)
-    assert all(facts.text(caption) for number in range(len(facts)) for caption in facts.captions(number))
+    for context in (early, late):
+        facts = prepare(source, options, context, in_channels=3)
+        assert all(facts.text(caption) for number in range(len(facts)) for caption in facts.captions(number))
+    assert facts.texts
+    assert len(facts.texts.shards) == len({"", *(facts.captions(number)[0] for number in range(len(facts)))})
 
 
 def test_live_samples_are_grouped_by_crop_size(tiny_base: Path, tmp_path: Path) -> None:

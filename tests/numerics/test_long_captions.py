@@ -247,7 +247,8 @@ def test_the_planned_memory_and_disk_know_the_limit(tiny_base: Path, tiny_data: 
 def test_caches_of_short_captions_stay_valid(tiny_base: Path, tmp_path: Path) -> None:
     base = open_base(BaseOptions(name=str(tiny_base)))
     before = fingerprint(weights=base.text_fingerprint, dtype=torch.float32, version=TEXT_VERSION)
-    names = [open_texts(tmp_path, base, torch.float32, limit).fingerprint for limit in LIMITS]
+    context = PrepareContext(base, "cpu", torch.float32, tmp_path)
+    names = [open_texts(context, limit).fingerprint for limit in LIMITS]
     assert names[0] == before, "the folder's name has no part for the option"
     assert len(set(names)) == 3
 

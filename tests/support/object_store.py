@@ -11,6 +11,7 @@ import re
 import shutil
 import tarfile
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
 
 BUCKET = "pairs"
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -121,6 +123,36 @@ def serve_s3(folder: Path) -> Iterator[dict[str, str]]:
     finally:
         server.stop()
         s3fs.S3FileSystem.clear_instance_cache()  # a later server at this address would get the old connections
+
+
+@contextmanager
+def as_user(env: dict[str, str], *actions: str) -> Iterator[dict[str, str]]:
+    """While the block runs, the S3 server of `serve_s3` checks who asks; yields `env` with the keys of a user who may
+    do only these actions, such as "s3:GetObject"."""
+    import boto3
+
+    options = {"endpoint_url": env["AWS_ENDPOINT_URL"], "region_name": "us-east-1"}
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+    iam = boto3.client("iam", **options, **keys)
+    name = f"user-{uuid.uuid4().hex[:8]}"
+    iam.create_user(UserName=name)
+    if actions:
+        allowed = [{"Effect": "Allow", "Action": list(actions), "Resource": "*"}]
+        policy = json.dumps({"Version": "2012-10-17", "Statement": allowed})
+        iam.put_user_policy(UserName=name, PolicyName="allowed", PolicyDocument=policy)
+    made = iam.create_access_key(UserName=name)["AccessKey"]
+    _check_rights_after(env, "0")
+    try:
+        yield {**env, "AWS_ACCESS_KEY_ID": made["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": made["SecretAccessKey"]}
+    finally:
+        _check_rights_after(env, "inf")
+
+
+def _check_rights_after(env: dict[str, str], requests: str) -> None:
+    address = f"{env['AWS_ENDPOINT_URL']}/moto-api/reset-auth"
+    plain = {"Content-Type": "text/plain"}
+    with urlopen(Request(address, requests.encode(), plain, method="POST")) as answer:
+        answer.read()
 
 
 def read_rows(split: Path) -> Rows:

@@ -12,6 +12,7 @@ import socket
 import sys
 import termios
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -58,6 +59,8 @@ class Run:
             code = main(words)
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 98
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)

@@ -13,6 +13,7 @@ import pytest
 
 from t2i_adapter.cache import shards as shards_module
 from t2i_adapter.cache.context import check_room
+from t2i_adapter.cache.keys import Keys
 from t2i_adapter.cache.records import (
     pack_condition,
     pack_image,
@@ -24,7 +25,8 @@ from t2i_adapter.cache.records import (
     unpack_image,
     view_keys,
 )
-from t2i_adapter.cache.shards import Keys, Record, Shards, ShardWriter, damage
+from t2i_adapter.cache.shard_file import Record, damage
+from t2i_adapter.cache.shards import Shards, ShardWriter
 from t2i_adapter.errors import UserError
 from t2i_adapter.types import Geometry
 

@@ -5,7 +5,9 @@ A cache folder ROOT holds
     images/FINGERPRINT/    image records and about.json
     texts/FINGERPRINT/     text records and about.json
     stamps/                digests of files that were read before (`stamps`)
-    notes/                 bad rows that the processes of one run report to each other
+    notes/RUN/             what the processes of one run write for each other (`crew`)
+
+A cache may lie on object storage below an address instead. Then ROOT is a local folder with bounded copies.
 
 Importing this module loads no torch.
 """
@@ -15,19 +17,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
+from t2i_adapter.cache.crew import Crew
+from t2i_adapter.cache.mirror import Mirror
 from t2i_adapter.cache.shards import Shards
+from t2i_adapter.cache.stamps import Stamps
+from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.notes import NOTES, FolderNotes, Notes, ObjectNotes
+from t2i_adapter.data.store import Store
 from t2i_adapter.errors import UserError, flag
-from t2i_adapter.files import show_bytes, write_atomic
+from t2i_adapter.files import cache_root, fingerprint, show_bytes, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +43,7 @@ if TYPE_CHECKING:
 
 ABOUT = "about.json"
 KINDS = ("images", "texts")
-STAMPS, NOTES = "stamps", "notes"
+STAMPS = "stamps"
 SPARE_BYTES = 256 * 2**20
 """Disk space that a cache leaves free."""
 TIMEOUT_SECONDS = 1800.0
@@ -46,17 +53,34 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
+class CachePlace(NamedTuple):
+    """Where a cache is: its local folder, and the mirror of its address if it is on object storage."""
+
+    root: Path
+    mirror: Mirror | None = None
+
+
+def cache_place(options: DataOptions) -> CachePlace:
+    """The cache that the options name. Raises UserError."""
+    root, url = cache_root(options.prepared_dir), options.prepared_dir or ""
+    if "://" not in url:
+        return CachePlace(root)
+    url = url.rstrip("/")
+    local = root / "copies" / fingerprint(url=url)
+    return CachePlace(local, Mirror(url, Store(local, limit=int(options.local_gb * 1e9))))
+
+
 @dataclass(frozen=True)
 class PrepareContext:
     """The device that encodes, the cache folder, and the processes that share the work.
 
     Attributes:
         dtype: dtype of the text encoders; the VAE runs in float32.
-        root: the cache folder, shared by all runs.
-        rank, world: this process and the number of processes that share `root` and prepare together: those of one
-            machine. Each makes its share and waits for the others by looking at the files, so that no collective call
-            can time out.
-        run_id: names the files through which the processes of this run report bad rows.
+        root: the cache folder, shared by all runs; of a cache on object storage its local folder.
+        mirror: the cache on object storage; None if it is in `root`.
+        rank, world: this process and the number of processes that see the cache and prepare together. Each takes parts
+            of the work and waits for the others by looking at files, so that no collective call can time out.
+        run_id: names the notes through which the processes of this run work together.
         timeout: seconds without a new record from another process after which waiting ends in an error.
         progress: whether rank 0 shows progress bars.
         quiet: whether rank 0 prints nothing.
@@ -72,6 +96,37 @@ class PrepareContext:
     timeout: float = TIMEOUT_SECONDS
     progress: bool = True
     quiet: bool = False
+    mirror: Mirror | None = None
+
+    @property
+    def address(self) -> str:
+        """Where the cache is, for messages."""
+        return self.mirror.url if self.mirror else str(self.root)
+
+    def open_shards(self, kind: str, fingerprint: str, about: Mapping[str, Any]) -> Shards:
+        """The records of a kind that are made with the same options. `about` describes them to people. Raises
+        UserError."""
+        folder = open_folder(self.root, kind, fingerprint, about)
+        mirror = self._below(f"{kind}/{fingerprint}")
+        if mirror and mirror.read(ABOUT) is None:
+            mirror.write(ABOUT, json.dumps(about, indent=1).encode())
+        return Shards(folder, mirror)
+
+    def check_room(self, need: int) -> None:
+        """Raises UserError if `need` bytes do not fit on the disk of the cache."""
+        if not self.mirror:
+            check_room(self.root, need)
+
+    def open_stamps(self) -> Stamps:
+        """The digests of files that were read before."""
+        return Stamps(self.root / STAMPS, self._below(STAMPS))
+
+    def open_crew(self) -> Crew:
+        """The processes that prepare together."""
+        return Crew(open_notes(self.root, self.mirror, self.run_id), self.rank, self.world)
+
+    def _below(self, name: str) -> Mirror | None:
+        return self.mirror and replace(self.mirror, url=f"{self.mirror.url}/{name}")
 
     def log(self, line: str) -> None:
         """Prints on rank 0."""
@@ -81,6 +136,11 @@ class PrepareContext:
     def bar(self, items: Iterable[In], total: int, title: str) -> Iterable[In]:
         """The items, with a progress bar on rank 0."""
         return bar(items, total, title, is_shown=self.progress and self.rank == 0)
+
+
+def open_notes(root: Path, mirror: Mirror | None, run_id: str) -> Notes:
+    """The notes of a run in a cache."""
+    return ObjectNotes(f"{mirror.url}/{NOTES}/{run_id}") if mirror else FolderNotes(root / NOTES / run_id)
 
 
 def open_folder(root: Path, kind: str, fingerprint: str, about: Mapping[str, Any]) -> Path:
@@ -141,25 +201,3 @@ def in_batches(items: Iterable[In], size: int, key: Callable[[In], Any] = lambda
 def bar(items: Iterable[In], total: int, title: str, *, is_shown: bool = True) -> Iterable[In]:
     """The items, with a progress bar."""
     return tqdm(items, total=total, desc=title, disable=not is_shown, leave=False, delay=0.5)
-
-
-def wait_for(count_missing: Callable[[], int], shards: Shards, timeout: float) -> None:
-    """Returns when `count_missing()` is 0, whichever process makes the records.
-
-    Raises UserError after `timeout` seconds without a new record.
-    """
-    pause, left, last_news = 0.05, None, time.monotonic()
-    while True:
-        shards.refresh()
-        count = count_missing()
-        if not count:
-            return
-        if count != left:
-            left, last_news = count, time.monotonic()
-        if time.monotonic() - last_news > timeout:
-            raise UserError(
-                f"{shards.folder}: {count} records that other processes should make did not appear in "
-                f"{timeout:.0f} s. Read the other processes' messages, then start again: finished records are kept."
-            )
-        time.sleep(pause)
-        pause = min(2.0, pause * 1.5)

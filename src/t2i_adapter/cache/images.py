@@ -3,22 +3,21 @@ missing."""
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from t2i_adapter.cache.context import STAMPS, PrepareContext, check_room, in_batches, run_ahead
+from t2i_adapter.cache.context import PrepareContext, in_batches, run_ahead
+from t2i_adapter.cache.keys import Keys
 from t2i_adapter.cache.records import PackedCondition, image_record, pack_condition, view_keys
-from t2i_adapter.cache.shards import Keys, Shards, ShardWriter
-from t2i_adapter.cache.stamps import Stamps
+from t2i_adapter.cache.shards import Shards
 from t2i_adapter.data.bad_rows import BadRow, BadRows
 from t2i_adapter.data.pair import CroppedPair, PairTransform
 from t2i_adapter.data.picture import narrow_range, notes_of
@@ -28,10 +27,6 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.files import show_bytes
 from t2i_adapter.models.encoders import LatentEncoder, batch_size, encode_pixels
 
-CHUNK = 4096
-"""Rows whose stamps are looked up at once."""
-SAVE_SECONDS = 30.0
-"""Seconds between saves of the stamps: a killed run reads at most this much again."""
 LOOK_ON = 256
 """Rows that are still checked after the first bad one, so that one error reports several."""
 
@@ -44,65 +39,6 @@ class Packed(NamedTuple):
     pair: CroppedPair
     condition: PackedCondition
     levels: tuple[int, int] | None
-
-
-def read_digests(
-    pool: Executor, source: Source, context: PrepareContext, bad: BadRows
-) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers (N,) of the good rows, ascending, and their digests (N,32) uint8.
-
-    Only rows whose files are new or have changed are read. Raises UserError with up to ten bad rows.
-    """
-    stamps = Stamps(context.root / STAMPS)
-    digests = np.zeros((len(source), 32), np.uint8)
-    saved = time.monotonic()
-    try:
-        for chunk in in_batches(context.bar(range(len(source)), len(source), "reading"), CHUNK):
-            digests[chunk[0] : chunk[0] + len(chunk)] = _read_chunk(pool, source, chunk, stamps, bad)
-            if time.monotonic() - saved > SAVE_SECONDS:
-                stamps.save()
-                saved = time.monotonic()
-    finally:
-        with contextlib.suppress(OSError):  # rows whose stamps are not saved are read again
-            stamps.save()
-    bad.settle()
-    good = ~np.isin(np.arange(len(source)), list(bad.found))
-    return np.flatnonzero(good).astype(np.int32), digests[good]
-
-
-def _read_chunk(pool: Executor, source: Source, chunk: list[int], stamps: Stamps, bad: BadRows) -> np.ndarray:
-    """Digests (n,32) of the rows of a chunk, zeros for bad rows."""
-    names = [source.stamp(number) for number in chunk]
-    digests, known = stamps.digests(names)
-    if bad.skips:
-        known &= [_has_captions(source, number, bad) for number in chunk]
-    unread = [place for place in np.flatnonzero(~known) if chunk[place] not in bad.found]
-    answers = run_ahead(pool, lambda number: _digest(source, number), (chunk[place] for place in unread), 256)
-    good = []
-    for place, answer in zip(unread, answers, strict=True):
-        if isinstance(answer, BadRow):
-            bad.add(answer)
-        else:
-            digests[place] = np.frombuffer(answer, np.uint8)
-            good.append(place)
-    stamps.add([names[place] for place in good], digests[good])
-    return digests
-
-
-def _has_captions(source: Source, number: int, bad: BadRows) -> bool:
-    """Captions can change while the pictures stay, so a row with a known digest may have become bad."""
-    try:
-        return bool(source.identify(number, "").captions)
-    except UserError as fault:
-        bad.add(BadRow.of(source, number, fault))
-        return False
-
-
-def _digest(source: Source, number: int) -> bytes | BadRow:
-    try:
-        return bytes.fromhex(source.identify(number).digest)
-    except UserError as fault:
-        return BadRow.of(source, number, fault)
 
 
 def find_rows(images: Shards, digests: np.ndarray, views: int) -> np.ndarray:
@@ -139,29 +75,35 @@ def is_bad(digests: np.ndarray, numbers: np.ndarray, bad: BadRows) -> np.ndarray
 def build_images(
     pool: Executor,
     source: Source,
-    missing: Sequence[MissingRecord],
+    missing: Iterator[MissingRecord],
     transform: PairTransform,
     context: PrepareContext,
     bad: BadRows,
-    folder: Path,
+    images: Shards,
     *,
     crops: int,
 ) -> None:
-    """Encodes the missing crops and appends their records. The pool decodes ahead of the encoder.
+    """Encodes the missing crops and appends their records to `images`. The pool decodes ahead of the encoder.
 
-    `crops` is the number that all processes together make. A row is bad, too, if its moments are NaN or inf. Raises
-    UserError if a row is bad and may not be skipped, if too many rows are bad, and if the disk has too little room, as
-    estimated from the first batch.
+    `crops` is the number that all processes together make, at most. A row is bad, too, if its moments are NaN or inf.
+    Raises UserError if a row is bad and may not be skipped, if too many rows are bad, and if the disk has too little
+    room, as estimated from the first batch.
     """
+    first = next(missing, None)
+    if first is None:
+        return
+    missing = itertools.chain([first], missing)
     encoder = context.base.latent_encoder(context.device)
     size = batch_size(transform.framing.resolution**2, context.device)
-    results = run_ahead(pool, lambda one: _crop(source, transform, one), missing, 2 * size)
-    pairs = _good(context.bar(results, len(missing), "encoding pictures"), bad)
+    # Rows that are read ahead are taken from the other processes too, so of few rows few are read ahead.
+    ahead = min(2 * size, max(1, crops // (4 * context.world)))
+    results = run_ahead(pool, lambda one: _crop(source, transform, one), missing, ahead)
+    pairs = _good(context.bar(results, -(-crops // context.world), "encoding pictures"), bad)
     levels: dict[int, tuple[int, int]] = {}
     is_first, started = True, time.monotonic()
     batches = in_batches(pairs, size, lambda packed: packed.pair.geometry.target)
     threads = cores_of(context.device)
-    with ShardWriter(folder) as writer, sharing_cores(threads) as encoding:
+    with images.writer() as writer, sharing_cores(threads) as encoding:
         for batch, moments in run_ahead(encoding, partial(_encoded, encoder), batches, threads):
             for (number, pair, condition, own_levels), moment in zip(batch, moments, strict=True):
                 if own_levels:
@@ -202,7 +144,7 @@ def _estimate(context: PrepareContext, crops: int, size: float, seconds: float) 
     seconds /= context.world
     duration = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
     context.log(f"pictures: {crops:,} new, about {show_bytes(size)} and {duration}")
-    check_room(context.root, int(size))
+    context.check_room(int(size))
 
 
 def _crop(source: Source, transform: PairTransform, missing: MissingRecord) -> list[Packed] | BadRow:

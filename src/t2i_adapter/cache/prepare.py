@@ -11,26 +11,30 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from t2i_adapter.cache.context import NOTES, PrepareContext, check_room, open_folder, run_ahead, wait_for
+from t2i_adapter.cache.context import PrepareContext, run_ahead
+from t2i_adapter.cache.crew import Crew, mark_of
 from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
-from t2i_adapter.cache.images import build_images, find_missing, find_rows, is_bad, read_digests
+from t2i_adapter.cache.digests import read_digests
+from t2i_adapter.cache.images import MissingRecord, build_images, find_missing, find_rows, is_bad
+from t2i_adapter.cache.parts import describe_missing, rows_of, write_parts
 from t2i_adapter.cache.records import add_prefix, caption_bytes, picture_bytes
 from t2i_adapter.cache.shards import Shards
 from t2i_adapter.cache.texts import CaptionTable, Texts, build_texts, choose_captions, open_texts, warn_of_long
-from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.config.tree import DataOptions, part_of
 from t2i_adapter.data.bad_rows import BadRow, BadRows, list_bad_rows
+from t2i_adapter.data.notes import sweep_notes
 from t2i_adapter.data.pair import PairTransform
 from t2i_adapter.data.source import Source, shards_of
 from t2i_adapter.errors import UserError
-from t2i_adapter.files import sweep
+from t2i_adapter.files import show_bytes
 
 HEAD_BYTES = 8
 """Bytes of a digest that a dataset keeps of each sample."""
@@ -46,7 +50,7 @@ def prepare(
     bad_list: Path | None = None,
     check: Callable[[Source, np.ndarray, np.ndarray], None] | None = None,
 ) -> CachedDataset | LiveDataset:
-    """The dataset of a run; its missing records are made first.
+    """The dataset of a run, or of the part of it that the options name; its missing records are made first.
 
     Args:
         in_channels: of the condition, 1 (grey) or 3; not used if the source has several conditions, which have their
@@ -61,64 +65,126 @@ def prepare(
     """
     started = time.monotonic()
     transform = PairTransform.of(options, in_channels, source.annotate, source.parts)
-    notes = context.root / NOTES / context.run_id if context.world > 1 else None
-    sweep(context.root / NOTES, "*")
-    bad = BadRows(options, len(source), notes, context.rank)
-    make = _live if options.cache == "none" else partial(_cached, check=check)
-    try:
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            dataset, new = make(pool, source, transform, bad, context)
-        texts, table, captions = _texts(source, dataset.numbers, options, context, extra_captions)
-    finally:
-        if bad_list and context.rank == 0 and bad.found:
-            list_bad_rows(bad_list, [(row.key, row.reason) for _, row in sorted(bad.found.items())])
+    whole = source
+    if options.part:
+        source = whole.subset(rows_of(whole.shards, part_of(options.part)))
+    sweep_notes(context.root)
+    with context.open_crew() as crew:
+        bad = BadRows(options, len(source), crew.notes, crew.rank, crew.world)
+        try:
+            with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+                if options.cache == "none":
+                    dataset, new = _live(pool, source, transform, bad, context)
+                else:
+                    dataset, new = _Images(pool, source, transform, bad, context, crew, options).prepare(whole, check)
+            texts, table, captions = _texts(source, dataset.numbers, options, context, crew, extra_captions)
+        finally:
+            if bad_list and context.rank == 0 and bad.found:
+                list_bad_rows(bad_list, [(row.key, row.reason) for _, row in sorted(bad.found.items())])
     if bad.found:
         where = f"; listed in {bad_list}" if bad_list else ""
         context.log(f"{len(bad.found)} of {len(source)} rows cannot be used and are skipped{where}")
     seconds = time.monotonic() - started
-    context.log(f"prepared: {len(dataset)} pairs ({new}), {captions} in {seconds:.0f} s at {context.root}")
+    part = f"part {options.part}, " if options.part else ""
+    context.log(f"prepared: {part}{len(dataset)} pairs ({new}), {captions} in {seconds:.0f} s at {context.address}")
     return replace(dataset, texts=texts, **({"table": table} if isinstance(dataset, CachedDataset) else {}))
 
 
-def _cached(
-    pool: Executor,
-    source: Source,
-    transform: PairTransform,
-    bad: BadRows,
-    context: PrepareContext,
-    check: Callable[[Source, np.ndarray, np.ndarray], None] | None,
-) -> tuple[CachedDataset, str]:
-    """The pairs with all their image records in the cache; and how many pairs are new, in words."""
-    made_by = transform.fingerprint(context.base.vae_fingerprint)
-    folder = open_folder(context.root, "images", made_by, {"base": context.base.name, **transform.about()})
-    numbers, digests = read_digests(pool, source, context, bad)
-    if check:
-        check(source, numbers, digests)
-    images, views = Shards(folder), transform.framing.count
-    rows = find_rows(images, digests, views)
-    missing = find_missing(rows, numbers, digests)
-    if missing:
-        crops = sum(len(one.views) for one in missing)
-        check_room(context.root, crops * picture_bytes(transform.framing.resolution))
-        share = [one for one in missing if one.number % context.world == context.rank]
-        if share:
-            build_images(pool, source, share, transform, context, bad, folder, crops=crops)
+@dataclass(frozen=True)
+class _Images:
+    """Makes the image records of the pairs."""
 
-        def count_missing() -> int:
-            bad.exchange()
-            return int((find_rows(images, digests[~is_bad(digests, numbers, bad)], views) < 0).sum())
+    pool: Executor
+    source: Source
+    transform: PairTransform
+    bad: BadRows
+    context: PrepareContext
+    crew: Crew
+    options: DataOptions
 
-        wait_for(count_missing, images, context.timeout)
-        lost = is_bad(digests, numbers, bad)
-        for number in numbers[lost].tolist():
-            bad.add(BadRow.of(source, number, UserError("has the same pictures as another row, which is bad.")))
-        numbers, digests = numbers[~lost], digests[~lost]
+    def prepare(
+        self, whole: Source, check: Callable[[Source, np.ndarray, np.ndarray], None] | None
+    ) -> tuple[CachedDataset, str]:
+        """The pairs with all their image records in the cache; and how many pairs are new, in words.
+
+        whole: the dataset that `source` may be a part of.
+        """
+        source, context, views = self.source, self.context, self.transform.framing.count
+        about = {"base": context.base.name, **self.transform.about()}
+        images = context.open_shards("images", self.transform.fingerprint(context.base.vae_fingerprint), about)
+        if self.options.part and context.rank == 0:
+            write_parts(images, part_of(self.options.part).parts, len(whole))
+        numbers, digests = read_digests(self.pool, source, context, self.bad, self.crew)
+        if check:
+            check(source, numbers, digests)
+        images.refresh()  # other processes have added records while the pictures were read
         rows = find_rows(images, digests, views)
-    _check_any(numbers, source)
-    groups, shards = groups_of(images.tags[rows[0]]), shards_of(source.shards, numbers)
-    heads = digests[:, :HEAD_BYTES].copy()
-    dataset = CachedDataset(source, transform, numbers, groups, shards, None, rows, images, digests=heads)
-    return dataset, f"{len(missing)} new"
+        missing = find_missing(rows, numbers, digests)
+        if missing:
+            if not self.options.part:
+                self._report(images, about, missing, len(numbers))
+            places = np.flatnonzero((rows < 0).any(axis=0))
+            self._make(images, missing, numbers[places], digests[places], f"images-{mark_of(digests)}")
+            lost = is_bad(digests, numbers, self.bad)
+            for number in numbers[lost].tolist():
+                fault = UserError("has the same pictures as another row, which is bad.")
+                self.bad.add(BadRow.of(source, number, fault))
+            numbers, digests = numbers[~lost], digests[~lost]
+        rows = find_rows(images, digests, views)
+        _check_any(numbers, source)
+        if context.mirror and len(source.shards) == 1 and images.stored_bytes > context.mirror.store.limit:
+            context.log(
+                f"warning: the cache holds {show_bytes(images.stored_bytes)} at {context.address}, and "
+                f"{show_bytes(context.mirror.store.limit)} may be copied (--data.local_gb). Pairs of a dataset without "
+                "shards are drawn in any order, so most draws download a shard again."
+            )
+        groups, shards = groups_of(images.tags[rows[0]]), shards_of(source.shards, numbers)
+        heads = digests[:, :HEAD_BYTES].copy()
+        dataset = CachedDataset(source, self.transform, numbers, groups, shards, None, rows, images, digests=heads)
+        return dataset, f"{len(missing)} new"
+
+    def _report(self, images: Shards, about: dict[str, Any], missing: list[MissingRecord], total: int) -> None:
+        """Logs which parts are missing. Raises UserError if nothing may be encoded."""
+        numbers = np.array([one.number for one in missing])
+        words = describe_missing(images, self.source.shards, numbers, about)
+        if self.options.on_missing == "fail":
+            raise UserError(
+                f"fail: {len(missing):,} of {total:,} pictures have no record at {self.context.address}"
+                f"{', ' * bool(words)}{words or '; run `t2i-adapter prepare` with the options of the training'}.",
+                option="data.on_missing",
+            )
+        if words:
+            self.context.log(f"pictures: {len(missing):,} of {total:,} have no record, {words}")
+
+    def _make(
+        self, images: Shards, missing: list[MissingRecord], numbers: np.ndarray, digests: np.ndarray, stage: str
+    ) -> None:
+        """Returns when all records exist but those of bad rows, whichever process makes them.
+
+        numbers, digests: of all rows without records, of which `missing` has one of each digest.
+        """
+        source, context, crew, views = self.source, self.context, self.crew, self.transform.framing.count
+        crops = sum(len(one.views) for one in missing)
+        context.check_room(crops * picture_bytes(self.transform.framing.resolution))
+
+        def make(some: Iterator[MissingRecord]) -> None:
+            build_images(self.pool, source, some, self.transform, context, self.bad, images, crops=crops)
+
+        def unit_of(one: MissingRecord) -> int:
+            return one.number * crew.units // len(source)
+
+        def find_left() -> list[MissingRecord]:
+            nonlocal numbers, digests
+            self.bad.exchange()
+            images.refresh()
+            good = ~is_bad(digests, numbers, self.bad)
+            rows = find_rows(images, digests[good], views)
+            left = (rows < 0).any(axis=0)
+            numbers, digests = numbers[good][left], digests[good][left]
+            return find_missing(rows[:, left], numbers, digests)
+
+        make(crew.share(stage, missing, unit_of, crew.units))
+        crew.complete(stage, find_left, unit_of, lambda some: make(iter(some)), context.timeout, context.address)
 
 
 def _live(
@@ -166,7 +232,12 @@ def groups_of(tags: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _texts(
-    source: Source, numbers: np.ndarray, options: DataOptions, context: PrepareContext, extra: Sequence[str]
+    source: Source,
+    numbers: np.ndarray,
+    options: DataOptions,
+    context: PrepareContext,
+    crew: Crew,
+    extra: Sequence[str],
 ) -> tuple[Texts | None, CaptionTable | None, str]:
     """The text states in the cache, missing ones made; each sample's captions; and words for the log."""
     distinct: dict[str, int] = {}
@@ -180,19 +251,36 @@ def _texts(
                 yield add_prefix(caption, options.caption_prefix)
             ends.append(len(places))
 
-    captions, why = choose_captions(all_captions(), options, caption_bytes(context.base, options.max_tokens))
+    each, parts = caption_bytes(context.base, options.max_tokens), part_of(options.part).parts if options.part else 1
+    captions, why = choose_captions(all_captions(), options, each, parts)
     context.log(why)
     if captions is None:
         return None, None, "captions encoded when drawn"
-    texts = open_texts(context.root, context.base, context.dtype, options.max_tokens)
+    texts = open_texts(context, options.max_tokens)
     keys = texts.keys(captions)
-    missing = np.flatnonzero(texts.shards.find(keys) < 0)
-    check_room(context.root, len(missing) * caption_bytes(context.base))
-    # Shares by key, not by place in `missing`: a process that looks later finds fewer missing.
-    share = [captions[place] for place in missing if int(keys[place, 0]) % context.world == context.rank]
-    if share:
-        build_texts(share, texts, context)
-    wait_for(lambda: int((texts.shards.find(keys) < 0).sum()), texts.shards, context.timeout)
+
+    def find_left() -> list[int]:
+        texts.shards.refresh()
+        return np.flatnonzero(texts.shards.find(keys) < 0).tolist()
+
+    def unit_of(place: int) -> int:
+        """By key, because a process that looks later finds fewer missing captions."""
+        return int.from_bytes(keys[place, :4].tobytes(), "little") % crew.units
+
+    def make(some: Iterable[int]) -> None:
+        build_texts((captions[place] for place in some), texts, context, -(-len(missing) // crew.world))
+
+    missing = find_left()
+    if missing and options.on_missing == "fail" and not options.part:
+        raise UserError(
+            f"fail: {len(missing):,} of {len(captions):,} captions have no record at {context.address}; run "
+            "`t2i-adapter prepare` with the options of the training.",
+            option="data.on_missing",
+        )
+    context.check_room(len(missing) * caption_bytes(context.base))
+    stage = f"texts-{mark_of(keys)}"
+    make(crew.share(stage, missing, unit_of, crew.units))
+    crew.complete(stage, find_left, unit_of, make, context.timeout, context.address)
     for line in warn_of_long(texts, captions):
         context.log(line)
     table = CaptionTable(tuple(distinct), np.array(places, np.int32), np.array(ends, np.int64))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import lz4.block
 import numpy as np
 
-from t2i_adapter.cache.shards import INDEX, Record, pack
+from t2i_adapter.cache.shard_file import INDEX, Record, pack
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.types import CHUNK, CHUNK_TOKENS, Geometry, ImageRecord, TextRecord, text_widths
 

@@ -1,8 +1,4 @@
-"""The cache's file format: records of arrays in append-only shard files, written atomically and read by memory map.
-
-A shard is one file: records one after another, then the index (each record's key, place, size and tag), then a tail of
-fixed size (number of records, crc32 of the index, magic). A record is its length and crc32, a JSON header, and the
-bytes of its arrays. It starts at a multiple of 16 bytes.
+"""Folders of shards, on a disk or on object storage: read by memory map as one table of records, and added to.
 
 A shard gets its name by one rename, after its bytes are on the disk. So a killed writer leaves at most a `.tmp` file.
 Several processes can add to a folder at once: each writes shards of its own, and a record that two processes made is
@@ -12,110 +8,54 @@ stored twice.
 from __future__ import annotations
 
 import errno
-import json
-import math
 import mmap
-import struct
 import sys
 import time
 import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from t2i_adapter.errors import UserError
-from t2i_adapter.files import parse_json, sweep, write_atomic
+from t2i_adapter.cache.keys import Keys
+from t2i_adapter.cache.mirror import Mirror
+from t2i_adapter.cache.shard_file import (
+    INDEX,
+    KEY_BYTES,
+    MAGIC,
+    SUFFIX,
+    TAIL,
+    DamagedShardError,
+    Record,
+    index_bytes,
+    pack,
+    parse_index,
+    read_index,
+    unpack,
+)
+from t2i_adapter.data.addresses import Blob
+from t2i_adapter.errors import UserError, flag
+from t2i_adapter.files import sweep, write_atomic
 
-KEY_BYTES = 32
-BLOCK = 2**16  # keys that are looked up at once; bounds the memory of a look-up
-
-
-class Keys:
-    """Finds rows of a table of keys, (N,K) uint8 with K at least 8. Of equal keys the first is found.
-
-    Keys are hashes, so nearly all of them differ in their first 8 bytes. The table is sorted by these, and the other
-    bytes are compared.
-    """
-
-    def __init__(self, keys: np.ndarray) -> None:
-        self._keys = keys
-        heads = _heads(keys)
-        self._order = np.argsort(heads, kind="stable").astype(np.int32)
-        self._heads = heads[self._order]
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def find(self, wanted: np.ndarray) -> np.ndarray:
-        """(M,K) uint8 -> (M,) int64 rows of these keys; -1 for a key that is not in the table."""
-        blocks = range(0, len(wanted), BLOCK)
-        return np.concatenate([np.empty(0, np.int64), *(self._find(wanted[at : at + BLOCK]) for at in blocks)])
-
-    def find_one(self, wanted: bytes) -> int:
-        """`find` for one key, without an array."""
-        head = np.uint64(int.from_bytes(wanted[:8], "little"))
-        place = int(self._heads.searchsorted(head))
-        while place < len(self._heads) and self._heads[place] == head:
-            row = int(self._order[place])
-            if self._keys[row].tobytes() == wanted:
-                return row
-            place += 1
-        return -1
-
-    def _find(self, wanted: np.ndarray) -> np.ndarray:
-        found = np.full(len(wanted), -1, np.int64)
-        heads = _heads(wanted)
-        place = np.searchsorted(self._heads, heads)
-        left = np.arange(len(wanted))
-        while True:  # runs once, unless different keys have equal heads
-            left = left[place[left] < len(self._heads)]
-            left = left[self._heads[place[left]] == heads[left]]
-            if not len(left):
-                return found
-            rows = self._order[place[left]]
-            same = (self._keys[rows] == wanted[left]).all(axis=1)
-            found[left[same]] = rows[same]
-            left = left[~same]
-            place[left] += 1
-
-
-def _heads(keys: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(keys[:, :8]).view("<u8")[:, 0]
-
-
-SUFFIX = ".shard"
-MAGIC = b"T2ASHRD2"
-TAIL = struct.Struct("<QI8s")
-HEAD = struct.Struct("<II")  # bytes of the JSON header, crc32 of all that follows this head
-ALIGN = 16
-INDEX = np.dtype([("key", "u1", KEY_BYTES), ("place", "<u8"), ("size", "<u4"), ("tag", "<u4")])
 SHARD_BYTES = 64 * 2**20
 SHARD_SECONDS = 30.0
 """A shard is written when it has this size or this age."""
 
+INDEX_SUFFIX = ".index"
+"""Ending of the local copy of the index of a shard on object storage."""
+INDEX_BYTES = 2**16
+"""Bytes at a shard's end that are requested first: the index of 1,300 records."""
+INDEX_READERS = 16  # concurrent requests
+COPY_TRIES = 5
+
 MAX_OPEN = 64  # open memory maps; each holds a file descriptor
-
-
-@dataclass(frozen=True)
-class Record:
-    """Named arrays, and JSON values that describe them. Arrays that were read are read-only views of the file.
-
-    `tag` is a number below 2^32. The index holds it too, so that the tags of all records are read at once.
-    """
-
-    arrays: Mapping[str, np.ndarray]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    tag: int = 0
-
-
-class DamagedShardError(Exception):
-    """A shard file is damaged."""
 
 
 class Shards:
@@ -123,10 +63,14 @@ class Shards:
 
     There may be millions of records, so the index is kept in arrays: 52 bytes a record, and 16 to find it. The checksum
     of a record is verified the first time that this process reads it.
+
+    With a `mirror`, the shards lie on object storage. Only their indices are read at first, and `folder` has copies of
+    these.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, mirror: Mirror | None = None) -> None:
+        self.folder, self.mirror = folder, mirror
+        self._blobs: dict[str, Blob] = {}
         self._names: list[str] = []
         self._seen: set[str] = set()
         self._index = np.empty(0, INDEX)
@@ -163,6 +107,11 @@ class Shards:
         """(rows,) uint32."""
         return self._index["tag"]
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all records."""
+        return int(self._index["size"].sum(dtype=np.int64))
+
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Rows (N,) int64 of keys (N,32) uint8; -1 for a missing key. `refresh` does not change the rows."""
         return self._keys.find(keys)
@@ -175,7 +124,8 @@ class Shards:
             record = unpack(data[int(entry["place"]) :][: int(entry["size"])], check=not self._checked[row])
         except (OSError, ValueError, DamagedShardError) as fault:  # ValueError: mmap of an empty file
             raise UserError(
-                f"{self.folder / name}: a record of the cache cannot be read ({fault}). "
+                f"{self.mirror.url if self.mirror else self.folder}/{name}: a record of the cache cannot be read "
+                f"({fault}). "
                 "Delete that file and start again: its records are made again."
             ) from fault
         self._checked[row] = True
@@ -191,25 +141,89 @@ class Shards:
     def refresh(self) -> None:
         """Adds new shards to the table. A damaged shard is skipped, with a warning."""
         found = [self._index]
-        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-            if path.name in self._seen:
-                continue
-            self._seen.add(path.name)
-            try:
-                found.append(read_index(path))
-            except (OSError, DamagedShardError) as fault:
-                print(f"{path} is damaged ({fault}): skipped; its records are made again.", file=sys.stderr)
-                continue
-            self._names.append(path.name)
+        for name, index in self._new_indices():
+            if isinstance(index, np.ndarray):
+                found.append(index)
+                self._names.append(name)
+            else:
+                place = self.mirror.url if self.mirror else self.folder
+                print(f"{place}/{name} is damaged ({index}): skipped; its records are made again.", file=sys.stderr)
         if len(found) > 1:
             first = len(self._names) - len(found) + 1
             numbers = [np.full(len(index), first + place, np.int32) for place, index in enumerate(found[1:])]
             self._index, self._shard = np.concatenate(found), np.concatenate([self._shard, *numbers])
             self._fresh()
 
+    def _new_indices(self) -> Iterator[tuple[str, np.ndarray | Exception]]:
+        """The names of new shards, each with its index, or with why it cannot be read."""
+        if not self.mirror:
+            new = [path.name for path in sorted(self.folder.glob(f"*{SUFFIX}")) if path.name not in self._seen]
+            self._seen |= set(new)
+            for name in new:
+                yield name, _or_fault(partial(read_index, self.folder / name))
+            return
+        blobs = {name: blob for name, blob in self.mirror.list(SUFFIX).items() if name not in self._seen}
+        self._seen |= blobs.keys()
+        self._blobs |= blobs
+        with ThreadPoolExecutor(INDEX_READERS) as pool:
+            indices = pool.map(lambda blob: _or_fault(partial(self._index_of, blob)), blobs.values())
+            yield from zip(blobs, indices, strict=True)
+
+    def _index_of(self, blob: Blob) -> np.ndarray:
+        """The index of a shard on object storage, read from its end, or from the copy that is made of it."""
+        assert self.mirror
+        copy = self.folder / (blob.name.rpartition("/")[2] + INDEX_SUFFIX)
+        with suppress(OSError, DamagedShardError):
+            return parse_index(copy.read_bytes())
+        data = self.mirror.tail(blob, INDEX_BYTES)
+        need = index_bytes(data, blob.size)
+        if need > len(data):
+            data = self.mirror.tail(blob, need)
+        write_atomic(copy, [data[len(data) - need :]])
+        return parse_index(data)
+
+    def _open(self, name: str) -> BinaryIO:
+        """Raises OSError, and UserError if the shard cannot be downloaded."""
+        if not self.mirror:
+            return (self.folder / name).open("rb")
+        for _ in range(COPY_TRIES):
+            with suppress(FileNotFoundError):
+                return self.mirror.local(self._blobs[name]).open("rb")
+        raise UserError(
+            f"{self.mirror.url}/{name}: its local copy was deleted {COPY_TRIES} times before it was opened, because "
+            f"other processes need the room. Set a larger {flag('data.local_gb')}.",
+            option="data.prepared_dir",
+        )
+
+    def write_note(self, name: str, data: bytes) -> None:
+        """Writes a small file beside the shards. Raises OSError or UserError."""
+        if self.mirror:
+            self.mirror.write(name, data)
+        else:
+            write_atomic(self.folder / name, [data])
+
+    def read_note(self, name: str) -> bytes | None:
+        """A small file beside the shards; None if it is missing."""
+        return self.mirror.read(name) if self.mirror else _content(self.folder / name)
+
+    def beside(self, name: str) -> Iterator[Callable[[str], bytes | None]]:
+        """The folders beside this one that have a small file of this name, each as a function that reads its small
+        files."""
+        if self.mirror:
+            for mirror in self.mirror.beside(name):
+                yield mirror.read
+            return
+        for path in sorted(self.folder.parent.glob(f"*/{name}")):
+            if path.parent != self.folder:
+                yield lambda wanted, folder=path.parent: _content(folder / wanted)
+
+    def writer(self) -> ShardWriter:
+        """Adds records to this folder; `refresh` finds them."""
+        return ShardWriter(self.folder, self.mirror)
+
     def _map(self, shard: int) -> mmap.mmap:
         if shard not in self._maps:
-            with (self.folder / self._names[shard]).open("rb") as file:
+            with self._open(self._names[shard]) as file:
                 self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if len(self._maps) > MAX_OPEN:
                 self._maps.popitem(last=False)  # arrays that are still in use keep their map alive
@@ -224,8 +238,9 @@ class ShardWriter:
     records since the last shard. `written` counts the bytes of records so far.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, mirror: Mirror | None = None) -> None:
+        """With a mirror, a shard is uploaded when it is complete, and its local file is deleted."""
+        self.folder, self.mirror = folder, mirror
         self.written = 0
         self._clear()
 
@@ -238,6 +253,8 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder, "*.tmp")
+        if self.mirror:
+            sweep(self.folder, f"*{SUFFIX}")  # a process was killed while it uploaded
         return self
 
     def __exit__(
@@ -263,81 +280,29 @@ class ShardWriter:
             index["key"] = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
             data = index.tobytes()
             tail = TAIL.pack(len(index), zlib.crc32(data), MAGIC)
+            path = self.folder / f"{uuid.uuid4().hex}{SUFFIX}"
             try:
-                write_atomic(self.folder / f"{uuid.uuid4().hex}{SUFFIX}", [*self._chunks, data, tail])
+                write_atomic(path, [*self._chunks, data, tail])
             except OSError as fault:
                 if fault.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise UserError(f"{self.folder}: no space left on the disk. Make room and start again.") from fault
                 raise
+            if self.mirror:
+                self.mirror.put(path)
+                path.unlink()
         self._clear()
 
 
-def pack(record: Record) -> list[bytes]:
-    """The bytes of a record, in pieces; their sum is a multiple of ALIGN."""
-    specs, pieces, size = {}, [], 0
-    for name, array in record.arrays.items():
-        data = np.ascontiguousarray(array).tobytes()
-        specs[name] = [array.dtype.str, list(array.shape), size]
-        pieces += [data, bytes(-len(data) % ALIGN)]
-        size += len(data) + len(pieces[-1])
-    header = json.dumps({"arrays": specs, "facts": dict(record.facts), "tag": record.tag}).encode()
-    pieces.insert(0, header + b" " * (-(HEAD.size + len(header)) % ALIGN))
-    checksum = 0
-    for piece in pieces:
-        checksum = zlib.crc32(piece, checksum)
-    return [HEAD.pack(len(pieces[0]), checksum), *pieces]
-
-
-def unpack(data: memoryview, *, check: bool) -> Record:
-    """The record in `data`; its arrays are views of `data`. Raises DamagedShardError."""
-    if len(data) < HEAD.size:
-        raise DamagedShardError("its end is missing")
-    length, checksum = HEAD.unpack_from(data)
-    if check and zlib.crc32(data[HEAD.size :]) != checksum:
-        raise DamagedShardError("its bytes do not match their checksum")
+def _content(path: Path) -> bytes | None:
+    """A file's content; None if it is missing."""
     try:
-        return _read_record(data, HEAD.size + length)
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as fault:
-        raise DamagedShardError(f"its header cannot be read ({fault})") from fault
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
-def _read_record(data: memoryview, start: int) -> Record:
-    """The header lies before `start`, the arrays after it. A header with a right checksum may still hold anything."""
-    header = parse_json(bytes(data[HEAD.size : start]))
-    arrays = {}
-    for name, (dtype, shape, place) in header["arrays"].items():
-        if place < 0 or any(side < 0 for side in shape):
-            raise ValueError(f"array {name} at {place} with shape {shape}")
-        arrays[name] = np.frombuffer(data, dtype, math.prod(shape), start + place).reshape(shape)
-    return Record(arrays, dict(header["facts"]), header["tag"])
-
-
-def read_index(path: Path) -> np.ndarray:
-    """A shard's index, (records,) of INDEX. Raises DamagedShardError."""
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        if size < TAIL.size:
-            raise DamagedShardError(f"it has only {size} bytes")
-        file.seek(size - TAIL.size)
-        count, checksum, magic = TAIL.unpack(file.read(TAIL.size))
-        length = count * INDEX.itemsize
-        if magic != MAGIC or length > size - TAIL.size:
-            raise DamagedShardError("its end is missing, or has another version")
-        file.seek(size - TAIL.size - length)
-        data = file.read(length)
-    if zlib.crc32(data) != checksum:
-        raise DamagedShardError("its index does not match its checksum")
-    return np.frombuffer(data, INDEX)
-
-
-def damage(path: Path) -> str | None:
-    """Reads every record of a shard file. Returns what is wrong with it, or None."""
+def _or_fault(read: Callable[[], np.ndarray]) -> np.ndarray | Exception:
     try:
-        index = read_index(path)
-        with path.open("rb") as file:
-            for entry in index:
-                file.seek(int(entry["place"]))
-                unpack(memoryview(file.read(int(entry["size"]))), check=True)
+        return read()
     except (OSError, DamagedShardError) as fault:
-        return str(fault)
-    return None
+        return fault

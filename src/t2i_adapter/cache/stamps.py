@@ -10,11 +10,15 @@ import hashlib
 import uuid
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from t2i_adapter.cache.shards import KEY_BYTES, Keys
+from t2i_adapter.cache.keys import KEY_BYTES, Keys
+from t2i_adapter.cache.mirror import Mirror
+from t2i_adapter.data.remote import download
+from t2i_adapter.errors import UserError
 from t2i_adapter.files import write_atomic
 
 STAMP_BYTES = 16
@@ -24,10 +28,15 @@ MAX_FILES = 16  # more are merged into one
 
 
 class Stamps:
-    """The table stamp -> digest, stored in `folder`. Several processes can add to it at once."""
+    """The table stamp -> digest, stored in `folder`. Several processes can add to it at once.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    With a `mirror` on object storage, `folder` has copies of its files.
+    """
+
+    def __init__(self, folder: Path, mirror: Mirror | None = None) -> None:
+        self.folder, self._mirror = folder, mirror
+        if mirror:
+            self._fetch(mirror)
         self._files = sorted(folder.glob(f"*{SUFFIX}"))
         parts = [_read(file) for file in self._files]
         self._entries = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, ENTRY), *parts])
@@ -58,10 +67,29 @@ class Stamps:
         crowded = len(self._files) >= MAX_FILES
         data = (np.concatenate([self._entries, entries]) if crowded else entries).tobytes()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.folder / f"{uuid.uuid4().hex}{SUFFIX}", [data, zlib.crc32(data).to_bytes(4, "little")])
+        path = self.folder / f"{uuid.uuid4().hex}{SUFFIX}"
+        write_atomic(path, [data, zlib.crc32(data).to_bytes(4, "little")])
+        if self._mirror:
+            with suppress(UserError):  # credentials that may only read: the rows are read again at the next start
+                self._mirror.put(path)
         for file in self._files if crowded else ():
             file.unlink(missing_ok=True)
+            if self._mirror:
+                with suppress(UserError):  # credentials that may not delete: the merged files stay
+                    self._mirror.remove(file.name)
         self._new = []
+
+    def _fetch(self, mirror: Mirror) -> None:
+        """Makes the files in the folder those of the mirror."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        blobs = mirror.list(SUFFIX)
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            if path.name not in blobs:
+                path.unlink(missing_ok=True)
+        for name, blob in blobs.items():
+            if not (self.folder / name).exists():
+                with suppress(UserError):  # another process has just merged it into a larger one
+                    download(blob, self.folder / name, most=blob.size)
 
 
 def _read(file: Path) -> np.ndarray:

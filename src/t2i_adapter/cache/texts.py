@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-import torch
 
-from t2i_adapter.cache.context import PrepareContext, in_batches, open_folder, run_ahead
+from t2i_adapter.cache.context import PrepareContext, in_batches, run_ahead
 from t2i_adapter.cache.records import TEXT_VERSION, pack_text, text_key, tokens_of_tags, unpack_text
-from t2i_adapter.cache.shards import Shards, ShardWriter
+from t2i_adapter.cache.shards import Shards
 from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.devices import cores_of, release, sharing_cores
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import fingerprint, show_bytes
-from t2i_adapter.models.base import Base
 from t2i_adapter.models.encoders import TextEncoder
 from t2i_adapter.types import CHUNK, CHUNK_TOKENS, TextRecord, count_chunks, text_length
 
@@ -65,21 +63,26 @@ class CaptionTable:
         return tuple(self.distinct[number] for number in self.numbers[start : self.ends[sample]])
 
 
-def open_texts(root: Path, base: Base, dtype: torch.dtype, max_tokens: int = CHUNK_TOKENS) -> Texts:
-    """Opens the folder of states by this base's text encoders in this dtype, of up to `max_tokens` tokens a caption."""
+def open_texts(context: PrepareContext, max_tokens: int = CHUNK_TOKENS) -> Texts:
+    """Opens the folder of states by the base's text encoders in the context's dtype, of up to `max_tokens` tokens a
+    caption."""
+    base, dtype = context.base, context.dtype
     # Captions of one chunk have the folder that they had before there was an option: caches stay valid.
     longer = {"max_tokens": max_tokens} if max_tokens > CHUNK_TOKENS else {}
     made_by = fingerprint(weights=base.text_fingerprint, dtype=dtype, version=TEXT_VERSION, **longer)
     about = {"base": base.name, "arithmetic": str(dtype).removeprefix("torch."), **longer}
-    return Texts(Shards(open_folder(root, "texts", made_by, about)), made_by, max_tokens)
+    return Texts(context.open_shards("texts", made_by, about), made_by, max_tokens)
 
 
-def choose_captions(captions: Iterable[str], options: DataOptions, each: int) -> tuple[list[str] | None, str]:
+def choose_captions(
+    captions: Iterable[str], options: DataOptions, each: int, parts: int = 1
+) -> tuple[list[str] | None, str]:
     """The distinct captions to store, or None if captions are encoded when they are drawn; and a line for the log.
 
     Args:
         captions: read only as far as needed for the decision.
         each: bytes of one caption's states, at most.
+        parts: the captions are one of so many parts of the dataset's.
 
     Raises UserError if the options contradict each other.
     """
@@ -99,22 +102,28 @@ def choose_captions(captions: Iterable[str], options: DataOptions, each: int) ->
     distinct: dict[str, None] = {}
     for caption in captions:
         distinct[caption] = None
-        if is_auto and len(distinct) * each > MAX_AUTO_BYTES:
+        if is_auto and len(distinct) * each * parts > MAX_AUTO_BYTES:
+            of_part = f" in one of {parts} parts" if parts > 1 else ""
             return None, (
-                f"captions: encoded when drawn, because more than {len(distinct) - 1:,} captions at {show_bytes(each)} "
-                f"would take over {show_bytes(MAX_AUTO_BYTES)} of disk; the text encoders stay loaded"
+                f"captions: encoded when drawn, because more than {len(distinct) - 1:,} captions{of_part} at "
+                f"{show_bytes(each)} would take over {show_bytes(MAX_AUTO_BYTES // parts)} of disk; the text encoders "
+                "stay loaded"
             )
     most = "up to " if options.max_tokens > CHUNK_TOKENS else ""
     size = show_bytes(len(distinct) * each)
     return list(distinct), f"captions: {len(distinct):,} distinct, {most}{size} of states on disk"
 
 
-def build_texts(captions: Sequence[str], texts: Texts, context: PrepareContext) -> None:
-    """Encodes the captions and appends their records."""
+def build_texts(captions: Iterator[str], texts: Texts, context: PrepareContext, total: int) -> None:
+    """Encodes the captions, about `total`, and appends their records."""
+    first = next(captions, None)
+    if first is None:
+        return
+    captions = itertools.chain([first], captions)
     encoder = context.base.text_encoder(context.device, context.dtype)
-    batches = in_batches(context.bar(captions, len(captions), "encoding captions"), TEXT_BATCH)
+    batches = in_batches(context.bar(captions, total, "encoding captions"), TEXT_BATCH)
     threads = cores_of(context.device)
-    with ShardWriter(texts.shards.folder) as writer, sharing_cores(threads) as pool:
+    with texts.shards.writer() as writer, sharing_cores(threads) as pool:
         for batch, states, pooled in run_ahead(pool, partial(_encoded, encoder, texts.max_tokens), batches, threads):
             for caption, state, vector in zip(batch, states, pooled, strict=True):
                 tokens, name = encoder.count_tokens(caption), f"caption {caption!r}"

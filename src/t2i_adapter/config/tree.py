@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from math import inf
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from t2i_adapter.errors import UserError, flag, has_login, register_secret, require
 from t2i_adapter.types import MaxTokens
@@ -42,6 +42,25 @@ def seconds_of(text: str) -> int:
     seconds = sum(_UNITS[unit] * int(count) for unit, count in parts)
     require("train.max_time", seconds > 0, repr(text), "write 90m, 1h30m, 12:00:00, 1-12:00:00 (days) or seconds")
     return seconds
+
+
+class Part(NamedTuple):
+    """Part `number` of `parts` of a dataset, from 1."""
+
+    number: int
+    parts: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.parts}"
+
+
+def part_of(text: str) -> Part:
+    """The part in `3/64`. Raises UserError."""
+    form = re.fullmatch(r"([0-9]{1,7})/([0-9]{1,7})", text)
+    part = Part(int(form[1]), int(form[2])) if form else Part(0, 0)
+    allowed = f"1/{part.parts} to {part.parts}/{part.parts}" if part.parts else "K/N, from 1/N to N/N, such as 3/64"
+    require("data.part", 1 <= part.number <= part.parts, text, f"allowed is {allowed}")
+    return part
 
 
 def check_no_login(option: str, address: str) -> None:
@@ -203,10 +222,23 @@ class DataOptions:
     `live` keeps the text encoders loaded. `auto` chooses by their size and prints its choice."""
     prepared_dir: str | None = None
     """Folder of cached latents and text states, keyed by content; None is $T2I_ADAPTER_CACHE, or
-    ~/.cache/t2i_adapter/prepared."""
+    ~/.cache/t2i_adapter/prepared. Or s3://BUCKET/PREFIX, which is read through local copies (docs/cache.md)."""
+    local_gb: float = 64.0
+    """With a prepared_dir on object storage: gigabytes of local disk for copies of its files."""
+    part: str | None = None
+    """`prepare` encodes part K of N, written K/N, from 1/N to N/N: N jobs that need nothing of each other."""
+    on_missing: Literal["encode", "fail"] = "encode"
+    """`encode` makes the records that are missing in the cache. `fail` lists them, by parts, and stops."""
 
     def __post_init__(self) -> None:
         check_no_login("data.location", self.location or "")
+        check_no_login("data.prepared_dir", self.prepared_dir or "")
+        scheme = (self.prepared_dir or "").partition("://")
+        bucket = scheme[0] == "s3" and bool(scheme[2].strip("/"))
+        require("data.prepared_dir", bucket or not scheme[1], self.prepared_dir, "a folder, or s3://BUCKET/PREFIX")
+        require("data.local_gb", 0 < self.local_gb < inf, self.local_gb, "allowed is a number above 0")
+        if self.part is not None:
+            part_of(self.part)
         both = self.conditioning_dir is not None and self.condition is not None
         made = f"are conditions, and {flag('data.condition')} {self.condition} makes others; omit one of them"
         require("data.conditioning_dir", not both, self.conditioning_dir, made)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from t2i_adapter.config.tree import DataOptions
+from t2i_adapter.data.notes import Notes
 from t2i_adapter.data.source import Source
 from t2i_adapter.errors import UserError, flag
 
@@ -30,12 +31,16 @@ class BadRow(NamedTuple):
 class BadRows:
     """The bad rows of a source, found by this process or by the others that share its work."""
 
-    def __init__(self, options: DataOptions, total: int, notes: Path | None = None, rank: int = 0) -> None:
-        """`notes` names the files through which processes exchange bad rows ("NOTES.RANK"); None for one process."""
+    def __init__(
+        self, options: DataOptions, total: int, notes: Notes | None = None, rank: int = 0, world: int = 1
+    ) -> None:
+        """`notes`: where the `world` processes that share the work write their bad rows for each other, a note a row
+        ("bad.RANK.COUNT"); None for one process."""
         self.skips = options.on_bad_sample == "skip"
         self.total, self.max_share = total, options.max_bad_share
         self.found: dict[int, BadRow] = {}
         self._notes, self._rank = notes, rank
+        self._counts = [0] * world  # notes of each process that this one has written or read
 
     def add(self, row: BadRow) -> None:
         """Raises UserError if there are too many bad rows now."""
@@ -43,9 +48,8 @@ class BadRows:
             return
         self.found[row.number] = row
         if self._notes:
-            self._notes.parent.mkdir(parents=True, exist_ok=True)
-            with self._notes.with_name(f"{self._notes.name}.{self._rank}").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._notes.write(f"bad.{self._rank}.{self._counts[self._rank]}", json.dumps(row).encode())
+            self._counts[self._rank] += 1
         if not self.skips and len(self.found) >= MAX_REPORTED:
             self.settle()
         if self.skips:
@@ -67,11 +71,12 @@ class BadRows:
         """Reads the bad rows that other processes have found. Raises UserError if there are too many now."""
         if self._notes is None:
             return
-        for path in self._notes.parent.glob(f"{self._notes.name}.*"):
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):  # otherwise it is being written
-                    row = BadRow(*json.loads(line))
-                    self.found.setdefault(row.number, row)
+        for rank, count in enumerate(self._counts):
+            while rank != self._rank and (note := self._notes.read(f"bad.{rank}.{count}")) is not None:
+                row = BadRow(*json.loads(note))
+                self.found.setdefault(row.number, row)
+                count += 1
+            self._counts[rank] = count
         if self.skips:
             self._check_share()
         self.settle()

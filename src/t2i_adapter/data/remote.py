@@ -85,6 +85,64 @@ def read_tail(blob: Blob, count: int) -> bytes:
     return attempt(lambda: system.cat_file(inner, start=start, end=blob.size), blob.name)
 
 
+def list_files(url: str) -> list[Blob]:
+    """The files directly below an s3 address, sorted; none if there is no such folder. Raises UserError."""
+    system, inner = _file_system(url)
+    try:
+        found = attempt(lambda: system.ls(inner, detail=True), url)
+    except UserError as fault:
+        if fault.kind != "missing":
+            raise
+        bucket = inner.partition("/")[0]
+        attempt(lambda: system.ls(bucket), f"s3://{bucket}", "listed")  # an empty folder and no bucket are different
+        return []
+    files = {info["name"]: info for info in found if info.get("type") == "file"}
+    return [_blob(system.unstrip_protocol(name), files[name]) for name in sorted(files)]
+
+
+def read(url: str) -> bytes | None:
+    """The content of a remote file; None if it is missing. Raises UserError."""
+    system, inner = _file_system(url)
+    try:
+        return attempt(lambda: system.cat_file(inner), url)
+    except UserError as fault:
+        if fault.kind != "missing":
+            raise
+        return None
+
+
+def write(url: str, data: bytes) -> None:
+    """Creates or replaces a file on object storage. Raises UserError."""
+    system, inner = _file_system(url)
+    attempt(lambda: system.pipe_file(inner, data), url, "written")
+
+
+def create(url: str, data: bytes) -> bool:
+    """Creates a file on object storage; False if it exists. Raises UserError."""
+    system, inner = _file_system(url)
+
+    def put() -> bool:
+        try:
+            system.pipe_file(inner, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    return attempt(put, url, "written")
+
+
+def upload(path: Path, url: str) -> None:
+    """Copies a file to object storage, where it appears whole or not at all. Raises UserError."""
+    system, inner = _file_system(url)
+    attempt(lambda: system.put_file(str(path), inner), url, "written")
+
+
+def remove(url: str) -> None:
+    """Deletes a file on object storage, if it exists. Raises UserError."""
+    system, inner = _file_system(url)
+    attempt(lambda: system.rm_file(inner), url, "deleted")
+
+
 def download(blob: Blob, path: Path, most: int) -> None:
     """Writes a remote file to `path`, whole or not at all. Raises UserError, also after `most` bytes."""
     system, inner = _file_system(blob.name)
@@ -117,8 +175,10 @@ def _blob(url: str, info: dict[str, Any]) -> Blob:
     return Blob(url, size, None if mark is None else f"{url}\0{size}\0{mark}")
 
 
-def attempt(function: Callable[[], T], url: str) -> T:
+def attempt(function: Callable[[], T], url: str, what: str = "read") -> T:
     """The function's value. Retries after pauses if the error may pass. Raises UserError with the URL and the reason.
+
+    what: what is done with the URL, for messages.
 
     File systems raise errors of the libraries below them; an error's module shows whether it is one of those.
     """
@@ -130,14 +190,21 @@ def attempt(function: Callable[[], T], url: str) -> T:
         except Exception as caught:
             fault = _cause(caught)
             if isinstance(fault, FileNotFoundError) or _status(fault) in _MISSING:
-                raise UserError(f"{url}: no such file there.", kind="missing") from None
+                missing = "no such file there." if what == "read" else "no such bucket. Create it, or name another one."
+                raise UserError(f"{url}: {missing}", kind="missing") from None
             if not isinstance(fault, OSError | ValueError) and type(fault).__module__.partition(".")[0] not in _FOREIGN:
                 raise
             if pause is None or not _may_pass(fault):
                 tries = f"{len(PAUSES) + 1} tries" if pause is None else "1 try"
+                refused = isinstance(fault, PermissionError) or _status(fault) == 403
+                advice = "Check the address, the network and your credentials."
+                if refused and url.startswith("s3://"):
+                    advice = (
+                        "The bucket refuses these credentials. Allow them to list the bucket and to read and write its "
+                        "objects, or set other credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE)."
+                    )
                 raise UserError(
-                    f"{url}: cannot be read ({tries}): {first_line(fault).rstrip('.')}. "
-                    "Check the address, the network and your credentials."
+                    f"{url}: cannot be {what} ({tries}): {first_line(fault).rstrip('.')}. {advice}"
                 ) from fault
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")

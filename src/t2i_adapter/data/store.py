@@ -38,7 +38,7 @@ class Store:
     def __init__(self, root: Path, limit: int = FETCHED_BYTES) -> None:
         self._fetched = root / "fetched"
         self._indices = root / "indices"
-        self._limit = limit
+        self.limit = limit
 
     def local(self, blob: Blob) -> Path:
         """The local path of a file, which is downloaded first if needed. Raises UserError that names the URL."""
@@ -49,7 +49,7 @@ class Store:
             with self._locked(path.name):
                 if not _touch(path):
                     self._make_room(blob.size)
-                    download(blob, path, most=blob.size or min(self._limit, _UNKNOWN_BYTES))
+                    download(blob, path, most=blob.size or min(self.limit, _UNKNOWN_BYTES))
         return path
 
     def place(self, blob: Blob) -> Path:
@@ -84,7 +84,7 @@ class Store:
         for state, path in sorted(held, key=lambda one: one[0].st_atime):
             is_temporary = path.suffix == ".tmp"
             is_stale = is_temporary and time.time() - state.st_mtime > STALE_SECONDS
-            if is_stale or (not is_temporary and (total + need > self._limit or need > free)):
+            if is_stale or (not is_temporary and (total + need > self.limit or need > free)):
                 path.unlink(missing_ok=True)
                 total, free = total - state.st_size, free + state.st_size
         if need > free:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from t2i_adapter.batches.encoders import Encoders
 from t2i_adapter.batches.loader import count_workers, make_partial_batches
-from t2i_adapter.cache.context import PrepareContext
+from t2i_adapter.cache.context import PrepareContext, cache_place
 from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
 from t2i_adapter.cache.prepare import prepare
 from t2i_adapter.config.tree import Config
 from t2i_adapter.data.bad_rows import BadRow, BadRows, list_bad_rows
 from t2i_adapter.data.source import Source
 from t2i_adapter.errors import UserError
-from t2i_adapter.files import cache_root
 from t2i_adapter.models.base import Base
 from t2i_adapter.training.cpu.feeding import build_in_process
 from t2i_adapter.training.data_record import DataCheck
+from t2i_adapter.training.sharing import Group, find_group
 from t2i_adapter.types import Batch, PartialBatch
 
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -45,17 +42,20 @@ def prepare_data(
     dtype: arithmetic of the text encoders. prompts: captions to encode besides the source's and the empty one.
     check: compares the pictures with those of the checkpoint to resume from, before any is encoded. Raises UserError.
     """
-    run_id = [secrets.token_hex(8)]
-    broadcast_object_list(run_id)
+    place = cache_place(config.data)
+    if config.data.cache == "disk" or config.data.text_cache == "disk":
+        group = find_group(accelerator, place)
+    else:
+        group = Group(accelerator.local_process_index, 1, "")  # nothing is stored
     context = PrepareContext(
         base,
         accelerator.device,
         dtype,
-        cache_root(config.data.prepared_dir),
-        # Each machine prepares its own cache, because machines may not share a disk.
-        rank=accelerator.local_process_index,
-        world=int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes),
-        run_id=run_id[0],
+        place.root,
+        rank=group.rank,
+        world=group.world,
+        run_id=group.run_id,
+        mirror=place.mirror,
     )
     return prepare(
         source,

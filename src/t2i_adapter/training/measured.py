@@ -13,7 +13,7 @@ from PIL import Image
 
 from t2i_adapter.annotators.registry import Annotator
 from t2i_adapter.batches.encoders import Encoders
-from t2i_adapter.cache.context import PrepareContext
+from t2i_adapter.cache.context import PrepareContext, cache_place
 from t2i_adapter.cache.dataset import CachedDataset
 from t2i_adapter.cache.prepare import prepare
 from t2i_adapter.cache.records import add_prefix
@@ -21,7 +21,6 @@ from t2i_adapter.config.tree import Config, OptimOptions
 from t2i_adapter.data.pair import IMAGE_FILTER
 from t2i_adapter.data.source import Source
 from t2i_adapter.errors import UserError
-from t2i_adapter.files import cache_root
 from t2i_adapter.generation.condition import fit
 from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.models.base import Base
@@ -91,11 +90,13 @@ def prepare_measured(
         on_bad_sample="skip",
         max_bad_share=0.5,
         shuffle_tags=False,
+        part=None,
+        on_missing="encode",
     )
-    root = cache_root(config.data.prepared_dir)
+    place = cache_place(config.data)
 
     def cached(source: Source) -> CachedDataset:
-        context = PrepareContext(base, device, dtype, root, progress=False, quiet=True)
+        context = PrepareContext(base, device, dtype, place.root, mirror=place.mirror, progress=False, quiet=True)
         dataset = prepare(source, data, context, in_channels=config.adapter.in_channels)
         assert isinstance(dataset, CachedDataset)
         return dataset

@@ -64,7 +64,7 @@ class Folder:
     @classmethod
     def of(cls, path: Path) -> Folder:
         from t2i_adapter.cache.context import ABOUT
-        from t2i_adapter.cache.shards import SUFFIX
+        from t2i_adapter.cache.shard_file import SUFFIX
 
         files = tuple(sorted(path.glob(f"*{SUFFIX}")))
         newest = max(one.stat().st_mtime for one in (path / ABOUT, *files, path) if one.exists())
@@ -86,7 +86,7 @@ class Folder:
 
 def ls(options: CacheOptions) -> None:
     """Prints a line for each folder of records, the last used first, and the sum of their bytes."""
-    root = cache_root(options.prepared_dir)
+    root = _root(options.prepared_dir)
     found = sorted(folders(root), key=lambda folder: folder.unused)
     for folder in found:
         print(folder.describe())
@@ -96,9 +96,9 @@ def ls(options: CacheOptions) -> None:
 def verify(options: CacheOptions) -> None:
     """Reads every record and prints the damaged files. Exits with code 1 if there are any."""
     from t2i_adapter.cache.context import bar
-    from t2i_adapter.cache.shards import damage
+    from t2i_adapter.cache.shard_file import damage
 
-    root = cache_root(options.prepared_dir)
+    root = _root(options.prepared_dir)
     files = [file for folder in folders(root) for file in folder.files]
     faults = {file: fault for file in bar(files, len(files), "reading") if (fault := damage(file))}
     for file, fault in faults.items():
@@ -119,7 +119,7 @@ def rm(options: RemoveOptions) -> None:
             f"{'nothing to remove' if not any(chosen) else 'more than one choice'} is named: name FINGERPRINTS (see "
             f"`cache ls`), {flag('unused_days')} or {flag('all')}."
         )
-    root = cache_root(options.prepared_dir)
+    root = _root(options.prepared_dir)
     found = folders(root)
     if options.all and not options.yes:
         size = show_bytes(sum(folder.size for folder in found))
@@ -134,6 +134,13 @@ def rm(options: RemoveOptions) -> None:
     if options.all:
         _remove(root / STAMPS)
     print(f"{show_bytes(sum(folder.size for folder in found))} freed at {root}")
+
+
+def _root(prepared_dir: str | None) -> Path:
+    """The cache's folder. Raises UserError for a cache on object storage."""
+    if "://" in (prepared_dir or ""):
+        raise UserError(f"{prepared_dir}: only folders; use your storage's own tools.", option="prepared_dir")
+    return cache_root(prepared_dir)
 
 
 def folders(root: Path) -> list[Folder]:
@@ -161,7 +168,7 @@ def _named(found: list[Folder], name: str) -> Folder:
 
 
 def _count_records(file: Path) -> int:
-    from t2i_adapter.cache.shards import DamagedShardError, read_index
+    from t2i_adapter.cache.shard_file import DamagedShardError, read_index
 
     try:
         return len(read_index(file))

@@ -39,6 +39,8 @@ def run(
 
     Raises UserError as early as an error can be found, and Stopped if a signal or a limit ends the run early.
     """
+    if config.data.part:
+        raise UserError(f"{config.data.part}: `prepare` alone encodes a part; omit it.", option="data.part")
     preload("t2i_adapter.training.setup")
     from t2i_adapter.training.numerics import restored_switches
     from t2i_adapter.training.signals import Stopper
