@@ -117,6 +117,7 @@ def _cached(
     _check_any(numbers, source)
     groups, shards = groups_of(images.tags[rows[0]]), shards_of(source.shards, numbers)
     heads = digests[:, :HEAD_BYTES].copy()
+    images.forget_keys()
     dataset = CachedDataset(source, transform, numbers, groups, shards, None, rows, images, digests=heads)
     return dataset, f"{len(missing)} new"
 
