@@ -17,7 +17,7 @@ import torch
 
 from t2i_adapter.cache.context import STAMPS, PrepareContext, check_room, in_batches, run_ahead
 from t2i_adapter.cache.records import PackedCondition, image_record, pack_condition, view_keys
-from t2i_adapter.cache.shards import Keys, Shards, ShardWriter
+from t2i_adapter.cache.shards import BLOCK, Keys, Shards, ShardWriter
 from t2i_adapter.cache.stamps import Stamps
 from t2i_adapter.data.bad_rows import BadRow, BadRows
 from t2i_adapter.data.pair import CroppedPair, PairTransform
@@ -66,6 +66,8 @@ def read_digests(
         with contextlib.suppress(OSError):  # rows whose stamps are not saved are read again
             stamps.save()
     bad.settle()
+    if not bad.found:
+        return np.arange(len(source), dtype=np.int32), digests
     good = ~np.isin(np.arange(len(source)), list(bad.found))
     return np.flatnonzero(good).astype(np.int32), digests[good]
 
@@ -107,7 +109,11 @@ def _digest(source: Source, number: int) -> bytes | BadRow:
 
 def find_rows(images: Shards, digests: np.ndarray, views: int) -> np.ndarray:
     """(views,N) int32 rows of the pictures' records, from their digests (N,32); -1 if a record is missing."""
-    return np.stack([images.find(view_keys(digests, view)).astype(np.int32) for view in range(views)])
+    rows = np.empty((views, len(digests)), np.int32)
+    for view in range(views):
+        for at in range(0, len(digests), BLOCK):  # the keys of all pictures would be another 32 bytes each
+            rows[view, at : at + BLOCK] = images.find(view_keys(digests[at : at + BLOCK], view))
+    return rows
 
 
 @dataclass(frozen=True)
