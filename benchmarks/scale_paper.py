@@ -269,6 +269,9 @@ def memory_table(given: Assumptions, result: dict[str, Any]) -> str:
             peak = pairs * growth["peak_bytes_a_row"]
             row += [show_bytes(peak), show_bytes(given.cards * peak), show_time(pairs * growth["start_us_a_row"] / 1e6)]
         rows.append(row)
+    peaks = [pairs * result["missing"]["peak_bytes_a_pair"] for pairs in SIZES]
+    cells = [cell for peak in peaks for cell in (show_bytes(peak), show_bytes(given.cards * peak), "-")]
+    rows.append(["the first `prepare`: its list of missing records", *cells])
     what = ("a process", f"a machine of {given.cards} cards", "a start")
     return _table(["data", *(f"{show_pairs(pairs)}: {one}" for pairs in SIZES for one in what)], rows)
 
