@@ -14,10 +14,11 @@ Parts, each with files of its own below SCRATCH that are deleted after it:
     tar     tar shards, at most a million rows, no cache
     order   statistics of the shuffle at a million rows
     missing bytes of the list of pairs that the first `prepare` has to encode
+    flops   operations of SDXL's networks
 
-Each row of `live`, `cached`, `table` and `tar` is measured in a new process, --rounds times; medians are shown. `*_s`
-are seconds of the CPU, which a busy machine changes little, except `first_batch_wall_s`: both are over the sum of open,
-held_out, prepare, record and batch. Files are in the page cache.
+Each row of `live`, `cached`, `table` and `tar` is measured in a process of its own, --rounds times, of which the file
+has the medians. `*_s` are seconds of the CPU, which a busy machine changes less than those of a clock, except
+`first_batch_wall_s`: both are over the sum of open, held_out, prepare, record and batch. Files are in the page cache.
 `rss_mib` is what the process holds when the first batch is there, `imports_mib` what it held before it opened the data,
 `peak_mib` its peak. `worker_mib` is the memory that one loader process has alone (Private of smaps_rollup).
 """
@@ -25,15 +26,15 @@ held_out, prepare, record and batch. Files are in the page cache.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import os
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ MIB = 2**20
 BATCH = 4
 ROWS = (100_000, 1_000_000, 10_000_000)
 MOST_TAR_ROWS = 1_000_000  # a row takes 2 KiB
-PARTS = ("live", "cached", "table", "tar", "order", "missing")
-TIMEOUT = 900.0  # seconds of one process
+PARTS = ("live", "cached", "table", "tar", "order", "missing", "flops")
+LATER = 0.9
 
 
 def memory() -> dict[str, int]:
@@ -78,8 +79,8 @@ def options_of(part: str, place: Path) -> Any:
     )
 
 
-def start(part: str, place: Path, root: Path, at: float) -> dict[str, Any]:
-    """What a run does before its first step, from the data to the first batch at the share `at` of the rows."""
+def start(part: str, place: Path, root: Path) -> list[dict[str, Any]]:
+    """What a run does before its first step, from the data to the first batch: at row 0, and at nine tenths."""
     import torch
 
     from t2i_adapter.batches.loader import make_partial_batches
@@ -111,27 +112,35 @@ def start(part: str, place: Path, root: Path, at: float) -> dict[str, Any]:
     dataset = timed("prepare", lambda: prepare(held_out.training, data, context, in_channels=3))
     timed("record", lambda: DataRecord.of(dataset))
 
-    def batches(workers: int) -> Iterator[Any]:
+    def batches(at: float, workers: int = 0) -> Iterator[Any]:
         few = replace(config, data=replace(data, num_workers=workers))
         first = int(len(dataset) * at) // BATCH
         return make_partial_batches(
             dataset, few, rank=0, world=1, start_step=first, stop_step=first + 1000, num_timesteps=1000
         )
 
-    timed("batch", lambda: next(batches(0)))
-    wall, held = time.perf_counter() - began, memory()
-    with_worker = batches(1)
+    wall = time.perf_counter() - began
+    timed("later", lambda: next(batches(LATER)))  # first, so that what the first batch loads is not missing in it
+    began = time.perf_counter()
+    timed("batch", lambda: next(batches(0.0)))
+    wall, held = wall + time.perf_counter() - began, memory()
+    with_worker = batches(0.0, workers=1)
     for _ in range(8):
         next(with_worker)
     [worker] = [int(child) for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()][-1:]
     mib = {"imports": imports, **held, "worker": private_of(worker)}
-    return {
-        "rows": len(dataset),
-        **{f"{name}_s": round(value, 3) for name, value in seconds.items()},
-        "first_batch_s": round(sum(seconds.values()), 2),
-        "first_batch_wall_s": round(wall, 2),
-        **{f"{name}_mib": round(value / MIB, 1) for name, value in mib.items()},
-    }
+    later = seconds.pop("later")
+    both = seconds, {**seconds, "batch": later}
+    return [
+        {
+            "rows": len(dataset),
+            **{f"{name}_s": round(value, 3) for name, value in one.items()},
+            "first_batch_s": round(sum(one.values()), 2),
+            "first_batch_wall_s": round(wall, 2),
+            **{f"{name}_mib": round(value / MIB, 1) for name, value in mib.items()},
+        }
+        for one in both
+    ]
 
 
 def write(part: str, folder: Path, rows: int) -> tuple[Path, Path]:
@@ -166,36 +175,31 @@ def _write_cache(place: Path, root: Path) -> None:
 
 
 def measure(part: str, rows: int, options: argparse.Namespace) -> dict[str, Any]:
-    """A part at a number of rows: at row 0 and at nine tenths, each --rounds times."""
+    """A part at a number of rows, --rounds times."""
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         began = time.perf_counter()
-        place, root = write(part, Path(temporary), rows)
+        place, root = _in_process(write, part, Path(temporary), rows)
         print(f"{part} {rows:,}: written in {time.perf_counter() - began:.0f} s", flush=True)
-        found: dict[str, Any] = {
-            "bytes": sum(path.stat().st_size for path in Path(temporary).rglob("*") if path.is_file())
-        }
+        found: dict[str, Any] = {"bytes": sum(path.stat().st_size for path in Path(temporary).rglob("*"))}
         if part == "tar":
-            found["index_s"] = _child(part, place, root, 0.0)["open_s"]  # the next ones read the index from the disk
-        for at in (0.0, 0.9):
-            runs = [_child(part, place, root, at) for _ in range(options.rounds)]
-            found[f"row {round(rows * at)}"] = medians(runs)
-            print(part, rows, at, json.dumps(found[f"row {round(rows * at)}"]), flush=True)
-        shutil.rmtree(temporary)
-        Path(temporary).mkdir()
+            found["index_s"] = _in_process(start, part, place, root)[0]["open_s"]  # later it is read from the disk
+        runs = [_in_process(start, part, place, root) for _ in range(options.rounds)]
+        for at, some in zip((0.0, LATER), zip(*runs, strict=True), strict=True):
+            found[f"row {round(rows * at)}"] = medians(list(some))
+        print(part, rows, json.dumps(found), flush=True)
     return found
+
+
+def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function in a fork of this process, which has imported everything and done nothing: so its memory is its
+    own, and the imports are not repeated."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     return {**middle, "first_batch_s_of_each": [run["first_batch_s"] for run in runs]}  # the spread
-
-
-def _child(part: str, place: Path, root: Path, at: float) -> dict[str, Any]:
-    line = [sys.executable, __file__, "--child", part, str(place), str(root), str(at)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=TIMEOUT)
-    if done.returncode:
-        sys.exit(f"{part}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def missing(count: int = 100_000) -> dict[str, float]:
@@ -235,32 +239,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--paper", action="store_true", help="print the tables that are computed, measure nothing")
     parser.add_argument("--write_page", action="store_true", help="put all tables into docs/scale.md")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     scale_paper.add_options(parser)
     options = parser.parse_args()
-    if options.child:
-        part, place, root, at = options.child
-        print(json.dumps(start(part, Path(place), Path(root), float(at))))
-        return
     if options.paper or options.write_page:
         text = scale_paper.tables(scale_paper.Assumptions.of(options))
         print(text) if options.paper else scale_paper.update_page(scale_paper.PAGE, text)
         return
+    for module in ("t2i_adapter.training.setup", "t2i_adapter.batches.loader", "scale_data"):
+        importlib.import_module(module)  # so that no measurement includes it
     result = read_earlier("scale", options.out)
+    others = {"order": scale_order.measure, "missing": missing, "flops": scale_paper.count_flops}
     counts = [int(rows) for rows in options.rows.split(",")]
     for part in options.only.split(","):
         if part not in PARTS:
             parser.error(f"{part}: --only takes {', '.join(PARTS)}")
-        if part in ("order", "missing"):
-            result[part] = scale_order.measure() if part == "order" else missing()
-            continue
-        sizes = [rows for rows in counts if part != "tar" or rows <= MOST_TAR_ROWS]
-        result[part] = {str(rows): measure(part, rows, options) for rows in sizes}
-        if len(sizes) > 1:
-            result[part] |= {"growth": growth(result[part])}
+        if part in others:
+            result[part] = others[part]()
+        else:
+            sizes = [rows for rows in counts if part != "tar" or rows <= MOST_TAR_ROWS]
+            result[part] = {str(rows): measure(part, rows, options) for rows in sizes}
+            if len(sizes) > 1:
+                result[part] |= {"growth": growth(result[part])}
         write_result("scale", result, options.out, threads=1)
-    result["flops"] = scale_paper.count_flops()
-    write_result("scale", result, options.out, threads=1)
 
 
 if __name__ == "__main__":
