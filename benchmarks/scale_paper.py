@@ -219,13 +219,18 @@ PARTS = {
 }
 
 
+def _parts(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The parts that were measured, with their titles."""
+    return [(name, title) for name, title in PARTS.items() if name in result]
+
+
 def _rows(part: dict[str, Any]) -> list[str]:
     return sorted((key for key in part if key.isdigit()), key=int)
 
 
 def start_table(result: dict[str, Any]) -> str:
     rows = []
-    for name, title in PARTS.items():
+    for name, title in _parts(result):
         for count in _rows(result[name]):
             first, later = (value for key, value in result[name][count].items() if key.startswith("row "))
             rows.append(
@@ -245,7 +250,7 @@ def start_table(result: dict[str, Any]) -> str:
 
 def growth_table(result: dict[str, Any]) -> str:
     rows = []
-    for name, title in PARTS.items():
+    for name, title in _parts(result):
         growth = result[name]["growth"]
         rows.append(
             [
@@ -263,7 +268,7 @@ def growth_table(result: dict[str, Any]) -> str:
 def memory_table(given: Assumptions, result: dict[str, Any]) -> str:
     """What the measured growth makes of the two sizes."""
     rows = []
-    for name, title in PARTS.items():
+    for name, title in _parts(result):
         growth, row = result[name]["growth"], [title]
         for pairs in SIZES:
             peak = pairs * growth["peak_bytes_a_row"]

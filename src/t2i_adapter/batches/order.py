@@ -104,7 +104,9 @@ class Order:
         key, size = [EPOCH_STREAM, self._seed, epoch] + ([group] if group else []), self._sizes[group]
         if size > LARGE_ROWS:
             return LargePermutation(size, key)
-        return np.random.default_rng(key).permutation(np.arange(size, dtype=np.int32))
+        rows = np.arange(size, dtype=np.int32)
+        np.random.default_rng(key).shuffle(rows)
+        return rows
 
 
 class ShardwisePermutation:
