@@ -57,11 +57,12 @@ def of_layout(shards: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def chi_square(counts: np.ndarray) -> dict[str, Any]:
-    """Of a table whose margins are fixed, as those of permutations are."""
+def chi_square(counts: np.ndarray, *, all_places: bool) -> dict[str, Any]:
+    """Of a table of rows by places. all_places: every place was taken as often as any other, as by whole permutations;
+    then the sums of the columns are fixed like those of the rows."""
     expected = counts.sum() / counts.size
     value = float(((counts - expected) ** 2 / expected).sum())
-    free = (counts.shape[0] - 1) * (counts.shape[1] - 1)
+    free = (counts.shape[0] - all_places) * (counts.shape[1] - 1)
     low, high = (free * (1 - 2 / (9 * free) + z * math.sqrt(2 / (9 * free))) ** 3 for z in (-1.96, 1.96))
     return {"value": round(value, 1), "freedom": free, "chance": [round(low, 1), round(high, 1)]}
 
@@ -108,5 +109,5 @@ def _of_draws(counts: np.ndarray, size: int) -> np.ndarray:
 def measure() -> dict[str, Any]:
     found: dict[str, Any] = {name: of_layout(shards) for name, shards in LAYOUTS.items()}
     tables = {"rows": rows_of_blocks(), "shards": windows_of_shards(), "large": places_of_large()}
-    found["chi_square"] = {name: chi_square(table) for name, table in tables.items()}
+    found["chi_square"] = {name: chi_square(table, all_places=name != "large") for name, table in tables.items()}
     return found
