@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.runs import tiny_config
+from support.sources import open_at
 from support.tiny import write_circles
 
 from t2i_adapter.cache.texts import CaptionTable
@@ -163,7 +164,6 @@ def test_a_record_survives_its_checkpoint(config: Config, tmp_path: Path):
 
 
 def test_of_many_pairs_a_hash_covers_several_and_still_depends_on_their_order(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(data_record, "_MOST", dict.fromkeys(data_record._MOST, 4))
     monkeypatch.setattr(data_record, "MOST_HASHES", 4)
     digests = np.random.default_rng(0).integers(0, 256, (10, 32), dtype=np.uint8)
     swapped = digests.copy()
@@ -172,6 +172,31 @@ def test_of_many_pairs_a_hash_covers_several_and_still_depends_on_their_order(mo
     assert before.pictures is not None and len(before.pictures.hashes) == 4
     found = compare(before, after, "pair {}".format, "checkpoint-1")
     assert found.difference == "at least 1 of 10 pairs have changed (pictures 1), first pair 6"
+
+
+def test_of_many_pairs_without_a_cache_evenly_spread_runs_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(data_record, "MOST_READ", 32)
+    monkeypatch.setattr(data_record, "RUN", 4)
+    lines = [json.dumps({"image": f"{n}.png", "conditioning_image": "c.png", "text": f"{n}"}) for n in range(500)]
+
+    def record(lines: list[str]) -> DataRecord:
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+        source, numbers = open_at(tmp_path / "rows.jsonl"), data_record._looked_at(500)
+        return DataRecord(500, None, data_record.captions_column(source, numbers, 500))
+
+    looked_at = data_record._looked_at(500)
+    assert len(set(looked_at)) == 32 and looked_at[0] == 0 and looked_at[-1] == 499
+    before = record(lines)
+    assert before.captions is not None and before.captions.kind == "runs of texts"
+    edited = [
+        line.replace('"text": "', '"text": "new ') if n == looked_at[17] else line for n, line in enumerate(lines)
+    ]
+    found = compare(before, record(edited), "pair {}".format, "checkpoint-1")
+    assert found.difference == f"at least 1 of 500 pairs have changed (captions 1), first pair {looked_at[17]}"
+    assert compare(before, record(lines), str, "checkpoint-1").difference == ""
+    older = replace(before, captions=Column("some texts", np.zeros(500, np.uint64)))  # type: ignore[arg-type]
+    found = compare(older, before, str, "checkpoint-1")
+    assert found.difference == "" and "an older version chose other pairs" in found.notes[-1]
 
 
 def test_the_order_of_a_pairs_captions_counts_however_they_were_read():

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,9 +30,17 @@ BLOCK_ROWS = 1024
 """Consecutive rows of a shard that are permuted among themselves and read together."""
 WINDOW_SHARDS = 8
 """Number of shards that are read from at a time: their blocks are mixed."""
+LARGE_ROWS = 2**24
+"""A group of one shard with more rows than this is permuted by a formula instead of an array."""
 BLOCK_STEPS = 64
 """Number of steps within which the groups' turns are shuffled. During the run no group is more than about one such
 block of steps ahead of its share."""
+
+
+class Permutation(Protocol):
+    """The rows of an epoch by their position in it."""
+
+    def __getitem__(self, position: int, /) -> int | np.integer: ...
 
 
 class Order:
@@ -54,7 +62,7 @@ class Order:
         self._shards = [_shares(group, ends) for group in groups]
         self._seed = seed
         self._global_batch = global_batch
-        self._epochs: OrderedDict[tuple[int, int], np.ndarray | ShardwisePermutation] = OrderedDict()
+        self._epochs: OrderedDict[tuple[int, int], Permutation] = OrderedDict()
 
     def place(self, draw: int) -> tuple[int, int]:
         """Group of draw `draw`'s sample, and the sample's index in `groups[group]`."""
@@ -80,7 +88,7 @@ class Order:
         mine = parts[within * count : (within + 1) * count]
         return [(int(part) + quantile) / len(parts) for part, quantile in zip(mine, quantiles, strict=True)]
 
-    def _epoch(self, group: int, epoch: int) -> np.ndarray | ShardwisePermutation:
+    def _epoch(self, group: int, epoch: int) -> Permutation:
         """The permutation of an epoch. The last few are kept: a step may span two epochs, and groups take turns."""
         key = group, epoch
         if key not in self._epochs:
@@ -90,11 +98,15 @@ class Order:
         self._epochs.move_to_end(key)
         return self._epochs[key]
 
-    def _permutation(self, group: int, epoch: int) -> np.ndarray | ShardwisePermutation:
+    def _permutation(self, group: int, epoch: int) -> Permutation:
         if len(self._shards[group]) > 1:
             return ShardwisePermutation(self._shards[group], [SHARD_STREAM, self._seed, epoch, group])
-        key = [EPOCH_STREAM, self._seed, epoch] + ([group] if group else [])
-        return np.random.default_rng(key).permutation(self._sizes[group])
+        key, size = [EPOCH_STREAM, self._seed, epoch] + ([group] if group else []), self._sizes[group]
+        if size > LARGE_ROWS:
+            return LargePermutation(size, key)
+        rows = np.arange(size, dtype=np.int32)
+        np.random.default_rng(key).shuffle(rows)
+        return rows
 
 
 class ShardwisePermutation:
@@ -144,6 +156,46 @@ class ShardwisePermutation:
             order = np.random.default_rng([*self._key, 2, window, block]).permutation(length)
             self._kept_rows = (window, block), order
         return self._kept_rows[1]
+
+
+class LargePermutation:
+    """A permutation of any number of rows that needs no array.
+
+    It is a Feistel network (Luby and Rackoff, 1988): a number's bits are divided in two halves, and each round XORs
+    one half with a keyed hash of the other, which can be undone. It permutes the numbers below the next power of two;
+    a number that is no row is permuted again until it is one, less than twice on average ("cycle walking").
+    """
+
+    ROUNDS = 8  # even, so that both halves end with their own number of bits
+
+    def __init__(self, size: int, key: list[int]) -> None:
+        """size: number of rows, at least 4. key: of the generator that draws the rounds' keys."""
+        self._size = size
+        bits = (size - 1).bit_length()
+        self._low_bits = bits // 2
+        self._masks = (1 << (bits - self._low_bits)) - 1, (1 << self._low_bits) - 1
+        self._keys = np.random.default_rng(key).integers(0, 2**64, self.ROUNDS, np.uint64).tolist()
+
+    def __getitem__(self, position: int) -> int:
+        assert 0 <= position < self._size
+        row = self._permute(position)
+        while row >= self._size:
+            row = self._permute(row)
+        return row
+
+    def _permute(self, number: int) -> int:
+        high, low = number >> self._low_bits, number & self._masks[1]
+        for place, key in enumerate(self._keys):
+            # `high` and `low` change places, so each round needs the other half's mask.
+            high, low = low, high ^ (_mix(low + key) & self._masks[place % 2])
+        return high << self._low_bits | low
+
+
+def _mix(number: int) -> int:
+    """A hash of 64 bits: the finaliser of splitmix64 (Steele, Lea and Flood, 2014)."""
+    number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    number = (number ^ (number >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return number ^ (number >> 31)
 
 
 class Blocks(NamedTuple):
@@ -204,5 +256,6 @@ def draws_of(step: int, micro: int, rank: int, *, batch_size: int, accumulate: i
 
 def _shares(numbers: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """How many of the ascending `numbers` lie in each shard; empty shards are skipped."""
+    ends = ends.astype(numbers.dtype)  # otherwise `searchsorted` copies the numbers to another dtype
     counts = np.diff(np.searchsorted(numbers, ends), prepend=0)
     return counts[counts > 0]

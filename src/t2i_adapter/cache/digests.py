@@ -39,6 +39,8 @@ def read_digests(
         crew.complete("digests", reader.unknown, int, reader.read, context.timeout, context.address)
     bad.exchange()
     bad.settle()
+    if not bad.found:
+        return np.arange(len(source), dtype=np.int32), reader.digests
     good = ~np.isin(np.arange(len(source)), list(bad.found))
     return np.flatnonzero(good).astype(np.int32), reader.digests[good]
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from t2i_adapter.cache.context import PrepareContext, in_batches, run_ahead
-from t2i_adapter.cache.keys import Keys
+from t2i_adapter.cache.keys import BLOCK, Keys
 from t2i_adapter.cache.records import PackedCondition, image_record, pack_condition, view_keys
 from t2i_adapter.cache.shards import Shards
 from t2i_adapter.data.bad_rows import BadRow, BadRows
@@ -43,7 +43,11 @@ class Packed(NamedTuple):
 
 def find_rows(images: Shards, digests: np.ndarray, views: int) -> np.ndarray:
     """(views,N) int32 rows of the pictures' records, from their digests (N,32); -1 if a record is missing."""
-    return np.stack([images.find(view_keys(digests, view)).astype(np.int32) for view in range(views)])
+    rows = np.empty((views, len(digests)), np.int32)
+    for view in range(views):
+        for at in range(0, len(digests), BLOCK):  # the keys of all pictures would be another 32 bytes each
+            rows[view, at : at + BLOCK] = images.find(view_keys(digests[at : at + BLOCK], view))
+    return rows
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ class _Images:
             )
         groups, shards = groups_of(images.tags[rows[0]]), shards_of(source.shards, numbers)
         heads = digests[:, :HEAD_BYTES].copy()
+        images.forget_keys()
         dataset = CachedDataset(source, self.transform, numbers, groups, shards, None, rows, images, digests=heads)
         return dataset, f"{len(missing)} new"
 

@@ -55,14 +55,17 @@ INDEX_BYTES = 2**16
 INDEX_READERS = 16  # concurrent requests
 COPY_TRIES = 5
 
+PLACES = np.dtype([("place", "<u8"), ("size", "<u4")])
+"""What of the index remains after `Shards.forget_keys`."""
+
 MAX_OPEN = 64  # open memory maps; each holds a file descriptor
 
 
 class Shards:
     """A folder of shards as one read-only table of records: `find` returns the rows of keys, `read` reads a row.
 
-    There may be millions of records, so the index is kept in arrays: 52 bytes a record, and 16 to find it. The checksum
-    of a record is verified the first time that this process reads it.
+    There may be millions of records, so the index is kept in arrays: 52 bytes a record, and 12 to find it, or 16 after
+    `forget_keys`. The checksum of a record is verified the first time that this process reads it.
 
     With a `mirror`, the shards lie on object storage. Only their indices are read at first, and `folder` has copies of
     these.
@@ -80,9 +83,20 @@ class Shards:
 
     def _fresh(self) -> None:
         """Sets what follows from the index, and what each process has of its own."""
-        self._keys = Keys(self._index["key"])
+        self._found: Keys | None = None
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
         self._checked = np.zeros(len(self._index), bool)
+
+    @property
+    def _keys(self) -> Keys:
+        """The table of keys, sorted when it is first needed: a loader process reads by row and needs none."""
+        if self._found is None:
+            self._found = Keys(self._index["key"])
+        return self._found
+
+    def forget_keys(self) -> None:
+        """Frees what only look-ups need: then records can be read by row, and not be found or added any more."""
+        self._index, self._found = self._index[["place", "size"]].astype(PLACES), None
 
     def __len__(self) -> int:
         return len(self._index)
@@ -132,7 +146,7 @@ class Shards:
         return record
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_keys", "_maps", "_checked")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_found", "_maps", "_checked")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -29,6 +29,8 @@ from t2i_adapter.types import Sample
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write them, UTF-8 cannot
 _LINE = re.compile(r" \((line|object) \d+\)$")
 MAX_ASPECT_GAP = 1.0  # pixels: what rounding a size makes
+MAX_ROWS = 2**31 - 1
+"""Row numbers are held as int32, which halves the memory that a run needs for each row."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Source:
 
     def subset(self, indices: np.ndarray) -> Source:
         """The pairs `indices`, ascending, as a source of their own."""
-        numbers = np.asarray(self._numbers)[indices]
+        # All rows, as a range, would become an array of 8 bytes a row.
+        numbers = indices if isinstance(self._numbers, range) else np.asarray(self._numbers)[indices]
         return Source(self._rows, numbers, background=self._background, what=self._what, captions=self._captions)
 
     def __len__(self) -> int:
@@ -151,6 +154,12 @@ def open_source(options: DataOptions, seed: int, parts: Sequence[Part] = ()) -> 
     """
     background = color(options.background)
     rows, what = open_joined(options, parts, open_layout) if parts else open_layout(options)
+    if len(rows) > MAX_ROWS:
+        raise UserError(
+            f"{rows.place}: has {len(rows):,} rows; at most {MAX_ROWS:,} are supported. Name some of its shards, or "
+            "divide it into datasets that you train on one after another.",
+            option="data.location",
+        )
     if options.captions == "filename" and rows.file_name(0) is None:
         text = "filename: the pictures of this dataset have no file names; allowed here are auto and none."
         raise UserError(text, option="data.captions")
@@ -205,7 +214,8 @@ def shards_of(stored: tuple[int, ...], numbers: Sequence[int] | np.ndarray) -> t
     """How many of the ascending `numbers` lie in each stored shard; shards without any are left out."""
     if isinstance(numbers, range):
         return stored
-    ends = np.searchsorted(numbers, np.cumsum(stored))
+    # The same dtype on both sides: otherwise `searchsorted` copies the numbers.
+    ends = np.searchsorted(numbers, np.cumsum(stored).astype(np.asarray(numbers).dtype))
     return tuple(int(count) for count in np.diff(ends, prepend=0) if count)
 
 

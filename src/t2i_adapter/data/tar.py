@@ -55,9 +55,8 @@ class TarRows(Rows):
             indices = list(pool.map(self._index, blobs))
         self.shards = tuple(len(index) for index in indices)
         self._starts = starts(self.shards)
-        index = pa.concat_tables([index.replace_schema_metadata() for index in indices]).combine_chunks()
-        self._stems = index.column("stem")
-        self._places = {name: index.column(name).to_numpy() for name in index.column_names if name != "stem"}
+        self._stems = pa.chunked_array([index.column("stem").combine_chunks() for index in indices]).combine_chunks()
+        self._places = {name: _joined(indices, name) for name in indices[0].column_names if name != "stem"}
         self._reset()
         self._check_parts(Unused.of(indices))
         self._check_caption_key({key: value for index in indices for key, value in _stored(index, "cells").items()})
@@ -127,15 +126,21 @@ class TarRows(Rows):
 
     def _part(self, index: int, part: str) -> bytes | None:
         """A member's bytes; None if the sample has no such member. Raises UserError."""
-        start, size = int(self._places[f"{part}_at"][index]), int(self._places[f"{part}_size"][index])
-        if start == MISSING:
+        starts, sizes = self._places[f"{part}_at"], self._places[f"{part}_size"]
+        if starts is None or sizes is None or starts[index] == MISSING:
             return None
+        start, size = int(starts[index]), int(sizes[index])
         shard = self._shard(index)
         check_size(size, f"{self.where(index)}, {part}")
         data = os.pread(self._file(shard).fileno(), size, start)
         if len(data) != size:
             raise UserError(f"{self._blobs[shard].name}: is shorter than when it was indexed. Start again.")
         return data
+
+    def _has(self, part: str) -> np.ndarray:
+        """(N,) bool: whether a sample has this part."""
+        starts = self._places[f"{part}_at"]
+        return np.zeros(len(self), bool) if starts is None else starts != MISSING
 
     def _file(self, shard: int) -> IO[bytes]:
         with self._lock:
@@ -168,7 +173,7 @@ class TarRows(Rows):
         """Sets `notes`. Raises UserError if there are no samples, or if all of them miss the same part."""
         if not len(self):
             raise UserError(f"{self.place}: there are no samples: {self._wanted('image')}{unused.hint()}.")
-        has = {part: self._places[f"{part}_at"] != MISSING for part in ("image", "condition", "txt", "json")}
+        has = {part: self._has(part) for part in ("image", "condition", "txt", "json")}
         missing = {"image": ~has["image"]}
         if self._options.captions not in ("none", "filename"):
             missing["caption"] = ~(has["txt"] | has["json"])
@@ -192,7 +197,7 @@ class TarRows(Rows):
         `cells`: the values in those .json, by key.
         """
         column = self._options.caption_column
-        has_txt = bool((self._places["txt_at"] != MISSING).any())
+        has_txt = bool(self._has("txt").any())
         if self._options.captions != "auto" or has_txt or not cells or column in cells:
             return
         likely = likely_columns(["caption_column"], list(cells), cells)
@@ -225,6 +230,16 @@ _ADVICE = {
     "caption": f" {flag('data.captions')} none trains without captions.{_UNPACK}",
 }
 """What to do if no sample has this part."""
+
+
+def _joined(indices: Sequence[pa.Table], name: str) -> np.ndarray | None:
+    """(N,): a column of all shards, as int32 if its numbers fit; None if no sample has this part. There may be hundreds
+    of millions of samples."""
+    column = np.concatenate([index.column(name).to_numpy() for index in indices])
+    highest = int(column.max(initial=MISSING))
+    if highest == MISSING:
+        return None
+    return column.astype(np.int32) if highest < 2**31 else column
 
 
 def _stored(index: pa.Table, name: str) -> dict[str, Any]:

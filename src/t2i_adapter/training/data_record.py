@@ -24,10 +24,12 @@ from t2i_adapter.training.checkpoint import read_state, read_tensors
 MOST_HASHES = 2**20
 """Largest number of hashes of a column, 8 bytes each. If there are more pairs, a hash covers consecutive pairs."""
 MOST_READ = 2**16
-"""Pairs that are looked at only for the record: of more pairs, this many, evenly spread."""
-Kind = Literal["bytes", "stamps", "texts", "some texts"]
-"""What a column's hashes are made of: the pictures' bytes, their files' sizes and dates, all captions, or those of
-evenly spread pairs."""
+"""Pairs that are looked at only for the record: of more pairs, this many, in evenly spread runs."""
+RUN = 16
+"""Consecutive pairs of a run: they are stored together, so that a shard is opened once for all of them."""
+Kind = Literal["bytes", "stamps", "texts", "runs of stamps", "runs of texts"]
+"""What a column's hashes are made of: the pictures' bytes, their files' sizes and dates, the captions; of all pairs, or
+of evenly spread runs."""
 _TENSORS = {"pictures": "data.pictures", "captions": "data.captions"}
 """Column -> its name in a checkpoint's training.safetensors."""
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses no bit
@@ -55,12 +57,14 @@ class DataRecord:
         if dataset.digests is not None:
             pictures = pictures_column(dataset.digests)
         else:
-            pictures = Column("stamps", _hashes(source.stamp(int(number)) or "" for number in _spread(numbers)))
+            looked_at = numbers[_looked_at(len(numbers))]
+            kind = "stamps" if len(looked_at) == len(numbers) else "runs of stamps"
+            pictures = Column(kind, _hashes(source.stamp(int(number)) or "" for number in looked_at))
         if isinstance(dataset, CachedDataset) and dataset.table is not None:
             table = dataset.table
             captions = Column("texts", _fold(_join(_hashes(table.distinct)[table.numbers], table.ends)))
         else:
-            captions = captions_column(source, _spread(numbers), len(numbers))
+            captions = captions_column(source, numbers[_looked_at(len(numbers))], len(numbers))
         return cls(len(dataset), pictures, captions)
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -93,14 +97,14 @@ def pictures_column(digests: np.ndarray) -> Column:
 
 
 def captions_column(source: Source, numbers: np.ndarray, pairs: int) -> Column | None:
-    """The captions of the rows `numbers`, all or evenly spread ones of the run's `pairs`; None if reading them would
-    download the data."""
+    """The captions of the rows `numbers`, those of all pairs of the run or of `_looked_at`; None if reading them would
+    download the data. pairs: their number in the run."""
     if source.captions_are_remote:
         return None
     captions = [_captions(source, int(number)) for number in numbers]
     ends = np.cumsum([len(some) for some in captions])
     hashes = _join(_hashes(caption for some in captions for caption in some), ends)
-    return Column("texts", _fold(hashes)) if len(numbers) == pairs else Column("some texts", hashes)
+    return Column("texts", _fold(hashes)) if len(numbers) == pairs else Column("runs of texts", hashes)
 
 
 def _captions(source: Source, number: int) -> tuple[str, ...]:
@@ -130,9 +134,13 @@ def _powers(count: int) -> np.ndarray:
     return np.cumprod(np.full(count, _MIX))
 
 
-def _spread(numbers: np.ndarray) -> np.ndarray:
-    """At most MOST_READ of the numbers, evenly spread."""
-    return numbers[:: _span(len(numbers), MOST_READ)]
+def _looked_at(count: int) -> np.ndarray:
+    """The pairs, of `count`, that are looked at: all, or MOST_READ in evenly spread runs of RUN."""
+    if count <= MOST_READ:
+        return np.arange(count)
+    runs = MOST_READ // RUN
+    starts = np.arange(runs) * (count - RUN) // (runs - 1)
+    return (starts[:, None] + np.arange(RUN)).ravel()
 
 
 def _span(count: int, most: int) -> int:
@@ -173,8 +181,8 @@ def compare(before: DataRecord | None, after: DataRecord, key: Callable[[int], s
         if one is None or other is None or one.kind != other.kind:
             notes.append(f"The {name} are not compared with those of {checkpoint}: {_reason(one, other)}.")
             continue
-        places = np.flatnonzero(one.hashes != other.hashes) * _span(count, _MOST[one.kind])
-        if one.kind != "stamps":
+        places = _pairs_of(np.flatnonzero(one.hashes != other.hashes), one.kind, count)
+        if one.kind not in ("stamps", "runs of stamps"):
             changed[name] = places
         elif len(places):
             notes.append(
@@ -190,12 +198,17 @@ def compare(before: DataRecord | None, after: DataRecord, key: Callable[[int], s
     return Comparison(words + _order_words(before, after, list(changed)), notes)
 
 
-_MOST: dict[str, int] = {"bytes": MOST_HASHES, "texts": MOST_HASHES, "stamps": MOST_READ, "some texts": MOST_READ}
-"""Kind -> largest number of its hashes."""
+_FOLDED = ("bytes", "texts")
+"""Kinds whose hashes cover all pairs, each several consecutive ones if there are many."""
+
+
+def _pairs_of(places: np.ndarray, kind: Kind, count: int) -> np.ndarray:
+    """The (first) pair of `count` that each of the hashes `places` is made of."""
+    return places * _span(count, MOST_HASHES) if kind in _FOLDED else _looked_at(count)[places]
 
 
 def _words(found: int, count: int, *kinds: Kind) -> str:
-    is_exact = all(count <= _MOST[kind] for kind in kinds)
+    is_exact = all(count <= (MOST_HASHES if kind in _FOLDED else MOST_READ) for kind in kinds)
     return f"{'' if is_exact else 'at least '}{found:,} of {count:,} pairs"
 
 
@@ -214,6 +227,9 @@ def _sorted(columns: list[np.ndarray]) -> np.ndarray:
 def _reason(one: Column | None, other: Column | None) -> str:
     if one is None or other is None:
         return "reading them would download the data"
+    older = {"stamps", "some texts"} & {one.kind, other.kind}
+    if any("runs" in kind for kind in (one.kind, other.kind)) and older:
+        return "an older version chose other pairs of this many to look at"
     return "one of the two runs has a cache (--data.cache, --data.text_cache) and the other has none"
 
 
@@ -239,7 +255,7 @@ class DataCheck:
         after = DataRecord(len(numbers), pictures_column(digests), None)
         if self._compare(after, source, numbers).difference:
             if before.captions is not None:
-                read = numbers if before.captions.kind == "texts" else _spread(numbers)
+                read = numbers if before.captions.kind == "texts" else numbers[_looked_at(len(numbers))]
                 after = replace(after, captions=captions_column(source, read, len(numbers)))
             self._refuse(self._compare(after, source, numbers))
 

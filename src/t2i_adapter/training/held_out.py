@@ -60,7 +60,9 @@ def choose_held_out(config: Config, source: Source) -> HeldOut:
         line = f"{len(some)} pairs of the training ({why}); {flag('validation.split')} names others"
         return HeldOut(source, source.subset(some), "training", None, line)
     chosen = _choose(len(source), left_out)
-    rest = source.subset(np.setdiff1d(np.arange(len(source)), chosen))
+    is_left = np.ones(len(source), bool)
+    is_left[chosen] = False
+    rest = source.subset(np.flatnonzero(is_left).astype(np.int32))
     line = f"{left_out} pairs, which are left out of training; {flag('validation.split')} none trains on them too"
     return HeldOut(rest, source.subset(chosen), "held-out", rest.subset(_choose(len(rest), left_out)), line)
 
