@@ -243,7 +243,7 @@ def _describe_disk(options: PlanOptions, found: Forecast) -> str:
     each = f"{found.cache / GIB:.2f} GiB of cache at most"
     if options.machines > 1:
         total = found.cache * options.machines / GIB
-        shared = f"one copy if {flag('data.prepared_dir')} is a folder that all machines share"
+        shared = "one copy if --data.prepared_dir is a folder that all machines share"
         each += f" on each machine, {total:.2f} GiB on {options.machines}; {shared}"
     return f"{each}; {found.output / GIB:.2f} GiB in the run's folder"
 
