@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,7 @@ def test_a_base_that_is_here_is_used_itself(tiny_base: Path, tmp_path: Path, mon
     (cached / "snapshots" / commit).symlink_to(tiny_base)
     assert known_base(BaseOptions(name=SDXL, cache_dir=str(tmp_path / "hub"))) is None
     monkeypatch.chdir(tmp_path)
-    os.makedirs(SDXL)
+    Path(SDXL).mkdir(parents=True)
     assert known_base(BaseOptions(name=SDXL)) is None, "a folder of this name"
 
 
