@@ -94,7 +94,7 @@ def test_a_real_step_takes_the_bytes_that_were_foretold(blocks: str | None):
         expected = foretold.step(size, height=128, width=128).peak
         assert watermark.peak == pytest.approx(expected, rel=0.02), size
         if size == 16:
-            assert allocated(step, size, adapter) == pytest.approx(expected, rel=0.03), size
+            assert allocated(step, size, adapter) == pytest.approx(expected, rel=0.06), size
 
 
 def allocated(step: Any, size: int, adapter: Any) -> int:
