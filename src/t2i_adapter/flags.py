@@ -110,7 +110,7 @@ def parse_train(
         more: further flags, whose paths are those of `config`.
         meant: names that a misspelt flag may have meant -> the flag to suggest.
 
-    `--help` prints and exits. Raises UserError.
+    `--help` prints and exits. Raises UserError; for a missing dataset too, unless `cls` has `DATA_IS_OPTIONAL`.
     """
     defaults = defaults or Config()
     if is_help(argv):
@@ -124,7 +124,7 @@ def parse_train(
     recipe = values.get("recipe")
     of_run = {path.removeprefix(_CONFIG): value for path, value in values.items() if path.startswith(_CONFIG)}
     config = with_values(load(recipe, defaults) if recipe else defaults, of_run)
-    _check_sources(config)
+    _check_sources(config, needs_data=not getattr(cls, "DATA_IS_OPTIONAL", False))
     own = {path: value for path, value in values.items() if not path.startswith(_CONFIG)}
     return _build(cls, {**own, "config": config})
 
@@ -317,9 +317,9 @@ def command_line(verb: str, options: Any) -> str:
     return show_command(*words)
 
 
-def _check_sources(config: Config) -> None:
+def _check_sources(config: Config, *, needs_data: bool) -> None:
     """A run has a base and a dataset."""
     if not config.base.name:
         raise UserError("is required: a hub id, a folder, a file or `nano`", option="base.name")
-    if not config.data.location:
+    if needs_data and not config.data.location:
         raise UserError("is required: a folder, a file, shards or a hub id", option="data.location")

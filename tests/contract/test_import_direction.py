@@ -16,7 +16,7 @@ from t2i_adapter.cli import VERBS
 SRC = Path(__file__).parents[2] / "src"
 DESIGN = Path(__file__).parents[2] / "docs" / "design.md"
 LAYERS = (
-    *("errors", "files", "tensors", "types", "statistics", "abilities", "devices", "config"),
+    *("errors", "files", "tensors", "types", "statistics", "abilities", "cards", "devices", "config"),
     *("imports", "environment", "flags", "exits"),
     *("diffusion", "models", "annotators", "data", "cache", "batches", "generation", "reports", "evaluation"),
     *("doctor", "export", "runs", "training", "verbs", "api", "script_flags", "script", "cli", "__main__"),

@@ -69,7 +69,6 @@ NOT_RUN = {
     f"{PROG} VERB": "the form of a command",
     f"{PROG} train --recipe FILE.yaml": "the form of a command",
     f"{PROG} prepare --recipe FILE.yaml": "the form of a command",
-    f"{PROG} plan --recipe recipes/sdxl": "needs the hub; tests/unit/test_plan.py plans for a card too",
     f"{PROG} plan --recipe recipe-24gb": "needs the hub; tests/unit/test_plan.py plans for a card too",
     f"{PROG} push": "needs the hub; tests/unit/test_push.py runs it against a server",
     f"{PROG} pull": "needs the hub; tests/unit/test_pull.py runs it against a server",

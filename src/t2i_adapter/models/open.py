@@ -13,6 +13,7 @@ from t2i_adapter.errors import UserError, first_line
 from t2i_adapter.files import user_path
 from t2i_adapter.models import nano
 from t2i_adapter.models.base import Base
+from t2i_adapter.models.known import refuse_refiner
 from t2i_adapter.models.single_file import SingleFileBase
 
 _UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
@@ -21,6 +22,7 @@ _UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
 def open_base(options: BaseOptions) -> Base:
     """Finds the base, downloads it if it is a hub id, and checks that it is of a known family. Raises UserError."""
     name, path = options.name, user_path(options.name)
+    refuse_refiner(name)
     if options.config and (name == NANO or not path.is_file()):
         raise UserError(
             f"{options.config}: only a base in a single file needs it, and {name} is not a file; omit it.",

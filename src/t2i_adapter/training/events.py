@@ -25,7 +25,8 @@ class Event:
     Attributes:
         step: updates made so far.
         steps: updates of the whole run.
-        values: the entry. Of kind "train": loss, lr, samples_per_s and grad_norm since the last such entry.
+        values: the entry. Of kind "train": loss, lr, samples_per_s and grad_norm since the last such entry, and more
+            (docs/training.md).
         folder: the run's.
     """
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import resource
+import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,14 +17,23 @@ from torch import Tensor
 from t2i_adapter.types import Batch
 
 
+class Work(NamedTuple):
+    """What one sample costs. flops: operations; least_seconds: what the card's units need for them, None if the card's
+    rate is not known."""
+
+    flops: float
+    least_seconds: float | None
+
+
 class Meter:
     """Loss, gradient norm, skipped steps, samples/s and time spent waiting for batches, since the last `read`.
 
-    Only `read` waits for the device.
+    Only `read` waits for the device. `work`, if it is set, adds the rate of operations.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.work: Work | None = None
         self._shares: list[Tensor] = []  # () each, parts of the present step's loss
         self._losses: list[Tensor] = []  # () each, one a step
         self._norms: list[Tensor] = []
@@ -65,13 +76,25 @@ class Meter:
         steps, seconds = max(len(self._losses), 1), time.perf_counter() - self._started
         waited, self._waited = self._waited, 0.0
         self._losses, self._norms, self._started = [], [], time.perf_counter()
+        speed = steps * samples_per_step / seconds
         return {
             "loss": loss / (steps - bad) if bad < steps else math.nan,
             "grad_norm": norm / steps,
             "nonfinite_steps": bad,
-            "samples_per_s": steps * samples_per_step / seconds,
+            "samples_per_s": speed,
             "wait_share": waited / seconds,  # of this rank alone
+            **self._rates(speed / accelerator.num_processes),
+            **peak_memory(self._device),
         }
+
+    def _rates(self, samples_per_s: float) -> dict[str, float]:
+        """The rate of operations of one process that computes so many samples/s, and its share of the card's peak."""
+        if self.work is None:
+            return {}
+        rates = {"tflop_per_s": samples_per_s * self.work.flops / 1e12}
+        if self.work.least_seconds is not None:
+            rates["peak_share"] = samples_per_s * self.work.least_seconds
+        return rates
 
     def _sums(self) -> Tensor:
         """(3,) sums: loss and gradient norm of the finite steps, and the number of the others."""
@@ -82,3 +105,15 @@ class Meter:
         good = torch.isfinite(losses) & (finite | self._is_scaled)
         rows = [losses.where(good, 0.0), norms.where(finite, 0.0), (~good).float()]
         return torch.stack(rows).sum(1)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most memory that this process has taken, in GiB: tensors on a GPU and what its allocator reserved, or the
+    resident memory of a run on a CPU. The device is not waited for."""
+    if device.type == "cuda":
+        return {
+            "peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+            "peak_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+        }
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}

@@ -61,6 +61,7 @@ from t2i_adapter.training.signals import Stopper
 from t2i_adapter.training.step import FrozenModel
 from t2i_adapter.training.update import Update
 from t2i_adapter.training.validation import Row, Validator, check_best, find_judge, read_rows
+from t2i_adapter.training.work import sample_work
 from t2i_adapter.types import Batch
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -150,19 +151,22 @@ class Setup(Inputs):
         return DataCheck(DataRecord.read(self.resume), self.resume.name, self.config.checkpoint.allow_changed)
 
 
-def open_inputs(config: Config, accelerator: Accelerator, seed: int) -> Inputs:
-    """Opens base, adapter and dataset, and reads the validation pictures. Raises UserError."""
+def open_inputs(config: Config, accelerator: Accelerator, seed: int, base: Base | None = None) -> Inputs:
+    """Opens base, adapter and dataset, and reads the validation pictures. Raises UserError.
+
+    base: to use instead of opening the one that the options name.
+    """
     compose.check_options(config)
     rows = read_rows(config)
-    base = open_base(config.base)
+    base = base or open_base(config.base)
     adapter = make_adapter(config, base, seed)
     parts = compose.find_parts(config, adapter)
     held_out = choose_held_out(config, open_source(config.data, seed, parts))
     return Inputs(config, accelerator, base, adapter, held_out, rows)
 
 
-def set_up(config: Config) -> Setup:
-    """Checks the options against files and models, cheapest first. Raises UserError."""
+def set_up(config: Config, base: Base | None = None) -> Setup:
+    """Checks the options against files and models, cheapest first. base: as of `open_inputs`. Raises UserError."""
     _check_packages(config)
     accelerator = make_accelerator(config)
     resume = agree_on_checkpoint(accelerator, Path(config.output_dir), lambda: _find_checkpoint(accelerator, config))
@@ -170,7 +174,7 @@ def set_up(config: Config) -> Setup:
     if resume and "held_out" not in checkpoint.read_state(resume)["options"].get("validation", {}):
         # An older version wrote the checkpoint, and left no pairs out of training.
         config = replace(config, validation=replace(config.validation, split="none"))
-    inputs = open_inputs(config, accelerator, seed)
+    inputs = open_inputs(config, accelerator, seed, base)
     for line in _odd_size(config.data.resolution, inputs.base):
         accelerator.print(line)
     plan = make_plan(
@@ -367,6 +371,8 @@ def make_trainer(
         )
 
     update = Update(config, plan, accelerator, setup.adapter, frozen)
+    if accelerator.is_main_process:  # the one that logs
+        update.meter.work = sample_work(config, setup.base, setup.adapter, accelerator)
     pictures = Pictures(setup.base, frozen, accelerator.device)
 
     def states(known: CachedDataset | LiveDataset, prompt: str) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+import statistics
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from t2i_adapter.runs.page import FILE as REPORT
 from t2i_adapter.training import checkpoint
 from t2i_adapter.training.compose import adapter_folders
 from t2i_adapter.training.loop import METRICS, Trainer
+from t2i_adapter.training.meter import peak_memory
 from t2i_adapter.training.validation import FOLDER
 
 WINDOW = 100
@@ -34,7 +34,7 @@ _DATASET_OPTIONS = (
 
 
 def describe_end(trainer: Trainer, source: Source, *, is_published: bool) -> str:
-    """The summary of a finished run, at most 14 lines, each of whose commands can be pasted into a shell."""
+    """The summary of a finished run, at most 15 lines, each of whose commands can be pasted into a shell."""
     rows = "\n".join(f"  {name:<15}{value}" for name, value in _rows(trainer).items() if value)
     commands = next_commands(trainer.config, source, is_published=is_published)
     return "\n".join(["Done", rows, "Next", *(f"  {command}" for command in commands)])
@@ -52,6 +52,7 @@ def _rows(trainer: Trainer) -> dict[str, str]:
         "loss": _loss(entries, trainer.step),
         "control": _gain(entries),
         "score": _control(entries),
+        "compute": _rate(entries),
         "peak memory": _peak_memory(trainer.accelerator.device),
         "adapter": ", ".join(show_path(place) for place in adapter_folders(trainer.config)),
         "checkpoints": f"{show_path(saved[-1])}{f' and {len(saved) - 1} before it' if len(saved) > 1 else ''}"
@@ -120,10 +121,20 @@ def _control(entries: list[dict[str, Any]]) -> str:
 
 
 def _peak_memory(device: torch.device) -> str:
+    found = {name: show_bytes(size * 2**30) for name, size in peak_memory(device).items()}
     if device.type == "cuda":
-        return f"{show_bytes(torch.cuda.max_memory_allocated(device))} of the GPU"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{show_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} of the main process"
+        return f"{found['peak_memory_gib']} of the GPU, {found['peak_reserved_gib']} with the allocator's reserve"
+    return f"{found['peak_memory_gib']} of the main process"
+
+
+def _rate(entries: list[dict[str, Any]]) -> str:
+    """Operations a second of a process, in the middle of the log's entries."""
+    rates = [entry["tflop_per_s"] for entry in entries if "tflop_per_s" in entry]
+    if not rates:
+        return ""
+    shares = [entry["peak_share"] for entry in entries if "peak_share" in entry]
+    share = f", {statistics.median(shares):.0%} of the card's peak" if shares else ""
+    return f"{statistics.median(rates):.3g} TFLOP/s a process{share}"
 
 
 def next_commands(config: Config, source: Source, *, is_published: bool) -> list[str]:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 import yaml
 
+from t2i_adapter.cards import GIB, card_bytes
 from t2i_adapter.config.dataset import DatasetOptions
 from t2i_adapter.config.tree import NANO, DataOptions
 from t2i_adapter.errors import UserError, require
 from t2i_adapter.files import show_path
 from t2i_adapter.imports import preload
-from t2i_adapter.verbs.plan import GIB, card_bytes
 
 if TYPE_CHECKING:
     from t2i_adapter.data.source import Source
