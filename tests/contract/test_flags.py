@@ -226,7 +226,7 @@ def test_the_guides_command_line() -> None:
             "cpu_threads": None,
             "ema_decay": 0.0,
             "max_time": None,
-            "stop_signals": ("TERM", "INT", "USR1", "USR2", "HUP"),
+            "stop_signals": ["TERM", "INT", "USR1", "USR2", "HUP"],
             "stop_code": None,
             "patience": "30m",
             "exchange": "fp32",

@@ -30,7 +30,8 @@ _WORKING, _DONE, _FAILED = 0, 1, 2
 MOST_BEAT = 60.0
 """Most seconds between two signs of life of the main process."""
 _LOST = re.compile(
-    r"gloo|nccl|timed out|connection (closed|reset|refused|was)|broken pipe|socket|no route to host", re.IGNORECASE
+    r"gloo|nccl|pair closure|timed out|connection (closed|reset|refused|was)|broken pipe|socket|no route to host",
+    re.IGNORECASE,
 )
 """Words of the plain RuntimeErrors that torch raises when another process cannot be reached."""
 

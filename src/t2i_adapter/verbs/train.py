@@ -39,26 +39,34 @@ def run(
 
     Raises UserError as early as an error can be found, and Stopped if a signal or a limit ends the run early.
     """
-    preload("t2i_adapter.training.setup")
     from t2i_adapter.training.host import left_as_found
+
+    with left_as_found():  # also what libraries change when they are loaded
+        preload("t2i_adapter.training.setup")
+        _run_guarded(config, dry_run, stop_after, summary, callbacks)
+
+
+def _run_guarded(
+    config: Config, dry_run: bool, stop_after: int | None, summary: bool, callbacks: Sequence[Callback]
+) -> None:
     from t2i_adapter.training.signals import Stopper
 
     config = replace(config, output_dir=str(user_path(config.output_dir)))  # "~" from a recipe or behind "="
     train = config.train
     limit = seconds_of(train.max_time) if train.max_time else None
-    with left_as_found():
-        try:
-            with Stopper(limit, stop_after, train.stop_signals, train.stop_code) as stopper:
-                _run(config, stopper, dry_run, summary, callbacks)
-        except Stopped as stop:
-            is_main = os.environ.get("RANK", "0") == "0"
-            raise Stopped(f"{stop}{_resume_advice(config)}" if is_main else "", stop.code) from None
-        except Exception as fault:
-            rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-            if int(world) > 1:
-                text = redact(f"process {rank} of {world} fails: {type(fault).__name__}: {fault}")
-                print(text, file=sys.stderr, flush=True)
-            raise
+    try:
+        with Stopper(limit, stop_after, train.stop_signals, train.stop_code) as stopper:
+            _run(config, stopper, dry_run, summary, callbacks)
+    except Stopped as stop:
+        is_main = os.environ.get("RANK", "0") == "0"
+        raise Stopped(f"{stop}{_resume_advice(config)}" if is_main else "", stop.code) from None
+    except Exception as fault:
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        names_itself = isinstance(fault, UserError) and fault.kind == "process_ended"
+        if int(world) > 1 and not names_itself:
+            text = redact(f"process {rank} of {world} fails: {type(fault).__name__}: {fault}")
+            print(text, file=sys.stderr, flush=True)
+        raise
 
 
 def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool, callbacks: Sequence[Callback]) -> None:
