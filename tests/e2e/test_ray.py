@@ -38,7 +38,7 @@ validation: {{budget: 0}}
         tmp_path / "ray",
         "checkpoint.every=2",
     ]
-    done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=400, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=560, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"Done: the adapter is in {tmp_path}/out." in done.stdout
     assert "4 = 2 x 1 accumulated x 2 processes" in done.stdout + done.stderr
