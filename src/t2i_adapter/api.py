@@ -68,7 +68,9 @@ def train(config: Config, *, callbacks: Sequence[Callback] = ()) -> Run:
     after it is saved; with another exception the run fails, as it would by an error of its own. With
     `checkpoint.resume` "auto" the same call goes on where the run stood.
 
-    Signals stop the run only if this is called in the main thread. Raises UserError as early as an error can be found.
+    In a process group that the program has made, it trains with all processes of the group, which must all call it; the
+    group and the rest of the process are afterwards as they were. Signals stop the run only if this is called in the
+    main thread. Raises UserError as early as an error can be found.
     """
     from t2i_adapter.verbs.train import run
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shlex
-import time
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -59,9 +59,21 @@ def move_atomic(source: Path, target: Path) -> None:
 
 def sweep(folder: Path, pattern: str) -> None:
     """Removes files that a killed process left behind: those that match and are a day old."""
-    for path in folder.glob(pattern):
-        if time.time() - path.stat().st_mtime > STALE_SECONDS:
-            path.unlink(missing_ok=True)
+    found = list(folder.glob(pattern))
+    if not found:
+        return
+    # By the clock of the disk: that of this machine may be days ahead of the one that a file on NFS was written by.
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            now = os.fstat(file.fileno()).st_mtime
+    except OSError:  # a folder that cannot be written to
+        return
+    for path in found:
+        try:
+            if now - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+        except FileNotFoundError:  # another process has removed it
+            continue
 
 
 def _flush(path: Path) -> None:

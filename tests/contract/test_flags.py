@@ -212,6 +212,7 @@ def test_the_guides_command_line() -> None:
         "train": {
             "batch_size": 1,
             "gradient_accumulation_steps": 4,
+            "global_batch": None,
             "noise_draws": 1,
             "max_steps": 15000,
             "epochs": 1,
@@ -230,6 +231,10 @@ def test_the_guides_command_line() -> None:
             "cpu_threads": None,
             "ema_decay": 0.0,
             "max_time": None,
+            "stop_signals": ["TERM", "INT", "USR1", "USR2", "HUP"],
+            "stop_code": None,
+            "patience": "30m",
+            "exchange": "fp32",
             "on_nonfinite": "stop",
             "max_nonfinite": 10,
         },

@@ -68,7 +68,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0), (signal.SIGHUP, 129)],
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 75), (signal.SIGUSR2, 75)],
     ids=lambda value: str(value),
 )
 def test_a_signal_saves_and_the_printed_command_goes_on_to_the_same_bits(work: Path, number: signal.Signals, code: int):
@@ -155,9 +155,14 @@ def test_a_second_interrupt_leaves_at_once(work: Path):
     assert "exits at once" in run.said()
 
 
-def test_max_time_ends_a_run_well(work: Path):
-    run = Run(work, *words("timed", "--max_time", "1s", "--train.max_steps", "4000"))
-    assert run.wait() == 0
+@pytest.mark.parametrize(("more", "code"), [((), 75), (("--train.stop_code", "3"), 3)], ids=["default", "by option"])
+def test_max_time_stops_a_run_with_a_code_that_is_not_that_of_a_finished_one(
+    work: Path, more: tuple[str, ...], code: int
+):
+    run = Run(
+        work, *words("timed", "--max_time", "1s", "--train.max_steps", "4000", "--checkpoint.resume", "auto", *more)
+    )
+    assert run.wait() == code
     assert "--train.max_time is reached" in run.said()
     assert list((work / "timed").glob("checkpoint-*"))
 
@@ -260,7 +265,7 @@ def test_a_process_that_may_not_begin_stops_the_others(work: Path):
     command = ("--train.batch_size", "1")
     both = [Run(work, *words(name, *command), env=env) for name, env in zip(("new", "old"), ranks(2), strict=True)]
     assert [run.wait() for run in both] == [2, 2], [run.said() for run in both]
-    assert "process 1 fails: --output_dir old has checkpoint-" in both[0].said()
+    assert f"process 1 on {platform.node()} fails: --output_dir old has checkpoint-" in both[0].said()
     assert "resume it with --checkpoint.resume auto" in both[1].said()
 
 

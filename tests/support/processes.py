@@ -25,29 +25,22 @@ STARTED: list[int] = []
 """Process groups to kill when the test ends."""
 
 
-class Run:
-    """One process in the folder `cwd`, with `env` added to the environment. before: called in it before the command."""
+class Forked:
+    """One process forked from this one that runs `action` in the folder `cwd` and exits with what it returns, or 0."""
 
-    def __init__(
-        self,
-        cwd: Path,
-        *words: str,
-        env: Mapping[str, str] | None = None,
-        before: Callable[[], object] = lambda: None,
-    ) -> None:
+    def __init__(self, cwd: Path, action: Callable[[], int | None]) -> None:
         self.log = cwd / f"log-{time.monotonic_ns()}"
         self.log.touch()
         self.pid = os.fork()
         if self.pid == 0:
-            self._run(cwd, words, env or {}, before)
+            self._run(cwd, action)
         STARTED.append(self.pid)
 
-    def _run(self, cwd: Path, words: tuple[str, ...], env: Mapping[str, str], before: Callable[[], object]) -> None:
+    def _run(self, cwd: Path, action: Callable[[], int | None]) -> None:
         code = 99
         try:
             os.setsid()
             os.chdir(cwd)
-            os.environ.update(env)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             with self.log.open("w") as log:
                 os.dup2(log.fileno(), 1)
@@ -55,8 +48,7 @@ class Run:
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
             torch.set_num_threads(1)
             AcceleratorState._reset_state(reset_partial_state=True)  # tests in the parent have set it
-            before()
-            code = main(words)
+            code = action() or 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 98
         except BaseException:
@@ -80,6 +72,24 @@ class Run:
 
     def said(self) -> str:
         return self.log.read_text()
+
+
+class Run(Forked):
+    """`t2i-adapter WORDS` in the folder `cwd`, with `env` added to the environment. before: called before it."""
+
+    def __init__(
+        self,
+        cwd: Path,
+        *words: str,
+        env: Mapping[str, str] | None = None,
+        before: Callable[[], object] = lambda: None,
+    ) -> None:
+        def action() -> int:
+            os.environ.update(env or {})
+            before()
+            return main(words)
+
+        super().__init__(cwd, action)
 
 
 def finish(cwd: Path, *words: str, env: Mapping[str, str] | None = None) -> str:

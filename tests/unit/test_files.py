@@ -82,3 +82,12 @@ def test_only_what_is_a_day_old_is_swept(tmp_path: Path) -> None:
     sweep(tmp_path, "*.tmp")
     sweep(tmp_path / "nowhere", "*")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old.txt", "young.tmp"]
+
+
+def test_what_is_old_is_decided_by_the_clock_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine's clock is ten days ahead of the disk's, which another machine has."""
+    (tmp_path / "young.tmp").write_text("")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 10 * 86400)
+    sweep(tmp_path, "*.tmp")
+    assert [path.name for path in tmp_path.iterdir()] == ["young.tmp"]

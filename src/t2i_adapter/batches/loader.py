@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def make_partial_batches(
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         collate_fn=_identity,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=partial(_ignore_signals, train.stop_signals),
         generator=torch.Generator(),  # otherwise it draws from torch's global generator
     )
     slots: dict[tuple[int, int], Tensor] = {}
@@ -114,8 +115,8 @@ def _identity(parts: Any) -> Any:
     return parts
 
 
-def _ignore_signals(_: int) -> None:
+def _ignore_signals(names: Sequence[str], _: int) -> None:
     """Schedulers signal every process of a job, but the training process still needs batches to finish its step. A
     worker ends with the training process."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    for name in names:
+        signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_IGN)

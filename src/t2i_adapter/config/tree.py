@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from math import inf
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from t2i_adapter.errors import UserError, flag, has_login, register_secret, require
 from t2i_adapter.types import MaxTokens
@@ -21,6 +21,8 @@ Layout = Literal["auto", "folder", "paired", "manifest", "tar", "parquet", "hub"
 """Layouts of a dataset; `data.formats.LAYOUTS` has their readers."""
 AdapterType = Literal["full_adapter_xl", "full_adapter", "light_adapter"]
 """Networks of diffusers' `T2IAdapter`; `models.adapter.KINDS` has their sizes."""
+StopSignal = Literal["TERM", "INT", "USR1", "USR2", "HUP", "XCPU"]
+"""Signals that can stop a run, without SIG in front; all but XCPU, a limit of CPU seconds, do so by default."""
 RES_BLOCKS = {"light_adapter": 4}
 """Type -> residual blocks of each stage in official adapters; the others have 2."""
 COLUMN, FOLDER = "column:", "folder:"
@@ -31,8 +33,9 @@ SECRET = "secret"  # metadata key of fields that are never written to a file
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
-def seconds_of(text: str) -> int:
-    """Seconds in `90m`, `1h30m`, `12:00:00`, `1-12:00:00` (days) or a plain number of seconds. Raises UserError."""
+def seconds_of(text: str, option: str = "train.max_time") -> int:
+    """Seconds in `90m`, `1h30m`, `12:00:00`, `1-12:00:00` (days) or a plain number of seconds. Raises UserError, about
+    the option at that path."""
     clock = re.fullmatch(r"(?:([0-9]{1,4})-)?([0-9]{1,4}):([0-9]{2}):([0-9]{2})", text)
     parts = zip("dhms", clock.groups(default="0"), strict=True) if clock else ()
     if re.fullmatch(r"[0-9]{1,9}", text):
@@ -40,7 +43,7 @@ def seconds_of(text: str) -> int:
     elif re.fullmatch(r"([0-9]{1,6}[dhms])+", text):
         parts = ((part[-1], part[:-1]) for part in re.findall(r"[0-9]+[dhms]", text))
     seconds = sum(_UNITS[unit] * int(count) for unit, count in parts)
-    require("train.max_time", seconds > 0, repr(text), "write 90m, 1h30m, 12:00:00, 1-12:00:00 (days) or seconds")
+    require(option, seconds > 0, repr(text), "write 90m, 1h30m, 12:00:00, 1-12:00:00 (days) or seconds")
     return seconds
 
 
@@ -356,6 +359,9 @@ class TrainOptions:
     """Samples of each device and micro-step."""
     gradient_accumulation_steps: int = 1
     """Micro-steps of each update; the global batch is batch_size x this x processes."""
+    global_batch: int | None = None
+    """Samples of each update over all processes. It sets gradient_accumulation_steps by the number of processes, so
+    that a run may resume on another number of them; batch_size is then the most samples of a micro-step."""
     noise_draws: int = 1
     """Noise samples (with a timestep each) of every sample of a batch. The adapter computes the sample's features once
     for all of them; the UNet computes each."""
@@ -400,8 +406,19 @@ class TrainOptions:
     ema_decay: float = 0.0
     """Decay of the EMA (exponential moving average) of the adapter, which is then what is saved; 0 is no EMA."""
     max_time: str | None = None
-    """Save, stop and exit with code 0 after this time: 90m, 1h30m, 12:00:00, 1-12:00:00 (days) or seconds. Leave time
-    for one update and one save before the scheduler's own limit."""
+    """Save and stop after this time: 90m, 1h30m, 12:00:00, 1-12:00:00 (days) or seconds. Leave time for one update and
+    one save before the scheduler's own limit."""
+    stop_signals: tuple[StopSignal, ...] = get_args(StopSignal)[:5]
+    """Signals at which the run finishes its update, saves and stops. A signal that is not named keeps its effect."""
+    stop_code: int | None = None
+    """Exit code of a run that a signal or max_time stopped, 0 to 255. None is 143 for TERM, 130 for INT, 129 for HUP,
+    and for max_time and the other signals 75, which means: start the same command again."""
+    patience: str = "30m"
+    """Most time that a process waits for the others in an update, after which they count as lost; a time as in
+    max_time. While the main process validates, it sends a sign of life, so that may take longer."""
+    exchange: Literal["fp32", "bf16"] = "fp32"
+    """Number format in which several processes exchange gradients. bf16 halves the bytes and rounds each process's
+    gradients to 8 bits of mantissa; gains not measured."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do if the gradient of an update holds NaN or inf. `stop` ends the run; `skip` continues with the next
     update. The gradient does not reach the optimiser in either case."""
@@ -420,8 +437,13 @@ class TrainOptions:
         require("train.cpu_threads", threads is None or threads >= 1, threads, "1 or more")
         require("train.ema_decay", 0 <= self.ema_decay < 1, self.ema_decay, "allowed is 0 up to, not including, 1")
         require("train.max_nonfinite", self.max_nonfinite >= 0, self.max_nonfinite, "0 or more")
+        total = self.global_batch
+        require("train.global_batch", total is None or total >= 1, total, "1 or more")
         if self.max_time is not None:
             seconds_of(self.max_time)
+        seconds_of(self.patience, "train.patience")
+        code = self.stop_code
+        require("train.stop_code", code is None or 0 <= code <= 255, code, "allowed is 0 to 255")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,6 +22,7 @@ from t2i_adapter.training.advice import Advisor
 from t2i_adapter.training.control import Control, Findings
 from t2i_adapter.training.data_record import DataRecord
 from t2i_adapter.training.events import Callback, Event, StopTraining
+from t2i_adapter.training.peers import Peers
 from t2i_adapter.training.profile import FOLDER, Profile
 from t2i_adapter.training.resume import versions
 from t2i_adapter.training.saving import Saver
@@ -32,8 +32,6 @@ from t2i_adapter.types import Batch
 
 METRICS = "metrics.jsonl"
 """In a run's folder: a line of JSON for each log entry."""
-PATIENCE = timedelta(days=7)
-"""How long ranks wait for each other: the main process may prepare data or validate for hours."""
 
 
 class Trainer:
@@ -47,6 +45,8 @@ class Trainer:
         stopper: Stopper,
         data: DataRecord,
         *,
+        peers: Peers,
+        validates: bool = False,
         control: Control | None = None,
         look_steps: Collection[int] = (),
         callbacks: Sequence[Callback] = (),
@@ -54,15 +54,16 @@ class Trainer:
         """batches: first step -> this rank's micro-batches from there on, in order, on the device.
 
         validate: (adapter, step) -> score of the adapter, higher is better, or None if it is not measured; only the
-        main process calls it. None trains without validation. data: what the batches are made of. control: measures
-        held-out pairs after the steps `look_steps`; only the main process has one. callbacks: get an `Event` for each
-        log entry.
+        main process has one. data: what the batches are made of. peers: the processes of the run. validates: whether
+        the main process validates, the same on all. control: measures held-out pairs after the steps `look_steps`; only
+        the main process has one. callbacks: get an `Event` for each log entry.
 
         After `fit`, `first_step` is the step that it began at, and `seconds` what it took.
         """
         self.update, self.batches, self.validate, self.stopper = update, batches, validate, stopper
         self.data, self.control, self._look_steps = data, control, frozenset(look_steps)
         self._callbacks = tuple(callbacks)
+        self._peers, self._validates = peers, validates
         self.config, self.plan, self.accelerator = update.config, update.plan, update.accelerator
         self.output_dir = Path(self.config.output_dir)
         options = self.config.checkpoint
@@ -83,7 +84,7 @@ class Trainer:
 
         Raises Stopped, after saving a checkpoint, if a signal or a limit ends the run early.
         """
-        self.stopper.begin_training(PATIENCE)
+        self.stopper.begin_training(self._peers.group)
         self.first_step, self._began = self.step, time.monotonic()
         try:
             self._validate_first()
@@ -179,15 +180,18 @@ class Trainer:
 
     def _stop(self, reason: Reason) -> None:
         """Saves this step unless its checkpoint exists, and raises Stopped."""
+        self._skip(self.update.guard.all())
+        self._peers.main_works(self._save_last)
+        text = f"Stopped after step {self.step} of {self.plan.steps}: {reason.text}."
+        if self.accelerator.is_main_process and self.saver.saved != self.step:
+            text += f" checkpoint-{self.step} could NOT be written; the older checkpoints are whole."
+        raise Stopped(text, self.stopper.exit_code(reason))
+
+    def _save_last(self) -> None:
         self.saver.wait()
         if self.saver.saved != self.step:
             self._save()
         self.saver.close()
-        self.accelerator.wait_for_everyone()
-        text = f"Stopped after step {self.step} of {self.plan.steps}: {reason.text}."
-        if self.accelerator.is_main_process and self.saver.saved != self.step:
-            text += f" checkpoint-{self.step} could NOT be written; the older checkpoints are whole."
-        raise Stopped(text, reason.exit_code)
 
     def _end_at_plateau(self) -> None:
         """Saves this step unless its checkpoint exists; the run then ends as after its last step."""
@@ -206,13 +210,14 @@ class Trainer:
             self._validate()
 
     def _validate(self) -> None:
-        if self.validate is None:
-            return
-        with self.update.paused():
-            if self.accelerator.is_main_process:
-                validate = partial(self.validate, self.update.ema_or_adapter, self.step)
-                self._score(self.stopper.unless_stopped(validate))
-            self.accelerator.wait_for_everyone()
+        if self._validates:
+            with self.update.paused():
+                self._peers.main_works(self._validate_here)
+
+    def _validate_here(self) -> None:
+        if self.validate:
+            validate = partial(self.validate, self.update.ema_or_adapter, self.step)
+            self._score(self.stopper.unless_stopped(validate))
 
     def _score(self, score: float | None) -> None:
         """Logs a validation's score, and marks the checkpoint of this step as the best if it is."""
@@ -230,11 +235,13 @@ class Trainer:
     def _look(self) -> None:
         """Measures control on held-out pairs, and asks the run to stop if no gain is left and the options say so."""
         with self.update.paused():
-            if self.control:
-                elapsed = time.monotonic() - self._began
-                look = partial(self.control, self.update.ema_or_adapter, self.step, elapsed)
-                self._report(self.stopper.unless_stopped(look))
-            self.accelerator.wait_for_everyone()
+            self._peers.main_works(self._look_here)
+
+    def _look_here(self) -> None:
+        if self.control:
+            elapsed = time.monotonic() - self._began
+            look = partial(self.control, self.update.ema_or_adapter, self.step, elapsed)
+            self._report(self.stopper.unless_stopped(look))
 
     def _report(self, found: Findings | None) -> None:
         """Logs what a look found, keeps the checkpoints that may be the best, and acts on a plateau."""

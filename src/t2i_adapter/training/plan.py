@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from t2i_adapter.config.tree import Config
-from t2i_adapter.errors import require
+from t2i_adapter.errors import UserError, flag, require
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def make_plan(
     config: Config, *, samples: int, processes: int, precision: str, seed: int, trainable_parameters: int, device: str
 ) -> Plan:
     """Derives the plan; the number of steps follows from the epochs unless max_steps is set."""
+    config = split_batch(config, processes)
     train, optim = config.train, config.optim
     global_batch = train.batch_size * train.gradient_accumulation_steps * processes
     steps = train.max_steps or train.epochs * math.ceil(samples / global_batch)
@@ -75,3 +76,25 @@ def make_plan(
         trainable_parameters=trainable_parameters,
         device=device,
     )
+
+
+def split_batch(config: Config, processes: int) -> Config:
+    """The options with the `batch_size` and `gradient_accumulation_steps` that make up `train.global_batch`, if it is
+    set, on this number of processes: as few micro-steps as `batch_size` allows.
+
+    Raises UserError, with the numbers of processes that do, if this one does not divide the global batch.
+    """
+    total, most = config.train.global_batch, config.train.batch_size
+    if total is None:
+        return config
+    if total % processes:
+        fits = [count for count in range(1, total + 1) if total % count == 0]
+        raise UserError(
+            f"{total}: it cannot be split equally between {processes} processes; it can between "
+            f"{', '.join(map(str, fits))}. Start one of these numbers, or choose a global batch that every number of "
+            f"processes divides; a resume with another one needs {flag('checkpoint.allow_changed')}.",
+            option="train.global_batch",
+        )
+    share = total // processes
+    size = max(count for count in range(1, min(most, share) + 1) if share % count == 0)
+    return replace(config, train=replace(config.train, batch_size=size, gradient_accumulation_steps=share // size))

@@ -15,8 +15,17 @@ SKIP, STEPS = 3, 5
 """Steps before the profile, in which buffers are allocated; steps in the profile."""
 DATA, ADAPTER, UNET = "waiting for data", "adapter, forward", "UNet, forward"
 BACKWARD, OPTIMIZER, REST = "backward pass", "optimiser", "the rest"
+EXCHANGE = "exchange of gradients, and waiting for other processes"
 PARTS = (DATA, ADAPTER, UNET, BACKWARD, OPTIMIZER)
 """Parts of a step, which its code marks with `mark`."""
+
+
+_EXCHANGE_NOTE = "The exchange is not overlapped with the backward pass here; without the profile it is."
+
+
+def is_profiling() -> bool:
+    """Whether this step is in a profile."""
+    return torch.autograd._profiler_enabled()
 
 
 @contextmanager
@@ -30,7 +39,7 @@ def mark(part: str) -> Iterator[None]:
 
 
 def _wait() -> None:
-    if torch.autograd._profiler_enabled() and torch.cuda.is_initialized():
+    if is_profiling() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
@@ -77,6 +86,9 @@ class Profile:
         }
         total = host["ProfilerStep*"]
         rows = {part: host.get(part, 0.0) for part in PARTS}
+        if EXCHANGE in host:  # it runs inside the backward pass
+            rows[BACKWARD] -= host[EXCHANGE]
+            rows[EXCHANGE] = host[EXCHANGE]
         rows[REST] = total - sum(rows.values())
         kind = "device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
         table = averages.table(sort_by=kind, row_limit=15, max_name_column_width=50)
@@ -86,6 +98,7 @@ class Profile:
                 "",
                 f"{self._steps} steps on {self._device}, {total / self._steps:.2f} ms each. Each part waits for the",
                 "device, and one thread computes a batch, so a step takes longer here than without the profile.",
+                *[_EXCHANGE_NOTE] * (EXCHANGE in host),
                 "",
                 "| part | ms a step | share |",
                 "|---|---|---|",

@@ -7,19 +7,15 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    patch_environment,
-)
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, patch_environment
 from diffusers.utils.import_utils import is_xformers_available
 from torch import Tensor
 
@@ -27,7 +23,7 @@ from t2i_adapter.annotators.registry import Annotator
 from t2i_adapter.batches.encoders import Encoders
 from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
 from t2i_adapter.config import recipe
-from t2i_adapter.config.tree import Config
+from t2i_adapter.config.tree import Config, seconds_of
 from t2i_adapter.data.source import Source, open_source
 from t2i_adapter.devices import (
     choose_device,
@@ -45,25 +41,27 @@ from t2i_adapter.models.base import Base
 from t2i_adapter.models.open import open_base
 from t2i_adapter.runs.lock import lock
 from t2i_adapter.training import checkpoint, compose, numerics, optim, tracking
-from t2i_adapter.training.agree import agree_on_checkpoint
+from t2i_adapter.training.agree import agree_on_checkpoint, agree_on_data, agree_on_inputs
 from t2i_adapter.training.data import make_batches, prepare_data
 from t2i_adapter.training.data_record import DataCheck, DataRecord
 from t2i_adapter.training.events import Callback
 from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.held_out import HeldOut, choose_held_out
 from t2i_adapter.training.looks import LookPlan
-from t2i_adapter.training.loop import PATIENCE, Trainer
+from t2i_adapter.training.loop import Trainer
 from t2i_adapter.training.measured import Measured, describe_looks, make_control, make_look_plan, prepare_measured
+from t2i_adapter.training.peers import Peers, find_peers_failed, is_loss
 from t2i_adapter.training.pictures import Pictures, text_states
-from t2i_adapter.training.plan import Plan, make_plan
-from t2i_adapter.training.resume import check_same_run, rate_change
+from t2i_adapter.training.plan import Plan, make_plan, split_batch
+from t2i_adapter.training.resume import check_same_run, rate_change, versions
 from t2i_adapter.training.signals import Stopper
 from t2i_adapter.training.step import FrozenModel
-from t2i_adapter.training.update import Update
+from t2i_adapter.training.update import Update, exchange_options
 from t2i_adapter.training.validation import Row, Validator, check_best, find_judge, read_rows
 from t2i_adapter.training.work import sample_work
 from t2i_adapter.types import Batch
 
+T = TypeVar("T")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Mixed precision as accelerate names it -> dtype of the frozen base and the encoders."""
 MUCH_LARGER = 1.5
@@ -113,11 +111,17 @@ class Inputs:
         prompts, check = [row.prompt for row in self.rows], self.data_check()
         dataset = prepare_data(self.config, self.accelerator, self.base, self.source, self.dtype, prompts, check)
         measured = None
-        if self.measured_pairs and self.accelerator.is_main_process:
-            device, count = self.accelerator.device, self.measured_pairs
-            measured = prepare_measured(self.config, self.held_out, count, self.base, device, self.dtype)
+        if self.measured_pairs:
+            measured = self.main_works(partial(self._prepare_measured, self.measured_pairs))
         release(self.accelerator.device)
         return RunData(dataset, measured)
+
+    def _prepare_measured(self, count: int) -> Measured | None:
+        return prepare_measured(self.config, self.held_out, count, self.base, self.accelerator.device, self.dtype)
+
+    def main_works(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns on the main process, which alone calls it."""
+        return work() if self.accelerator.is_main_process else None
 
     def data_check(self) -> DataCheck | None:
         """Compares the data with that of the checkpoint to resume from; None for a new run."""
@@ -128,9 +132,11 @@ class Inputs:
 class Setup(Inputs):
     """A run whose options are checked.
 
-    looks: when it measures its control. judge: scores its pictures. resume: the checkpoint to continue from.
+    looks: when it measures its control. judge: scores its pictures. resume: the checkpoint to continue from. peers: the
+    processes of the run.
     """
 
+    peers: Peers
     plan: Plan
     looks: LookPlan
     judge: Annotator | None
@@ -139,6 +145,9 @@ class Setup(Inputs):
     @property
     def measured_pairs(self) -> int:
         return self.looks.pairs
+
+    def main_works(self, work: Callable[[], T]) -> T | None:
+        return self.peers.main_works(work)
 
     def describe(self) -> str:
         """The plan for people."""
@@ -166,17 +175,41 @@ def open_inputs(config: Config, accelerator: Accelerator, seed: int, base: Base 
 
 
 def set_up(config: Config, base: Base | None = None) -> Setup:
-    """Checks the options against files and models, cheapest first. base: as of `open_inputs`. Raises UserError."""
+    """Checks the options against files and models, cheapest first. base: as of `open_inputs`. Raises UserError.
+
+    What all processes must share is decided by the main one, or compared.
+    """
     _check_packages(config)
     accelerator = make_accelerator(config)
-    resume = agree_on_checkpoint(accelerator, Path(config.output_dir), lambda: _find_checkpoint(accelerator, config))
-    seed = _seed(accelerator, config, resume)
+    peers = Peers(accelerator, patience_of(config))
+    with peers.naming_losses():
+        return _set_up(config, accelerator, peers, base)
+
+
+def _set_up(config: Config, accelerator: Accelerator, peers: Peers, base: Base | None) -> Setup:
+    config = peers.together(lambda: split_batch(config, accelerator.num_processes))
+    resume = agree_on_checkpoint(peers, Path(config.output_dir), lambda: _find_checkpoint(accelerator, config))
+    seed = _seed(peers, config, resume)
     if resume and "held_out" not in checkpoint.read_state(resume)["options"].get("validation", {}):
         # An older version wrote the checkpoint, and left no pairs out of training.
         config = replace(config, validation=replace(config.validation, split="none"))
-    inputs = open_inputs(config, accelerator, seed, base)
+    inputs = peers.together(lambda: open_inputs(config, accelerator, seed, base))
     for line in _odd_size(config.data.resolution, inputs.base):
         accelerator.print(line)
+    source = inputs.source
+    agree_on_inputs(peers, config, inputs.base, source, accelerator.mixed_precision, inputs.held_out.line)
+    for line in _other_versions(peers):
+        accelerator.print(line)
+    plan, judge = peers.together(lambda: _plan(config, inputs, seed, resume))
+    has_judge = peers.from_main(lambda: judge is not None)
+    looks = peers.from_main(lambda: make_look_plan(config, plan, inputs.held_out, is_scored=has_judge))
+    check_best(config, has_score=bool(looks.steps) or (has_judge and bool(inputs.rows)))
+    return Setup(**vars(inputs), peers=peers, plan=plan, looks=looks, judge=judge, resume=resume)
+
+
+def _plan(config: Config, inputs: Inputs, seed: int, resume: Path | None) -> tuple[Plan, Annotator | None]:
+    """The plan, compared with that of the checkpoint to resume from, and the judge."""
+    accelerator = inputs.accelerator
     plan = make_plan(
         config,
         samples=len(inputs.source),
@@ -190,10 +223,21 @@ def set_up(config: Config, base: Base | None = None) -> Setup:
         state = checkpoint.read_state(resume)
         for line in check_same_run(state, config, plan.to_dict(), resume.name) + rate_change(state, config, plan):
             accelerator.print(line)
-    judge = find_judge(config, inputs.source.annotate)
-    looks = make_look_plan(config, plan, inputs.held_out, is_scored=judge is not None)
-    check_best(config, has_score=bool(looks.steps) or (judge is not None and bool(inputs.rows)))
-    return Setup(**vars(inputs), plan=plan, looks=looks, judge=judge, resume=resume)
+    return plan, find_judge(config, inputs.source.annotate)
+
+
+def _other_versions(peers: Peers) -> Iterator[str]:
+    """A line for each process that has another version of a library than the main one."""
+    first, *others = peers.gather(versions())
+    for rank, found in enumerate(others, 1):
+        different = [f"{name} {found[name]} (process 0: {first[name]})" for name in first if found[name] != first[name]]
+        if different:
+            yield f"{peers.name(rank)} has {', '.join(different)}: last bits may differ between machines."
+
+
+def patience_of(config: Config) -> timedelta:
+    """Most time that a process waits for a word of another one."""
+    return timedelta(seconds=seconds_of(config.train.patience, "train.patience"))
 
 
 def _check_packages(config: Config) -> None:
@@ -220,14 +264,21 @@ def make_accelerator(config: Config) -> Accelerator:
     numerics.set_switches(config)
     output = Path(config.output_dir)
     log_with: Any = tracking.trackers_named(config.tracking.report_to)
-    with _accelerate_on(device):
-        accelerator = Accelerator(
-            cpu=device == "cpu",
-            mixed_precision=precision,
-            log_with=log_with,
-            project_config=ProjectConfiguration(str(output), logging_dir=str(output / config.tracking.logging_dir)),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        )
+    project = ProjectConfiguration(str(output), logging_dir=str(output / config.tracking.logging_dir))
+    patience = patience_of(config)
+    try:
+        with _accelerate_on(device):
+            accelerator = Accelerator(
+                cpu=device == "cpu",
+                mixed_precision=precision,
+                log_with=log_with,
+                project_config=project,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=patience), exchange_options()],
+            )
+    except RuntimeError as fault:
+        if is_loss(fault):
+            raise find_peers_failed(fault, patience) from fault
+        raise
     if config.train.device == "auto" and device == "cpu" and has_driver():
         lines.append(f"train.device auto: {why_no_cuda()}. This run uses the CPU.")
     for line in lines:
@@ -332,15 +383,13 @@ def _find_checkpoint(accelerator: Accelerator, config: Config) -> Path | None:
     return found
 
 
-def _seed(accelerator: Accelerator, config: Config, resume: Path | None) -> int:
+def _seed(peers: Peers, config: Config, resume: Path | None) -> int:
     """The seed of the options, or of the resumed run, or a random one; equal on every rank."""
     if config.train.seed is not None:
         return config.train.seed
     if resume:
         return checkpoint.read_state(resume)["plan"]["seed"]
-    random = [secrets.randbelow(2**31)]
-    broadcast_object_list(random)
-    return random[0]
+    return peers.from_main(lambda: secrets.randbelow(2**31))
 
 
 def make_trainer(
@@ -353,6 +402,7 @@ def make_trainer(
     config, accelerator, plan, dtype = setup.config, setup.accelerator, setup.plan, setup.dtype
     dataset = data.training
     record, check = DataRecord.of(dataset), setup.data_check()
+    agree_on_data(setup.peers, dataset.numbers, record)
     for line in check.check(record, dataset.source, dataset.numbers) if check else ():
         accelerator.print(line)
     frozen = load_frozen_model(config, setup.base, accelerator.device, dtype, steps=plan.steps)
@@ -399,6 +449,8 @@ def make_trainer(
         validator,
         stopper or Stopper(),
         record,
+        peers=setup.peers,
+        validates=bool(setup.rows),
         control=control,
         look_steps=setup.looks.steps,
         callbacks=callbacks,

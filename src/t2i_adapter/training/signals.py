@@ -1,11 +1,13 @@
 """Stops a run early on a signal or a time limit, at the same step on every rank.
 
-    SIGTERM             finish the step, save, exit code 143
-    SIGHUP              finish the step, save, exit code 129: the terminal was closed; `nohup` keeps it ignored
-    SIGINT              finish the step, save, exit code 130; a second one exits at once
-    SIGUSR1, max_time   finish the step, save, exit code 0: the scheduler's limit is near, and it starts the job again
+`train.stop_signals` names the signals. The run finishes the step, saves, and exits by `train.stop_code`, or else with
 
-Before training begins there is nothing to save, and a signal ends the run at once.
+    128 + the number   SIGTERM, SIGINT and SIGHUP, as a shell reports them: somebody wants the run to end
+    75                 the other signals and max_time: the scheduler's limit is near, and it starts the job again
+
+75 is EX_TEMPFAIL of sysexits.h. It is not 0, because a Kubernetes Job, SkyPilot and Ray take 0 for a finished run, and
+not one that a fault has. A second SIGINT exits at once, and `nohup` keeps SIGHUP ignored. Before training begins there
+is nothing to save, and a signal ends the run at once.
 """
 
 from __future__ import annotations
@@ -15,8 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from types import FrameType
 from typing import Any, TypeVar
@@ -24,10 +25,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from t2i_adapter.config.tree import TrainOptions
 from t2i_adapter.errors import Stopped
 from t2i_adapter.exits import discard_lost_output
 
 T = TypeVar("T")
+
+
+RETRY_CODE = 75
+"""EX_TEMPFAIL: the same command, started again, resumes the run."""
 
 
 class Reason(IntEnum):
@@ -39,12 +45,17 @@ class Reason(IntEnum):
     PLATEAU = 4
     CALLED_OFF = 5
     SIGUSR1 = int(signal.SIGUSR1)
+    SIGUSR2 = int(signal.SIGUSR2)
     TIME_IS_UP = 14
     SIGTERM = int(signal.SIGTERM)
+    SIGXCPU = int(signal.SIGXCPU)
 
-    @property
-    def exit_code(self) -> int:
-        return {Reason.SIGTERM: 143, Reason.SIGINT: 130, Reason.SIGHUP: 129}.get(self, 0)
+    def exit_code(self, stop_code: int | None = None) -> int:
+        """The exit code. stop_code: `train.stop_code`, for all but what the calling program asked for, which is 0."""
+        if self in (Reason.STEP_REACHED, Reason.PLATEAU, Reason.CALLED_OFF):
+            return 0
+        own = 128 + self if self in (Reason.SIGTERM, Reason.SIGINT, Reason.SIGHUP) else RETRY_CODE
+        return int(own) if stop_code is None else stop_code
 
     @property
     def text(self) -> str:
@@ -53,7 +64,6 @@ class Reason(IntEnum):
         return texts.get(self, self.name)
 
 
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ONE_KEYSTROKE = 1.0
 """Seconds within which SIGINT counts once: under torchrun a process receives Ctrl-C from terminal and launcher."""
 
@@ -65,8 +75,17 @@ class _ActionStopped(BaseException):
 class Stopper:
     """A context that handles the signals. Call `begin_training` before the steps, and `stop_reason` after each."""
 
-    def __init__(self, max_time: float | None = None, stop_after: int | None = None) -> None:
-        """max_time: seconds from now. stop_after: a step after which to stop in any case."""
+    def __init__(
+        self,
+        max_time: float | None = None,
+        stop_after: int | None = None,
+        signals: Sequence[str] = TrainOptions.stop_signals,
+        stop_code: int | None = None,
+    ) -> None:
+        """max_time: seconds from now. stop_after: a step after which to stop in any case. signals: those that stop it,
+        as in `train.stop_signals`. stop_code: `train.stop_code`."""
+        self._numbers = [signal.Signals[f"SIG{name}"] for name in signals]
+        self._stop_code = stop_code
         self._deadline = None if max_time is None else time.monotonic() + max_time
         self._stop_after = stop_after
         self._signal: Reason | None = None
@@ -80,7 +99,7 @@ class Stopper:
 
     def __enter__(self) -> Stopper:
         if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
-            for number in HANDLED:
+            for number in self._numbers:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._old_handlers[number] = signal.signal(number, self._handle)
         return self
@@ -88,14 +107,14 @@ class Stopper:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:  # after an exception other ranks may no longer answer
             self.end_training()
+        self._exchange = self._group = None
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
 
-    def begin_training(self, patience: timedelta) -> None:
-        """From here on a signal waits for the end of the step. Every rank of the run must call it."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            # gloo runs on the hosts, whatever backend the gradients use, so no GPU waits for it.
-            self._group = dist.new_group(backend="gloo", timeout=patience)
+    def begin_training(self, group: Any = None) -> None:
+        """From here on a signal waits for the end of the step. group: a gloo group of the run's ranks, which no other
+        thread uses; None if there is one rank."""
+        self._group = group
         self._in_training = True
 
     def end_training(self) -> None:
@@ -121,6 +140,10 @@ class Stopper:
     def request(self, reason: Reason) -> None:
         """Asks the run to stop for `reason` when no signal or limit stops it; one rank is enough."""
         self._request = reason
+
+    def exit_code(self, reason: Reason) -> int:
+        """The exit code of a run that stops for `reason`."""
+        return reason.exit_code(self._stop_code)
 
     def unless_stopped(self, action: Callable[[], T]) -> T | None:
         """Runs `action` and returns its result; returns None if a signal arrives before or during it.
@@ -160,6 +183,6 @@ class Stopper:
             discard_lost_output()
             if not self._in_training:
                 text = f"stopped by {self._signal.text}; nothing was trained yet, and the cache keeps what was encoded."
-                raise Stopped(text, self._signal.exit_code)
+                raise Stopped(text, self.exit_code(self._signal))
             if self._in_action:
                 raise _ActionStopped

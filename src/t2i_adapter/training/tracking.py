@@ -120,10 +120,9 @@ def log_pictures(accelerator: Accelerator, rows: Mapping[str, tuple[str, Sequenc
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Closes the trackers, then the process group. Every rank must call it."""
+    """Closes the trackers."""
     for tracker in accelerator.trackers:
         _guarded(tracker.finish, "close")
-    _guarded(accelerator.state.destroy_process_group, "close")
 
 
 def _to_tensorboard(tracker: Any, tag: str, caption: str, pictures: Sequence[Image], step: int) -> None:

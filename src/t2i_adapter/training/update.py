@@ -10,8 +10,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 
 from t2i_adapter.config.tree import Config
 from t2i_adapter.errors import UserError
@@ -21,7 +26,7 @@ from t2i_adapter.training.cpu import cpu_gradients
 from t2i_adapter.training.ema import Ema
 from t2i_adapter.training.meter import Meter
 from t2i_adapter.training.plan import Plan
-from t2i_adapter.training.profile import ADAPTER, OPTIMIZER, UNET, mark
+from t2i_adapter.training.profile import ADAPTER, EXCHANGE, OPTIMIZER, UNET, is_profiling, mark
 from t2i_adapter.training.step import FrozenModel, batch_losses
 from t2i_adapter.types import Batch
 
@@ -44,6 +49,7 @@ class Update:
         self._threads = cpu_gradients(config, accelerator, adapter, self.losses)
         # accelerate adds DDP, autocast and loss scaling.
         self._wrapped, self._wrapped_optimizer = accelerator.prepare(adapter, self._optimizer)
+        exchange_by(self._wrapped, config.train.exchange, is_profiled=config.train.profile)
         self.guard = nonfinite.Guard(
             self._optimizer,
             supports_found_inf=nonfinite.supports_found_inf(self._optimizer),
@@ -125,3 +131,34 @@ class Update:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+
+
+def exchange_options() -> DistributedDataParallelKwargs:
+    """How accelerate wraps the adapter with several processes.
+
+    Gradients are views of the buffers that are exchanged, which saves one copy of them (79 M float32 at SDXL's size).
+    static_graph stays off: it expects equal backward passes in every step, and a batch that runs out of memory is
+    computed again in parts.
+    """
+    return DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+
+
+def exchange_by(wrapped: Any, numbers: str, *, is_profiled: bool) -> None:
+    """Exchanges gradients in `numbers`, as in `train.exchange`. Does nothing with one process.
+
+    wrapped: the adapter as accelerate returned it. is_profiled: marks the exchange while a step is in a profile.
+    """
+    if not isinstance(wrapped, DistributedDataParallel) or (numbers == "fp32" and not is_profiled):
+        return
+    exchange = default_hooks.bf16_compress_hook if numbers == "bf16" else default_hooks.allreduce_hook
+
+    def hook(group, bucket):  # DDP refuses annotations that are text, as they all are in this file
+        if not is_profiling():
+            return exchange(group, bucket)
+        with mark(EXCHANGE):
+            result = exchange(group, bucket).wait()
+        done: Future[Tensor] = Future()
+        done.set_result(result)
+        return done
+
+    wrapped.register_comm_hook(dist.group.WORLD, hook)

@@ -39,51 +39,73 @@ def run(
 
     Raises UserError as early as an error can be found, and Stopped if a signal or a limit ends the run early.
     """
+    from t2i_adapter.training.host import left_as_found
+
     if config.data.part:
         raise UserError(f"{config.data.part}: `prepare` alone encodes a part; omit it.", option="data.part")
-    preload("t2i_adapter.training.setup")
+    with left_as_found():  # also what libraries change when they are loaded
+        preload("t2i_adapter.training.setup")
+        _run_guarded(config, dry_run, stop_after, summary, callbacks)
+
+
+def _run_guarded(
+    config: Config, dry_run: bool, stop_after: int | None, summary: bool, callbacks: Sequence[Callback]
+) -> None:
     from t2i_adapter.training.numerics import restored_switches
     from t2i_adapter.training.signals import Stopper
 
     config = replace(config, output_dir=str(user_path(config.output_dir)))  # "~" from a recipe or behind "="
-    limit = config.train.max_time
+    train = config.train
+    limit = seconds_of(train.max_time) if train.max_time else None
     try:
-        with Stopper(seconds_of(limit) if limit else None, stop_after) as stopper, restored_switches():
+        with Stopper(limit, stop_after, train.stop_signals, train.stop_code) as stopper, restored_switches():
             _run(config, stopper, dry_run, summary, callbacks)
     except Stopped as stop:
         is_main = os.environ.get("RANK", "0") == "0"
         raise Stopped(f"{stop}{_resume_advice(config)}" if is_main else "", stop.code) from None
     except Exception as fault:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            rank = f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
-            print(redact(f"{rank} fails: {type(fault).__name__}: {fault}"), file=sys.stderr, flush=True)
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        names_itself = isinstance(fault, UserError) and fault.kind == "process_ended"
+        if int(world) > 1 and not names_itself:
+            text = redact(f"process {rank} of {world} fails: {type(fault).__name__}: {fault}")
+            print(text, file=sys.stderr, flush=True)
         raise
 
 
 def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool, callbacks: Sequence[Callback]) -> None:
+    from t2i_adapter.training.setup import set_up
+    from t2i_adapter.training.signals import Reason
+
+    setup = set_up(config)
+    peers, place = setup.peers, show_path(config.output_dir)
+    with peers.naming_losses(), peers:
+        setup.accelerator.print(setup.describe(), flush=True)
+        if dry_run:
+            setup.accelerator.print(f"Options\n{recipe.dump(config)}")
+        elif (resume := setup.resume) and peers.from_main(lambda: _is_finished(setup, resume)):
+            found = f"Finished already, with {show_path(resume)}: the adapter is in {place}."
+            setup.accelerator.print(found)
+        else:
+            if line := peers.from_main(lambda: _stopped_before_restart(config)):
+                raise Stopped(line, stopper.exit_code(Reason.TIME_IS_UP))
+            _train(config, setup, stopper, summary, callbacks)
+
+
+def _train(config: Config, setup: Setup, stopper: Stopper, summary: bool, callbacks: Sequence[Callback]) -> None:
     from t2i_adapter.runs.lock import lock
     from t2i_adapter.runs.page import write_report
     from t2i_adapter.runs.record import run_record
     from t2i_adapter.training import checkpoint, tracking
     from t2i_adapter.training.publish import publish
     from t2i_adapter.training.resume import versions
-    from t2i_adapter.training.setup import make_trainer, set_up, write_options
+    from t2i_adapter.training.setup import make_trainer, write_options
     from t2i_adapter.training.summary import describe_end
 
-    setup = set_up(config)
-    accelerator = setup.accelerator
-    accelerator.print(setup.describe(), flush=True)
-    if dry_run:
-        accelerator.print(f"Options\n{recipe.dump(config)}")
-        return
-    if setup.resume and _is_finished(setup, setup.resume):
-        place = show_path(config.output_dir)
-        accelerator.print(f"Finished already, with {show_path(setup.resume)}: the adapter is in {place}.")
-        return
-    folder = Path(config.output_dir)
+    accelerator, folder = setup.accelerator, Path(config.output_dir)
     with ExitStack() as stack:
-        place = None
-        if accelerator.is_main_process:
+
+        def begin() -> Place | None:
+            """Opens the run's folder on the main process; the hub repository to publish in."""
             stack.enter_context(lock(folder))
             checkpoint.tidy(folder)
             place = _find_repository(config, is_resumed=setup.resume is not None)
@@ -100,6 +122,9 @@ def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool, callbac
                 resume=_resume_command(config),
             )
             stack.enter_context(record)
+            return place
+
+        place = setup.peers.main_works(begin)
         trainer = make_trainer(setup, setup.prepare_data(), stopper, callbacks)
         if setup.resume:
             trainer.resume(setup.resume)
@@ -109,14 +134,33 @@ def _run(config: Config, stopper: Stopper, dry_run: bool, summary: bool, callbac
         except Stopped:
             tracking.finish(accelerator)
             raise
-        end = ""
-        if accelerator.is_main_process:
-            place = place or _find_repository(config, is_resumed=True)
-            is_published = publish(trainer, setup.base, place, setup.source.parts)
-            end = describe_end(trainer, setup.source, is_published=is_published)
+
+        def end() -> str:
+            """Writes and publishes the adapter on the main process; the summary."""
+            target = place or _find_repository(config, is_resumed=True)
+            is_published = publish(trainer, setup.base, target, setup.source.parts)
+            return describe_end(trainer, setup.source, is_published=is_published)
+
+        text = setup.peers.main_works(end)
         tracking.finish(accelerator)
-        if summary and end:
-            print(end, flush=True)
+        if summary and text:
+            print(text, flush=True)
+
+
+def _stopped_before_restart(config: Config) -> str:
+    """A line if torchrun has started these processes again after a signal or a limit stopped the run; else "".
+
+    torchrun takes an exit code other than 0 for a fault and restarts, and the limit of time would begin anew.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return ""
+    from t2i_adapter.runs.metrics import read_json
+    from t2i_adapter.runs.record import FILE
+
+    record = read_json(Path(config.output_dir) / FILE)
+    if record.get("outcome") != "stopped":
+        return ""
+    return f"torchrun restarted a run that was stopped, so it stays stopped ({record.get('reason', '')})."
 
 
 def _find_repository(config: Config, *, is_resumed: bool) -> Place | None:

@@ -117,7 +117,7 @@ def shortened(config: Config, steps: int) -> Config:
     return replace(
         config,
         data=replace(config.data, max_train_samples=pairs),
-        train=replace(config.train, max_steps=steps, max_time=None, seed=config.train.seed or 0),
+        train=replace(config.train, max_steps=steps, max_time=None, stop_code=None, seed=config.train.seed or 0),
         checkpoint=CheckpointOptions(every=steps),
         validation=ValidationOptions(),
         tracking=TrackingOptions(report_to="none", log_every=1),
