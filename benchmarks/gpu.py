@@ -111,11 +111,12 @@ ROWS: dict[str, tuple[Figures, ...]] = {
     ),
     "train": (
         {"name": "base", "kind": "write", "group": "write"},
-        {"name": "train", "kind": "train", "batch": 4, "group": "commands"},
+        {"name": "train", "kind": "train", "batch": 4, "steps": 20, "group": "commands"},
         {
             "name": "train-deterministic",
             "kind": "train",
             "batch": 4,
+            "steps": 20,
             "group": "commands",
             "options": ["deterministic"],
         },
@@ -268,7 +269,7 @@ class Session:
             return
         log = self.scratch / "tests.log"
         words = [sys.executable, "-m", "pytest", "tests/gpu", "-vv", "--tb=line", "-p", "no:cacheprovider"]
-        words += ["-o", "addopts=", "-o", "filterwarnings=default", "-o", "markers=gpu\ntimeout\nsoak"]
+        words += ["-o", "addopts=", "-o", "filterwarnings=ignore", "-o", "markers=gpu\ntimeout\nsoak"]
         began = time.monotonic()
         code = run_child(words, log, until=until, env=self._env, cwd=ROOT)
         text = log.read_text(encoding="utf-8", errors="replace")
