@@ -197,7 +197,7 @@ class Session:
         """The rows of a part with their figures, each group of rows in a process, and another one after a crash."""
         waiting = [dict(row) for row in ROWS[part]]
         if self.options.tiny:
-            waiting = [_tiny(row) for row in waiting if row.get("batch") not in LADDER[4:] or "ladder" not in row]
+            waiting = [_tiny(row) for row in waiting if "ladder" not in row or row["batch"] in LADDER[:2]]
         if part == "inference":
             waiting = [{"steps": 2 if self.options.tiny else 30, **row} for row in waiting]
         while waiting:
