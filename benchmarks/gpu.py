@@ -138,6 +138,8 @@ class Session:
         self.out: Path | None = options.out
         self.result: Figures = {"complete": False, "settings": self._settings(), "parts": {}}
         self._env = {**os.environ, "PYTHONPATH": self._python_path(), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        if options.tiny:  # small operations on several threads are slow beside other programs
+            self._env.setdefault("OMP_NUM_THREADS", "1")
         self._tasks = 0
         self._rows: Figures | None = None  # of the part that is being measured
 
