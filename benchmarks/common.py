@@ -106,9 +106,15 @@ def write_result(
     out: the file to write, or None for `result_file`. machine: as in `measured`.
     """
     out = out or result_file(name, on_gpu=on_gpu)
-    out.parent.mkdir(parents=True, exist_ok=True)
     content = {key: value for key, value in content.items() if key != "measured"}
-    text = json.dumps({"measured": measured(on_gpu=on_gpu, **machine), **content}, indent=1)
-    out.write_text(text + "\n", encoding="utf-8")
+    write_json(out, {"measured": measured(on_gpu=on_gpu, **machine), **content})
     print(out)
     return out
+
+
+def write_json(out: Path, content: dict[str, Any]) -> None:
+    """Writes a result file so that a program that is killed leaves the former content or the new one."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f"{out.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(out)

@@ -1,19 +1,22 @@
 """Compares the diffusers script, unmodified, with the drop-in script of this repository on equal flags, data and start.
 
-Both train the same initial adapter on the same base and pairs, in turn. Each run is its own process on the CPU, with
-equally many threads and empty caches. The script's file is not part of this repository: it is
+Both train the same initial adapter on the same base and pairs, in turn. Each run is its own process on the CPU or GPU,
+with equally many threads and empty caches. The script's file is not part of this repository: it is
 examples/t2i_adapter/train_t2i_adapter_sdxl.py of diffusers.
 
     python benchmarks/compare_diffusers.py --script PATH/train_t2i_adapter_sdxl.py
         [--base nano|FOLDER] [--steps 40] [--rounds 3] [--batch 4] [--resolution 128] [--pairs 200] [--threads CORES]
+        [--device cpu|cuda] [--precision no|fp16|bf16] [--once]
 
 Measured for each run:
   samples_per_s       batch / median time between two logged steps, without the warm-up
   rss_mib             peak resident memory of the largest process
   tree_rss_mib        peak of the sum over the process and its loader; shared pages count twice
   tree_pss_mib        peak of the sum with shared pages counted once (Linux)
+  gpu_mib             peak of the GPU's memory in use, less what was in use before (CUDA)
   first_step_s        from the start of the process to its first finished step: imports, loading, preparing
-  later_first_step_s  first_step_s of a second start with the same flags, which finds the caches of the first
+  later_first_step_s  first_step_s of a second start with the same flags, which finds the caches of the first; not with
+                      --once
   wall_s              from the start of the process to its end
   mean_loss           over all steps. The noise differs and the initial weights do not: means far apart would be a fault
 
@@ -57,12 +60,14 @@ LABELS = {
     "rss_mib": "peak memory of the largest process, MiB",
     "tree_rss_mib": "peak memory of all processes, MiB",
     "tree_pss_mib": "peak memory of all processes, shared pages counted once, MiB",
+    "gpu_mib": "peak memory of the GPU, MiB",
     "first_step_s": "seconds to the first finished step, nothing prepared",
     "later_first_step_s": "seconds to the first finished step of a second run, with the caches of the first",
     "wall_s": "seconds of the whole run",
     "mean_loss": "mean loss",
 }
 
+NUMBERS = ("steps", "rounds", "batch", "resolution", "pairs", "threads")
 Figures = dict[str, float]
 
 
@@ -186,7 +191,7 @@ def flags(inputs: Inputs, output: Path, options: argparse.Namespace) -> list[str
         "train_batch_size": options.batch,
         "max_train_steps": options.steps,
         "checkpointing_steps": options.steps,  # one checkpoint each, at the end
-        "mixed_precision": "no",
+        "mixed_precision": options.precision,
         "report_to": "tensorboard",
         "seed": 0,
     }
@@ -200,15 +205,16 @@ def command(side: str, script: Path) -> list[str]:
     return [sys.executable, str(ROOT / "train_t2i_adapter_sdxl.py"), "--tracking.log_every=1"]
 
 
-def environment(caches: Path, threads: int) -> dict[str, str]:
-    """Environment of both sides: caches of this run alone, no network, no GPU, `threads` CPU threads."""
+def environment(caches: Path, threads: int, device: str = "cpu") -> dict[str, str]:
+    """Environment of both sides: caches of this run alone, no network, `threads` CPU threads, no GPU unless `device` is
+    cuda."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_CACHE_HOME"))}
     return inherited | {
         "HF_HOME": str(caches / "huggingface"),
         "T2I_ADAPTER_CACHE": str(caches / "prepared"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(threads),
-        "CUDA_VISIBLE_DEVICES": "",
+        **({} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}),
     }
 
 
@@ -218,6 +224,8 @@ def run(side: str, inputs: Inputs, options: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         found = once(side, inputs, folder, options)
+        if options.once:
+            return found
         shutil.rmtree(folder / "out")  # not the caches, whose keys contain the folder in the script
         again = once(side, inputs, folder, options)
         return found | {"later_first_step_s": again["first_step_s"]}
@@ -234,10 +242,10 @@ def once(side: str, inputs: Inputs, folder: Path, options: argparse.Namespace) -
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env=environment(folder / "caches", options.threads),
+            env=environment(folder / "caches", options.threads, options.device),
             start_new_session=True,
         )
-        peaks = watch(process)
+        peaks = watch(process, Card() if options.device == "cuda" else None)
         finished = time.time()
     if process.returncode:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
@@ -245,13 +253,30 @@ def once(side: str, inputs: Inputs, folder: Path, options: argparse.Namespace) -
     return figures(read_entries(output), started=started, finished=finished, batch=options.batch, peaks=peaks)
 
 
-def watch(process: subprocess.Popen[bytes]) -> Figures:
+class Card:
+    """The GPU's memory that others than this process use, since this object was made."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._info = torch.cuda.mem_get_info
+        self._before = self._used()
+
+    def _used(self) -> int:
+        free, total = self._info()
+        return total - free
+
+    def memory(self) -> Figures:
+        return {"gpu_mib": (self._used() - self._before) / MIB}
+
+
+def watch(process: subprocess.Popen[bytes], card: Card | None = None) -> Figures:
     """Waits for the process' end and returns the memory peaks of it and its descendants, in MiB."""
     peaks: Figures = {}
     deadline = time.monotonic() + LIMIT_S
     try:
         while True:
-            for name, value in memory(process.pid).items():
+            for name, value in (memory(process.pid) | (card.memory() if card else {})).items():
                 peaks[name] = max(value, peaks.get(name, 0.0))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(SAMPLING_S)
@@ -291,8 +316,8 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "script": {"name": options.script.name, "sha256": hashlib.sha256(options.script.read_bytes()).hexdigest()},
         "base": Path(options.base).name,
-        **{name: getattr(options, name) for name in ("steps", "rounds", "batch", "resolution", "pairs", "threads")},
-        "precision": "fp32",
+        **{name: getattr(options, name) for name in NUMBERS},
+        "precision": {"no": "fp32"}.get(options.precision, options.precision),
         "torchvision": torchvision_version(),
         "warm_up_steps": WARM_UP,
     }
@@ -308,6 +333,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, default=128, help="side of the pictures in pixels")
     parser.add_argument("--pairs", type=int, default=200, help="pairs in the data")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each side")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("no", "fp16", "bf16"), default="no", help="mixed precision of both")
+    parser.add_argument("--once", action="store_true", help="no second start of each run")
     options = parser.parse_args()
     if not options.script.is_file():
         parser.error(
@@ -340,7 +368,7 @@ def main() -> None:
         sys.exit(f"{fault}")
     summary = summarise(rounds)
     result = {"settings": settings(options), "rounds": rounds, "summary": summary}
-    write_result("compare_diffusers", result, options.out, threads=options.threads)
+    write_result("compare_diffusers", result, options.out, on_gpu=options.device == "cuda", threads=options.threads)
     print(table(summary))
 
 

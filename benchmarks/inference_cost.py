@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from common import make_parser, write_result
 from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
-from real_size import UNET
+from sdxl import UNET, materialise
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,29 +42,24 @@ STEPS = 30
 ROUNDS = 3
 """Repetitions of a measurement; the median counts, and a first one is not counted."""
 TOKENS = 77
-SHARED = {name: value for name, value in UNET.items() if name not in ("sample_size", "up_block_types")}
-"""What SDXL's UNet and its ControlNets (diffusers/controlnet-canny-sdxl-1.0) have in common."""
+UNET_ONLY = ("sample_size", "up_block_types")
+"""Keys that SDXL's UNet has and its ControlNets (diffusers/controlnet-canny-sdxl-1.0) do not."""
 NETWORKS = ("unet", "adapter", "controlnet")
 ARMS = {"base": (), "adapter": ("adapter",), "controlnet": ("controlnet",)}
 
 
-def build(name: str) -> nn.Module:
-    """Builds a network of SDXL's size, float32 on the current default device."""
+def build(name: str, config: dict[str, Any] = UNET) -> nn.Module:
+    """Builds a network for a UNet of this config, SDXL's by default, float32 on the current default device."""
     if name == "adapter":
-        return build_adapter(AdapterOptions(), UNET)
-    return UNet2DConditionModel(**UNET) if name == "unet" else ControlNetModel(**SHARED)
+        return build_adapter(AdapterOptions(), config)
+    if name == "unet":
+        return UNet2DConditionModel(**config)
+    return ControlNetModel(**{key: value for key, value in config.items() if key not in UNET_ONLY})
 
 
-def make(name: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """Returns the network with small random weights on a device."""
-    with torch.device("meta"):
-        network = build(name)
-    for parameter in network.parameters():
-        parameter.data = parameter.data.to(dtype)  # diffusers' own `to` warns of a dtype without a checkpoint
-    network = network.to_empty(device=device).eval().requires_grad_(False)
-    for parameter in network.parameters():
-        parameter.normal_(0, 0.02)
-    return network
+def make(name: str, device: str, dtype: torch.dtype, config: dict[str, Any] = UNET) -> nn.Module:
+    """Returns the network with random weights on a device."""
+    return materialise(lambda: build(name, config), device, dtype).eval().requires_grad_(False)
 
 
 def inputs(config: Any, latent: int, batch: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -115,11 +110,11 @@ def count_flops() -> dict[str, Any]:
     }
 
 
-def time_network(name: str, device: str, latent: int) -> dict[str, float]:
+def time_network(name: str, device: str, latent: int, config: dict[str, Any] = UNET) -> dict[str, float]:
     """Measures one forward pass of one sample."""
     dtype = torch.float16 if device == "cuda" else torch.float32
     with torch.inference_mode():
-        network = make(name, device, dtype)
+        network = make(name, device, dtype, config)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         weights = sum(each.numel() * each.element_size() for each in network.parameters()) / MIB
@@ -128,19 +123,24 @@ def time_network(name: str, device: str, latent: int) -> dict[str, float]:
         return {"seconds": seconds, "weights_mib": weights, "peak_mib": _peak_memory(device)}
 
 
-def time_picture(arm: str, device: str) -> dict[str, float]:
-    """Measures the denoising of one picture, without text encoders and VAE: STEPS steps with guidance (batch 2)."""
+def time_picture(arm: str, device: str, config: dict[str, Any] = UNET, steps: int = STEPS) -> dict[str, float]:
+    """Measures the denoising of one picture, without text encoders and VAE, with guidance (batch 2).
+
+    config: of the UNet on a GPU; on a CPU it is nano's.
+    """
     dtype = torch.float16 if device == "cuda" else torch.float32
     with torch.inference_mode():
-        networks, latent = _networks(arm, device, dtype)
-        run = _denoising(networks, latent, device, dtype)
+        networks, latent = _networks(arm, device, dtype, config)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        run = _denoising(networks, latent, device, dtype, steps)
         return {"seconds": _median_seconds(run, device), "peak_mib": _peak_memory(device)}
 
 
-def _networks(arm: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Any], int]:
-    """Returns the networks of an arm, SDXL's on a GPU, else nano's, and the side of the latents."""
+def _networks(arm: str, device: str, dtype: torch.dtype, config: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Returns the networks of an arm, of this config on a GPU, else nano's, and the side of the latents."""
     if device == "cuda":
-        return {name: make(name, device, dtype) for name in ("unet", *ARMS[arm])}, 128
+        return {name: make(name, device, dtype, config) for name in ("unet", *ARMS[arm])}, config["sample_size"]
     base = open_base(BaseOptions(name="nano"))
     adapter = build_adapter(AdapterOptions(), base.unet_config).eval()
     unet: Any = base.pipeline(adapter, "cpu", torch.float32).unet
@@ -150,7 +150,7 @@ def _networks(arm: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Any]
     return networks, 16
 
 
-def _denoising(networks: dict[str, Any], latent: int, device: str, dtype: torch.dtype) -> Callable[[], Any]:
+def _denoising(networks: dict[str, Any], latent: int, device: str, dtype: torch.dtype, steps: int) -> Callable[[], Any]:
     unet, adapter, controlnet = (networks.get(name) for name in NETWORKS)
     assert unet is not None
     arguments = inputs(unet.config, latent, 2, device, dtype)
@@ -158,7 +158,7 @@ def _denoising(networks: dict[str, Any], latent: int, device: str, dtype: torch.
 
     def picture() -> None:
         features = [torch.cat([f, f]) for f in adapter(condition[:1])] if isinstance(adapter, T2IAdapter) else None
-        for _ in range(STEPS):
+        for _ in range(steps):
             extra: dict[str, Any] = {}
             if features is not None:
                 extra["down_intrablock_additional_residuals"] = [feature.clone() for feature in features]

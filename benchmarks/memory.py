@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from common import make_parser, measured, read_earlier, write_result
-from real_size import UNET
+from sdxl import UNET
 
 from t2i_adapter.batches.example import example_batch
 from t2i_adapter.config.tree import (
