@@ -41,9 +41,11 @@ words=(torchrun --nnodes "${#hosts[@]}" --nproc_per_node "$GPUS" --rdzv_id "run-
 
 # What runs on each host. Its standard input is its lease: a line there is a signal for torchrun, and its end, which a
 # lost connection causes too, is TERM. torchrun ends with 1 whatever its processes end with, so the run's own record
-# says whether the run was stopped.
+# says whether the run was stopped; a record that did not change is that of an earlier start.
 remote="cd $(printf %q "$DIR") && $ACTIVATE || exit 1
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150
+status() { t2i-adapter runs ls $(printf %q "$folder") --json 2>/dev/null; }
+before=\$(status)
 exec 3<&0
 $(printf '%q ' "${words[@]}") </dev/null 3<&- &
 child=\$!
@@ -52,8 +54,8 @@ lease=\$!
 wait \$child
 code=\$?
 kill \$lease 2>/dev/null
-[ \$code -eq 0 ] && exit 0
-t2i-adapter runs ls $(printf %q "$folder") --json | grep -q '\"state\": \"stopped\"' && exit 75
+after=\$(status)
+case \$after in \"\$before\") ;; *'\"state\": \"stopped\"'*) exit 75 ;; esac
 exit \$code"
 remote="bash -c '${remote//\'/\'\\\'\'}'" # in quotes that every login shell reads
 
