@@ -25,7 +25,7 @@ from support.kills import differences
 from support.ranks import count_lines
 from support.slurm import MISSING, NODES, Cluster
 
-STEPS = 200
+STEPS = 60
 FLAGS = (
     *("--data", "data", "--data.resolution", "64", "--data.num_workers", "0", "--train.batch_size", "1"),
     *("--train.seed", "3", "--optim.lr", "1e-3", "--tracking.log_every", "1", "--train.max_steps", str(STEPS)),
@@ -82,11 +82,11 @@ def main() -> None:
         [sys.executable, "-m", "t2i_adapter", *make], cwd=work, check=True, env={**os.environ, **ENVIRONMENT}
     )
     (work / "other.sh").write_text("#!/bin/bash\nsleep 1\n")
-    content: dict[str, Any] = {"slurm": subprocess.check_output(["sbatch", "--version"], text=True).strip()}
+    content: dict[str, Any] = {"nodes": len(NODES), "updates": STEPS, "preemptions": []}
     with Cluster(more="SlurmctldParameters=preempt_send_user_signal") as cluster:
+        content["slurm"] = cluster.run("sbatch", "--version").strip()
         cluster.wait(submit(cluster, work, "alone"), "COMPLETED", 600)
         job = submit(cluster, work, "run")
-        content |= {"nodes": len(NODES), "updates": STEPS, "preemptions": []}
         for _ in range(args.preemptions):
             content["preemptions"].append(preempt(cluster, work))
             print(content["preemptions"][-1], flush=True)

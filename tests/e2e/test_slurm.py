@@ -98,6 +98,18 @@ def test_a_run_whose_steps_get_sigterm_is_requeued_too(cluster: Cluster, work: P
     assert "Stopped after step" in log(work, job) and read_run(work / "run").state == "finished"
 
 
+def test_a_run_that_is_warned_before_its_first_update_is_requeued(
+    cluster: Cluster, work: Path, user_env: dict[str, str]
+):
+    job = cluster.submit("--nodes=1", *SMALL, TRAIN, "run", *RUN, "--train.max_steps", "2", cwd=work, env=user_env)
+    cluster.wait(job, "RUNNING")
+    until(lambda: "No checkpoint in run yet" in log(work, job))
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait(job, "COMPLETED")
+    assert cluster.job(job)["Restarts"] == "1", log(work, job)
+    assert "Stopped after step" not in log(work, job) and read_run(work / "run").state == "finished"
+
+
 def test_a_cancelled_run_saves_and_stays_cancelled(cluster: Cluster, work: Path, user_env: dict[str, str]):
     job = cluster.submit("--nodes=1", *SMALL, TRAIN, "run", *RUN, "--train.max_steps", "9999", cwd=work, env=user_env)
     await_steps(work, job, "run", 1)
