@@ -18,7 +18,6 @@ from support.ranks import count_lines
 from support.slurm import free_ports
 from support.soak import children
 
-from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.runs.read import read_run
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -27,7 +26,6 @@ data: {location: data, resolution: 64, num_workers: 0}
 train: {batch_size: 1, seed: 3, max_steps: 25}
 tracking: {report_to: none, log_every: 1}
 """
-HAS_PARTS = "part" in {field.name for field in dataclasses.fields(DataOptions)}
 
 
 @dataclasses.dataclass
@@ -116,7 +114,6 @@ def test_a_mistake_in_the_recipe_ends_with_2_before_anything_is_launched(script:
     assert said.startswith("error: ") and said.count("\n") == 1
 
 
-@pytest.mark.skipif(not HAS_PARTS, reason="this version has no option data.part")
 def test_the_pods_of_an_indexed_job_prepare_all_parts(work: Path, environment: dict[str, str]):
     script = kubernetes_script("prepare.yaml", work, environment)
     for index in ("0", "1"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from support.processes import finish, until
 from support.ranks import count_lines
 from support.slurm import MISSING, NODES, Cluster
 
-from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.runs.read import read_run
 
 pytestmark = pytest.mark.skipif(
@@ -28,7 +26,6 @@ DATA = ("--data", "data", "--data.resolution", "64", "--data.num_workers", "0")
 RUN = (*DATA, "--train.batch_size", "1", "--train.seed", "3", "--optim.lr", "1e-3", "--tracking.log_every", "1")
 STEPS = 60
 """Updates of a run that must still train when it is preempted, a few seconds after its first update."""
-HAS_PARTS = "part" in {field.name for field in dataclasses.fields(DataOptions)}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +127,6 @@ def test_a_mistake_of_the_user_fails_the_job_with_its_line(cluster: Cluster, wor
         assert cluster.job(job)["Restarts"] == "0"
 
 
-@pytest.mark.skipif(not HAS_PARTS, reason="this version has no option data.part")
 def test_a_cache_prepared_by_an_array_job_is_complete_for_training(
     cluster: Cluster, work: Path, user_env: dict[str, str]
 ):
