@@ -20,7 +20,7 @@ SECONDS = 300
 """Most time for the compiler; it takes about 15 s."""
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """The device cannot be built here. The text is a sentence that says why."""
 
 
@@ -32,23 +32,23 @@ def torch_folder() -> Path:
 
 
 def build() -> Path:
-    """Returns the library's file, and builds it first if it is missing. Raises Unavailable.
+    """Returns the library's file, and builds it first if it is missing. Raises UnavailableError.
 
     Raises subprocess.CalledProcessError if the compiler refuses the source: that is a fault of the source.
     """
     version = importlib.metadata.version("torch")
     if not sys.platform.startswith("linux"):
-        raise Unavailable("The emulated device is built on Linux only.")
+        raise UnavailableError("The emulated device is built on Linux only.")
     if not version.startswith(TORCH):
-        raise Unavailable(f"The emulated device is written for torch {TORCH}*, and torch {version} is installed.")
+        raise UnavailableError(f"The emulated device is written for torch {TORCH}*, and torch {version} is installed.")
     if not version.endswith("+cpu"):
-        raise Unavailable(f"The emulated device needs a CPU build of torch, and torch {version} is installed.")
+        raise UnavailableError(f"The emulated device needs a CPU build of torch, and torch {version} is installed.")
     file = CACHE / f"{version}-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so"
     if file.exists():
         return file
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise Unavailable("The emulated device needs a C++ compiler: install g++, or set CXX.")
+        raise UnavailableError("The emulated device needs a C++ compiler: install g++, or set CXX.")
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one test run need it at the same time

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ def waits() -> Iterator[list[Wait]]:
 @contextlib.contextmanager
 def limited(extra: int) -> Iterator[None]:
     """Inside, the device has `extra` bytes beyond those in use now; more is torch.OutOfMemoryError."""
+    gc.collect()
     _library.emulated_set_limit(used() + extra)
     try:
         yield
@@ -182,7 +184,7 @@ def _patch() -> None:
         "manual_seed": lambda seed: _library.emulated_seed(seed),
         "manual_seed_all": lambda seed: _library.emulated_seed(seed),
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
-        "get_rng_state_all": lambda: [],
+        "get_rng_state_all": list,
         "synchronize": lambda device=None: _on_wait(b"synchronize"),
         "current_stream": lambda device=None: Stream(),
         "default_stream": lambda device=None: Stream(),
