@@ -77,6 +77,17 @@ def test_what_makes_the_host_wait_is_counted(name: str):
     assert waits
 
 
+def test_a_wait_can_be_an_error():
+    x = torch.zeros(8, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            x.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert x.sum().item() == 0
+
+
 FREE: dict[str, Callable[[torch.Tensor], object]] = {
     "product with a number": lambda x: x * 2.0 + torch.tensor(1.0),
     "norm": lambda x: x.norm(),

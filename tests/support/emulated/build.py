@@ -17,16 +17,16 @@ CACHE = Path(__file__).parents[3] / ".cache" / "emulated-device"
 TORCH = "2.13."
 """The version whose interface device.cpp uses; C++ extensions of this kind have no stable one."""
 SECONDS = 300
-"""Most time for the compiler; it takes about 15 s."""
+"""Most time for the compiler, on a busy machine."""
 
 
 class UnavailableError(Exception):
     """The device cannot be built here. The text is a sentence that says why."""
 
 
-def torch_folder() -> Path:
-    """The folder of the installed torch, which is not imported."""
-    spec = importlib.util.find_spec("torch")
+def folder_of(package: str) -> Path:
+    """The folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package)
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent
 
@@ -58,7 +58,7 @@ def build() -> Path:
 
 
 def _compile(compiler: str, file: Path) -> None:
-    torch, unfinished = torch_folder(), file.with_suffix(".tmp")
+    torch, unfinished = folder_of("torch"), file.with_suffix(".tmp")
     include = torch / "include"
     words = [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", str(SOURCE), "-o", str(unfinished)]
     for folder in (include, include / "torch" / "csrc" / "api" / "include"):

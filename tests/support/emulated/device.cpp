@@ -119,9 +119,11 @@ PinnedMemory pinned_memory;
 // What makes the host wait --------------------------------------------------------------------------------------------
 
 void (*on_wait)(const char*) = nullptr;
+std::atomic<bool> waits_fail{false};
 
 void report_wait(const std::string& what) {
   if (on_wait != nullptr) on_wait(what.c_str());
+  TORCH_CHECK(!waits_fail, "called a synchronizing CUDA operation: ", what);
 }
 
 // Random numbers ------------------------------------------------------------------------------------------------------
@@ -458,6 +460,7 @@ int64_t emulated_peak() { return peak; }
 void emulated_reset_peak() { peak = used.load(); }
 void emulated_set_limit(int64_t bytes) { limit = bytes; }  // 0 is no limit
 void emulated_set_poison(bool is_on) { poisons = is_on; }
+void emulated_set_waits_fail(bool is_on) { waits_fail = is_on; }
 void emulated_on_wait(void (*report)(const char*)) { on_wait = report; }
 void emulated_seed(uint64_t seed) { at::Generator(default_generator()).set_current_seed(seed); }
 }

@@ -16,20 +16,20 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
-from support.emulated.build import build, torch_folder
+from support.emulated.build import build, folder_of
 
 assert "torch" not in sys.modules, "torch asks for its devices when it is imported"
 for _name in ("libc10.so", "libtorch_cpu.so"):
-    ctypes.CDLL(str(torch_folder() / "lib" / _name), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(folder_of("torch") / "lib" / _name), mode=ctypes.RTLD_GLOBAL)
 _library = ctypes.CDLL(str(build()), mode=ctypes.RTLD_GLOBAL)
 _library.emulated_used.restype = _library.emulated_peak.restype = ctypes.c_int64
 _library.emulated_set_limit.argtypes = [ctypes.c_int64]
-_library.emulated_set_poison.argtypes = [ctypes.c_bool]
+_library.emulated_set_poison.argtypes = _library.emulated_set_waits_fail.argtypes = [ctypes.c_bool]
 _library.emulated_seed.argtypes = [ctypes.c_uint64]
 
 import torch  # noqa: E402  (after the device is registered)
 
-PACKAGE = Path(__file__).parents[3] / "src" / "t2i_adapter"
+PACKAGE = folder_of("t2i_adapter")
 TOTAL = 8 * 2**30
 """Bytes of memory that the device says it has."""
 CAPABILITY = (8, 0)
@@ -181,6 +181,7 @@ def _patch() -> None:
         "mem_get_info": lambda device=None: (TOTAL - used(), TOTAL),
         "reset_peak_memory_stats": lambda device=None: _library.emulated_reset_peak(),
         "set_per_process_memory_fraction": set_fraction,
+        "set_sync_debug_mode": lambda mode: _library.emulated_set_waits_fail(mode in (2, "error")),
         "manual_seed": lambda seed: _library.emulated_seed(seed),
         "manual_seed_all": lambda seed: _library.emulated_seed(seed),
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
