@@ -1,4 +1,5 @@
-"""The device to run on, chosen in one place; CPU threads and memory: splits cores, limits malloc arenas, frees memory.
+"""The device to run on, chosen in one place; CPU threads and memory: splits cores, limits malloc arenas, frees memory,
+and halves work for which there is too little.
 
 What a device can do is in `abilities.py`.
 """
@@ -10,13 +11,16 @@ import gc
 import os
 import platform
 import shutil
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import Barrier
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +31,12 @@ from t2i_adapter.errors import UserError, first_line, flag
 _M_ARENA_MAX = -8  # from glibc's malloc.h
 _ALLOWED = "allowed are auto, cpu, cuda, cuda:1, xpu, mps."
 _DRIVER = Path("/proc/driver/nvidia/version")
+_CPU_OUT_OF_MEMORY = (
+    *("not enough memory", "can't allocate memory"),
+    *("could not create a memory", "could not create a primitive"),
+)
+"""Texts of the plain RuntimeErrors that torch's CPU allocator and oneDNN raise; they have no class of their own."""
+T = TypeVar("T")
 
 
 def choose_device(name: str = "auto", *, option: str = "device") -> str:
@@ -198,6 +208,14 @@ def reset_peak(device: torch.device | str) -> None:
         getattr(torch, place.type).reset_peak_memory_stats(place)
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a CPU tensor's copy on the device. The host does not wait for a GPU: it copies from pinned memory, after
+    the work that the GPU has to do first."""
+    if not hardware_of(device).can("pinned"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def limit_malloc_arenas() -> None:
     """Limits glibc's malloc to max(2, cores) arenas; its default is 8 a core.
 
@@ -262,3 +280,64 @@ def release(device: torch.device | str) -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc has it
     if trim:
         trim(0)
+
+
+def is_out_of_memory(fault: BaseException) -> bool:
+    """Whether an exception reports that the device's or the host's memory ran out. A `UserError` has a kind for it."""
+    if isinstance(fault, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(fault, UserError):
+        return fault.kind == "out_of_memory"
+    return isinstance(fault, RuntimeError) and any(text in str(fault) for text in _CPU_OUT_OF_MEMORY)
+
+
+@dataclass
+class FittingParts(Generic[T]):
+    """Does work on many items in parts that fit into memory: each time it runs out, half as many items are tried.
+
+    items: their name in the plural, for messages. remedy: what the user can do if there is too little for one item.
+    """
+
+    items: str
+    remedy: str
+    most: int | None = None
+    """Most items at a time; None until memory runs out."""
+
+    def __call__(self, work: Callable[[int, int], T], count: int, size: int, device: torch.device | str) -> Iterator[T]:
+        """Yields work(start, stop) for the parts of `count` items in order, at most `size` items each.
+
+        Raises UserError of kind "out_of_memory" if a single item does not fit.
+        """
+        start = 0
+        while start < count:
+            stop = min(count, start + size, start + (self.most or size))
+            result = self._try(work, start, stop)
+            if isinstance(result, _OutOfMemory):
+                release(device)  # here nothing refers to the failed attempt any more
+                self._halve(stop - start, result.text)
+            else:
+                yield result
+                start = stop
+
+    def _try(self, work: Callable[[int, int], T], start: int, stop: int) -> T | _OutOfMemory:
+        try:
+            return work(start, stop)
+        except (RuntimeError, MemoryError) as fault:  # torch.OutOfMemoryError is a RuntimeError
+            if not is_out_of_memory(fault):
+                raise
+            return _OutOfMemory(first_line(fault))
+
+    def _halve(self, tried: int, fault: str) -> None:
+        if tried == 1:
+            text = f"Out of memory for one of the {self.items} ({fault}): {self.remedy}."
+            raise UserError(text, kind="out_of_memory")
+        self.most = tried // 2
+        line = f"Out of memory for {tried} {self.items} at once: from here on {self.most} at a time."
+        print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class _OutOfMemory:
+    """An attempt that failed. text: the error's first line."""
+
+    text: str

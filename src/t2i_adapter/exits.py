@@ -46,6 +46,11 @@ def guarded(action: Callable[[], None], name: Callable[[str], str] = "--{}".form
             raise
         discard_lost_output()
         return 141  # as a program that dies of SIGPIPE
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be loaded
+            raise
+        text = str(error).strip().splitlines()[0]
+        return _refuse(f"out of memory: {text} Use smaller options, or a device with more memory")
     except OSError as error:
         if error.errno not in _DISK_REMEDIES:
             raise

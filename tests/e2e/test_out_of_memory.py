@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2i_adapter.training.accumulate import is_out_of_memory
+from t2i_adapter.devices import is_out_of_memory
 
 SCRIPT = """
 import json, re, resource, sys

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,7 @@ from t2i_adapter.errors import Stopped, UserError
 from t2i_adapter.flags import parse_train
 from t2i_adapter.training import nonfinite, resume
 from t2i_adapter.training.loop import Trainer
+from t2i_adapter.training.muon import Muon
 from t2i_adapter.training.setup import make_trainer, set_up
 from t2i_adapter.training.signals import Stopper
 from t2i_adapter.training.step import batch_losses
@@ -139,11 +141,12 @@ def test_more_bad_steps_than_may_be_skipped_stop_the_run(config: Config):
         trainer.fit()
 
 
-def test_a_fused_optimiser_that_is_told_leaves_all_as_it_is():
-    """What the guard relies on where the host does not wait for the device."""
+@pytest.mark.parametrize("make", [partial(torch.optim.AdamW, fused=True), Muon], ids=["adamw", "muon"])
+def test_an_optimiser_that_reads_found_inf_changes_nothing_in_a_skipped_step(make: Callable[..., Any]):
+    """What the guard relies on if the host does not wait for the device. Weights, moments and counts stay."""
     torch.manual_seed(0)
     network = torch.nn.Linear(3, 3)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
+    optimizer = make(network.parameters(), lr=0.1, weight_decay=0.1)
     guard = nonfinite.Guard(optimizer, supports_found_inf=True, is_scaled=False)
 
     def step(number: int, spoil: bool) -> None:

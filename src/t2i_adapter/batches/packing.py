@@ -96,7 +96,7 @@ def unpack(
     Args:
         slots: the shared memory that loader processes have sent; new slots are added.
         key: returns the key of a sample by its number.
-        pin: whether to copy into pinned memory.
+        pin: whether the batch lies in pinned memory, from which a GPU copies while the host goes on.
     """
     memory = packed.memory
     if packed.slot is not None:
@@ -109,9 +109,9 @@ def unpack(
     arrays |= {name: arrays[name].flatten(0, 1) for name in PER_NOISE}
     fields = dict(packed.fields)
     keys = SampleKeys(fields.pop("numbers"), key)
-    ints = {name: torch.tensor(fields.pop(name)) for name in ("time_ids", "timesteps")}
+    ints = {name: torch.tensor(fields.pop(name), pin_memory=pin) for name in ("time_ids", "timesteps")}
     factors = fields.pop("weights")
-    weights = torch.tensor(factors, dtype=torch.float32) if factors else None
+    weights = torch.tensor(factors, dtype=torch.float32, pin_memory=pin) if factors else None
     return PartialBatch(**arrays, **ints, **fields, keys=keys, weights=weights)
 
 

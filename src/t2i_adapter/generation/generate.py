@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from t2i_adapter.devices import FittingParts
 from t2i_adapter.generation.controlnet import Controlled
 from t2i_adapter.generation.guidance import adapters_of, steer
 from t2i_adapter.generation.options import SamplingOptions, Strength
@@ -31,6 +32,7 @@ Condition = Image.Image | Sequence[Image.Image]
 
 _BATCH_PIXELS = 512 * 512  # 16 pictures of `nano`: on a CPU larger batches are no faster
 _BATCH_PROMPTS = 64  # prompts that are encoded at a time, for memory
+_REMEDY = "use smaller pictures, `--offload` of generate and evaluate, or a device with more memory"
 
 
 @dataclass(frozen=True)
@@ -201,17 +203,20 @@ def generate_batches(
         controlled: a ControlNet that acts beside the adapters, with N pictures of `size`.
         progress: title of a progress bar over all denoising steps; None shows none.
 
-    Raises UserError if the base cannot do what `sampling` asks for.
+    If memory runs out, a batch is generated again in smaller ones. Raises UserError if there is too little for a single
+    picture, and if the base cannot do what `sampling` asks for.
     """
     assert len(texts) == len(seeds) and (conditions is None or len(conditions) == len(seeds))
     assert redraw is None or len(redraw.inits) == len(seeds)
     strengths = strengths or [sampling.strength] * len(adapters_of(pipeline))
-    batch = batch_length(size, sampling)
+    parts: FittingParts[list[Image.Image]] = FittingParts("pictures", _REMEDY)
     made = sampling.steps if redraw is None else redraw.steps(sampling.steps)
     total, is_hidden = len(seeds) * made, progress is None
     with tqdm(total=total, desc=progress, unit="step", disable=is_hidden, leave=False, delay=0.5) as bar:
-        for start in range(0, len(seeds), batch):
-            part = slice(start, start + batch)
+
+        def one_batch(start: int, stop: int) -> list[Image.Image]:
+            part = slice(start, stop)
+            bar.update(start * made - bar.n)  # goes back after an attempt for which memory ran out
             chosen = None if conditions is None else conditions[part]
             text = texts.arguments(part)
             begin = None if redraw is None else redraw.part(part)
@@ -219,7 +224,9 @@ def generate_batches(
             with beside:
                 latents = _sample_latents(pipeline, text, chosen, seeds[part], size, sampling, strengths, begin, bar)
             pictures = _decode(pipeline, latents)
-            yield pictures if begin is None else begin.finish(pictures)
+            return pictures if begin is None else begin.finish(pictures)
+
+        yield from parts(one_batch, len(seeds), batch_length(size, sampling), pipeline._execution_device)
     pipeline.maybe_free_model_hooks()
 
 

@@ -7,7 +7,7 @@ h, w = H/8, W/8.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from threading import Lock
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2i_adapter.devices import FittingParts, send
+from t2i_adapter.errors import flag
 from t2i_adapter.types import CHUNK, CHUNK_TOKENS, count_chunks, text_length
 
 GPU_BATCH_PIXELS = 4 * 1024**2
@@ -23,6 +25,8 @@ CPU_BATCH_PIXELS = 8 * 128**2
 """Pixels that a CPU encodes at a time: larger batches exceed its caches (benchmarks/results/speed_options_*.json)."""
 FIRST_SCALE = 0.18215
 """Factor of the first VAE of Stable Diffusion, whose config does not name it (2112.10752, appendix G)."""
+ENCODING_REMEDY = f"use a lower {flag('data.resolution')}, or a device with more memory"
+CAPTION_REMEDY = f"use a lower {flag('data.max_tokens')}, or a device with more memory"
 _TOKENIZER_LOCK = Lock()
 """Tokenizers store the padding and truncation of a call in themselves, so only one thread at a time may call one."""
 
@@ -34,6 +38,9 @@ class TextEncoder:
     tokenizers: tuple[Any, ...]
     encoders: tuple[Any, ...]
     device: torch.device
+    _parts: FittingParts[tuple[Tensor, Tensor]] = field(
+        default_factory=lambda: FittingParts("captions", CAPTION_REMEDY), repr=False
+    )
 
     @classmethod
     def of(cls, pipeline: Any) -> TextEncoder:
@@ -61,14 +68,24 @@ class TextEncoder:
         then repeated to L positions. Attention is a mean over the positions with weights that sum to 1, so repeating
         all of them an equal number of times does not change it: a caption means the same to the UNet whatever
         `max_tokens` is. Empty chunks as padding would change it.
+
+        If memory runs out, the captions are encoded in smaller parts. Raises UserError if a single one does not fit.
         """
+
+        def encoded(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            return self._encode(captions[start:stop], max_tokens)
+
+        states, pooled = zip(*self._parts(encoded, len(captions), len(captions), self.device), strict=True)
+        return (states[0], pooled[0]) if len(states) == 1 else (torch.cat(states), torch.cat(pooled))
+
+    def _encode(self, captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
         hidden, pooled = [], None
         counts: list[int] = []
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
             chunks = [_split(tokenizer, caption, max_tokens) for caption in captions]
             counts = [len(one) for one in chunks]
-            ids = torch.tensor([chunk for one in chunks for chunk in one])
-            output = encoder(ids.to(self.device), output_hidden_states=True)
+            ids = send(torch.tensor([chunk for one in chunks for chunk in one]), self.device)
+            output = encoder(ids, output_hidden_states=True)
             if len(self.encoders) == 1:
                 hidden.append(output.last_hidden_state)
                 pooled = output.last_hidden_state[:, 0, :0]
@@ -82,7 +99,7 @@ class TextEncoder:
         length = text_length(max_tokens)
         joined = [some.flatten(0, 1).repeat(length // (CHUNK * len(some)), 1) for some in states.split(counts)]
         firsts = [sum(counts[:index]) for index in range(len(counts))]
-        return torch.stack(joined), pooled[firsts]
+        return torch.stack(joined), torch.stack([pooled[first] for first in firsts])
 
 
 def _split(tokenizer: Any, caption: str, max_tokens: int) -> list[list[int]]:
@@ -116,6 +133,9 @@ class LatentEncoder:
     vae: Any
     device: torch.device
     factor: int = 8
+    parts: FittingParts[Tensor] = field(
+        default_factory=lambda: FittingParts("pictures to encode", ENCODING_REMEDY), repr=False
+    )
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -125,9 +145,16 @@ class LatentEncoder:
 
 
 def encode_pixels(encoder: LatentEncoder, pixels: Tensor) -> Tensor:
-    """pixels (N,3,H,W) uint8 on the encoder's device -> moments (N,8,h,w) float16, `batch_size` images at a time."""
+    """pixels (N,3,H,W) uint8 on the encoder's device -> moments (N,8,h,w) float16, `batch_size` images at a time.
+
+    If memory runs out, fewer at a time. Raises UserError if a single one does not fit.
+    """
+
+    def encoded(start: int, stop: int) -> Tensor:
+        return encoder.encode(pixels[start:stop].float() / 255).half()
+
     size = batch_size(pixels.shape[-2] * pixels.shape[-1], pixels.device)
-    return torch.cat([encoder.encode(batch.float() / 255).half() for batch in pixels.split(size)])
+    return torch.cat(list(encoder.parts(encoded, len(pixels), size, pixels.device)))
 
 
 def batch_size(pixels: int, device: torch.device | str) -> int:
@@ -161,9 +188,8 @@ class LatentScale:
 
 @lru_cache(maxsize=16)
 def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor | float:
-    """One number if all channels have the same, else (1,C,1,1), copied to the device once: the host waits for a GPU at
-    each copy of its own numbers."""
+    """One number if all channels have the same, else (1,C,1,1), copied to the device once."""
     if len(set(values)) == 1:
         return values[0]
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device, dtype=dtype).view(1, -1, 1, 1)
+        return send(torch.tensor(values, dtype=dtype), device).view(1, -1, 1, 1)

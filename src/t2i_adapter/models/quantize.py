@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i_adapter.devices import hardware_of
+from t2i_adapter.devices import hardware_of, send
 
 Format = Literal["float8", "int8", "nf4"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -193,8 +193,8 @@ def _nf4_levels() -> list[float]:
 
 @cache
 def _levels(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Returns the levels on the device; cached, because a copy in each step would synchronise with the device."""
-    return torch.tensor(_nf4_levels(), dtype=dtype, device=device)
+    """Returns the levels on the device, copied once."""
+    return send(torch.tensor(_nf4_levels(), dtype=dtype), device)
 
 
 def _quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,21 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from t2i_adapter.devices import release
+from t2i_adapter.devices import is_out_of_memory, release
 from t2i_adapter.errors import UserError, first_line, flag
 from t2i_adapter.training.profile import BACKWARD, DATA, mark
 from t2i_adapter.types import Batch
-
-_CPU_OUT_OF_MEMORY = (
-    *("not enough memory", "can't allocate memory"),
-    *("could not create a memory", "could not create a primitive"),
-)
-"""Texts of the plain RuntimeErrors that torch's CPU allocator and oneDNN raise; they have no class of their own."""
 
 AddGradients = Callable[[Batch, float], Tensor]
 """(samples, share) -> share times the sum of the samples' losses, (); adds its gradients to the adapter's."""
@@ -139,10 +132,3 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
     fields = {name: value for name, value in vars(batch).items() if value is not None}
     rows = {name: len(value) // len(batch) for name, value in fields.items()}  # a sample has K noise samples
     return replace(batch, **{name: value[start * rows[name] : stop * rows[name]] for name, value in fields.items()})
-
-
-def is_out_of_memory(fault: BaseException) -> bool:
-    """Whether an exception reports that the device's or the host's memory ran out."""
-    if isinstance(fault, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(fault, RuntimeError) and any(text in str(fault) for text in _CPU_OUT_OF_MEMORY)

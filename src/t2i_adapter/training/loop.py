@@ -9,13 +9,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
 
 from t2i_adapter.config.tree import to_dict
-from t2i_adapter.errors import Stopped, UserError, flag
+from t2i_adapter.devices import is_out_of_memory, release
+from t2i_adapter.errors import Stopped, UserError, first_line, flag
 from t2i_adapter.runs.page import write_report
 from t2i_adapter.training import advice, checkpoint, nonfinite, tracking
 from t2i_adapter.training.advice import Advisor
@@ -30,6 +31,7 @@ from t2i_adapter.training.signals import Reason, Stopper
 from t2i_adapter.training.update import Update
 from t2i_adapter.types import Batch
 
+T = TypeVar("T")
 METRICS = "metrics.jsonl"
 """In a run's folder: a line of JSON for each log entry."""
 
@@ -216,8 +218,20 @@ class Trainer:
 
     def _validate_here(self) -> None:
         if self.validate:
-            validate = partial(self.validate, self.update.ema_or_adapter, self.step)
-            self._score(self.stopper.unless_stopped(validate))
+            self._score(self._measured(partial(self.validate, self.update.ema_or_adapter, self.step)))
+
+    def _measured(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None if the run was stopped meanwhile, or if there is too little memory for a picture:
+        that costs the pictures, and the training goes on."""
+        try:
+            return self.stopper.unless_stopped(work)
+        except (UserError, RuntimeError, MemoryError) as fault:
+            if not is_out_of_memory(fault):
+                raise
+            text = first_line(fault)
+        release(self.accelerator.device)
+        self._warn(f"Step {self.step}: out of memory, so no pictures are made; training continues. {text}")
+        return None
 
     def _score(self, score: float | None) -> None:
         """Logs a validation's score, and marks the checkpoint of this step as the best if it is."""
@@ -240,8 +254,7 @@ class Trainer:
     def _look_here(self) -> None:
         if self.control:
             elapsed = time.monotonic() - self._began
-            look = partial(self.control, self.update.ema_or_adapter, self.step, elapsed)
-            self._report(self.stopper.unless_stopped(look))
+            self._report(self._measured(partial(self.control, self.update.ema_or_adapter, self.step, elapsed)))
 
     def _report(self, found: Findings | None) -> None:
         """Logs what a look found, keeps the checkpoints that may be the best, and acts on a plateau."""

@@ -5,6 +5,7 @@ Orthogonalising costs the same for any batch size, and the ranks share it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,8 +25,13 @@ class Muon(torch.optim.Optimizer):
     A convolution is a matrix (out, in * kh * kw). With several ranks each orthogonalises its share; their gradients
     must be equal, as they are after an all-reduce.
 
+    Like torch's fused optimisers it reads the attribute `found_inf`, a () tensor on the device: if that is not 0, the
+    step changes neither weights nor state, and the host need not know.
+
     betas, eps: for the AdamW part.
     """
+
+    _step_supports_amp_scaling = True  # by this name torch's GradScaler knows that `step` reads `found_inf`
 
     def __init__(
         self,
@@ -41,23 +47,31 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         assert closure is None
+        assert getattr(self, "grad_scale", None) is None, "the gradients are scaled back before a step"
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        is_skipped = None if found_inf is None else found_inf != 0
         for group in self.param_groups:
             used = [p for p in group["params"] if p.grad is not None]
-            for parameter in used:
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            decay = 1 - group["lr"] * group["weight_decay"]
             matrices = [p for p in used if p.ndim >= 2]
-            for parameter, update in zip(matrices, self._updates(matrices), strict=True):
-                parameter.sub_(update.view_as(parameter), alpha=group["lr"])
+            for parameter, update in zip(matrices, self._updates(matrices, is_skipped), strict=True):
+                _assign(parameter, parameter.mul(decay).sub_(update.view_as(parameter), alpha=group["lr"]), is_skipped)
             for parameter in (p for p in used if p.ndim < 2):
-                self._adam_step(parameter, group)
+                self._adam_step(parameter, group, decay, is_skipped)
 
-    def _updates(self, matrices: list[nn.Parameter]) -> list[Tensor]:
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            if "step" in state:  # torch leaves it where it was loaded
+                state["step"] = state["step"].to(parameter.device)
+
+    def _updates(self, matrices: list[nn.Parameter], is_skipped: Tensor | None) -> list[Tensor]:
         """The orthogonalised momenta, (out, rest) each: every rank computes its share, and receives all."""
         several = dist.is_initialized() and dist.get_world_size() > 1
         rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
         updates = []
         for i, parameter in enumerate(matrices):
-            direction = self._momentum(parameter)
+            direction = self._momentum(parameter, is_skipped)
             updates.append(orthogonal(direction) if i % world == rank else torch.zeros_like(direction))
         if several:
             flat = torch.cat([u.flatten() for u in updates])
@@ -67,29 +81,49 @@ class Muon(torch.optim.Optimizer):
             ]
         return updates
 
-    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+    def _momentum(self, parameter: nn.Parameter, is_skipped: Tensor | None) -> Tensor:
         """Nesterov momentum, (out, rest): the gradient moved towards its running mean."""
         assert parameter.grad is not None
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - _MOMENTUM)
-        return parameter.grad.lerp(state["momentum"], _MOMENTUM).flatten(1)
+        momentum = state["momentum"].lerp(parameter.grad, 1 - _MOMENTUM)
+        _assign(state["momentum"], momentum, is_skipped)
+        return parameter.grad.lerp(momentum, _MOMENTUM).flatten(1)
 
-    def _adam_step(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        """AdamW's step without the weight decay, which `step` has applied to all parameters."""
+    def _adam_step(
+        self, parameter: nn.Parameter, group: dict[str, Any], decay: float, is_skipped: Tensor | None
+    ) -> None:
+        """AdamW's step, whose decoupled decay multiplies the weights by `decay`."""
         assert parameter.grad is not None
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state.update(
-                step=torch.zeros(()), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
+                step=torch.zeros((), device=parameter.device),  # where skipped steps are not counted either
+                exp_avg=torch.zeros_like(parameter),
+                exp_avg_sq=torch.zeros_like(parameter),
             )
-        state["step"] += 1
-        (b1, b2), k = group["betas"], state["step"].item()
-        state["exp_avg"].lerp_(parameter.grad, 1 - b1)
-        state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - b2)
-        scale = (state["exp_avg_sq"] / (1 - b2**k)).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(state["exp_avg"], scale, value=-group["lr"] / (1 - b1**k))
+        b1, b2 = group["betas"]
+        new = {
+            "step": state["step"] + 1,
+            "exp_avg": state["exp_avg"].lerp(parameter.grad, 1 - b1),
+            "exp_avg_sq": state["exp_avg_sq"].lerp(parameter.grad.square(), 1 - b2),
+        }
+        scale = (new["exp_avg_sq"] / _correction(b2, new["step"])).sqrt_().add_(group["eps"])
+        scale.mul_(_correction(b1, new["step"]))
+        _assign(parameter, parameter.mul(decay).addcdiv_(new["exp_avg"], scale, value=-group["lr"]), is_skipped)
+        for name, value in new.items():
+            _assign(state[name], value, is_skipped)
+
+
+def _assign(target: Tensor, value: Tensor, is_skipped: Tensor | None) -> None:
+    """Writes `value` into `target`, unless `is_skipped`, a () bool on their device, is true."""
+    target.copy_(value if is_skipped is None else torch.where(is_skipped, target, value))
+
+
+def _correction(beta: float, step: Tensor) -> Tensor:
+    """1 - beta^step, () float32, without the digits that the subtraction would lose."""
+    return torch.expm1(step * (math.log(beta) if beta else -math.inf)).neg_()
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """NaN and inf: skips updates whose gradient is not finite, names their samples and saves their batches.
 
-On a CPU, and with an optimiser that does not read `found_inf`, the host tests each step's gradient norm before it calls
-the optimiser. PyTorch's fused optimisers on a GPU read `found_inf`, a tensor, and change nothing if it is 1: the host
-need not wait for the device, and reads which steps were skipped when it next logs or saves. Under loss scaling (fp16)
-inf is part of finding the scale, and accelerate's scaler skips such steps.
+On a CPU, and with an optimiser that does not read `found_inf` (adamw8bit), the host tests each step's gradient norm
+before it calls the optimiser. On a GPU PyTorch's fused optimisers and Muon read `found_inf`, a tensor, and change
+nothing if it is 1: the host need not wait for the device, and reads which steps were skipped when it next logs or
+saves. Under loss scaling (fp16) inf is part of finding the scale, and accelerate's scaler skips such steps.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Guard:
 def supports_found_inf(optimizer: Any) -> bool:
     """Whether an optimiser skips a step itself if its `found_inf`, a tensor on the device, is 1, and runs on a GPU,
     where this spares the host a wait."""
-    fused = all(group.get("fused") for group in optimizer.param_groups)
-    return fused and all(p.is_cuda for group in optimizer.param_groups for p in group["params"])
+    reads = getattr(optimizer, "_step_supports_amp_scaling", False)  # torch's name; its GradScaler asks for it, too
+    return reads and all(p.is_cuda for group in optimizer.param_groups for p in group["params"])
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,14 @@ class Pictures:
     ) -> list[Image.Image]:
         """N square pictures of `side` pixels with the present weights of `adapter`; without conditions, with the base
         alone. Arguments as of `generation.generate.generate`."""
-        pipeline = self._with(adapter)
-        pictures = generate(pipeline, texts, conditions, seeds, size=(side, side), sampling=sampling)
-        # The VAE leaves the device until the next pictures; the UNet stays, since training uses it.
-        pipeline.vae.to("cpu")
-        release(self._device)
-        return pictures
+        try:
+            pipeline = self._with(adapter)
+            return generate(pipeline, texts, conditions, seeds, size=(side, side), sampling=sampling)
+        finally:
+            # The VAE leaves the device until the next pictures; the UNet stays, since training uses it.
+            if self._pipeline is not None:
+                self._pipeline.vae.to("cpu")
+            release(self._device)
 
     def _with(self, adapter: Any) -> Any:
         """The pipeline with an adapter of its own in the base's dtype and with the present weights."""
