@@ -261,7 +261,7 @@ def test_residual_blocks_that_were_written_are_the_same_run_as_by_default() -> N
 
     from t2i_adapter.config.tree import Config, to_dict
 
-    plan = {"seed": 0, "global_batch": 1, "samples": 1}
+    plan = {"seed": 0, "global_batch": 1, "samples": 1, "precision": "fp32"}
 
     def found(before: AdapterOptions, after: AdapterOptions) -> list[str]:
         state = {"options": to_dict(replace(Config(), adapter=before)), "plan": plan}
