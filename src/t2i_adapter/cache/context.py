@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tqdm import tqdm
-
 from t2i_adapter.cache.shards import Shards
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import show_bytes, write_atomic
+from t2i_adapter.progress import progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +139,7 @@ def in_batches(items: Iterable[In], size: int, key: Callable[[In], Any] = lambda
 
 def bar(items: Iterable[In], total: int, title: str, *, is_shown: bool = True) -> Iterable[In]:
     """The items, with a progress bar."""
-    return tqdm(items, total=total, desc=title, disable=not is_shown, leave=False, delay=0.5)
+    return progress_bar(title, total, items=items, is_reported=is_shown)
 
 
 def wait_for(count_missing: Callable[[], int], shards: Shards, timeout: float) -> None:
