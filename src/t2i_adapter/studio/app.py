@@ -40,9 +40,9 @@ async def _static(request: Request) -> Response:
 
 
 async def _events(request: Request) -> Response:
-    """The stream of events; a browser that comes back names the last one that it has."""
+    """The stream of events; a page that comes back names the last one that it has, as a header or as `after`."""
     hub = request.app.state.studio.hub
-    last = request.headers.get("last-event-id", "")
+    last = request.headers.get("last-event-id") or request.query_params.get("after", "")
     after = int(last) if last.isascii() and last.isdecimal() and len(last) < 16 else None
     if hub.is_full():
         return problem(429, "Too many pages are open. Close some.")
