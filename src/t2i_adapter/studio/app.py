@@ -16,6 +16,7 @@ from starlette.routing import Route
 from t2i_adapter.studio.guard import Guard
 from t2i_adapter.studio.routes_jobs import ROUTES as JOB_ROUTES
 from t2i_adapter.studio.routes_runs import ROUTES as RUN_ROUTES
+from t2i_adapter.studio.routes_try import ROUTES as TRY_ROUTES
 from t2i_adapter.studio.server import Studio, problem
 from t2i_adapter.studio.watch import Watch
 
@@ -54,13 +55,14 @@ def make_app(studio: Studio, host_names: tuple[str, ...] = ()) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        watch = Watch(studio.hub, studio.jobs, studio.runs)
+        watch = Watch(studio.hub, studio.jobs, studio.runs, studio.paints)
         watch.start()
         try:
             yield
         finally:
             studio.hub.close()
             watch.stop()
+            studio.paints.end()
 
     async def missing(_: Request, __: Exception) -> Response:
         return problem(404, "There is no such page.")
@@ -71,6 +73,7 @@ def make_app(studio: Studio, host_names: tuple[str, ...] = ()) -> Starlette:
         Route("/api/events", _events),
         *JOB_ROUTES,
         *RUN_ROUTES,
+        *TRY_ROUTES,
     ]
     guard = Middleware(Guard, keys=studio.keys, names=host_names)
     app = Starlette(routes=routes, middleware=[guard], lifespan=lifespan, exception_handlers={404: missing})

@@ -148,7 +148,7 @@ class Jobs:
             code,
             text_of(ended.get("error")),
             text_of(ended.get("option")) or None,
-            _last_line(folder / _PROGRESS),
+            last_line(folder / _PROGRESS),
             created,
             number(ended.get("ended")),
             number(read_json(folder / _ORDER).get("order")) or created,
@@ -280,7 +280,7 @@ class Jobs:
             shutil.rmtree(job.folder, ignore_errors=True)
 
 
-def _last_line(file: Path) -> dict[str, Any]:
+def last_line(file: Path) -> dict[str, Any]:
     """The last whole line of a file of JSON lines."""
     lines = read_file(file, 4096).rpartition(b"\n")[0].splitlines()
     try:

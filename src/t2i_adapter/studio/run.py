@@ -40,6 +40,7 @@ def _serve(root: Path, options: StudioOptions) -> None:
     from t2i_adapter.studio.guard import Keys
     from t2i_adapter.studio.hub import Hub
     from t2i_adapter.studio.jobs import Jobs
+    from t2i_adapter.studio.paints import Paints
     from t2i_adapter.studio.places import Places
     from t2i_adapter.studio.run_views import Runs
     from t2i_adapter.studio.server import Studio
@@ -58,7 +59,9 @@ def _serve(root: Path, options: StudioOptions) -> None:
         host, port = listener.getsockname()[:2]
         write_atomic(places.state / ADDRESS, [json.dumps({"host": host, "port": port}).encode()])
         keys = Keys(places.state)
-        studio = Studio(places, keys, Jobs(places), Runs(places), Hub())
+        hub = Hub()
+        paints = Paints(places, hub)
+        studio = Studio(places, keys, Jobs(places, before_device=paints.end), paints, Runs(places), hub)
         link = _link(host, port, keys.new_link("owner"))
         _announce(options, host, port, link)
         config = uvicorn.Config(

@@ -18,6 +18,7 @@ from t2i_adapter.files import parse_json
 from t2i_adapter.studio.guard import BodyTooLargeError, Keys
 from t2i_adapter.studio.hub import Hub
 from t2i_adapter.studio.jobs import Jobs
+from t2i_adapter.studio.paints import Paints
 from t2i_adapter.studio.places import NotFoundError, Places
 from t2i_adapter.studio.run_views import Runs
 
@@ -33,6 +34,7 @@ class Studio:
     places: Places
     keys: Keys
     jobs: Jobs
+    paints: Paints
     runs: Runs
     hub: Hub
 

@@ -15,6 +15,7 @@ from t2i_adapter.runs import lock
 from t2i_adapter.studio.device import read_device
 from t2i_adapter.studio.hub import Hub
 from t2i_adapter.studio.jobs import Job, Jobs
+from t2i_adapter.studio.paints import Paints
 from t2i_adapter.studio.run_views import Runs, picture_steps
 
 logger = logging.getLogger(__name__)
@@ -27,8 +28,8 @@ SLOWLY = 2.0
 class Watch:
     """A thread; `start` and `stop` it."""
 
-    def __init__(self, hub: Hub, jobs: Jobs, runs: Runs) -> None:
-        self._hub, self._jobs, self._runs = hub, jobs, runs
+    def __init__(self, hub: Hub, jobs: Jobs, runs: Runs, paints: Paints) -> None:
+        self._hub, self._jobs, self._runs, self._paints = hub, jobs, runs, paints
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="studio-watch", daemon=True)
         self._seen_jobs: dict[str, dict[str, Any]] = {}
@@ -61,6 +62,7 @@ class Watch:
         jobs = self._jobs.all()
         self._look_at_jobs(jobs)
         self._look_at_runs(is_slow)
+        self._paints.look()
         own = {job.run for job in jobs if job.state == "running"}
         busy = any(row["state"] == "running" and row["folder"] not in own for row in self._seen_runs.values())
         if any(job.state == "queued" for job in jobs):
