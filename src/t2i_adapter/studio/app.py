@@ -14,7 +14,9 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from t2i_adapter.studio.guard import Guard
+from t2i_adapter.studio.routes_data import ROUTES as DATA_ROUTES
 from t2i_adapter.studio.routes_jobs import ROUTES as JOB_ROUTES
+from t2i_adapter.studio.routes_new import ROUTES as NEW_ROUTES
 from t2i_adapter.studio.routes_runs import ROUTES as RUN_ROUTES
 from t2i_adapter.studio.routes_try import ROUTES as TRY_ROUTES
 from t2i_adapter.studio.server import Studio, problem
@@ -71,6 +73,8 @@ def make_app(studio: Studio, host_names: tuple[str, ...] = ()) -> Starlette:
         *(Route(path, _page) for path in PAGES),
         Route("/static/{name:path}", _static),
         Route("/api/events", _events),
+        *DATA_ROUTES,
+        *NEW_ROUTES,
         *JOB_ROUTES,
         *RUN_ROUTES,
         *TRY_ROUTES,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import tempfile
+import threading
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -21,10 +22,10 @@ import yaml
 
 from t2i_adapter import cli
 from t2i_adapter.config import recipe
-from t2i_adapter.config.read import allowed, describe, item_kinds, option_types, read_value, with_values, without_none
+from t2i_adapter.config.read import allowed, describe, item_kinds, option_types, read_value, without_none
 from t2i_adapter.config.tree import SECRET, Config, flat, to_dict
 from t2i_adapter.errors import UserError
-from t2i_adapter.flags import Words
+from t2i_adapter.flags import Words, build
 from t2i_adapter.imports import resolve
 
 _CONFIG = "config."
@@ -77,9 +78,18 @@ def _kind(kind: Any) -> str:
     return {bool: "switch", int: "integer", float: "number"}.get(kind, "text")
 
 
-@cache
 def docs_of(cls: Any) -> Mapping[str, str]:
     """Field -> the docstring below it, of a dataclass and those that it extends."""
+    with _PARSING:
+        return _parse_docs(cls)
+
+
+_PARSING = threading.Lock()
+"""Python 3.11 fails now and then if two threads parse at once."""
+
+
+@cache
+def _parse_docs(cls: Any) -> Mapping[str, str]:
     found: dict[str, str] = {}
     for one in reversed(cls.__mro__):
         if not is_dataclass(one):
@@ -97,17 +107,21 @@ def docs_of(cls: Any) -> Mapping[str, str]:
 # Values -------------------------------------------------------------------------------------------------------------
 
 
-def read_options(verb: str, values: Mapping[str, Any]) -> tuple[Any, list[dict[str, str | None]]]:
+def read_options(
+    verb: str, values: Mapping[str, Any], *, is_own: bool = False
+) -> tuple[Any, list[dict[str, str | None]]]:
     """(the verb's options, errors) of values by path, as JSON has them; None and the errors if there are some.
 
-    Each error is {"option": path or None, "message": sentence}.
+    Each error is {"option": path or None, "message": sentence}. is_own: the values are the studio's own, which may set
+    options that no form shows.
     """
     cls = resolve(cli.VERBS[verb].options)
-    kinds = {path.removeprefix(_CONFIG): kind for path, kind in option_types(cls).items()}
+    whole = option_types(cls)
+    kinds = {path.removeprefix(_CONFIG): kind for path, kind in whole.items()}
     errors: list[dict[str, str | None]] = []
     read: dict[str, Any] = {}
     for path, value in values.items():
-        if path not in kinds or path in HIDDEN:
+        if path not in kinds or (path in HIDDEN and not is_own):
             errors.append({"option": None, "message": f"{path[:80]}: there is no such option here."})
             continue
         try:
@@ -116,22 +130,13 @@ def read_options(verb: str, values: Mapping[str, Any]) -> tuple[Any, list[dict[s
             errors.append({"option": path, "message": f"{value!r}: {allowed(kinds[path], str(value))}."})
     if errors:
         return None, errors
+    full = {path if path in whole else _CONFIG + path: read[path] for path in read}
     try:
-        if cls is Config:
-            return with_values(Config(), read), []
-        own = {path: value for path, value in read.items() if path in cls.__dataclass_fields__}
-        if "config" in cls.__dataclass_fields__:
-            own["config"] = with_values(Config(), {path: read[path] for path in read if path not in own})
-        return cls(**own) if own.get("config") or len(own) == len(read) else _nested(cls, read), []
+        return build(cls, full), []
     except UserError as fault:
         return None, [{"option": fault.option, "message": fault.message(_plain)}]
     except TypeError as fault:
         return None, [{"option": None, "message": f"{verb}: {str(fault).partition('()')[2].strip() or fault}"}]
-
-
-def _nested(cls: Any, values: Mapping[str, Any]) -> Any:
-    """A tree of dataclasses whose top has no required field."""
-    return with_values(cls(), values)
 
 
 def typed(value: Any, kind: Any) -> Any:

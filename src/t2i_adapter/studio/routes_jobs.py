@@ -101,14 +101,17 @@ def add_job(call: Call) -> dict[str, Any]:
     return start(call.studio, call.text("verb"), _values(content), content.get("processes", 1)).to_json()
 
 
-def start(studio: Studio, verb: str, values: dict[str, Any], processes: Any = 1) -> Any:
-    """Checks a verb's values and puts it into the queue. Raises UserError."""
+def start(
+    studio: Studio, verb: str, values: dict[str, Any], processes: Any = 1, own: dict[str, Any] | None = None
+) -> Any:
+    """Checks a verb's values and puts it into the queue. own: values of the studio itself, which may name files in its
+    own folder. Raises UserError."""
     if verb not in LANES:
         raise UserError(f"{verb}: cannot be started here; allowed are {', '.join(LANES)}")
-    options, errors = form.read_options(verb, values)
+    check_values(values, studio.places)
+    options, errors = form.read_options(verb, {**values, **(own or {})}, is_own=bool(own))
     if options is None:
         raise UserError(str(errors[0]["message"]), option=errors[0]["option"])
-    check_values(form.changed(options), studio.places)
     if type(processes) is not int or not 1 <= processes <= MOST_PROCESSES or (processes > 1 and verb != "train"):
         raise UserError(f"processes: 1 to {MOST_PROCESSES} for train, and 1 for other verbs.")
     run = ""

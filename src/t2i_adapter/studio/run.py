@@ -37,6 +37,7 @@ def _serve(root: Path, options: StudioOptions) -> None:
     import uvicorn
 
     from t2i_adapter.studio.app import make_app
+    from t2i_adapter.studio.datasets import Datasets
     from t2i_adapter.studio.guard import Keys
     from t2i_adapter.studio.hub import Hub
     from t2i_adapter.studio.jobs import Jobs
@@ -55,13 +56,16 @@ def _serve(root: Path, options: StudioOptions) -> None:
             f"{show_path(root)}: a studio runs in this folder already; `t2i-adapter studio {show_path(root)} --link` "
             "prints a link to it"
         )
+    os.chdir(places.root)  # options name files from the root, here as in the jobs
     with contextlib.closing(lock(places.state)), _listen(options) as listener:
         host, port = listener.getsockname()[:2]
         write_atomic(places.state / ADDRESS, [json.dumps({"host": host, "port": port}).encode()])
         keys = Keys(places.state)
         hub = Hub()
         paints = Paints(places, hub)
-        studio = Studio(places, keys, Jobs(places, before_device=paints.end), paints, Runs(places), hub)
+        studio = Studio(
+            places, keys, Jobs(places, before_device=paints.end), paints, Runs(places), hub, Datasets(places)
+        )
         link = _link(host, port, keys.new_link("owner"))
         _announce(options, host, port, link)
         config = uvicorn.Config(

@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from t2i_adapter.errors import UserError, plain_flag, redact
 from t2i_adapter.files import parse_json
+from t2i_adapter.studio.datasets import Datasets
 from t2i_adapter.studio.guard import BodyTooLargeError, Keys
 from t2i_adapter.studio.hub import Hub
 from t2i_adapter.studio.jobs import Jobs
@@ -37,6 +38,7 @@ class Studio:
     paints: Paints
     runs: Runs
     hub: Hub
+    datasets: Datasets
 
 
 @dataclass(frozen=True)
