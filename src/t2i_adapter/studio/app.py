@@ -17,6 +17,7 @@ from t2i_adapter.studio.guard import Guard
 from t2i_adapter.studio.routes_data import ROUTES as DATA_ROUTES
 from t2i_adapter.studio.routes_jobs import ROUTES as JOB_ROUTES
 from t2i_adapter.studio.routes_new import ROUTES as NEW_ROUTES
+from t2i_adapter.studio.routes_release import ROUTES as RELEASE_ROUTES
 from t2i_adapter.studio.routes_runs import ROUTES as RUN_ROUTES
 from t2i_adapter.studio.routes_try import ROUTES as TRY_ROUTES
 from t2i_adapter.studio.server import Studio, problem
@@ -76,6 +77,7 @@ def make_app(studio: Studio, host_names: tuple[str, ...] = ()) -> Starlette:
         *DATA_ROUTES,
         *NEW_ROUTES,
         *JOB_ROUTES,
+        *RELEASE_ROUTES,
         *RUN_ROUTES,
         *TRY_ROUTES,
     ]

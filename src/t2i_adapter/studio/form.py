@@ -9,8 +9,8 @@ from __future__ import annotations
 import ast
 import inspect
 import tempfile
-import threading
 import textwrap
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache

@@ -94,8 +94,14 @@ export function Command({ command, label = "Command" }) {
     <button type="button" class="quiet-button" onClick=${copy}>${isCopied ? "Copied" : "Copy"}</button></div>`;
 }
 
+/** An option's path as a label: its last word for the eye, and the path as the command line has it. @param {string} path */
+export const labelOf = (path) => {
+  const words = (path.split(".").pop() ?? path).replaceAll("_", " ");
+  return html`${words[0].toUpperCase()}${words.slice(1)} <code class="path">${path}</code>`;
+};
+
 /** A label, a control, its help and its error. `control` gets {id, "aria-describedby", "aria-invalid"}.
- * @param {{label: string, help?: string, error?: string, control: (attributes: any) => any, hint?: any}} props */
+ * @param {{label: any, help?: string, error?: string, control: (attributes: any) => any, hint?: any}} props */
 export function Field({ label, help, error, control, hint }) {
   const id = useId();
   const described = [help && `${id}-help`, error && `${id}-error`].filter(Boolean).join(" ");

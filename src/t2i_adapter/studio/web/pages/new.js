@@ -2,7 +2,7 @@
 // New run: choose a recipe, change what matters, see what it will cost, start it. Form and recipe text are one thing.
 import { html, useEffect, useMemo, useRef, useState } from "../vendor/ui.js";
 import { get, post, put } from "../api.js";
-import { Button, Command, Field, Loading, Notice, Picker, Problem, canWrite, useAction, useGet } from "../kit.js";
+import { Button, Command, Field, Loading, Notice, Picker, Problem, canWrite, labelOf, useAction, useGet } from "../kit.js";
 import { jobs, on, runs, state } from "../live.js";
 import { go } from "../router.js";
 
@@ -28,7 +28,7 @@ function Option({ option, value, error, onChange }) {
   };
   const isPath = ["dataset", "folder", "output", "model", "file"].includes(option.names);
   return html`<div data-option=${option.path} class=${value !== undefined ? "changed" : ""}>
-    <${Field} label=${option.path} help=${option.help + (option.kind === "list" ? " One a line." : "")} error=${error} control=${control}
+    <${Field} label=${labelOf(option.path)} help=${option.help + (option.kind === "list" ? " One a line." : "")} error=${error} control=${control}
       hint=${html`<span class="row small">${isPath && option.kind !== "list" && html`<button type="button" class="quiet-button" onClick=${() => setPicking(true)}>Choose ...</button>`}${value !== undefined && html`<button type="button" class="plain" onClick=${() => onChange(undefined)} aria-label=${`${option.path} back to its default`}>Default</button>`}</span>`} />
     ${isPicking && html`<${Picker} title=${option.path} files=${option.names === "dataset"} onClose=${() => setPicking(false)} onPick=${(/** @type {string} */ path) => { onChange(path); setPicking(false); }} />`}
   </div>`;

@@ -199,7 +199,6 @@ export default function Run({ id }) {
     <div class="row spread"><h1>${run.name}</h1></div>
     ${run.verdict.sentence && html`<div class=${`notice ${{ good: "good", bad: "bad", warn: "wait" }[/** @type {string} */ (run.verdict.look)] ?? "calm"}`}><p><b>${run.verdict.sentence}</b></p>${run.verdict.more.map((/** @type {string} */ text) => html`<p class="small">${text}</p>`)}</div>`}
     ${hasEnded && run.reason && html`<${Notice} kind="bad"><p>${run.reason}</p>${run.resume && html`<${Command} command=${run.resume} />`}</${Notice}>`}
-    ${run.state === "stopped" && run.reason && html`<${Notice} kind="wait"><p>${run.reason.split("\n")[0]}</p></${Notice}>`}
     <${Actions} run=${run} job=${job} onChange=${reload} />
     <${Head} run=${run} job=${job} />
     <${Tabs} label="Parts of the run" at=${tab} onChange=${setTab} tabs=${[{ id: "curves", label: "Curves" }, { id: "pictures", label: "Pictures" }, { id: "notes", label: `Advice and warnings (${run.notes.length})` }, { id: "log", label: "Log" }, { id: "options", label: "Options" }]} />
