@@ -32,10 +32,10 @@ from t2i_adapter.studio.places import NotFoundError, Places
 from t2i_adapter.studio.process import is_alive, send, start_of
 
 JobState = Literal["queued", "running", "done", "stopped", "failed", "died", "cancelled"]
-Lane = Literal["device", "desk"]
+Queue = Literal["device", "desk"]
 """device: what computes on the card, one at a time. desk: what reads and writes files, two at a time."""
-AT_ONCE: dict[Lane, int] = {"device": 1, "desk": 2}
-LANES: dict[str, Lane] = {
+AT_ONCE: dict[Queue, int] = {"device": 1, "desk": 2}
+QUEUES: dict[str, Queue] = {
     **dict.fromkeys(("train", "prepare", "generate", "evaluate", "demo", "verify-resume"), "device"),
     **dict.fromkeys(("doctor", "annotate", "make-data shapes", "init", "plan", "export", "push", "conditions"), "desk"),
     **dict.fromkeys(("import", "pull", "runs report"), "desk"),
@@ -80,14 +80,14 @@ class Job:
     pid: int | None
 
     @property
-    def lane(self) -> Lane:
-        return LANES.get(self.verb, "desk")
+    def queue(self) -> Queue:
+        return QUEUES.get(self.verb, "desk")
 
     def to_json(self) -> dict[str, Any]:
         """As the page gets it."""
         names = ("id", "verb", "run", "state", "asked", "code", "error", "option", "progress", "created", "ended")
         return {
-            **{name: getattr(self, name) for name in (*names, "lane")},
+            **{name: getattr(self, name) for name in (*names, "queue")},
             "command": show_command("t2i-adapter", *self.argv),
         }
 
@@ -96,7 +96,7 @@ class Jobs:
     """The jobs of one studio. A thread of the server starts what waits (`advance`)."""
 
     def __init__(self, places: Places, before_device: Callable[[], None] = lambda: None) -> None:
-        """before_device: called before a job of the device lane starts, to free the card."""
+        """before_device: called before a job of the device queue starts, to free the card."""
         self._places, self._before_device = places, before_device
         self.folder = places.state / "jobs"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -105,8 +105,8 @@ class Jobs:
 
     def add(self, verb: str, argv: Sequence[str], *, run: str = "", processes: int = 1) -> Job:
         """Puts a job at the end of the queue. argv: the verb and its flags. Raises UserError."""
-        if verb not in LANES:
-            raise UserError(f"{verb}: cannot be started here; allowed are {', '.join(LANES)}")
+        if verb not in QUEUES:
+            raise UserError(f"{verb}: cannot be started here; allowed are {', '.join(QUEUES)}")
         with self._lock:
             if run and any(job.run == run and job.state in ("queued", "running") for job in self.all()):
                 raise UserError(f"{run}: a job that waits or runs writes this folder already", option="output_dir")
@@ -173,18 +173,18 @@ class Jobs:
         with self._lock:
             self._started = [process for process in self._started if process.poll() is None]
             jobs = self.all()
-            for lane, most in AT_ONCE.items():
-                mine = [job for job in jobs if job.lane == lane]
+            for queue, most in AT_ONCE.items():
+                mine = [job for job in jobs if job.queue == queue]
                 running = sum(job.state == "running" for job in mine)
                 waiting = [job for job in mine if job.state == "queued"]
                 for job in waiting[: max(0, most - running)]:
-                    if lane == "device" and busy:
+                    if queue == "device" and busy:
                         break
                     self._start(job)
             self._forget(jobs)
 
     def _start(self, job: Job) -> None:
-        if job.lane == "device":
+        if job.queue == "device":
             self._before_device()
         environment = {**os.environ, VARIABLE: str(job.folder / _PROGRESS), "PYTHONUNBUFFERED": "1"}
         # torchrun forwards only these signals to its processes; SIGUSR1 pauses a run.
@@ -232,12 +232,12 @@ class Jobs:
         send(int(process["pid"]), process["started"], signal.SIGKILL, to_group=True)
 
     def move(self, job: str, steps: int) -> None:
-        """Moves a waiting job `steps` places down in its lane's queue, or up if negative. Raises UserError."""
+        """Moves a waiting job `steps` places down in its queue, or up if negative. Raises UserError."""
         with self._lock:
             found = self.read(job)
             if found.state != "queued":
                 raise UserError("only a job that waits can be moved")
-            waiting = [one for one in self.all() if one.lane == found.lane and one.state == "queued"]
+            waiting = [one for one in self.all() if one.queue == found.queue and one.state == "queued"]
             others = [one for one in waiting if one.id != job]
             place = next(n for n, one in enumerate(waiting) if one.id == job)
             others.insert(max(0, min(len(others), place + steps)), found)

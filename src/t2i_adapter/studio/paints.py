@@ -142,7 +142,7 @@ class Paints:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                text=True,
+                encoding="utf-8",
                 cwd=self._places.root,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,

@@ -24,7 +24,9 @@ def start_of(pid: int) -> str | None:
 
 def _start_without_proc(pid: int) -> str | None:
     """As `start_of`, for macOS."""
-    found = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, encoding="utf-8", check=False
+    )
     state, _, started = found.stdout.strip().partition(" ")
     return None if not started or state.startswith("Z") else started.strip()
 

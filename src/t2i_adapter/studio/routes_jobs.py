@@ -15,7 +15,7 @@ from t2i_adapter.runs.metrics import read_json
 from t2i_adapter.studio import form
 from t2i_adapter.studio.confine import check_values
 from t2i_adapter.studio.device import read_device
-from t2i_adapter.studio.jobs import LANES
+from t2i_adapter.studio.jobs import QUEUES
 from t2i_adapter.studio.places import NotFoundError
 from t2i_adapter.studio.server import CHANGED, CONFLICT, Call, Studio, route
 
@@ -32,7 +32,7 @@ def state(call: Call) -> dict[str, Any]:
         "root": studio.places.root.name,
         "runs": studio.places.relative(studio.places.runs),
         "role": call.role,
-        "verbs": list(LANES),
+        "verbs": list(QUEUES),
         "device": read_device(studio.places.root),
         "event": studio.hub.number,
     }
@@ -53,7 +53,7 @@ def folders(call: Call) -> dict[str, Any]:
 def form_of(call: Call) -> dict[str, Any]:
     """The options of a verb with their help."""
     verb = call.path["verb"].replace("_", " ")
-    if verb not in LANES:
+    if verb not in QUEUES:
         raise NotFoundError(f"{verb}: cannot be started here")
     options = form.schema(verb)
     for option in options:
@@ -66,7 +66,7 @@ def check(call: Call) -> dict[str, Any]:
     """Values or a recipe's text, read and checked as the command line would: errors, values, recipe, command."""
     content = call.json()
     verb = call.text("verb")
-    if verb not in LANES:
+    if verb not in QUEUES:
         raise UserError(f"{verb}: cannot be started here")
     if isinstance(content.get("yaml"), str):
         try:
@@ -106,8 +106,8 @@ def start(
 ) -> Any:
     """Checks a verb's values and puts it into the queue. own: values of the studio itself, which may name files in its
     own folder. Raises UserError."""
-    if verb not in LANES:
-        raise UserError(f"{verb}: cannot be started here; allowed are {', '.join(LANES)}")
+    if verb not in QUEUES:
+        raise UserError(f"{verb}: cannot be started here; allowed are {', '.join(QUEUES)}")
     check_values(values, studio.places)
     options, errors = form.read_options(verb, {**values, **(own or {})}, is_own=bool(own))
     if options is None:

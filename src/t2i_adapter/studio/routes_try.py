@@ -150,7 +150,7 @@ def _chosen(call: Call) -> Path:
 
 def _ask(call: Call, kind: str, content: dict[str, Any]) -> str:
     """Refuses while a run has the card."""
-    jobs = [job for job in call.studio.jobs.all() if job.state == "running" and job.lane == "device"]
+    jobs = [job for job in call.studio.jobs.all() if job.state == "running" and job.queue == "device"]
     busy = [job.run or job.verb for job in jobs]
     busy += [row["folder"] for row in call.studio.runs.all() if row["state"] == "running"]
     if busy:

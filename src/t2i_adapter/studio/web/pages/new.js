@@ -179,7 +179,7 @@ export default function New({ query }) {
       <section class="panel"><h2>Start</h2>
         ${errors.length > 0 && html`<div ref=${summary} tabindex="-1" class="notice wait"><p><b>${errors.length === 1 ? "One thing is to be done:" : `${errors.length} things are to be done:`}</b></p><ul>${errors.map((one) => html`<li>${one.message}</li>`)}</ul></div>`}
         <${Problem} error=${error ?? saveError} />
-        <div class="row"><button type="submit" class="main" disabled=${isBusy || !canWrite()}>${Object.values(jobs.value).some((job) => job.lane === "device" && ["queued", "running"].includes(job.state)) ? "Put into the queue" : "Start"}</button>
+        <div class="row"><button type="submit" class="main" disabled=${isBusy || !canWrite()}>${Object.values(jobs.value).some((job) => job.queue === "device" && ["queued", "running"].includes(job.state)) ? "Put into the queue" : "Start"}</button>
           <button type="button" onClick=${save} disabled=${!yaml}>Save as a recipe</button><button type="button" onClick=${() => setValues({})}>Clear</button></div>
         ${checked.command && html`<${Command} command=${checked.command} label="The command of this run" />`}
         ${!values["validation.prompts"] && html`<p class="help">Without validation prompts the run draws only its held-out pairs.</p>`}
