@@ -121,6 +121,11 @@ VERBS = {
         "t2i_adapter.verbs.runs:ReportOptions",
         "t2i_adapter.verbs.runs:report",
     ),
+    "studio": Verb(
+        "Look at data, start and watch runs, try adapters in a browser.",
+        "t2i_adapter.studio.options:StudioOptions",
+        "t2i_adapter.studio.run:run",
+    ),
     "export": Verb(
         "Write an adapter for ComfyUI, A1111, InvokeAI, CivitAI or a Space.",
         "t2i_adapter.verbs.export:ExportOptions",
@@ -150,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words:
         print(overview(), file=sys.stderr)
         return 2
-    return guarded(partial(_run, words), partial(_flag_name, words))
+    return guarded(partial(run_words, words), partial(flag_name, words))
 
 
 def overview(group: str = "") -> str:
@@ -163,7 +168,7 @@ def overview(group: str = "") -> str:
     return "\n".join(lines)
 
 
-def _run(words: list[str]) -> None:
+def run_words(words: list[str]) -> None:
     """Prints what is asked for, or runs the verb that `words` begin with."""
     if words[0] in ("-h", "--help"):
         return print(overview())
@@ -197,7 +202,7 @@ _ELSEWHERE = {"base.name": "base", "data.kind": "layout"}
 """Options of a run -> how verbs that have no such option call it."""
 
 
-def _flag_name(words: list[str], path: str) -> str:
+def flag_name(words: list[str], path: str) -> str:
     """How the verb that `words` begin with calls the option at `path` of a run's tree."""
     from t2i_adapter.flags import flag_namer, flags_of
 

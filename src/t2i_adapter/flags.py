@@ -91,7 +91,7 @@ def parse_flags(cls: type[T], argv: Sequence[str], prog: str) -> T:
     flags |= {former: flags[path] for former, path in RENAMED.items() if path in flags}
     values = read_flags(argv, flags, prog)
     _check_required(cls, values)
-    return _build(cls, values)
+    return build(cls, values)
 
 
 def parse_train(
@@ -126,7 +126,7 @@ def parse_train(
     config = with_values(load(recipe, defaults) if recipe else defaults, of_run)
     _check_sources(config, needs_data=not getattr(cls, "DATA_IS_OPTIONAL", False))
     own = {path: value for path, value in values.items() if not path.startswith(_CONFIG)}
-    return _build(cls, {**own, "config": config})
+    return build(cls, {**own, "config": config})
 
 
 def is_help(argv: Sequence[str]) -> bool:
@@ -274,7 +274,7 @@ def _check_required(cls: Any, values: Mapping[str, Any]) -> None:
         raise UserError(f"{' and '.join(names)}: required, and not given")
 
 
-def _build(cls: Any, values: Mapping[str, Any]) -> Any:
+def build(cls: Any, values: Mapping[str, Any]) -> Any:
     """An instance of `cls` with `values` by dotted path, and defaults for the rest."""
     given: dict[str, Any] = {}
     for f in fields(cls):

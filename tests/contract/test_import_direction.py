@@ -17,9 +17,9 @@ SRC = Path(__file__).parents[2] / "src"
 DESIGN = Path(__file__).parents[2] / "docs" / "design.md"
 LAYERS = (
     *("errors", "files", "tensors", "types", "statistics", "abilities", "cards", "devices", "config"),
-    *("imports", "environment", "flags", "exits"),
+    *("imports", "environment", "progress", "flags", "exits"),
     *("diffusion", "models", "annotators", "data", "cache", "batches", "generation", "reports", "evaluation"),
-    *("doctor", "export", "runs", "training", "verbs", "api", "script_flags", "script", "cli", "__main__"),
+    *("doctor", "export", "runs", "training", "verbs", "api", "script_flags", "script", "cli", "studio", "__main__"),
 )
 """Folders and files of the package: each may import those before it, and none of those after it."""
 HEAVY = ("torch", "diffusers", "transformers", "datasets", "accelerate", "cv2", "numpy", "PIL")

@@ -24,8 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from tqdm import tqdm
-
 from t2i_adapter.cache.crew import Crew
 from t2i_adapter.cache.mirror import Mirror
 from t2i_adapter.cache.shards import Shards
@@ -35,6 +33,7 @@ from t2i_adapter.data.notes import NOTES, FolderNotes, Notes, ObjectNotes
 from t2i_adapter.data.store import Store
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import cache_root, fingerprint, show_bytes, write_atomic
+from t2i_adapter.progress import progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -200,4 +199,4 @@ def in_batches(items: Iterable[In], size: int, key: Callable[[In], Any] = lambda
 
 def bar(items: Iterable[In], total: int, title: str, *, is_shown: bool = True) -> Iterable[In]:
     """The items, with a progress bar."""
-    return tqdm(items, total=total, desc=title, disable=not is_shown, leave=False, delay=0.5)
+    return progress_bar(title, total, items=items, is_reported=is_shown)

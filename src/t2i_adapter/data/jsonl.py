@@ -15,7 +15,7 @@ from t2i_adapter.config.tree import DataOptions
 from t2i_adapter.data.table import PictureReader
 from t2i_adapter.data.text_table import BOM, Spans, TextTable, as_utf8, check_text_file, column_name
 from t2i_adapter.errors import UserError
-from t2i_adapter.files import parse_json
+from t2i_adapter.files import parse_json, write_atomic
 
 _CHUNK = 16 * 2**20  # bytes read at once while lines are searched
 _BLANK_BYTES = 8  # a row with a picture is longer, so only shorter lines are tested for being blank
@@ -36,6 +36,24 @@ class JsonLinesTable(TextTable):
         else:
             spans = find_lines(path)
         super().__init__(path, spans, reader, options, place=place, prefix=prefix)
+
+    def write_captions(self, index: int, captions: tuple[str, ...]) -> None:
+        if self.unit != "line" or self._beside:
+            super().write_captions(index, captions)
+        start, end = int(self._spans.starts[index]), int(self._spans.ends[index])
+        row = parse_json(self._read(index))
+        column = self._options.caption_column
+        is_list = isinstance(row.get(column), list)
+        if len(captions) != 1 and not is_list:
+            text = f"{self.where(index)}: has one caption; {len(captions)} cannot be stored."
+            raise UserError(text, kind="read_only")
+        row[column] = list(captions) if is_list else captions[0]
+        content = self._path.read_bytes()
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\r" * content[start:end].endswith(b"\r")
+        try:
+            write_atomic(self._path, [content[:start], line, content[end:]])
+        except OSError as fault:
+            raise UserError(f"{self._path}: cannot be written ({fault.strerror}).", kind="read_only") from fault
 
     def parse(self, data: bytes, where: str) -> Mapping[str, Any]:
         text = as_utf8(data, where)

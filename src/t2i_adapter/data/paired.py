@@ -21,7 +21,7 @@ from t2i_adapter.data.names import is_picture, same_form, split_ending
 from t2i_adapter.data.picture import StoredPicture, read_file
 from t2i_adapter.data.rows import Row, Rows, read_caption
 from t2i_adapter.errors import UserError, flag
-from t2i_adapter.files import user_path
+from t2i_adapter.files import user_path, write_atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -178,6 +178,19 @@ class PairedRows(Rows):
             )
             raise UserError(text, kind="caption")
         return read_caption(path)
+
+    def write_captions(self, index: int, captions: tuple[str, ...]) -> None:
+        if self._mode in ("none", "filename") or len(captions) != 1:
+            text = f"{self.where(index)}: has one caption, in a file of its own; {len(captions)} cannot be stored."
+            if self._mode in ("none", "filename"):
+                how = f"{flag('data.captions')} {self._mode}"
+                text = f"{self.where(index)}: captions are not read from files here ({how})."
+            raise UserError(text, kind="read_only")
+        path = self._text(index) or self._image(index).with_suffix(self._endings()[0])
+        try:
+            write_atomic(path, [captions[0].encode(), b"\n"])
+        except OSError as fault:
+            raise UserError(f"{path}: cannot be written ({fault.strerror}).", kind="read_only") from fault
 
     def stamp(self, index: int) -> str | None:
         try:

@@ -71,6 +71,15 @@ class Rows(ABC):
     def captions(self, index: int) -> Any:
         """Reads the captions of `row(index)` without its pictures. Raises UserError."""
 
+    def write_captions(self, index: int, captions: tuple[str, ...]) -> None:
+        """Stores other captions of a row. The rows must be opened again afterwards. Raises UserError of kind
+        "read_only" if this layout does not allow it."""
+        raise UserError(
+            f"{self.where(index)}: captions of this layout are not edited here; edit the file, or train on a folder of "
+            "pictures with a .txt beside each.",
+            kind="read_only",
+        )
+
     def stamp(self, index: int) -> str | None:
         """A text that changes when the row's stored bytes change, found without reading them; None if unknown.
 

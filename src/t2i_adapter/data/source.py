@@ -107,6 +107,21 @@ class Source:
         row = self._rows.row(number)
         return Identity(self._texts(number, row.captions), hash_row(row))
 
+    def write_captions(self, index: int, captions: tuple[str, ...], was: tuple[str, ...]) -> None:
+        """Stores other captions of a pair, which had `was`. The dataset must be opened again afterwards.
+
+        Raises UserError: of kind "changed" if the pair has other captions by now, of kind "read_only" if its layout
+        does not allow it.
+        """
+        number = int(self._numbers[index])
+        present = self.identify(index, "").captions
+        if present != was:
+            text = f"{self.key(index)}: the caption was changed meanwhile; it is {present[0]!r} now."
+            raise UserError(text, kind="changed")
+        if not captions or any(not isinstance(one, str) for one in captions):
+            raise UserError(f"{self.key(index)}: a pair needs one caption or more.", kind="caption")
+        self._rows.write_captions(number, captions)
+
     def files(self, index: int) -> tuple[str | None, str | None]:
         """Local paths of the pair's image and condition; None for one that is no file of its own. Raises UserError."""
         row = self._rows.row(int(self._numbers[index]))

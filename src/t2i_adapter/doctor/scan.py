@@ -14,7 +14,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
 from t2i_adapter.cache.context import run_ahead
 from t2i_adapter.cache.records import add_prefix, pack_image, stored_bytes, text_key
@@ -27,6 +26,7 @@ from t2i_adapter.doctor.content import find_content, find_polarity
 from t2i_adapter.doctor.duplicates import hash_pixels, perceptual_hash
 from t2i_adapter.doctor.offset import find_offset
 from t2i_adapter.errors import UserError
+from t2i_adapter.progress import progress_bar
 from t2i_adapter.types import Sample
 
 CHUNK_ROWS = 8
@@ -176,7 +176,7 @@ def scan(examiner: Examiner, count_tokens: Callable[[str], int], prefix: str, wo
     total = len(examiner.source)
     result = Scan(np.zeros(total, ROW), [])
     distinct = [_measure_captions({"": 0})]  # the empty caption, which training uses for dropped captions
-    with tqdm(total=total, desc="reading", leave=False, delay=0.5, unit="row") as bar:
+    with progress_bar("reading", total, "row") as bar:
         for chunk in _chunks(examiner, total, workers):
             result.rows[chunk.start : chunk.start + len(chunk.rows)] = chunk.rows
             result.keys += chunk.keys

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from t2i_adapter.progress import Reporter
+
 EVERY = 30.0
 """Seconds between two lines in a log file."""
 
@@ -24,6 +26,7 @@ class Progress:
         self._total, self._title, self._unit, self._done = total, title, unit, 0
         self._is_shown = is_shown and total > 0
         self._began = self._last = time.monotonic()
+        self._reporter = Reporter(title, total, unit) if self._is_shown else None
         self._bar: tqdm[Any] | None = None
         if self._is_shown and sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=title, unit=unit, leave=False, delay=0.5)
@@ -36,10 +39,14 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+        if self._reporter is not None:
+            self._reporter.end()
 
     def advance(self, count: int) -> None:
         """Counts `count` more units as done."""
         self._done += count
+        if self._reporter is not None:
+            self._reporter.add(count)
         if self._bar is not None:
             self._bar.update(count)
         elif self._is_shown and time.monotonic() - self._last >= EVERY:

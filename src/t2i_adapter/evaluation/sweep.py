@@ -40,6 +40,7 @@ from t2i_adapter.evaluation.sweep_values import ValueFile, Values
 from t2i_adapter.generation.generate import TextStates, encode_prompts, generate
 from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.models.family import AdapterPipeline
+from t2i_adapter.progress import Bar, progress_bar
 from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
 
 MARGINS = {"object_color": 1.0, "background_color": 1.0, "saturation": 2.0, "clipped": 0.02, "clip_score": 0.5}
@@ -311,7 +312,7 @@ def sweep(
     most_guidance = max(point.guidance for point in points)
     texts = encode_prompts(pipeline, [pair.prompt for pair in pairs], guidance=most_guidance, max_tokens=max_tokens)
     first, last, shown = len(choosing), len(pairs), slice(len(choosing), len(choosing) + SHOWN_PAIRS)
-    with tqdm(total=most, desc="sweep", unit="picture", leave=False, disable=None) as bar:
+    with progress_bar("sweep", most, "picture", disable=None) as bar:
 
         def show(line: str) -> None:
             with tqdm.external_write_mode():
@@ -388,7 +389,7 @@ class _Pictures:
         measure: Measure,
         metrics: Sequence[str],
         stored: ValueFile,
-        bar: tqdm[Any],
+        bar: Bar,
     ) -> None:
         self.pipeline, self.pairs, self.texts, self.seed = pipeline, pairs, texts, seed
         self.measure, self.metrics, self.stored, self.bar = measure, metrics, stored, bar

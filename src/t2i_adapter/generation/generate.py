@@ -16,7 +16,6 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from t2i_adapter.devices import FittingParts
 from t2i_adapter.generation.controlnet import Controlled
@@ -25,6 +24,7 @@ from t2i_adapter.generation.options import SamplingOptions, Strength
 from t2i_adapter.generation.redraw import Redraw, Tail, encode_pictures
 from t2i_adapter.models.encoders import LatentScale, TextEncoder, count_tokens, text_beyond
 from t2i_adapter.models.family import AdapterPipeline
+from t2i_adapter.progress import Bar, progress_bar
 from t2i_adapter.types import CHUNK_TOKENS, MaxTokens
 
 Condition = Image.Image | Sequence[Image.Image]
@@ -211,8 +211,8 @@ def generate_batches(
     strengths = strengths or [sampling.strength] * len(adapters_of(pipeline))
     parts: FittingParts[list[Image.Image]] = FittingParts("pictures", _REMEDY)
     made = sampling.steps if redraw is None else redraw.steps(sampling.steps)
-    total, is_hidden = len(seeds) * made, progress is None
-    with tqdm(total=total, desc=progress, unit="step", disable=is_hidden, leave=False, delay=0.5) as bar:
+    total, is_shown = len(seeds) * made, progress is not None
+    with progress_bar(progress or "", total, "step", is_reported=is_shown) as bar:
 
         def one_batch(start: int, stop: int) -> list[Image.Image]:
             part = slice(start, stop)
@@ -239,7 +239,7 @@ def _sample_latents(
     sampling: SamplingOptions,
     strengths: Sequence[Strength],
     redraw: Redraw | None,
-    bar: tqdm[Any],
+    bar: Bar,
 ) -> Tensor:
     """Returns one batch of the UNet's latents, (B,4,h,w). `bar` advances by B at each step."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -278,7 +278,7 @@ def _call(
     sampling: SamplingOptions,
     strengths: Sequence[Strength],
     latents: Tensor | None,
-    bar: tqdm[Any],
+    bar: Bar,
 ) -> Tensor:
     """Calls the pipeline, the only call of it. latents: (B,4,h,w) before the first step; None is noise."""
     adapters = adapters_of(pipeline)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from t2i_adapter.config.tree import to_dict
 from t2i_adapter.devices import is_out_of_memory, release
 from t2i_adapter.errors import Stopped, UserError, first_line, flag
+from t2i_adapter.progress import Bar, progress_bar
 from t2i_adapter.runs.page import write_report
 from t2i_adapter.training import advice, checkpoint, nonfinite, tracking
 from t2i_adapter.training.advice import Advisor
@@ -131,7 +132,7 @@ class Trainer:
         """True at each multiple of `every` and at the last step."""
         return self.step % every == 0 or self.step == self.plan.steps
 
-    def _log(self, bar: tqdm) -> None:
+    def _log(self, bar: Bar) -> None:
         """Logs the numbers since the last entry. The one place in the loop where the host waits for the device."""
         self._skip(self.update.guard.all())
         values = self.update.meter.read(self.accelerator, self.plan.global_batch)
@@ -327,15 +328,17 @@ class Trainer:
             f"or skip such steps with {flag('train.on_nonfinite')} skip."
         )
 
-    def _progress_bar(self) -> tqdm:
-        return tqdm(
-            total=self.plan.steps,
-            initial=self.step,
-            desc="training",
-            unit="step",
+    def _progress_bar(self) -> Bar:
+        return progress_bar(
+            "training",
+            self.plan.steps,
+            "step",
+            done=self.step,
+            is_reported=self.accelerator.is_local_main_process,
+            leave=True,
+            delay=0,
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10.0,  # in a log file, one line in 10 s
-            disable=not self.accelerator.is_local_main_process,
         )
 
     # Checkpoint and resume ------------------------------------------------------------------------------------------

@@ -119,9 +119,8 @@ class Work:
 
 def annotate_dataset(options: AnnotateOptions) -> None:
     """Writes or completes the image folder. Makes every row that it can, then raises UserError if others failed."""
-    from tqdm import tqdm
-
     from t2i_adapter.data.folder import METADATA
+    from t2i_adapter.progress import progress_bar
 
     work = open_work(options)
     total = len(work.source)
@@ -133,7 +132,7 @@ def annotate_dataset(options: AnnotateOptions) -> None:
     bad: dict[int, str] = {}
     with (
         listing.open("a", encoding="utf-8") as file,
-        tqdm(total=len(missing), desc="annotating", unit="row", leave=False, delay=0.5) as bar,
+        progress_bar("annotating", len(missing), "row") as bar,
     ):
         for number, row, reason in make_rows(missing, work, options):
             if row is None:

@@ -17,6 +17,8 @@ from t2i_adapter.generation.schedulers import DEFAULT, find_sampler
 from t2i_adapter.imports import preload
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL import Image
 
     from t2i_adapter.annotators.registry import Annotator
@@ -25,25 +27,46 @@ if TYPE_CHECKING:
     from t2i_adapter.generation.prompts import Picture
     from t2i_adapter.generation.records import Settled
     from t2i_adapter.generation.redraw import Redraw
+    from t2i_adapter.models.family import AdapterPipeline
 
-__all__ = ["GenerateOptions", "Job", "make_jobs", "run"]
+__all__ = ["GenerateOptions", "Job", "Opener", "make_jobs", "run"]
 
 
-def run(options: GenerateOptions) -> None:
-    """Generates `num` pictures for each prompt, and writes each to `out` when its batch is finished."""
+class Opener:
+    """Opens what generates pictures. A program that generates often keeps it open by its own opener."""
+
+    def models(self, options: GenerateOptions) -> list[Models]:
+        """Finds the adapters and their base. Raises UserError."""
+        from t2i_adapter.generation.pipeline import open_several
+
+        return open_several(options)
+
+    def pipeline(self, options: GenerateOptions, models: Sequence[Models]) -> AdapterPipeline:
+        """Loads the base, and puts everything on its device. Raises UserError."""
+        from t2i_adapter.models.lora_file import Lora
+
+        loras = [Lora.parse(text) for text in options.lora]
+        return models[0].pipeline(models[1:], loras=loras, quantized=options.quantize)
+
+
+def run(options: GenerateOptions, opener: Opener | None = None) -> list[Path]:
+    """Generates `num` pictures for each prompt, and writes each to `out` when its batch is finished.
+
+    Returns the pictures' files, column by column of the grid. Raises UserError.
+    """
     preload("t2i_adapter.generation.pipeline")
     from tqdm import tqdm
 
     from t2i_adapter.generation.controlnet import Controlled, load_controlnet
     from t2i_adapter.generation.generate import encode_prompts, generate_batches
-    from t2i_adapter.generation.pipeline import describe_differences, open_several
+    from t2i_adapter.generation.pipeline import describe_differences
     from t2i_adapter.generation.records import picture_record, png_parameters, save_picture
-    from t2i_adapter.models.lora_file import Lora
     from t2i_adapter.reports.grid import save_grid
 
+    opener = opener or Opener()
     jobs = make_jobs(options)
     first = _read(jobs[0].pictures[0])
-    models = open_several(options)
+    models = opener.models(options)
     size = _picture_size(options, models, first)
     annotators = _annotators(options, models, jobs)
     conditions = _conditions(jobs, models, size, annotators)
@@ -55,11 +78,7 @@ def run(options: GenerateOptions) -> None:
     schedulers = [_scheduler(column.scheduler, models[0], column.sampling[0].steps) for column in columns]
     for line in (*describe_differences(options.adapter, models), *_described(options, models, columns[0].sampling)):
         print(line, flush=True)
-    pipeline = models[0].pipeline(
-        models[1:],
-        loras=[Lora.parse(text) for text in options.lora],
-        quantized=options.quantize,
-    )
+    pipeline = opener.pipeline(options, models)
     network = None
     if options.controlnet:
         device = pipeline._execution_device
@@ -99,6 +118,8 @@ def run(options: GenerateOptions) -> None:
         sheet.append((heading, pictures))
     if options.grid:
         print(show_path(save_grid(paths[0], jobs, conditions, sheet)), flush=True)
+    pipeline.scheduler = own
+    return paths
 
 
 def _read(picture: Picture) -> Image.Image:

@@ -1,0 +1,85 @@
+"""`python -m t2i_adapter.studio.child FOLDER`: the process of a job. It runs one verb and writes how it ended.
+
+It has a session of its own, so it outlives the server and the terminal. Its output goes to the job's log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from t2i_adapter import cli
+from t2i_adapter.errors import UserError, redact
+from t2i_adapter.exits import guarded
+from t2i_adapter.files import parse_json, write_atomic
+from t2i_adapter.runs.lock import lock
+from t2i_adapter.studio.process import start_of
+
+EXIT, PROCESS, JOB = "exit.json", "process.json", "job.json"
+"""In a job's folder: how it ended; its process; what it does."""
+ALREADY_RUNNING = STOPPED = 75
+"""Exit code for "try again later", as sysexits.h has it."""
+
+
+def main(folder: Path) -> int:
+    """Runs the job in a folder; returns the verb's exit code."""
+    try:
+        held = lock(folder)
+    except UserError:
+        return ALREADY_RUNNING  # a server that was killed had started it already
+    pid = os.getpid()
+    write_atomic(folder / PROCESS, [json.dumps({"pid": pid, "started": start_of(pid)}).encode()])
+    content = parse_json((folder / JOB).read_bytes())
+    words, facts = [str(word) for word in content["argv"]], dict[str, Any]()
+    code = 1
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, _stop)  # until the verb handles it itself
+    try:
+        code = _launch(words, int(content.get("processes", 1)), facts)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        # Written even after a traceback; only a kill leaves none.
+        ended = {"code": code, "ended": time.time(), **facts}
+        write_atomic(folder / EXIT, [json.dumps(ended).encode()])
+        held.close()
+    return code
+
+
+def _launch(words: list[str], processes: int, facts: dict[str, Any]) -> int:
+    """Runs a verb here, or in several processes by torchrun. facts: gets the error and the option it names."""
+    if processes > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        process = subprocess.Popen([*launcher, "-m", "t2i_adapter", *words])
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda received, _: process.send_signal(received))
+        return process.wait()
+    sys.argv = [cli.PROG, *words]  # what the run's record and its advice repeat
+
+    def action() -> None:
+        try:
+            cli.run_words(words)
+        except UserError as fault:
+            facts["error"] = fault.message(lambda path: cli.flag_name(words, path))
+            facts["option"] = fault.option
+            raise
+        except Exception as fault:
+            facts["error"] = redact(f"{type(fault).__name__}: {fault}")
+            raise
+
+    return guarded(action, lambda path: cli.flag_name(words, path))
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise SystemExit(STOPPED if number == signal.SIGUSR1 else 128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

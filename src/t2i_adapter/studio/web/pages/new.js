@@ -1,0 +1,191 @@
+// @ts-check
+// New run: choose a recipe, change what matters, see what it will cost, start it. Form and recipe text are one thing.
+import { html, useEffect, useMemo, useRef, useState } from "../vendor/ui.js";
+import { get, post, put } from "../api.js";
+import { Button, Command, Field, Loading, Notice, Picker, Problem, canWrite, labelOf, useAction, useGet } from "../kit.js";
+import { jobs, on, runs, state } from "../live.js";
+import { go } from "../router.js";
+
+const BASICS = ["data.location", "data.condition", "base.name", "data.resolution", "train.max_steps", "train.batch_size", "train.mixed_precision", "optim.lr", "checkpoint.every", "validation.prompts", "validation.images"];
+const CARDS = ["", "8GB", "12GB", "16GB", "24GB", "40GB", "80GB", "141GB"];
+const DRAFT = "new-run";
+
+/** @param {{option: any, value: any, error?: string, onChange: (value: any) => void, kinds: string[]}} props */
+function Option({ option, value, error, onChange }) {
+  const [isPicking, setPicking] = useState(false);
+  const shown = value === undefined ? option.default : value;
+  const set = (/** @type {any} */ event) => {
+    const text = event.target.value;
+    if (text === "" && option.optional) return onChange(null);
+    if (["integer", "number"].includes(option.kind)) return onChange(text === "" || isNaN(Number(text)) ? text : Number(text));
+    onChange(text);
+  };
+  const control = (/** @type {any} */ a) => {
+    if (option.kind === "switch") return html`<input ...${a} type="checkbox" checked=${!!shown} onChange=${(/** @type {any} */ event) => onChange(event.target.checked)} />`;
+    if (option.kind === "choice") return html`<select ...${a} value=${shown ?? ""} onChange=${(/** @type {any} */ event) => onChange(event.target.value === "" ? null : event.target.value)}>${option.optional && html`<option value="">by default</option>`}${option.choices.map((/** @type {any} */ one) => html`<option value=${one}>${one}</option>`)}</select>`;
+    if (option.kind === "list") return html`<textarea ...${a} rows=${Math.max(1, Math.min(6, (shown ?? []).length))} value=${(shown ?? []).join("\n")} onInput=${(/** @type {any} */ event) => onChange(event.target.value === "" ? [] : event.target.value.split("\n"))}></textarea>`;
+    return html`<input ...${a} type="text" inputmode=${option.kind === "integer" ? "numeric" : undefined} value=${shown ?? ""} placeholder=${option.optional ? "by default" : ""} onInput=${set} />`;
+  };
+  const isPath = ["dataset", "folder", "output", "model", "file"].includes(option.names);
+  return html`<div data-option=${option.path} class=${value !== undefined ? "changed" : ""}>
+    <${Field} label=${labelOf(option.path)} help=${option.help + (option.kind === "list" ? " One a line." : "")} error=${error} control=${control}
+      hint=${html`<span class="row small">${isPath && option.kind !== "list" && html`<button type="button" class="quiet-button" onClick=${() => setPicking(true)}>Choose ...</button>`}${value !== undefined && html`<button type="button" class="plain" onClick=${() => onChange(undefined)} aria-label=${`${option.path} back to its default`}>Default</button>`}</span>`} />
+    ${isPicking && html`<${Picker} title=${option.path} files=${option.names === "dataset"} onClose=${() => setPicking(false)} onPick=${(/** @type {string} */ path) => { onChange(path); setPicking(false); }} />`}
+  </div>`;
+}
+
+/** @param {{recipes: any[], onChoose: (values: any) => void}} props */
+const Recipes = ({ recipes, onChoose }) => html`<section class="panel" aria-label="Recipes"><h2>Begin with a recipe</h2>
+  <ul class="recipes">${recipes.map((one) => html`<li><button type="button" disabled=${!one.values} onClick=${() => onChoose(one.values)}><b>${one.id}</b><span class="small">${one.about}</span></button></li>`)}</ul>
+</section>`;
+
+/** What the run will need, as the verb `plan` predicts it. @param {{values: any, isReady: boolean}} props */
+function Plan({ values, isReady }) {
+  const [card, setCard] = useState("");
+  const [id, setId] = useState("");
+  const [text, setText] = useState("");
+  const job = jobs.value[id];
+  const ask = async () => {
+    setText("");
+    setId((await post("/api/plan", { values, card })).id);
+  };
+  useEffect(() => {
+    if (job && !["queued", "running"].includes(job.state)) get(`/api/jobs/${id}/log?from=0`).then((found) => setText(found.text));
+  }, [job?.state]);
+  const isAtWork = job && ["queued", "running"].includes(job.state);
+  return html`<section class="panel" aria-label="Plan"><h2>What it will need</h2>
+    <div class="row"><label>Card <select value=${card} onChange=${(/** @type {any} */ event) => setCard(event.target.value)}>${CARDS.map((one) => html`<option value=${one}>${one || "this machine"}</option>`)}</select></label>
+      <${Button} disabled=${!isReady || isAtWork} onClick=${ask}>${isAtWork ? "Planning ..." : "Plan it"}</${Button}></div>
+    ${job?.error && html`<${Notice} kind="bad"><p>${job.error}</p></${Notice}>`}
+    ${text && !job?.error && html`<pre class="log" tabindex="0" aria-label="The plan">${text.split("\n").map((line) => line.split("\r").pop()).join("\n").trim()}</pre>`}
+  </section>`;
+}
+
+/** @param {{values: any, options: any[], errors: any[], change: (path: string, value: any) => void}} props */
+function Form({ values, options, errors, change }) {
+  const [find, setFind] = useState("");
+  const [isChanged, setChanged] = useState(false);
+  const error = (/** @type {string} */ path) => errors.find((one) => one.option === path || one.option?.startsWith(`${path}.`))?.message;
+  const show = (/** @type {any} */ option) => html`<${Option} key=${option.path} option=${option} value=${values[option.path]} error=${error(option.path)} onChange=${(/** @type {any} */ value) => change(option.path, value)} />`;
+  const word = find.trim().toLowerCase();
+  const shown = options.filter((option) => (!isChanged || values[option.path] !== undefined) && (!word || option.path.includes(word) || option.help.toLowerCase().includes(word)));
+  const groups = useMemo(() => [...new Set(options.map((option) => option.group))], [options]);
+  return html`<div>
+    <section class="panel" aria-label="Basics"><h2>Basics</h2><div class="two">${BASICS.map((path) => options.find((option) => option.path === path)).filter(Boolean).map(show)}</div></section>
+    <section class="panel" aria-label="All options"><div class="row spread"><h2>All options</h2>
+      <label>Find <input type="search" value=${find} onInput=${(/** @type {any} */ event) => setFind(event.target.value)} /></label>
+      <label><input type="checkbox" checked=${isChanged} onChange=${(/** @type {any} */ event) => setChanged(event.target.checked)} /> Changed only</label></div>
+      ${groups.map((group) => {
+        const inside = shown.filter((option) => option.group === group && !BASICS.includes(option.path));
+        return inside.length > 0 && html`<details key=${group} open=${!!word || isChanged || inside.some((option) => error(option.path))}><summary>${group || "run"} (${inside.length})</summary><div class="two">${inside.map(show)}</div></details>`;
+      })}
+      ${shown.length === 0 && html`<p class="quiet">No option fits.</p>`}</section>
+  </div>`;
+}
+
+/** @param {{query: URLSearchParams}} props */
+export default function New({ query }) {
+  const { data: form, error: formError } = useGet("/api/form/train");
+  const { data: recipes } = useGet("/api/recipes");
+  const [values, setValues] = useState(/** @type {Record<string, any> | null} */ (null));
+  const [yaml, setYaml] = useState("");
+  const [checked, setChecked] = useState({ errors: /** @type {any[]} */ ([]), command: "" });
+  const [draftError, setDraftError] = useState(/** @type {any} */ (null));
+  const was = useRef(/** @type {number | null} */ (null));
+  const typing = useRef(false);
+  const summary = useRef(/** @type {any} */ (null));
+  const load = async () => {
+    const draft = await get(`/api/drafts/${DRAFT}`);
+    was.current = draft.was;
+    const content = draft.content ?? {};
+    const id = query.get("data");
+    if (id) {
+      const found = await get(`/api/data/${id}`);
+      for (const [name, value] of Object.entries(found.values)) if (name !== "split" || value !== "train") content[`data.${name}`] = value;
+      if (found.skipped) content["data.skip"] = found.skip_file;
+    }
+    setValues(content);
+  };
+  useEffect(() => void load(), []);
+  // Each change is checked as the command line would, and kept, so that nothing typed is lost with the page.
+  useEffect(() => {
+    if (!values) return;
+    const timer = setTimeout(async () => {
+      try {
+        const found = await post("/api/check", { verb: "train", values });
+        setChecked({ errors: found.errors, command: found.command ?? "" });
+        if (found.yaml !== undefined && !typing.current) setYaml(found.yaml);
+        was.current = (await put(`/api/drafts/${DRAFT}`, { content: values, was: was.current })).was;
+        setDraftError(null);
+      } catch (error) {
+        setDraftError(error);
+        if (/** @type {any} */ (error).status === 412) load();
+      }
+    }, 250);
+    return () => clearTimeout(timer);
+  }, [values]);
+  const change = (/** @type {string} */ path, /** @type {any} */ value) => {
+    typing.current = false;
+    setValues((before) => {
+      const { [path]: _, ...rest } = before ?? {};
+      return value === undefined ? rest : { ...rest, [path]: value };
+    });
+  };
+  const readYaml = async (/** @type {string} */ text) => {
+    typing.current = true;
+    setYaml(text);
+    const found = await post("/api/check", { verb: "train", yaml: text });
+    if (found.values) setValues(found.values);
+    else setChecked({ errors: found.errors, command: "" });
+  };
+  const { run: begin, isBusy, error } = useAction(async () => {
+    const job = await post("/api/jobs", { verb: "train", values });
+    await put(`/api/drafts/${DRAFT}`, { content: {}, was: was.current });
+    const ends = on("run", (row) => {
+      if (row.folder !== job.run) return;
+      ends();
+      go(`/runs/${row.id}`);
+    });
+    const known = Object.values(runs.value).find((row) => row.folder === job.run);
+    go(known ? `/runs/${known.id}` : "/");
+  });
+  const { run: save, error: saveError } = useAction(async () => {
+    const name = prompt("Name of the recipe: small letters, digits and dashes");
+    if (name) await put(`/api/recipes/${encodeURIComponent(name)}`, { yaml, was: "" });
+  });
+  if (formError) return html`<div><h1>New run</h1><${Problem} error=${formError} /></div>`;
+  if (!form || !values || !recipes) return html`<${Loading} label="Reading the options" />`;
+  const folder = values.output_dir ?? "";
+  const isNamed = folder && folder !== "t2iadapter-model";
+  const missing = [...(values["data.location"] ? [] : [{ option: "data.location", message: "Choose the dataset to train on." }]), ...(isNamed ? [] : [{ option: "output_dir", message: "Give the run a name." }])];
+  const errors = [...checked.errors, ...missing];
+  const away = checked.errors.filter((one) => !one.option);
+  const submit = (/** @type {Event} */ event) => {
+    event.preventDefault();
+    if (!errors.length) return begin();
+    const first = errors.find((one) => one.option);
+    const field = first && document.querySelector(`[data-option="${first.option}"] :is(input, select, textarea)`);
+    /** @type {any} */ (field ?? summary.current)?.focus();
+  };
+  return html`<form onSubmit=${submit} novalidate>
+    <h1>New run</h1>
+    <${Problem} error=${draftError} />
+    <${Recipes} recipes=${recipes} onChoose=${(/** @type {any} */ chosen) => { typing.current = false; setValues({ ...chosen, ...(values["data.location"] ? { "data.location": values["data.location"] } : {}) }); }} />
+    <div class="new"><div>
+      <section class="panel"><div data-option="output_dir"><${Field} label="Name of the run" help=${`Its folder: ${folder || `${state.value?.runs}/NAME`}`} error=${checked.errors.find((one) => one.option === "output_dir")?.message}
+        control=${(/** @type {any} */ a) => html`<input ...${a} type="text" value=${folder.startsWith(`${state.value?.runs}/`) ? folder.slice(state.value.runs.length + 1) : folder} onInput=${(/** @type {any} */ event) => change("output_dir", event.target.value ? `${state.value?.runs}/${event.target.value}` : undefined)} />`} /></div></section>
+      <${Form} values=${values} options=${form.options.filter((/** @type {any} */ option) => option.path !== "output_dir")} errors=${checked.errors} change=${change} />
+    </div><aside class="beside">
+      <section class="panel"><h2>Start</h2>
+        ${errors.length > 0 && html`<div ref=${summary} tabindex="-1" class="notice wait"><p><b>${errors.length === 1 ? "One thing is to be done:" : `${errors.length} things are to be done:`}</b></p><ul>${errors.map((one) => html`<li>${one.message}</li>`)}</ul></div>`}
+        <${Problem} error=${error ?? saveError} />
+        <div class="row"><button type="submit" class="main" disabled=${isBusy || !canWrite()}>${Object.values(jobs.value).some((job) => job.queue === "device" && ["queued", "running"].includes(job.state)) ? "Put into the queue" : "Start"}</button>
+          <button type="button" onClick=${save} disabled=${!yaml}>Save as a recipe</button><button type="button" onClick=${() => setValues({})}>Clear</button></div>
+        ${checked.command && html`<${Command} command=${checked.command} label="The command of this run" />`}
+        ${!values["validation.prompts"] && html`<p class="help">Without validation prompts the run draws only its held-out pairs.</p>`}
+      </section>
+      <${Plan} values=${values} isReady=${!checked.errors.length && !!values["data.location"]} />
+      <section class="panel"><${Field} label="Recipe" help="The same options as text; a change here changes the form." error=${away[0]?.message} control=${(/** @type {any} */ a) => html`<textarea ...${a} class="code" rows="16" spellcheck="false" value=${yaml} onInput=${(/** @type {any} */ event) => readYaml(event.target.value)}></textarea>`} /></section>
+    </aside></div>
+  </form>`;
+}
