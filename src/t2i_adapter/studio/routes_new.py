@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import t2i_adapter
+from t2i_adapter.cards import CARDS
 from t2i_adapter.errors import UserError
-from t2i_adapter.files import write_atomic
+from t2i_adapter.files import parse_json, write_atomic
 from t2i_adapter.runs.metrics import read_file
 from t2i_adapter.studio import form
 from t2i_adapter.studio.confine import check_values
@@ -77,7 +78,28 @@ def plan(call: Call) -> dict[str, Any]:
     _end_older(studio)
     card = call.text("card", "")
     more = {name: value for name, value in values.items() if not name.startswith("checkpoint.")}
-    return start(studio, "plan", {**more, **({"card": card} if card else {}), "probe": False}).to_json()
+    more |= {"card": card} if card else {}
+    return start(studio, "plan", {**more, "probe": False}, own={"json": True}).to_json()
+
+
+def read_plan(call: Call) -> dict[str, Any]:
+    """What a plan that has ended printed: the JSON of `plan --json`, and the lines before it."""
+    job = call.studio.jobs.read(call.path["job"])
+    if job.verb != "plan" or job.state != "done":
+        raise UserError("This plan has not ended.", kind=CONFLICT)
+    text, _ = call.studio.jobs.log(job.id, 0)
+    lines = text.splitlines()
+    first = next((number for number, line in enumerate(lines) if line == "{"), len(lines))
+    try:
+        found = parse_json("\n".join(lines[first:]))
+    except ValueError:
+        raise UserError("The plan cannot be read; its log is among the jobs.") from None
+    return {"plan": found}
+
+
+def list_cards(_: Call) -> list[str]:
+    """The names of the cards that a plan knows."""
+    return list(CARDS)
 
 
 def _end_older(studio: Studio) -> None:
@@ -92,5 +114,7 @@ def _end_older(studio: Studio) -> None:
 ROUTES = [
     route("GET", "/api/recipes", list_recipes),
     route("PUT", "/api/recipes/{recipe}", save_recipe),
+    route("GET", "/api/cards", list_cards),
     route("POST", "/api/plan", plan, status=201),
+    route("GET", "/api/plan/{job}", read_plan),
 ]
