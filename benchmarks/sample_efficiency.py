@@ -45,11 +45,12 @@ from t2i_adapter.generation.options import SamplingOptions
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.open import open_base
 from t2i_adapter.training import optim
+from t2i_adapter.training.accelerator import make_accelerator
 from t2i_adapter.training.data import make_batches, prepare_data
 from t2i_adapter.training.ema import Ema
 from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.plan import make_plan
-from t2i_adapter.training.setup import make_accelerator, make_adapter
+from t2i_adapter.training.setup import make_adapter
 from t2i_adapter.training.step import batch_losses, predict
 from t2i_adapter.types import Batch
 from t2i_adapter.verbs.demo import GUIDANCE, SIZE, demo_config

@@ -18,6 +18,7 @@ from t2i_adapter.config.read import with_values
 from t2i_adapter.config.tree import Config
 from t2i_adapter.errors import UserError
 from t2i_adapter.script import parse
+from t2i_adapter.training.accelerator import check_processes, make_accelerator
 from t2i_adapter.training.numerics import (
     WORKSPACE,
     choose_precision,
@@ -27,7 +28,6 @@ from t2i_adapter.training.numerics import (
     restored_switches,
     set_switches,
 )
-from t2i_adapter.training.setup import check_processes, make_accelerator
 from t2i_adapter.verbs.train import run
 
 TURING, A100, ADA = (Hardware("cuda", version) for version in ((7, 5), (8, 0), (8, 9)))

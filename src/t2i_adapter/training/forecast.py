@@ -19,11 +19,11 @@ from t2i_adapter.cards import Card, card_of_device
 from t2i_adapter.config.tree import Config
 from t2i_adapter.errors import UserError
 from t2i_adapter.models.base import Base
+from t2i_adapter.training.accelerator import DTYPES
 from t2i_adapter.training.flops import Flops, rates_of
 from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.memory import OPTIMIZER_BYTES, Memory, Shapes, largest_batch
 from t2i_adapter.training.plan import Plan
-from t2i_adapter.training.setup import DTYPES
 from t2i_adapter.training.update import Update
 from t2i_adapter.types import text_length
 

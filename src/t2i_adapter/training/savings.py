@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from t2i_adapter.errors import UserError, flag
+from t2i_adapter.training.accelerator import DTYPES
 from t2i_adapter.training.flops import Flops
 from t2i_adapter.training.forecast import Subject, Target, assumed_speed
 from t2i_adapter.training.memory import Shapes, largest_batch
-from t2i_adapter.training.setup import DTYPES
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, patch_environment
 from diffusers.utils.import_utils import is_xformers_available
 from torch import Tensor
 
@@ -23,16 +18,10 @@ from t2i_adapter.annotators.registry import Annotator
 from t2i_adapter.batches.encoders import Encoders
 from t2i_adapter.cache.dataset import CachedDataset, LiveDataset
 from t2i_adapter.config import recipe
-from t2i_adapter.config.tree import Config, seconds_of
+from t2i_adapter.config.tree import Config
 from t2i_adapter.data.source import Source, open_source
 from t2i_adapter.devices import (
-    choose_device,
-    count_devices,
-    hardware_of,
-    has_driver,
-    limit_malloc_arenas,
     release,
-    why_no_cuda,
 )
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import write_atomic
@@ -40,7 +29,8 @@ from t2i_adapter.models.adapter import build_adapter, check_fits, check_resoluti
 from t2i_adapter.models.base import Base
 from t2i_adapter.models.open import open_base
 from t2i_adapter.runs.lock import lock
-from t2i_adapter.training import checkpoint, compose, numerics, optim, tracking
+from t2i_adapter.training import checkpoint, compose, optim
+from t2i_adapter.training.accelerator import DTYPES, make_accelerator, patience_of
 from t2i_adapter.training.agree import agree_on_checkpoint, agree_on_data, agree_on_inputs
 from t2i_adapter.training.data import make_batches, prepare_data
 from t2i_adapter.training.data_record import DataCheck, DataRecord
@@ -50,20 +40,18 @@ from t2i_adapter.training.held_out import HeldOut, choose_held_out
 from t2i_adapter.training.looks import LookPlan
 from t2i_adapter.training.loop import Trainer
 from t2i_adapter.training.measured import Measured, describe_looks, make_control, make_look_plan, prepare_measured
-from t2i_adapter.training.peers import Peers, find_peers_failed, is_loss
+from t2i_adapter.training.peers import Peers
 from t2i_adapter.training.pictures import Pictures, text_states
 from t2i_adapter.training.plan import Plan, make_plan, split_batch
 from t2i_adapter.training.resume import check_same_run, rate_change, versions
 from t2i_adapter.training.signals import Stopper
 from t2i_adapter.training.step import FrozenModel
-from t2i_adapter.training.update import Update, exchange_options
+from t2i_adapter.training.update import Update
 from t2i_adapter.training.validation import Row, Validator, check_best, find_judge, read_rows
 from t2i_adapter.training.work import sample_work
 from t2i_adapter.types import Batch
 
 T = TypeVar("T")
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""Mixed precision as accelerate names it -> dtype of the frozen base and the encoders."""
 MUCH_LARGER = 1.5
 """Share of the base's own size at which a run's size gets a line."""
 OPTIONS = "options.yaml"
@@ -235,98 +223,11 @@ def _other_versions(peers: Peers) -> Iterator[str]:
             yield f"{peers.name(rank)} has {', '.join(different)}: last bits may differ between machines."
 
 
-def patience_of(config: Config) -> timedelta:
-    """Most time that a process waits for a word of another one."""
-    return timedelta(seconds=seconds_of(config.train.patience, "train.patience"))
-
-
 def _check_packages(config: Config) -> None:
     """Raises UserError if an option needs a package that is not installed."""
     optim.check_available(config.optim)
     if config.train.xformers and not is_xformers_available():
         raise UserError("needs a package: pip install xformers, or omit it.", option="train.xformers")
-
-
-def make_accelerator(config: Config) -> Accelerator:
-    """Ranks, device, mixed precision and torch's switches; prints lines about options that this device lacks.
-
-    Raises UserError if the device is missing or lacks what an option needs.
-    """
-    limit_malloc_arenas()
-    wanted = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if wanted not in (None, *DTYPES):
-        raise UserError(f"{wanted}: allowed are {', '.join(DTYPES)}.", option="train.mixed_precision")
-    numerics.prepare_deterministic(config)
-    device = _choose_device(config.train.device)
-    hardware = hardware_of(device)
-    precision, lines = numerics.choose_precision(wanted, hardware)
-    lines += numerics.idle_options(config, hardware)
-    numerics.set_switches(config)
-    output = Path(config.output_dir)
-    log_with: Any = tracking.trackers_named(config.tracking.report_to)
-    project = ProjectConfiguration(str(output), logging_dir=str(output / config.tracking.logging_dir))
-    patience = patience_of(config)
-    try:
-        with _accelerate_on(device):
-            accelerator = Accelerator(
-                cpu=device == "cpu",
-                mixed_precision=precision,
-                log_with=log_with,
-                project_config=project,
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=patience), exchange_options()],
-            )
-    except RuntimeError as fault:
-        if is_loss(fault):
-            raise find_peers_failed(fault, patience) from fault
-        raise
-    if config.train.device == "auto" and device == "cpu" and has_driver():
-        lines.append(f"train.device auto: {why_no_cuda()}. This run uses the CPU.")
-    for line in lines:
-        accelerator.print(line)
-    return accelerator
-
-
-def _choose_device(name: str) -> str:
-    """This process's device. Raises UserError, also if the processes of this machine are more than its GPUs."""
-    if name == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t"):
-        return "cpu"  # `accelerate launch --cpu`
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
-    if here > 1 and ":" in name:
-        raise UserError(
-            f"{name}: names one device for {here} processes; use {name.partition(':')[0]}, and each takes its own.",
-            option="train.device",
-        )
-    device = choose_device(name, option="train.device")
-    kind = torch.device(device).type
-    if kind != "cpu":
-        check_processes(here, kind, count_devices(kind))
-    return device
-
-
-def check_processes(here: int, kind: str, count: int) -> None:
-    """Raises UserError if `here` processes of one machine are more than its `count` devices: NCCL and its like refuse
-    two processes on one."""
-    if here > count:
-        raise UserError(
-            f"{kind}: {here} processes on this machine and {count} {kind} device{'s' * (count > 1)}: start {count}, or "
-            f"use {flag('train.device')} cpu.",
-            option="train.device",
-        )
-
-
-@contextmanager
-def _accelerate_on(device: str) -> Iterator[None]:
-    """Inside, accelerate takes this device. Its state of an earlier run in this process, such as its precision, is
-    discarded, except for the connection to other processes."""
-    is_alone = not torch.distributed.is_initialized()
-    AcceleratorState._reset_state(reset_partial_state=is_alone)
-    place = torch.device(device)
-    if not is_alone or place.index is None or int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        yield
-        return
-    torch.accelerator.set_device_index(place.index)
-    with patch_environment(accelerate_torch_device=device):
-        yield
 
 
 def make_adapter(config: Config, base: Base, seed: int) -> Any:

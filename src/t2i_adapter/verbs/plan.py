@@ -97,9 +97,10 @@ def _subject(options: PlanOptions) -> tuple[Subject, str]:
     """The run that is planned, and its description."""
     from t2i_adapter.models.known import known_base
     from t2i_adapter.models.open import open_base
+    from t2i_adapter.training.accelerator import make_accelerator
     from t2i_adapter.training.forecast import Subject
     from t2i_adapter.training.plan import make_plan
-    from t2i_adapter.training.setup import make_accelerator, make_adapter, set_up
+    from t2i_adapter.training.setup import make_adapter, set_up
 
     with tempfile.TemporaryDirectory() as empty:
         # A folder that does not exist: the plan is of a whole run, whatever the real folder holds.

@@ -19,7 +19,8 @@ def run(config: Config, *, dry_run: bool = False) -> None:
     """
     preload("t2i_adapter.training.setup")
     from t2i_adapter.cache.parts import rows_of
-    from t2i_adapter.training.setup import make_accelerator, open_inputs
+    from t2i_adapter.training.accelerator import make_accelerator
+    from t2i_adapter.training.setup import open_inputs
 
     if config.data.cache == "none":
         raise UserError("none: without a cache there is nothing to prepare; omit it.", option="data.cache")
