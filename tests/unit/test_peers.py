@@ -61,6 +61,30 @@ def test_the_main_process_decides(tmp_path: Path):
     assert found == [["made by 0", None]] * 2
 
 
+def test_work_that_takes_longer_on_one_process_than_the_patience_is_no_loss(tmp_path: Path):
+    def work(peers: Peers, rank: int) -> list[int]:
+        def slow() -> int:
+            time.sleep(5 if rank else 0)
+            return rank
+
+        return [peers.all_work(slow), *peers.gather(rank)]
+
+    assert run_in_both(tmp_path, work, patience=2) == [[0, 0, 1], [1, 0, 1]]
+
+
+def test_an_error_while_all_work_ends_the_others(tmp_path: Path):
+    def fail(peers: Peers, rank: int) -> None:
+        def work() -> None:
+            if rank:
+                raise UserError("no room here")
+
+        peers.all_work(work)
+
+    first, second = run_in_both(tmp_path, fail)
+    assert second == "error: no room here"
+    assert first.startswith("error: process 1 on ") and "fails" in first
+
+
 def test_an_error_of_one_is_an_error_of_all(tmp_path: Path):
     def fail_in_second(peers: Peers, rank: int) -> str:
         def action() -> str:

@@ -48,7 +48,6 @@ def agree_on_checkpoint(peers: Peers, output_dir: Path, find: Callable[[], Path 
     """
     found = peers.together(find)
     # state.json holds the digests of a checkpoint's other files.
-    # state.json holds the digests of a checkpoint's other files.
     digest = hashlib.sha256((found / STATE).read_bytes()).hexdigest() if found else ""
     if len(set(peers.gather(digest))) > 1:
         peers.compare(

@@ -27,6 +27,8 @@ from t2i_adapter.errors import Stopped, UserError, first_line, flag
 T = TypeVar("T")
 _WORKING, _DONE, _FAILED = 0, 1, 2
 """What the main process sends while the others wait for it."""
+SHORT_BEAT = 5.0
+"""Seconds between two signs of life of processes that all work: one that fails ends as soon as the others know."""
 MOST_BEAT = 60.0
 """Most seconds between two signs of life of the main process."""
 _LOST = re.compile(
@@ -50,6 +52,7 @@ class Peers:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.machines: list[str] = [platform.node()]
         self.group: Any = None
+        self._patience = patience
         self._beat = min(MOST_BEAT, patience.total_seconds() / 4)
         if self.world > 1:
             with self.naming_losses():
@@ -87,6 +90,47 @@ class Peers:
             return None
         with self._signs_of_life():
             return work()
+
+    def all_work(self, work: Callable[[], T]) -> T:
+        """Runs `work`, which makes no call here, on every process, and returns its result when all have ended theirs.
+
+        It may take hours, and longer on one process than on another: meanwhile all send signs of life, so a process
+        that is lost is noticed all the same. Raises UserError on the others if `work` raises on one.
+        """
+        if self.group is None:
+            return work()
+        group = dist.new_group(backend="gloo", timeout=self._patience)
+        ended, failed, faults, lost = threading.Event(), threading.Event(), list[RuntimeError](), list[int]()
+
+        def beat() -> None:
+            try:
+                is_over = False
+                while not is_over:
+                    ended.wait(min(SHORT_BEAT, self._beat))
+                    words = torch.zeros(self.world, dtype=torch.int64)
+                    words[self.rank] = _FAILED if failed.is_set() else _DONE if ended.is_set() else _WORKING
+                    dist.all_reduce(words, dist.ReduceOp.MAX, group)
+                    lost[:] = (words == _FAILED).nonzero().flatten().tolist()
+                    is_over = bool(lost) or bool((words == _DONE).all())
+            except RuntimeError as fault:
+                faults.append(fault)
+
+        thread = threading.Thread(target=beat, name="signs-of-life", daemon=True)
+        thread.start()
+        try:
+            result = work()
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            ended.set()
+            thread.join()
+        if faults:
+            raise faults[0]
+        if lost:
+            raise UserError(f"{self.name(lost[0])} fails; its own message says why.", kind="process_ended")
+        dist.destroy_process_group(group)
+        return result
 
     def from_main(self, make: Callable[[], T]) -> T:
         """Returns on every process what `make` returns on the main one, which alone calls it. The result is pickled."""

@@ -97,7 +97,9 @@ class Inputs:
         Raises UserError, before that if the pictures are not those of the checkpoint to resume from.
         """
         prompts, check = [row.prompt for row in self.rows], self.data_check()
-        dataset = prepare_data(self.config, self.accelerator, self.base, self.source, self.dtype, prompts, check)
+        dataset = self.all_work(
+            lambda: prepare_data(self.config, self.accelerator, self.base, self.source, self.dtype, prompts, check)
+        )
         measured = None
         if self.measured_pairs:
             measured = self.main_works(partial(self._prepare_measured, self.measured_pairs))
@@ -110,6 +112,10 @@ class Inputs:
     def main_works(self, work: Callable[[], T]) -> T | None:
         """What `work` returns on the main process, which alone calls it."""
         return work() if self.accelerator.is_main_process else None
+
+    def all_work(self, work: Callable[[], T]) -> T:
+        """What `work` returns on this process."""
+        return work()
 
     def data_check(self) -> DataCheck | None:
         """Compares the data with that of the checkpoint to resume from; None for a new run."""
@@ -136,6 +142,9 @@ class Setup(Inputs):
 
     def main_works(self, work: Callable[[], T]) -> T | None:
         return self.peers.main_works(work)
+
+    def all_work(self, work: Callable[[], T]) -> T:
+        return self.peers.all_work(work)
 
     def describe(self) -> str:
         """The plan for people."""
