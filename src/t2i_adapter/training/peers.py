@@ -99,7 +99,7 @@ class Peers:
         """
         if self.group is None:
             return work()
-        group = dist.new_group(backend="gloo", timeout=self._patience)
+        group: Any = dist.new_group(backend="gloo", timeout=self._patience)
         ended, failed, faults, lost = threading.Event(), threading.Event(), list[RuntimeError](), list[int]()
 
         def beat() -> None:
