@@ -7,13 +7,18 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 from support.run_folders import gain_entry, log_entry, write_run
 
+from t2i_adapter.data.shapes import write_dataset
 from t2i_adapter.files import write_atomic
+from t2i_adapter.studio.datasets import Datasets
 from t2i_adapter.studio.jobs import Jobs
 from t2i_adapter.studio.places import Places
 from t2i_adapter.studio.run_views import MOST_LOOKS, Runs, some
@@ -101,3 +106,32 @@ def test_a_studio_with_an_open_page_ends_at_once(tmp_path: Path):
         assert process.wait(20) == 0
         assert time.monotonic() - began < 10
         assert process.stderr.read() == ""
+
+
+def within(seconds: float, action: Callable[[], Any]) -> Any:
+    """What an action returns in a thread of its own. Fails if it takes longer."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(action()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert found, "it waits"
+    return found[0]
+
+
+def test_rows_are_served_while_another_dataset_is_opened_or_searched(tmp_path: Path):
+    write_dataset(tmp_path / "shapes", num=3, split="train")
+    datasets = Datasets(studio_folder(tmp_path))
+    name = datasets.add({"location": str(tmp_path / "shapes")})
+    with datasets._opening, datasets._searching:  # as they are held for seconds of a large dataset
+        assert within(20, lambda: datasets.rows(name, 0, 10, "", ""))["total"] == 3
+        assert within(20, lambda: datasets.picture(name, 0, "image", 160))[:4] == b"RIFF"
+
+
+def test_a_search_finds_a_caption_that_was_edited(tmp_path: Path):
+    write_dataset(tmp_path / "shapes", num=3, split="train")
+    datasets = Datasets(studio_folder(tmp_path))
+    name = datasets.add({"location": str(tmp_path / "shapes")})
+    assert datasets.rows(name, 0, 10, "a green boat", "")["total"] == 0
+    was = datasets.rows(name, 1, 1, "", "")["rows"][0]["captions"]
+    datasets.write_captions(name, 1, ["A green boat"], was)
+    assert [row["n"] for row in datasets.rows(name, 0, 10, "a green boat", "")["rows"]] == [1]
