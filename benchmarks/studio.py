@@ -1,6 +1,6 @@
 """Measures the studio under load: its start, events, long runs, many runs, large datasets.
 
-    python benchmarks/studio.py [--rows 100000] [--files 20000] [--runs 50] [--seconds 10] [--only start events runs data]
+    python benchmarks/studio.py [--rows 100000] [--files 20000] [--runs 50] [--seconds 10] [--only start events ...]
 
 Each part starts a server of its own in a temporary folder, and asks it over the loopback address as a browser does.
 Times are medians in milliseconds. They grow with the load of the machine (`load_average`); CPU seconds, which the
@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from common import make_parser, read_earlier, write_result
 from PIL import Image
 from run_page import entries, write_log, write_pictures
 
+from t2i_adapter.config import recipe
+from t2i_adapter.config.tree import Config
 from t2i_adapter.runs.lock import lock
 from t2i_adapter.runs.record import RUNNING
 
@@ -205,9 +208,9 @@ def measure_events(root: Path, options: Any) -> dict[str, Any]:
 def measure_runs(root: Path, options: Any) -> dict[str, Any]:
     """The list of many runs, the numbers of a long one, and what the server does while nobody asks."""
     for number in range(options.runs):
-        write_log(root / "runs" / f"run-{number:03d}", UPDATES_OF_EACH)
+        write_run(root / "runs" / f"run-{number:03d}", UPDATES_OF_EACH)
     long = root / "runs" / "long"
-    write_log(long, UPDATES_OF_LONG)
+    write_run(long, UPDATES_OF_LONG)
     write_pictures(long, range(0, 4000, 200), SIDE)
     write_jobs(root, 200)
     lines = len((long / "metrics.jsonl").read_bytes().splitlines())
@@ -221,6 +224,7 @@ def measure_runs(root: Path, options: Any) -> dict[str, Any]:
         rest = share_of_core(server, options.seconds)
         runs = json.loads(server.get("/api/runs"))
         name = next(run["id"] for run in runs if run["name"] == "long")
+        whole = milliseconds(lambda: server.get(f"/api/runs/{name}"), 5)
         before = server.cpu_s()
         first = milliseconds(lambda: server.get(f"/api/runs/{name}/metrics"))
         first_cpu = server.cpu_s() - before
@@ -245,6 +249,7 @@ def measure_runs(root: Path, options: Any) -> dict[str, Any]:
             "log_entries": UPDATES_OF_LONG // LOGGED,
             "log_lines": lines,
             "log_bytes": (long / "metrics.jsonl").stat().st_size,
+            "run_ms": whole,
             "metrics_first_ms": first,
             "metrics_first_cpu_s": round(first_cpu, 2),
             "metrics_again_ms": again,
@@ -255,6 +260,14 @@ def measure_runs(root: Path, options: Any) -> dict[str, Any]:
             "live": appended,
         },
     }
+
+
+def write_run(folder: Path, updates: int) -> None:
+    """A run's log and record, and all its options, as the trainer writes them."""
+    write_log(folder, updates)
+    config = Config()
+    changed = replace(config, train=replace(config.train, max_steps=updates, seed=1), output_dir=str(folder))
+    (folder / "options.yaml").write_text(recipe.dump(changed))
 
 
 def write_jobs(root: Path, count: int) -> None:

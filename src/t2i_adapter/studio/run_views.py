@@ -51,9 +51,7 @@ class Runs:
         kept = self._kept.get(run)
         if kept is None or kept[0] != stamp or (kept[2]["state"] == "running" and now - kept[1] > SOLID_SECONDS):
             found = read_run(folder)
-            content = found.to_json()
-            content.pop("options")
-            content |= {
+            content = found.summary() | {
                 "id": run,
                 "name": found.name,
                 "folder": self.places.relative(folder),
