@@ -2,154 +2,38 @@
 
     python benchmarks/studio.py [--rows 100000] [--files 20000] [--runs 50] [--seconds 10] [--only start events ...]
 
-Each part starts a server of its own in a temporary folder, and asks it over the loopback address as a browser does.
-Times are medians in milliseconds. They grow with the load of the machine (`load_average`); CPU seconds, which the
-server's process used, hardly do.
+Each part starts a server of its own in a temporary folder, and asks it over the loopback address as a browser does. The
+part `browser` drives Chromium; it is skipped without Playwright or Chromium. Times are medians in milliseconds. They
+grow with the load of the machine (`load_average`); CPU seconds, which the server's process used, hardly do.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import signal
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from http.client import HTTPConnection, HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from common import make_parser, read_earlier, write_result
-from PIL import Image
-from run_page import entries, write_log, write_pictures
+from run_page import entries, write_pictures
+from studio_client import Page, Server, milliseconds, share_of_core, studio
+from studio_folders import write_folder, write_jobs, write_run, write_table
 
-from t2i_adapter.config import recipe
-from t2i_adapter.config.tree import Config
 from t2i_adapter.runs.lock import lock
 from t2i_adapter.runs.record import RUNNING
 
 HERE = Path(__file__).resolve().parent
-TICKS = os.sysconf("SC_CLK_TCK")
-PARTS = ("start", "events", "runs", "data")
-PAGES, RATE = 8, 1000
+PARTS = ("start", "events", "runs", "data", "browser")
+PAGES, RATE, JOBS = 8, 1000, 200
 LOGGED, UPDATES_OF_EACH, UPDATES_OF_LONG = 10, 20_000, 150_000
 """Updates between two log entries (as in run_page.py), of each of the many runs, of the long run."""
-ORIGINALS, SIDE = 64, 128
-"""Different pictures of the large datasets, and their side in pixels: the other rows are further names of them."""
-
-
-class Server:
-    """A studio in a process of its own, and a browser's way to it."""
-
-    def __init__(self, process: subprocess.Popen[str], began: float) -> None:
-        assert process.stdout is not None
-        self.process = process
-        link = next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line)))
-        self.link_s = time.monotonic() - began
-        self.address, _, self._token = link.removeprefix("http://").partition("/?token=")
-        self._cookie = ""
-        answer = self._ask("GET", f"/?token={self._token}")
-        self._cookie = answer[1]["set-cookie"].partition(";")[0]
-        self.first_byte_s = time.monotonic() - began
-
-    def _ask(self, method: str, path: str, content: Any = None) -> tuple[int, dict[str, str], bytes]:
-        connection = HTTPConnection(self.address, timeout=120)
-        headers = {"cookie": self._cookie, "origin": f"http://{self.address}", "content-type": "application/json"}
-        connection.request(method, path, None if content is None else json.dumps(content), headers)
-        answer = connection.getresponse()
-        body = answer.read()
-        connection.close()
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, body
-
-    def get(self, path: str) -> bytes:
-        status, _, body = self._ask("GET", path)
-        assert status == 200, (path, status, body[:300])
-        return body
-
-    def post(self, path: str, content: Any) -> Any:
-        status, _, body = self._ask("POST", path, content)
-        assert status in (200, 201), (path, status, body[:300])
-        return json.loads(body)
-
-    def cpu_s(self) -> float:
-        """CPU seconds that the server's process has used."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
-
-    def memory_mib(self) -> float:
-        """Resident memory of the server's process."""
-        found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())
-        assert found
-        return round(int(found[1]) / 1024, 1)
-
-
-@contextmanager
-def studio(root: Path) -> Iterator[Server]:
-    """The command `t2i-adapter studio`, until the end of the block."""
-    command = [sys.executable, "-m", "t2i_adapter", "studio", str(root), "--port", "0", "--no_open_browser"]
-    began = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield Server(process, began)
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(30)
-
-
-class Page(threading.Thread):
-    """An open page: reads the stream of events. chunks: (when, bytes) as they came."""
-
-    def __init__(self, server: Server) -> None:
-        super().__init__(daemon=True)
-        self.chunks: list[tuple[float, bytes]] = []
-        self._connection = HTTPConnection(server.address, timeout=60)
-        self._connection.request("GET", "/api/events", headers={"cookie": server._cookie})
-        self._answer = self._connection.getresponse()
-        assert self._answer.status == 200
-        self.start()
-
-    def run(self) -> None:
-        with suppress(OSError, HTTPException):  # the server ends while it is read
-            while data := self._answer.read1(1 << 20):
-                self.chunks.append((time.monotonic(), data))
-
-    def events(self, name: str) -> list[tuple[float, Any]]:
-        """(when it came, its data) of each event of a name."""
-        found, rest = [], b""
-        for at, data in self.chunks:
-            *whole, rest = (rest + data).split(b"\n\n")
-            for event in whole:
-                match = re.search(rb"^event: (\S+)\ndata: (.*)$", event, re.MULTILINE)
-                if match and match[1].decode() == name:
-                    found.append((at, json.loads(match[2])))
-        return found
-
-
-def milliseconds(action: Callable[[], object], times: int = 1) -> float:
-    """Median time of an action."""
-    found = []
-    for _ in range(times):
-        began = time.monotonic()
-        action()
-        found.append(1000 * (time.monotonic() - began))
-    return round(statistics.median(found), 1)
-
-
-def share_of_core(server: Server, seconds: float) -> float:
-    """CPU time over wall time of the server that nobody asks anything."""
-    before = server.cpu_s()
-    time.sleep(seconds)
-    return round((server.cpu_s() - before) / seconds, 4)
-
-
-# Parts ----------------------------------------------------------------------------------------------------------------
 
 
 def measure_start(root: Path, options: Any) -> dict[str, Any]:
@@ -211,8 +95,8 @@ def measure_runs(root: Path, options: Any) -> dict[str, Any]:
         write_run(root / "runs" / f"run-{number:03d}", UPDATES_OF_EACH)
     long = root / "runs" / "long"
     write_run(long, UPDATES_OF_LONG)
-    write_pictures(long, range(0, 4000, 200), SIDE)
-    write_jobs(root, 200)
+    write_pictures(long, range(0, 4000, 200), 128)
+    write_jobs(root, JOBS)
     lines = len((long / "metrics.jsonl").read_bytes().splitlines())
     with studio(root) as server:
         cpu = server.cpu_s()
@@ -237,7 +121,7 @@ def measure_runs(root: Path, options: Any) -> dict[str, Any]:
         "many": {
             "runs": len(runs),
             "log_entries_of_each": UPDATES_OF_EACH // LOGGED,
-            "ended_jobs": 200,
+            "ended_jobs": JOBS,
             "list_cold_ms": cold,
             "list_warm_ms": warm,
             "jobs_warm_ms": jobs,
@@ -260,27 +144,6 @@ def measure_runs(root: Path, options: Any) -> dict[str, Any]:
             "live": appended,
         },
     }
-
-
-def write_run(folder: Path, updates: int) -> None:
-    """A run's log and record, and all its options, as the trainer writes them."""
-    write_log(folder, updates)
-    config = Config()
-    changed = replace(config, train=replace(config.train, max_steps=updates, seed=1), output_dir=str(folder))
-    (folder / "options.yaml").write_text(recipe.dump(changed))
-
-
-def write_jobs(root: Path, count: int) -> None:
-    """Folders of ended jobs, as the queue keeps them."""
-    for number in range(count):
-        folder = root / ".studio" / "jobs" / f"20261129-120000-{number:06x}"
-        folder.mkdir(parents=True)
-        job = {"verb": "plan", "argv": ["plan", "--data", "data"], "run": "", "created": 1.0, "processes": 1}
-        (folder / "job.json").write_text(json.dumps(job))
-        (folder / "process.json").write_text(json.dumps({"pid": 1, "started": "never"}))
-        (folder / "exit.json").write_text(json.dumps({"code": 0, "ended": 2.0}))
-        (folder / "log").write_text("done\n" * 20)
-        (folder / "progress").write_text(json.dumps({"phase": "planning", "done": 1, "total": 1}) + "\n")
 
 
 def measure_append(server: Server, folder: Path, seconds: float) -> dict[str, Any]:
@@ -313,42 +176,6 @@ def measure_append(server: Server, folder: Path, seconds: float) -> dict[str, An
         "latency_p99_ms": round(late[len(late) * 99 // 100]),
         "server_cores": round(cpu / wall, 3),
     }
-
-
-def write_originals(folder: Path) -> list[Path]:
-    folder.mkdir(parents=True)
-    files = []
-    for number in range(ORIGINALS):
-        file = folder / f"{number}.jpg"
-        Image.new("RGB", (SIDE, SIDE), (4 * number % 256, 80, 160)).save(file, quality=60)
-        files.append(file)
-    return files
-
-
-def caption(number: int) -> str:
-    """The captions of 1 row in `ORIGINALS` have the word that is searched for."""
-    return f"a house by a lake, {'with a boat' if number % ORIGINALS == 7 else 'in the morning'}, number {number}"
-
-
-def write_table(root: Path, rows: int) -> None:
-    """A table whose rows name `ORIGINALS` files."""
-    write_originals(root / "table" / "pictures")
-    with (root / "table" / "metadata.jsonl").open("w") as file:
-        for number in range(rows):
-            row = {"file_name": f"pictures/{number % ORIGINALS}.jpg", "text": caption(number)}
-            file.write(json.dumps(row) + "\n")
-
-
-def write_folder(root: Path, rows: int) -> None:
-    """A folder of pictures with captions beside them. The files are further names of `ORIGINALS` ones, to save time."""
-    originals, folder = write_originals(root / "originals"), root / "folder"
-    folder.mkdir()
-    for number, file in enumerate(originals):
-        file.with_suffix(".txt").write_text(caption(number))
-    for number in range(rows):
-        picture = originals[number % ORIGINALS]
-        os.link(picture, folder / f"{number:06d}.jpg")
-        os.link(picture.with_suffix(".txt"), folder / f"{number:06d}.txt")
 
 
 def measure_data(root: Path, options: Any) -> dict[str, Any]:
@@ -392,6 +219,66 @@ def measure_grid(server: Server, location: str) -> dict[str, Any]:
     return {**found, "memory_before_mib": before, "memory_after_mib": server.memory_mib()}
 
 
+def measure_browser(root: Path, options: Any) -> dict[str, Any]:
+    """The pages of the large table and of the long run in Chromium, until they show what they are for."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None or find_spec("playwright") is None:
+        return {"skipped": "needs Playwright and Chromium"}
+    from playwright.sync_api import sync_playwright
+
+    write_table(root, options.rows)
+    write_run(root / "runs" / "long", UPDATES_OF_LONG)
+    with studio(root) as server, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        context = browser.new_context(viewport={"width": 1280, "height": 900})
+        name, _, value = server.cookie.partition("=")
+        context.add_cookies([{"name": name, "value": value, "url": f"http://{server.address}"}])
+        page = context.new_page()
+        data = server.post("/api/data", {"values": {"location": "table/metadata.jsonl", "condition": "canny"}})["id"]
+        run = json.loads(server.get("/api/runs"))[0]["id"]
+        far = options.rows * 9 // 10
+
+        def opened(path: str, script: str) -> None:
+            page.goto(f"http://{server.address}{path}")
+            page.wait_for_function(script)
+
+        def jumped() -> None:
+            page.evaluate(
+                "() => { const grid = document.querySelector('.grid'); grid.scrollTop = 0.9 * grid.scrollHeight }"
+            )
+            page.wait_for_function(f"() => {SHOWN}.some((tile) => tile.dataset.place > {far - 100})")
+
+        found = {
+            "rows": options.rows,
+            "grid_ms": milliseconds(lambda: opened(f"/data/{data}", f"() => {SHOWN}.length > 10")),
+            "grid_far_ms": milliseconds(jumped),
+            "tiles": page.evaluate("() => document.querySelectorAll('.tile').length"),
+            "frame_ms": page.evaluate(SCROLL),
+            "log_entries": UPDATES_OF_LONG // LOGGED,
+            "run_ms": milliseconds(lambda: opened(f"/runs/{run}", DRAWN), 3),
+            "charts": page.evaluate("() => document.querySelectorAll('.chart canvas').length"),
+        }
+        browser.close()
+    return found
+
+
+SHOWN = "[...document.querySelectorAll('.tile')].filter((tile) => tile.querySelector('.caption')?.textContent)"
+"""Tiles of the grid that have their caption."""
+DRAWN = "() => document.querySelectorAll('.chart canvas').length > 5"
+SCROLL = """async () => {
+  const grid = document.querySelector(".grid");
+  const times = [];
+  for (let n = 0; n < 60; n++) {
+    const began = performance.now();
+    grid.scrollTop -= 40;
+    await new Promise(requestAnimationFrame);
+    times.push(performance.now() - began);
+  }
+  return Math.round(10 * times.sort((a, b) => a - b)[30]) / 10;
+}"""
+"""Scrolls 60 times; returns the median time of a frame in milliseconds."""
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--rows", type=int, default=100_000, help="rows of the large table")
@@ -405,6 +292,7 @@ def main() -> None:
         "events": measure_events,
         "runs": measure_runs,
         "data": measure_data,
+        "browser": measure_browser,
     }
     found = {} if set(options.only) == set(PARTS) else read_earlier("studio", options.out)
     for part in options.only:
