@@ -89,10 +89,12 @@ class Datasets:
     def source(self, name: str) -> Source:
         """The dataset, open. Raises NotFoundError and UserError."""
         values = self.values(name)
-        if found := self._opened(name):
+        found = self._opened(name)
+        if found is not None:
             return found
         with self._opening:
-            if found := self._opened(name):  # another thread has opened it meanwhile
+            found = self._opened(name)  # another thread may have opened it meanwhile
+            if found is not None:
                 return found
             return self._keep(name, self._open_source(_options(values)))
 
