@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors", "numpy", "pyarrow")
-LIBRARIES += ("Pillow", "opencv-python-headless", "sdxl-t2i-adapter")
+LIBRARIES += ("Pillow", "opencv-python-headless", "starlette", "uvicorn", "sdxl-t2i-adapter")
 
 
 def gpu() -> str | None:

@@ -64,6 +64,14 @@ def _check_verb(words: list[str]) -> None:
     parse_flags(resolve(VERBS[name].options), rest, PROG)
 
 
+def test_every_verb_has_a_row_in_the_table_of_verbs():
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    named = {
+        name for row in re.findall(r"^\| (`.+?) \|", page, flags=re.MULTILINE) for name in re.findall("`(.+?)`", row)
+    }
+    assert set(VERBS) <= named
+
+
 def _with_recipe_of_ours(words: list[str]) -> list[str]:
     """The words with a recipe of the repository in place of one that a reader writes or a run has written."""
     return [

@@ -11,9 +11,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +84,7 @@ NOT_RUN = {
     "python -m nano_maker": "takes hours; tests/unit/test_nano.py tests its parts",
 }
 
+LINK = re.compile(r"http://\S+")
 PAGES_WITH_COMMANDS = [page for page in PAGES if page.suffix == ".md" and commands(page)]
 ICONS = {f"thing-{i}": {"body": f'<circle cx="16" cy="16" r="{4 + i % 9}" fill="#f00"/>'} for i in range(60)}
 OWN_ANNOTATOR = ROOT / "docs" / "add-a-condition.md"
@@ -218,8 +221,11 @@ def small(command: str, number: int) -> str:
 
 def run(command: str, cwd: Path) -> None:
     """Runs a command: verbs in this process, which has imported the libraries; the processes of torchrun as its forks;
-    other launchers as programs."""
+    other launchers as programs. The studio is started, asked, and ended."""
     words = shlex.split(command, comments=True)
+    if words[:2] == [PROG, "studio"]:
+        run_studio(words[2:], cwd)
+        return
     if words[0] == PROG:
         here = Path.cwd()
         os.chdir(cwd)
@@ -241,6 +247,32 @@ def run(command: str, cwd: Path) -> None:
     line = [sys.executable, *program, *words[1:]]
     done = subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=240, env=dict(os.environ))
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+def run_studio(words: list[str], cwd: Path) -> None:
+    """Starts a studio in a folder of its own and opens its link. With --link the command prints a link to it, which is
+    opened instead."""
+    root = cwd / "studio"
+    root.mkdir(exist_ok=True)
+    asks = "--link" in words
+    server = [root, "--port", "0", "--no_open_browser"] if asks else [*words, "--port", "0", "--no_open_browser"]
+    command = [sys.executable, "-m", "t2i_adapter", "studio"]
+    with subprocess.Popen([*command, *map(str, server)], cwd=root, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            link = next((found[0] for line in process.stdout if (found := LINK.search(line))), None)
+            if asks:
+                said = subprocess.run([*command, *words], cwd=root, capture_output=True, text=True, timeout=60)
+                link = said.stdout.strip()
+            assert link, f"studio {words}: no link was printed"
+            cookies = urllib.request.HTTPCookieProcessor()
+            with urllib.request.build_opener(cookies).open(link, timeout=60) as page:
+                assert "app.js" in page.read().decode()
+            role = "reader" if "--read_only" in words else "owner"
+            assert any((cookie.value or "").startswith(role) for cookie in cookies.cookiejar)
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_COMMANDS, ids=lambda page: page.name)

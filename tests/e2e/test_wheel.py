@@ -1,4 +1,5 @@
-"""The wheel holds the package and the weights of nano, installs into an empty environment, and trains there.
+"""The wheel holds the package, the pages of the studio and the weights of nano. It installs into an empty environment,
+and trains there.
 
 The empty environment takes the dependencies from the environment of the tests, through a path file, so that nothing is
 downloaded. The package itself comes from the wheel alone.
@@ -77,14 +78,16 @@ def programs(wheel: Path) -> Path:
     return folder
 
 
-def test_the_wheel_holds_the_package_and_nano_alone(wheel: Path):
+def test_the_wheel_holds_the_package_its_pages_and_nano_alone(wheel: Path):
     assert wheel.name == f"sdxl_t2i_adapter-{__version__}-py3-none-any.whl"
     names = {name for name in contents(wheel) if ".dist-info/" not in name}
     package = ROOT / "src" / "t2i_adapter"
     nano = {path for path in (package / "models" / "nano").rglob("*") if path.is_file()}
     pages = {path for kind in ("css", "html", "js") for path in (package / "reports").glob(f"*.{kind}")}
     assert len(pages) == 4
-    wanted = {*package.rglob("*.py"), *nano, *pages, package / "py.typed"}
+    studio = {path for path in (package / "studio" / "web").rglob("*") if path.is_file()}
+    assert {"app.js", "index.html", "ui.js", "LICENSES", "vendor.json"} <= {path.name for path in studio}
+    wanted = {*package.rglob("*.py"), *nano, *pages, *studio, package / "py.typed"}
     assert names == {path.relative_to(ROOT / "src").as_posix() for path in wanted if "__pycache__" not in path.parts}
     assert sum(name.endswith(".safetensors") for name in names) == 4
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -17,10 +18,11 @@ import pytest
 from support.run_folders import advice, entries_of, gain_entry, log_entry, score_entry, write_pictures, write_run
 
 from t2i_adapter.errors import Stopped, UserError, register_secret
-from t2i_adapter.runs import read
+from t2i_adapter.runs import find
+from t2i_adapter.runs.find import Listed, find_runs
 from t2i_adapter.runs.lock import holder, lock
 from t2i_adapter.runs.page import make_report
-from t2i_adapter.runs.read import find_runs, read_run
+from t2i_adapter.runs.read import read_run
 from t2i_adapter.runs.record import run_record
 
 HOLD = """
@@ -220,8 +222,29 @@ def test_the_search_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (tmp_path / f"f{number:02}").mkdir()
     write_run(tmp_path / "z", record={})
     assert find_runs(tmp_path) == [tmp_path / "z"]
-    monkeypatch.setattr(read, "MOST_FOLDERS", 20)
+    monkeypatch.setattr(find, "MOST_FOLDERS", 20)
     assert find_runs(tmp_path) == []
+
+
+def test_a_search_that_is_repeated_lists_changed_folders_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "runs" / "a", record={})
+    (tmp_path / "data").mkdir()
+    for folder in (tmp_path, tmp_path / "runs", run, tmp_path / "data"):
+        os.utime(folder, (1e9, 1e9))  # long ago
+    known: dict[Path, Listed] = {}
+    assert find_runs(tmp_path, known=known) == [run]
+    listed: list[str] = []
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda place: listed.append(str(place)) or scan(place))
+    assert find_runs(tmp_path, known=known) == [run] and listed == []
+    other = write_run(tmp_path / "runs" / "b", record={})
+    assert find_runs(tmp_path, known=known) == [run, other]
+    assert listed == [str(tmp_path / "runs"), str(other)]
+    # What was written just now is listed again: its next change might get the same time.
+    listed.clear()
+    assert find_runs(tmp_path, known=known) == [run, other] and str(other) in listed
+    shutil.rmtree(run)
+    assert find_runs(tmp_path, known=known) == [other] and run not in known
 
 
 # The record ---------------------------------------------------------------------------------------------------------

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -85,3 +87,15 @@ def make_app(studio: Studio, host_names: tuple[str, ...] = ()) -> Starlette:
     app = Starlette(routes=routes, middleware=[guard], lifespan=lifespan, exception_handlers={404: missing})
     app.state.studio = studio
     return app
+
+
+class Server(uvicorn.Server):
+    """Ends the streams of events before it waits for its requests to end: an open page would hold it for ever."""
+
+    def __init__(self, config: uvicorn.Config, studio: Studio) -> None:
+        super().__init__(config)
+        self._hub = studio.hub
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._hub.close()
+        await super().shutdown(sockets)

@@ -49,7 +49,9 @@ class Datasets:
         self._thumbs = places.state / "thumbs"
         self._open: OrderedDict[str, Source] = OrderedDict()
         self._captions: dict[str, list[str]] = {}
-        self._lock = threading.RLock()
+        # Opening a large dataset, or reading all its captions, takes seconds. Rows of open datasets are served
+        # meanwhile: `_lock` is held for a moment only. A thread takes the locks in this order.
+        self._searching, self._opening, self._lock = threading.Lock(), threading.RLock(), threading.Lock()
 
     def add(self, values: dict[str, Any]) -> str:
         """Registers the dataset with these options of data; returns its id. Raises UserError if it cannot be opened."""
@@ -58,8 +60,8 @@ class Datasets:
         slug = re.sub(r"[^a-z0-9]+", "-", Path(location).name.lower()).strip("-")[:40] or "data"
         content = json.dumps({"values": values}, sort_keys=True)
         name = f"{slug}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
-        with self._lock:
-            self._open[name] = self._open_source(options)
+        with self._opening:
+            self._keep(name, self._open_source(options))
             write_atomic(self.folder / f"{name}.json", [content.encode()])
         return name
 
@@ -72,7 +74,7 @@ class Datasets:
     def remove(self, name: str) -> None:
         """Forgets a dataset; its files stay."""
         self.values(name)
-        with self._lock:
+        with self._opening:
             self._forget(name)
             for file in (self.folder / f"{name}.json", self.report_file(name), self.skip_file(name)):
                 file.unlink(missing_ok=True)
@@ -87,13 +89,30 @@ class Datasets:
     def source(self, name: str) -> Source:
         """The dataset, open. Raises NotFoundError and UserError."""
         values = self.values(name)
+        found = self._opened(name)
+        if found is not None:
+            return found
+        with self._opening:
+            found = self._opened(name)  # another thread may have opened it meanwhile
+            if found is not None:
+                return found
+            return self._keep(name, self._open_source(_options(values)))
+
+    def _opened(self, name: str) -> Source | None:
         with self._lock:
-            if name not in self._open:
-                self._open[name] = self._open_source(_options(values))
-                while len(self._open) > MOST_OPEN:
-                    self._forget(next(iter(self._open)))
+            if name in self._open:
+                self._open.move_to_end(name)
+            return self._open.get(name)
+
+    def _keep(self, name: str, source: Source) -> Source:
+        with self._lock:
+            self._open[name] = source
             self._open.move_to_end(name)
-            return self._open[name]
+            self._captions.pop(name, None)
+            while len(self._open) > MOST_OPEN:
+                gone, _ = self._open.popitem(last=False)
+                self._captions.pop(gone, None)
+        return source
 
     def _open_source(self, options: DataOptions) -> Source:
         from t2i_adapter.data.formats import is_hub_dataset
@@ -105,8 +124,9 @@ class Datasets:
         return open_source(options, 0)
 
     def _forget(self, name: str) -> None:
-        self._open.pop(name, None)
-        self._captions.pop(name, None)
+        with self._lock:
+            self._open.pop(name, None)
+            self._captions.pop(name, None)
 
     # Rows ----------------------------------------------------------------------------------------------------------
 
@@ -130,11 +150,15 @@ class Datasets:
         return numbers
 
     def _all_captions(self, name: str, source: Source) -> list[str]:
-        with self._lock:
-            if name not in self._captions:
+        with self._searching:
+            found = self._captions.get(name)
+            if found is None:
                 count = min(len(source), MOST_SEARCHED)
-                self._captions[name] = [" ".join(_captions(source, n)).casefold() for n in range(count)]
-            return self._captions[name]
+                found = [" ".join(_captions(source, n)).casefold() for n in range(count)]
+                with self._lock:
+                    if self._open.get(name) is source:  # no caption was edited meanwhile
+                        self._captions[name] = found
+            return found
 
     def _row(self, source: Source, number: int, skipped: set[str]) -> dict[str, Any]:
         key = source.key(number)
@@ -175,7 +199,7 @@ class Datasets:
 
     def write_captions(self, name: str, number: int, captions: list[str], was: list[str]) -> dict[str, Any]:
         """Stores captions of a row that had `was`. Raises UserError."""
-        with self._lock:
+        with self._opening:
             source = self.source(name)
             if not 0 <= number < len(source):
                 raise NotFoundError(f"the dataset has rows 0 to {len(source) - 1:,}")
@@ -202,7 +226,7 @@ class Datasets:
 
     def skip(self, name: str, keys: list[str], is_on: bool) -> int:
         """Adds rows to the list of those to skip, or takes them out; returns how many it holds."""
-        with self._lock:
+        with self._opening:
             present = self.skipped(name)
             present = present | set(keys) if is_on else present - set(keys)
             write_atomic(self.skip_file(name), ["".join(f"{key}\n" for key in sorted(present)).encode()])

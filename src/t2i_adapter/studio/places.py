@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t2i_adapter.errors import UserError
-from t2i_adapter.runs.read import find_runs
+from t2i_adapter.runs.find import Listed, find_runs
 
 STATE = ".studio"
 """In the root: the studio's own folder."""
@@ -53,6 +53,7 @@ class Places:
         self._salt = secrets.token_bytes(16)
         self._listed: dict[str, Path] = {}
         self._runs: dict[str, Path] = {}
+        self._known: dict[Path, Listed] = {}
         self._scanned = -1e9
         self._lock = threading.Lock()
 
@@ -87,7 +88,7 @@ class Places:
         """Id -> folder of every run below the root; looked for at most every two seconds."""
         with self._lock:
             if time.monotonic() - self._scanned > _RESCAN_SECONDS:
-                self._runs = {self.run_id(folder): folder for folder in find_runs(self.root)}
+                self._runs = {self.run_id(folder): folder for folder in find_runs(self.root, known=self._known)}
                 self._scanned = time.monotonic()
             return self._runs
 

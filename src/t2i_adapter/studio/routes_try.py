@@ -42,8 +42,10 @@ def list_adapters(call: Call) -> list[dict[str, Any]]:
 
 def one_adapter(call: Call) -> dict[str, Any]:
     folder = call.studio.places.run_folder(call.path["run"])
-    found = _adapter(call.studio, call.path["run"], folder, read_run(folder))
-    return {**found, "palette": palette(folder / CONTROL)}
+    content = read_run(folder)
+    found = _adapter(call.studio, call.path["run"], folder, content)
+    prompts = content.options.get("validation.prompts") or []
+    return {**found, "prompts": prompts, "palette": palette(folder / CONTROL)}
 
 
 def palette(folder: Path) -> list[str]:
@@ -78,7 +80,6 @@ def _adapter(studio: Studio, run: str, folder: Path, content: Run) -> dict[str, 
         "resolution": known.get("resolution"),
         "base": base.get("name") if isinstance(base, dict) else None,
         "sampling": known.get("sampling") or {},
-        "prompts": content.options.get("validation.prompts") or [],
     }
 
 

@@ -36,7 +36,7 @@ def run(options: StudioOptions) -> None:
 def _serve(root: Path, options: StudioOptions) -> None:
     import uvicorn
 
-    from t2i_adapter.studio.app import make_app
+    from t2i_adapter.studio.app import Server, make_app
     from t2i_adapter.studio.datasets import Datasets
     from t2i_adapter.studio.guard import Keys
     from t2i_adapter.studio.hub import Hub
@@ -77,7 +77,7 @@ def _serve(root: Path, options: StudioOptions) -> None:
             ws="none",
             timeout_graceful_shutdown=2,
         )
-        server = uvicorn.Server(config)
+        server = Server(config, studio)
         if options.open_browser and _has_screen():
             threading.Timer(0.5, webbrowser.open, [link]).start()
         with contextlib.suppress(KeyboardInterrupt):

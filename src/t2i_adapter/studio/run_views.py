@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from t2i_adapter.files import parse_json
 from t2i_adapter.runs import metrics as log
@@ -18,10 +19,15 @@ from t2i_adapter.runs.words import verdict
 from t2i_adapter.statistics import Interval
 from t2i_adapter.studio.places import Places
 
+Entry = TypeVar("Entry")
 MOST_POINTS = 2000
 """Points of a curve at most; of more, the least and the greatest of each stretch are kept."""
 CURVES = ("loss", "lr", "grad_norm", "samples_per_s", "wait_share", "control")
+MOST_LOOKS = 300
+"""Looks and scores at most; of more, every n-th and the last are kept."""
 MOST_NOTES = 500
+KEPT_METRICS = 6
+"""Runs whose numbers are kept: as many as a page compares."""
 SOLID_SECONDS = 1.0
 """How long what was read of a running run is taken for true, if no file has changed: a kill changes none."""
 
@@ -32,6 +38,7 @@ class Runs:
     def __init__(self, places: Places) -> None:
         self.places = places
         self._kept: dict[str, tuple[Any, float, dict[str, Any]]] = {}
+        self._numbers: OrderedDict[str, tuple[Any, dict[str, Any]]] = OrderedDict()
 
     def all(self) -> list[dict[str, Any]]:
         """A row for each run, the one that began last first."""
@@ -44,9 +51,7 @@ class Runs:
         kept = self._kept.get(run)
         if kept is None or kept[0] != stamp or (kept[2]["state"] == "running" and now - kept[1] > SOLID_SECONDS):
             found = read_run(folder)
-            content = found.to_json()
-            content.pop("options")
-            content |= {
+            content = found.summary() | {
                 "id": run,
                 "name": found.name,
                 "folder": self.places.relative(folder),
@@ -85,16 +90,14 @@ class Runs:
 
     def metrics(self, run: str) -> dict[str, Any]:
         """The curves, looks and scores of a run, and the byte of its log that they end at. Raises NotFoundError."""
-        folder = self.places.run_folder(run)
-        found = Metrics(folder / log.FILE)
-        end = _size(folder / log.FILE)
-        curves = {name: points for name in CURVES if (points := found.numbers(name))}
-        return {
-            "at": end,
-            "curves": {name: columns(thin(points)) for name, points in curves.items()},
-            "looks": [_look(look) for look in found.looks],
-            "scores": [_score(score) for score in found.scores],
-        }
+        file = self.places.run_folder(run) / log.FILE
+        stamp = _stamp_of(file)
+        kept = self._numbers.get(run)
+        if kept is None or kept[0] != stamp:
+            kept = self._numbers[run] = (stamp, _read_metrics(file))
+            while len(self._numbers) > KEPT_METRICS:
+                self._numbers.popitem(last=False)
+        return kept[1]
 
     def log_lines(self, folder: Path, start: int) -> tuple[list[Any], int]:
         """(whole entries of a run's log from a byte on, the byte after them); start 0 again if the log was cut."""
@@ -129,6 +132,25 @@ class Runs:
         return small.file if small else None
 
 
+def _read_metrics(file: Path) -> dict[str, Any]:
+    end = _size(file)  # before the numbers: what is written meanwhile comes again as an event, and is recognised
+    found = Metrics(file)
+    curves = {name: points for name in CURVES if (points := found.numbers(name))}
+    return {
+        "at": end,
+        "curves": {name: columns(thin(points)) for name, points in curves.items()},
+        "looks": [_look(look) for look in some(found.looks)],
+        "scores": [_score(score) for score in some(found.scores)],
+    }
+
+
+def some(entries: Sequence[Entry], most: int = MOST_LOOKS) -> list[Entry]:
+    """At most `most` entries: every n-th, and the last."""
+    stride = math.ceil(len(entries) / max(1, most - 1)) if len(entries) > most else 1
+    found = list(entries[::stride])
+    return found if not entries or found[-1] is entries[-1] else [*found, entries[-1]]
+
+
 def thin(points: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list[tuple[int, float]]:
     """At most `most` points: the least and the greatest of each stretch, and the last."""
     if len(points) <= most:
@@ -143,8 +165,12 @@ def thin(points: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> list[t
 
 
 def columns(points: Sequence[tuple[int, float]]) -> list[list[float]]:
-    """[steps, values]."""
-    return [[step for step, _ in points], [value for _, value in points]]
+    """[steps, values], the values to six digits: a screen shows fewer."""
+    return [[step for step, _ in points], [_short(value) for _, value in points]]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _entries(content: bytes) -> Iterator[Any]:
@@ -165,7 +191,7 @@ def interval(found: Interval | None) -> list[float | None] | None:
     """[mean, low, high]; a bound that is infinite is None."""
     if found is None:
         return None
-    return [found.mean, *(bound if math.isfinite(bound) else None for bound in (found.low, found.high))]
+    return [_short(found.mean), *(_short(bound) if math.isfinite(bound) else None for bound in (found.low, found.high))]
 
 
 def _look(look: log.Look) -> dict[str, Any]:
@@ -201,14 +227,17 @@ def _size(file: Path) -> int:
 
 def _stamp(folder: Path) -> tuple[Any, ...]:
     """What changes when a run's files change."""
-    found: list[Any] = []
-    for name in (log.FILE, RECORD, OPTIONS, "best.json", ".lock", "t2i_adapter.json", FOLDER, "."):
-        try:
-            status = (folder / name).stat(follow_symlinks=False)
-            found.append((status.st_mtime_ns, status.st_size))
-        except OSError:
-            found.append(None)
-    return tuple(found)
+    names = (log.FILE, RECORD, OPTIONS, "best.json", ".lock", "t2i_adapter.json", FOLDER, ".")
+    return tuple(_stamp_of(folder / name) for name in names)
+
+
+def _stamp_of(file: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written or replaced; None if there is none."""
+    try:
+        status = file.stat(follow_symlinks=False)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def picture_steps(folder: Path) -> set[int]:

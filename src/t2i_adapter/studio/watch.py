@@ -32,7 +32,7 @@ class Watch:
         self._hub, self._jobs, self._runs, self._paints = hub, jobs, runs, paints
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="studio-watch", daemon=True)
-        self._seen_jobs: dict[str, dict[str, Any]] = {}
+        self._seen_jobs: dict[str, Job] = {}
         self._seen_runs: dict[str, dict[str, Any]] = {}
         self._read: dict[str, int] = {}
         self._pictures: dict[str, set[int]] = {}
@@ -71,14 +71,14 @@ class Watch:
             self._hub.publish("device", read_device(self._runs.places.root))
 
     def _look_at_jobs(self, jobs: list[Job]) -> None:
-        found = {job.id: job.to_json() for job in jobs}
+        found = {job.id: job for job in jobs}
         for job in jobs:
-            content, before = found[job.id], self._seen_jobs.get(job.id)
-            if content != before:
-                self._hub.publish("job", content)
-                if before is None or before["state"] != content["state"]:
+            before = self._seen_jobs.get(job.id)
+            if job != before:
+                self._hub.publish("job", job.to_json())
+                if before is None or before.state != job.state:
                     self._runs.places.forget_runs()
-            if job.state == "running" or (before and before["state"] == "running"):
+            if job.state == "running" or (before and before.state == "running"):
                 self._look_at_log(job)
         for gone in self._seen_jobs.keys() - found.keys():
             self._hub.publish("job_gone", {"id": gone})

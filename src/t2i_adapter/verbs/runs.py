@@ -55,7 +55,8 @@ class ReportOptions:
 
 def ls(options: ListOptions) -> None:
     """Prints a line for each run, the one that began last at the end. Raises UserError for a missing folder."""
-    from t2i_adapter.runs.read import DEPTH, find_runs, read_run
+    from t2i_adapter.runs.find import DEPTH, find_runs
+    from t2i_adapter.runs.read import read_run
 
     given = [user_path(folder) for folder in options.folders]
     for folder in given:
@@ -113,7 +114,8 @@ def report(options: ReportOptions) -> None:
 
 def _read(name: str) -> Run:
     """The run in a folder. Raises UserError if there is none."""
-    from t2i_adapter.runs.read import is_run, read_run
+    from t2i_adapter.runs.find import is_run
+    from t2i_adapter.runs.read import read_run
 
     folder = user_path(name)
     _check_folder(folder)
