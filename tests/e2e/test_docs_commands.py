@@ -81,6 +81,8 @@ NOT_RUN = {
     f'{PROG} train --data "': "shards elsewhere; tests/e2e/test_sources.py reads them from servers",
     "python -m t2i_adapter.annotators.weights": "downloads",
     "python tests/campaigns/run.py": "minutes to hours; tests/campaigns runs the same code in short",
+    "python benchmarks/gpu.py": "needs a GPU; tests/unit/test_gpu_benchmark.py runs it with small networks",
+    "python benchmarks/scale.py": "takes hours; tests/unit/test_scale_page.py makes its tables",
     "python -m nano_maker": "takes hours; tests/unit/test_nano.py tests its parts",
 }
 
