@@ -62,7 +62,7 @@ class Pictures:
     def pairs(self) -> list[Pair]:
         """The first `MOST_PAIRS` pairs that have pictures."""
         try:
-            listed = parse_json(read_file(self.folder / PAIRS))
+            listed = [] if self.folder.is_symlink() else parse_json(read_file(self.folder / PAIRS))
         except ValueError:
             return []
         rows = listed[:MOST_PAIRS] if isinstance(listed, list) else []
@@ -74,7 +74,7 @@ class Pictures:
 
     def steps(self) -> list[int]:
         """The steps that have pictures."""
-        return sorted(_steps(self.folder))
+        return [] if self.folder.is_symlink() else sorted(_steps(self.folder))
 
     def fixed(self, pair: Pair, kind: str) -> Small | None:
         """A picture of `FIXED`."""
@@ -90,7 +90,8 @@ class Pictures:
         cached = self.folder / SMALL / name
         try:
             status = source.stat(follow_symlinks=False)
-            if not stat.S_ISREG(status.st_mode):
+            is_linked = self.folder.is_symlink() or source.parent.is_symlink()
+            if is_linked or not stat.S_ISREG(status.st_mode):
                 return None
             if cached.is_file() and cached.stat().st_mtime >= status.st_mtime and (found := _read(cached)):
                 return found

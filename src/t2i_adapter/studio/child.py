@@ -20,10 +20,12 @@ from t2i_adapter.errors import UserError, redact
 from t2i_adapter.exits import guarded
 from t2i_adapter.files import parse_json, write_atomic
 from t2i_adapter.runs.lock import lock
-from t2i_adapter.studio.process import start_of
+from t2i_adapter.studio.process import let_in, start_of
 
 EXIT, PROCESS, JOB = "exit.json", "process.json", "job.json"
 """In a job's folder: how it ended; its process; what it does."""
+HELD_BACK = (signal.SIGUSR1, signal.SIGTERM)
+"""Signals that wait until this process can write how it ended."""
 ALREADY_RUNNING = STOPPED = 75
 """Exit code for "try again later", as sysexits.h has it."""
 
@@ -39,9 +41,10 @@ def main(folder: Path) -> int:
     content = parse_json((folder / JOB).read_bytes())
     words, facts = [str(word) for word in content["argv"]], dict[str, Any]()
     code = 1
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    for number in HELD_BACK:
         signal.signal(number, _stop)  # until the verb handles it itself
     try:
+        let_in(HELD_BACK)
         code = _launch(words, int(content.get("processes", 1)), facts)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1

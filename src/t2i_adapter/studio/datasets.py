@@ -44,9 +44,7 @@ class Datasets:
 
     def __init__(self, places: Places) -> None:
         self._places = places
-        self.folder = places.state / "data"
-        self.folder.mkdir(exist_ok=True)
-        self._thumbs = places.state / "thumbs"
+        self.folder, self._thumbs = places.own_folder("data"), places.own_folder("thumbs")
         self._open: OrderedDict[str, Source] = OrderedDict()
         self._captions: dict[str, list[str]] = {}
         self._lock = threading.RLock()
@@ -59,7 +57,7 @@ class Datasets:
         content = json.dumps({"values": values}, sort_keys=True)
         name = f"{slug}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
         with self._lock:
-            self._open[name] = self._open_source(options)
+            self._keep(name, self._open_source(options))
             write_atomic(self.folder / f"{name}.json", [content.encode()])
         return name
 
@@ -89,9 +87,7 @@ class Datasets:
         values = self.values(name)
         with self._lock:
             if name not in self._open:
-                self._open[name] = self._open_source(_options(values))
-                while len(self._open) > MOST_OPEN:
-                    self._forget(next(iter(self._open)))
+                self._keep(name, self._open_source(_options(values)))
             self._open.move_to_end(name)
             return self._open[name]
 
@@ -103,6 +99,12 @@ class Datasets:
             text = "a dataset of the hub is not shown here; a run can train on it, and `t2i-adapter doctor` reads it"
             raise UserError(text, option="data.location")
         return open_source(options, 0)
+
+    def _keep(self, name: str, source: Source) -> None:
+        self._forget(name)
+        self._open[name] = source
+        while len(self._open) > MOST_OPEN:
+            self._forget(next(iter(self._open)))
 
     def _forget(self, name: str) -> None:
         self._open.pop(name, None)
@@ -133,13 +135,28 @@ class Datasets:
         with self._lock:
             if name not in self._captions:
                 count = min(len(source), MOST_SEARCHED)
-                self._captions[name] = [" ".join(_captions(source, n)).casefold() for n in range(count)]
+                self._captions[name] = [" ".join(self._row_captions(source, n)).casefold() for n in range(count)]
             return self._captions[name]
+
+    def _row_captions(self, source: Source, number: int) -> tuple[str, ...]:
+        try:
+            self._check_inside(source, number)
+            return source.identify(number, "").captions
+        except UserError:
+            return ()
+
+    def _check_inside(self, source: Source, number: int) -> None:
+        """Raises UserError if a file of a row lies outside the root, where a link or a table's path may lead."""
+        for file in map(Path, source.local_files(number)):
+            place = file.resolve() if file.is_symlink() else file.parent.resolve()
+            if not place.is_relative_to(self._places.root):
+                raise UserError(f"{source.key(number)}: {file.name} lies outside the studio's folder; it is not shown.")
 
     def _row(self, source: Source, number: int, skipped: set[str]) -> dict[str, Any]:
         key = source.key(number)
         row: dict[str, Any] = {"n": number, "key": key, "captions": [], "error": None, "skipped": key in skipped}
         try:
+            self._check_inside(source, number)
             row["captions"] = list(source.identify(number, "").captions)
         except UserError as fault:
             row["error"] = fault.message()
@@ -150,6 +167,7 @@ class Datasets:
         source = self.source(name)
         if not 0 <= number < len(source):
             raise NotFoundError(f"the dataset has rows 0 to {len(source) - 1:,}")
+        self._check_inside(source, number)
         stamp = source.stamp(number) or f"{name} {number}"
         digest = hashlib.sha256(f"{name}\0{stamp}\0{what}\0{side}".encode()).hexdigest()
         cached = self._thumbs / digest[:2] / f"{digest}.webp"
@@ -179,6 +197,7 @@ class Datasets:
             source = self.source(name)
             if not 0 <= number < len(source):
                 raise NotFoundError(f"the dataset has rows 0 to {len(source) - 1:,}")
+            self._check_inside(source, number)
             source.write_captions(number, tuple(captions), tuple(was))
             self._forget(name)
             return self._row(self.source(name), number, self.skipped(name))
@@ -215,10 +234,3 @@ WITHOUT_TORCH = ("canny", "lineart", "sketch", "scribble", "lines", "palette", "
 
 def _options(values: dict[str, Any]) -> DataOptions:
     return with_values(Config(), {f"data.{name}": value for name, value in values.items()}).data
-
-
-def _captions(source: Source, number: int) -> tuple[str, ...]:
-    try:
-        return source.identify(number, "").captions
-    except UserError:
-        return ()

@@ -55,7 +55,8 @@ def _options(cls: Any, prefix: str) -> Iterator[tuple[str, Any, Field[Any], str]
 
 def _entry(path: str, kind: Any, one: Field[Any], help_: str) -> dict[str, Any]:
     inner = without_none(kind)
-    choices = list(get_args(inner)) if get_origin(inner) is Literal else []
+    each = get_args(inner)[0] if get_origin(inner) is tuple else inner
+    choices = list(get_args(each)) if get_origin(each) is Literal else []
     default = plain_default(one)
     return {
         "path": path,
@@ -137,6 +138,12 @@ def read_options(
         return None, [{"option": fault.option, "message": fault.message(_plain)}]
     except TypeError as fault:
         return None, [{"option": None, "message": f"{verb}: {str(fault).partition('()')[2].strip() or fault}"}]
+
+
+def check_shown(values: Mapping[str, Any]) -> None:
+    """Raises UserError for an option that no form shows, as a recipe's text may set it."""
+    for path in values.keys() & set(HIDDEN):
+        raise UserError("cannot be set here; remove it, or run the command in a terminal", option=path)
 
 
 def typed(value: Any, kind: Any) -> Any:

@@ -20,8 +20,9 @@ from t2i_adapter.errors import UserError, plain_flag, redact
 from t2i_adapter.files import parse_json, show_command, write_atomic
 from t2i_adapter.progress import VARIABLE
 from t2i_adapter.studio.child import STOPPED
-from t2i_adapter.studio.files import PROGRESS, REQUEST, RESULT
+from t2i_adapter.studio.files import CANCELLED, PROGRESS, REQUEST, RESULT
 from t2i_adapter.studio.form import argv_of, read_options
+from t2i_adapter.studio.process import let_in
 from t2i_adapter.verbs.generate import GenerateOptions, Opener, run
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def main(state: Path) -> None:
     _answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # what a library prints goes to stderr, not among the answers
     signal.signal(signal.SIGINT, _cancel)
+    let_in([signal.SIGINT])
     warm = Warm()
     for line in sys.stdin:
         name = parse_json(line)["id"]
@@ -99,6 +101,8 @@ def _cancel(_: int, __: Any) -> None:
 def _serve(folder: Path, warm: Warm) -> dict[str, Any]:
     """Does what a folder's request asks for; returns its result."""
     try:
+        if (folder / CANCELLED).exists():
+            return {"state": "cancelled"}
         request = parse_json((folder / REQUEST).read_bytes())
         if request["kind"] == "map":
             return _make_map(folder, request)

@@ -49,6 +49,8 @@ class Places:
         """root: an existing folder. runs: where new runs go, below it. Raises UserError."""
         self.root = root.resolve()
         self.state = self.root / STATE
+        if self.state.is_symlink():
+            raise UserError(f"{self.state}: is a link, which the studio does not follow; remove it")
         self.runs = self.confine(runs, "runs")
         self._salt = secrets.token_bytes(16)
         self._listed: dict[str, Path] = {}
@@ -67,9 +69,11 @@ class Places:
         """A path that a user typed, absolute, links resolved. Raises UserError unless it lies below the root."""
         if "\0" in text:
             raise UserError(f"{text!r}: a path has no zero byte", option=option)
+        if text.startswith("~"):
+            raise UserError(f"{text}: write the path in full, without ~", option=option)
         try:
             path = (self.root / text).resolve()
-        except (OSError, RuntimeError) as fault:
+        except (OSError, RuntimeError, ValueError) as fault:
             raise UserError(f"{text}: cannot be read ({fault})", option=option) from None
         if not path.is_relative_to(self.root):
             raise UserError(
@@ -80,6 +84,15 @@ class Places:
         if path.is_relative_to(self.root / STATE):
             raise UserError(f"{text}: is the studio's own folder; use another one", option=option)
         return path
+
+    def own_folder(self, name: str) -> Path:
+        """A folder of the studio's own, created if it is missing. Raises UserError if it is a link: in a root from
+        somebody else it may lead anywhere."""
+        folder = self.state / name
+        if folder.is_symlink():
+            raise UserError(f"{folder}: is a link, which the studio does not follow; remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     # Runs ----------------------------------------------------------------------------------------------------------
 
