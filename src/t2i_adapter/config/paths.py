@@ -18,9 +18,9 @@ PATHS: dict[str, PathKind] = {
     **dict.fromkeys(("image", "photo", "init_image", "mask", "controlnet_image", "prompt_file"), "file"),
     **dict.fromkeys(("data.conditioning_dir", "conditioning_dir", "folder", "folders", "evaluation"), "folder"),
     **dict.fromkeys(("pictures", "package"), "folder"),
-    **dict.fromkeys(("output_dir", "out", "report", "prepared_dir", "data.prepared_dir", "work"), "output"),
+    **dict.fromkeys(("output_dir", "out", "prepared_dir", "data.prepared_dir"), "output"),
     **dict.fromkeys(("html", "json", "skip_list", "sheet"), "output"),
-    **dict.fromkeys(("base.cache_dir", "data.cache_dir", "cache_dir"), "output"),
+    **dict.fromkeys(("base.cache_dir", "data.cache_dir"), "output"),
 }
 """Path of an option -> what it names. An option of a verb that stands beside a run's options has its own name."""
 

@@ -79,6 +79,7 @@ def make_app(studio: Studio, host_names: tuple[str, ...] = ()) -> Guard:
     ]
     handlers = {404: _missing, 405: _not_allowed, 500: _broken}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    app.router.redirect_slashes = False
     app.state.studio = studio
     return Guard(app, studio.keys, host_names)  # outermost, so that its headers are on every answer
 

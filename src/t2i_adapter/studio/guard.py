@@ -24,8 +24,8 @@ from urllib.parse import parse_qs, urlencode
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from t2i_adapter.files import parse_json, write_atomic
-from t2i_adapter.runs.metrics import read_file
+from t2i_adapter.files import write_atomic
+from t2i_adapter.runs.metrics import number, read_file, read_json
 
 Role = Literal["owner", "reader"]
 LINK_HOURS = 12
@@ -57,6 +57,10 @@ class Keys:
 
     def new_link(self, role: Role) -> str:
         """A token that can be used once."""
+        for old in self._links.iterdir():
+            with suppress(FileNotFoundError):  # used meanwhile
+                if old.stat(follow_symlinks=False).st_mtime < time.time() - LINK_HOURS * 3600:
+                    old.unlink()
         token = secrets.token_urlsafe(32)
         file = self._links / _digest(token)
         write_atomic(file, [json.dumps({"role": role, "until": time.time() + LINK_HOURS * 3600}).encode()])
@@ -69,11 +73,11 @@ class Keys:
         used = file.with_suffix(".used")
         try:
             file.rename(used)  # only one of two requests can
-            content = parse_json(used.read_bytes())
-            used.unlink()
-        except (OSError, ValueError):
+        except OSError:
             return None
-        if not isinstance(content, dict) or content.get("until", 0) < time.time():
+        content = read_json(used)
+        used.unlink()
+        if (number(content.get("until")) or 0) < time.time():
             return None
         return self.cookie_value("reader" if content.get("role") == "reader" else "owner")
 
