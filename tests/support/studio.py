@@ -142,7 +142,7 @@ def running(root: Path, names: tuple[str, ...] = ()) -> Iterator[Running]:
     server = uvicorn.Server(
         uvicorn.Config(
             make_app(studio, names), log_level="warning", access_log=False, server_header=False, proxy_headers=False,
-            ws="none", timeout_graceful_shutdown=1,
+            ws="none", timeout_graceful_shutdown=1, log_config=None,
         )
     )  # fmt: skip
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

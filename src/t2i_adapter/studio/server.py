@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ from t2i_adapter.studio.run_views import Runs
 
 CONFLICT, CHANGED, UNREADABLE = "conflict", "changed", "unreadable"
 """Kinds of `UserError` with a status of their own: not in this state, edited meanwhile, no picture."""
+_OF_A_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of a path that was sent, not of the disk."""
 _STATUS = {CONFLICT: 409, CHANGED: 412, UNREADABLE: 415}
 
 
@@ -109,7 +112,8 @@ def route(method: str, path: str, function: Endpoint, status: int = 200) -> Rout
         except UserError as fault:
             return problem(_STATUS.get(fault.kind, 400), fault.message(plain_flag), fault.option)
         except OSError as fault:
-            return problem(500, redact(f"{fault.filename or 'A file'}: {fault.strerror or fault}."))
+            kind = 400 if fault.errno in _OF_A_NAME else 500
+            return problem(kind, redact(f"{fault.filename or 'A file'}: {fault.strerror or fault}."))
         return found if isinstance(found, Response) else Json(found, status_code=status)
 
     functools.update_wrapper(answer, function)
@@ -117,8 +121,8 @@ def route(method: str, path: str, function: Endpoint, status: int = 200) -> Rout
 
 
 def problem(status: int, text: str, option: str | None = None, headers: Mapping[str, str] | None = None) -> Json:
-    """An error as every route answers it."""
-    return Json({"error": text, "option": option}, status_code=status, headers=headers)
+    """An error as every route answers it, in one line."""
+    return Json({"error": " ".join(text.split()), "option": option}, status_code=status, headers=headers)
 
 
 def _check_values(value: Any) -> None:
