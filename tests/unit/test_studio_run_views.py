@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,10 @@ def test_a_run_s_numbers_come_with_the_byte_that_they_end_at(runs: Runs):
 
 
 DAMAGED = {
-    "metrics.jsonl": ["", "{", "[]\n" * 9, '{"step": NaN, "loss": 1e999}\n', '{"step": -1}\n{"step": "x", "gain": []}\n',
-                      '{"step": 5, "gain": {"bands": [1, {}], "use": {"mean": null}}, "score": {"adapter": 3}}\n', "\0" * 99],
+    "metrics.jsonl": ["", "{", "[]\n" * 9,
+                      '{"step": NaN, "loss": 1e999}\n', '{"step": -1}\n{"step": "x", "gain": []}\n',
+                      '{"step": 5, "gain": {"bands": [1, {}], "use": {"mean": null}}, "score": {"adapter": 3}}\n',
+                      "\0" * 99],
     "run.json": ["", "[]", '{"outcome": 5, "started": "x", "steps": -1, "global_batch": {}}', '{"versions": [1]}'],
     "options.yaml": ["", "[", "a: &a [*a]", "data: 5", "train:\n  max_steps: x\n", "? [a]\n: b\n", "validation: [1]"],
     "t2i_adapter.json": ["", "[]", '{"base": 5, "condition": [], "sampling": 1, "steps": "x"}'],
@@ -89,11 +92,12 @@ def test_damaged_files_hide_what_they_held_and_no_more(runs: Runs, name: str):
         json.dumps([whole, runs.metrics(run)], allow_nan=False)
         if name != "metrics.jsonl":
             assert len(runs.metrics(run)["curves"]["loss"][0]) == 20
+        shutil.rmtree(folder)
 
 
 def test_pictures_are_small_and_broken_ones_are_missing(runs: Runs):
     folder = write_run(runs.places.root / "a", entries_of(200))
-    write_pictures(folder, [100, 200], side=600)
+    write_pictures(folder, [100, 200], side=60)
     run = only(runs)
     found = runs.picture(run, "200", "1")
     assert found is not None

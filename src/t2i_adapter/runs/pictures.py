@@ -10,8 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from t2i_adapter.files import parse_json
 from t2i_adapter.reports.html import to_webp, webp_image
 from t2i_adapter.runs.metrics import read_file, text_of
@@ -87,6 +85,8 @@ class Pictures:
 
     def _small(self, source: Path, name: str) -> Small | None:
         """The small form of a PNG file, from the cache unless the file is newer; None if it cannot be read."""
+        from PIL import Image
+
         cached = self.folder / SMALL / name
         try:
             status = source.stat(follow_symlinks=False)
@@ -129,6 +129,8 @@ def _steps(folder: Path) -> Iterator[int]:
 
 def _read(file: Path) -> Small | None:
     """A cached picture; None if it is not whole, because a writer was killed or has not ended."""
+    from PIL import Image
+
     data = read_file(file)
     if int.from_bytes(data[4:8], "little") + 8 != len(data):  # the length in a WebP file's head
         return None

@@ -207,7 +207,9 @@ def from_yaml(text: str) -> Config:
             return recipe.load(file, Config())
         except UserError as fault:
             line = fault.message(_plain).replace(f"{file}:", "line ").replace(str(file), "the recipe")
-            raise UserError(line, kind=fault.kind) from None
+            shown = UserError(line, kind=fault.kind)
+            shown.option = fault.option  # which the line names already
+            raise shown from None
 
 
 def argv_of(verb: str, options: Any) -> list[str]:

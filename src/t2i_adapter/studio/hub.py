@@ -54,7 +54,7 @@ class Hub:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # From the clock, so that a page which saw events of an earlier server is told to begin anew.
+        # From the clock, so that a page which saw events of an earlier server begins anew.
         self._number = int(time.time() * 1000)
         self._kept: deque[Event] = deque(maxlen=MOST_KEPT)
         self._pages: set[_Page] = set()
