@@ -30,6 +30,7 @@ from t2i_adapter import cli
 from t2i_adapter.config.paths import CONDITIONS, PATHS
 from t2i_adapter.errors import UserError
 from t2i_adapter.studio import form
+from t2i_adapter.studio import jobs as jobs_module
 from t2i_adapter.studio.app import PAGES
 from t2i_adapter.studio.confine import check_values
 from t2i_adapter.studio.guard import LINK_HOURS, MOST_BODY, Keys
@@ -619,6 +620,24 @@ def test_a_run_of_somebody_else_is_not_resumed_with_its_own_code(studio: Running
         assert (answer.status, "in a terminal only" in answer.error) == (409, True), answer
         shutil.rmtree(folder)
     assert studio.studio.jobs.all() == []
+
+
+def test_jobs_and_keys_of_a_folder_from_somebody_else_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A root that was unpacked from an archive may hold `.studio` with a job that waits, and a known secret."""
+    monkeypatch.setattr(jobs_module, "AT_ONCE", {"device": 0, "desk": 0})  # their server does not start it either
+    (tmp_path / "a").mkdir()
+    with running(tmp_path / "a") as theirs:
+        theirs.studio.jobs.add("conditions", ["conditions", "--sheet", "made.png", "--kinds", "own.py:Own"])
+        cookie = theirs.owner.cookie
+        theirs.studio.keys.new_link("owner")
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+    with running(tmp_path / "b") as mine:
+        assert [job.state for job in mine.studio.jobs.all()] == ["cancelled"]
+        assert Browser(mine.port, cookie).get("/api/state").status == 401
+        assert list((tmp_path / "b" / ".studio" / "links").iterdir()) == []
+        cookie = mine.owner.cookie
+    with running(tmp_path / "b") as again:
+        assert Browser(again.port, cookie).get("/api/state").status == 200, "a restart in its place changes nothing"
 
 
 def test_a_python_file_in_the_root_is_not_imported(tmp_path: Path):

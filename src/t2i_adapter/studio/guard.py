@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -97,6 +98,15 @@ class Keys:
 
     def _sign(self, text: str) -> str:
         return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
+
+
+def remove_keys(state: Path) -> None:
+    """Makes all cookies and links of a studio's folder worthless."""
+    (state / "secret").unlink(missing_ok=True)
+    links = state / "links"
+    if links.is_symlink():
+        links.unlink()
+    shutil.rmtree(links, ignore_errors=True)
 
 
 def _secret(file: Path) -> bytes:

@@ -225,6 +225,12 @@ class Jobs:
                 return
         self._ask(job, "cancel", signal.SIGTERM)
 
+    def cancel_waiting(self) -> None:
+        """Takes all jobs out of the queue."""
+        for job in self.all():
+            if job.state == "queued":
+                self.cancel(job.id)
+
     def kill(self, job: str) -> None:
         """Ends a job at once; a training loses what it has not saved. Raises UserError."""
         found = self._running(job)

@@ -17,10 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import write_atomic
+from t2i_adapter.runs.metrics import read_file
 from t2i_adapter.runs.read import find_runs
 
 STATE = ".studio"
 """In the root: the studio's own folder."""
+_PLACE = "place"
+"""In `STATE`: which folder of which machine it is."""
 _SLUG = re.compile(r"[^a-z0-9]+")
 _RESCAN_SECONDS = 2.0
 MOST_ENTRIES = 2000
@@ -94,6 +98,19 @@ class Places:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def is_from_elsewhere(self) -> bool:
+        """Whether the studio's folder was made at another place, or by somebody else: it was moved, or unpacked."""
+        return read_file(self.state / _PLACE).decode("utf-8", "replace") != self._place()
+
+    def settle(self) -> None:
+        """Marks the studio's folder as made here."""
+        write_atomic(self.state / _PLACE, [self._place().encode()])
+
+    def _place(self) -> str:
+        """A digest that nobody else can write: of this machine, this user, and the folder."""
+        machine = read_file(Path("/etc/machine-id")).decode("utf-8", "replace")
+        return _digest(f"{machine}\0{os.getuid()}\0{self.state}\0{self.state.stat().st_ino}", 64)
+
     # Runs ----------------------------------------------------------------------------------------------------------
 
     def run_folders(self) -> dict[str, Path]:
@@ -160,5 +177,5 @@ def _is_offered(entry: os.DirEntry[str]) -> bool:
     return entry.is_file(follow_symlinks=False) and entry.name.lower().endswith(DATA_ENDINGS)
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+def _digest(text: str, letters: int = 8) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:letters]

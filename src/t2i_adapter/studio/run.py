@@ -86,16 +86,22 @@ def _serve(root: Path, options: StudioOptions) -> None:
 def open_studio(places: Places) -> Studio:
     """The parts of a studio in a root whose folder `.studio` exists. Raises UserError."""
     from t2i_adapter.studio.datasets import Datasets
-    from t2i_adapter.studio.guard import Keys
+    from t2i_adapter.studio.guard import Keys, remove_keys
     from t2i_adapter.studio.hub import Hub
     from t2i_adapter.studio.jobs import Jobs
     from t2i_adapter.studio.paints import Paints
     from t2i_adapter.studio.run_views import Runs
     from t2i_adapter.studio.server import Studio
 
+    is_from_elsewhere = places.is_from_elsewhere()
+    if is_from_elsewhere:
+        remove_keys(places.state)
     hub = Hub()
     paints = Paints(places, hub)
     jobs = Jobs(places, before_device=paints.end)
+    if is_from_elsewhere:  # its jobs may be of somebody else, who could run anything
+        jobs.cancel_waiting()
+        places.settle()
     return Studio(places, Keys(places.state), jobs, paints, Runs(places), hub, Datasets(places))
 
 
