@@ -420,6 +420,25 @@ def test_links_are_not_followed(linked: Running, outside: Path):
     assert snapshot(outside) == before
 
 
+def test_single_pictures_of_a_run_that_are_links_are_not_shown(tmp_path: Path, outside: Path):
+    run = write_run(tmp_path / "a", entries_of(200), record={"outcome": "finished"})
+    write_pictures(run, [100, 200])
+    shutil.rmtree(run / "control" / "step-000100")
+    (run / "control" / "step-000100").symlink_to(outside / "run" / "control" / "step-000100")
+    for name in ("step-000200/0.png", "0-condition.png"):
+        (run / "control" / name).unlink()
+        (run / "control" / name).symlink_to(outside / "secret.png")
+    before = snapshot(outside)
+    with running(tmp_path) as found:
+        (row,) = found.owner.get("/api/runs").json()
+        shown = [found.owner.get(f"/api/runs/{row['id']}/pictures/{path}").status for path in ("200/1", "target/0")]
+        assert shown == [200, 200]
+        for path in ("100/0", "100/1", "200/0", "condition/0"):
+            assert found.owner.get(f"/api/runs/{row['id']}/pictures/{path}").status == 404, path
+        assert "#123456" not in found.owner.get(f"/api/adapters/{row['id']}").json()["palette"]
+    assert snapshot(outside) == before
+
+
 @pytest.mark.parametrize("location", ["away", "away/0.png", "deep/more", "table.jsonl", "runs/elsewhere", "away/*.tar"])
 def test_a_dataset_behind_a_link_is_refused(linked: Running, location: str):
     answer = linked.owner.post("/api/data", {"values": {"location": location}})

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import uvicorn
 
+from t2i_adapter.errors import UserError
 from t2i_adapter.studio.app import make_app
 from t2i_adapter.studio.places import Places
 from t2i_adapter.studio.run import open_studio
@@ -156,6 +157,9 @@ def running(root: Path, names: tuple[str, ...] = ()) -> Iterator[Running]:
         server.should_exit = True
         thread.join(20)
         listener.close()
+        for job in studio.jobs.all():
+            with contextlib.suppress(UserError):  # it does not run
+                studio.jobs.kill(job.id)
         os.chdir(before)
 
 
