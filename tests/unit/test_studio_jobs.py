@@ -203,7 +203,7 @@ def test_a_process_that_ended_and_is_not_reaped_is_not_alive():
 
 def test_of_two_servers_one_starts_a_job(server: Server):
     """A server that was killed may have started the job in its last moment."""
-    for number in range(4):
+    for number in range(3):
         job = server.shapes(f"made{number}", 20)
         servers, gate = [Server(server.root) for _ in range(2)], threading.Barrier(2)
 
