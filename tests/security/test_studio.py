@@ -558,6 +558,23 @@ def test_no_option_runs_code_of_the_user_s(studio: Running, verb: str, option: s
         assert (answer.status, answer.json()["option"]) == (400, option), (text, answer)
 
 
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        *(
+            ("data.location", text)
+            for text in ("data", "./data", "shapes:16", "a,b/c d.csv", "shards/{0000..0031}.tar")
+        ),
+        *(("data.location", text) for text in ("shards/{train,test}-*.tar", "https://h/x/{0..9}.tar", "s3://b/x.tar")),
+        *(("base.name", text) for text in ("nano", "owner/name", "models/x.safetensors", "hf://owner/name")),
+        *(("data.condition", text) for text in ("canny,low=50,high=150", "lineart-net", "normal-bae,model=x")),
+        *(("data.split", text) for text in ("train", "train[:10%]", "a-b_c.d")),
+    ],
+)
+def test_what_training_reads_is_allowed(tmp_path: Path, option: str, text: str):
+    check_values({option: text}, Places(tmp_path, "runs"))
+
+
 def test_a_folder_of_conditions_is_confined(studio: Running):
     for text in ("folder:../x", "folder:~/x", "folder:/etc", "folder:a,../x"):
         values = {"data.location": "data", "adapter.compose": ["runs/a", "runs/b"], "data.conditions": [text, "canny"]}

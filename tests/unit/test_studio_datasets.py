@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,20 @@ def test_findings_of_the_doctor_are_filters(studio: Running):
     assert [row["n"] for row in owner.get(f"/api/data/{name}/rows?finding=dark").json()["rows"]] == [2, 3]
     assert [row["n"] for row in owner.get(f"/api/data/{name}/rows?finding=dark&find=gr").json()["rows"]] == [2]
     assert owner.get(f"/api/data/{name}/rows?finding=none").json()["rows"] == []
+
+
+def test_the_doctor_is_started_and_its_findings_are_shown(studio: Running):
+    (studio.root / "pictures" / "1.png").write_bytes(b"broken")
+    owner, name = studio.owner, add(studio, "pictures")
+    job = owner.post(f"/api/data/{name}/doctor").json()["id"]
+    deadline = time.monotonic() + 120
+    while (state := studio.studio.jobs.read(job).state) in ("queued", "running"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert state == "done", studio.studio.jobs.log(job, 0)
+    findings = owner.get(f"/api/data/{name}").json()["report"]["findings"]
+    (kind,) = (one["kind"] for one in findings if one["kind"] == "unreadable")
+    assert [row["n"] for row in owner.get(f"/api/data/{name}/rows?finding={kind}").json()["rows"]] == [1]
 
 
 def test_the_list_of_rows_to_skip_is_one_that_training_reads(studio: Running):
