@@ -120,9 +120,8 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         (root / "data" / "control" / f"{number}.png").write_bytes(PICTURE if number else b"broken")
     rows = [{"image": "data/0.png", "conditioning_image": "data/0.png", "text": "a"}, [], {"image": 5, "text": None}]
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    most = dict(jobs.AT_ONCE)
-    jobs.AT_ONCE.update(dict.fromkeys(most, 0))
-    with running(root) as found:
+    with pytest.MonkeyPatch.context() as patch, running(root) as found:
+        patch.setattr(jobs, "AT_ONCE", dict.fromkeys(jobs.AT_ONCE, 0))
         owner = found.owner
         data = [owner.post("/api/data", {"values": {"location": one}}).json()["id"] for one in ("data", "rows.jsonl")]
         job = owner.post("/api/jobs", {"verb": "conditions", "values": {}}).json()["id"]
@@ -133,8 +132,10 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             upload=[owner.put("/api/uploads", PICTURE, content_type="image/png").json()["id"]],
         )  # fmt: skip
         assert len(KNOWN["run"]) == 3
+        before = stamps(root.parent)
         yield found
-    jobs.AT_ONCE.update(most)
+        assert stamps(root.parent) == before, "a file was changed that no browser may change"
+        assert {path.name for path in root.parent.iterdir()} == {"root"}
 
 
 @st.composite
@@ -169,11 +170,6 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def before(studio: Running) -> dict[str, tuple[int, int]]:
-    return stamps(studio.root.parent)
-
-
 def check(studio: Running, method: str, path: str, body: bytes) -> None:
     kind = "image/png" if "uploads" in path else "application/json"
     answer = studio.owner.send(method, path, body, content_type=kind)
@@ -198,9 +194,7 @@ def check(studio: Running, method: str, path: str, body: bytes) -> None:
 @example(asked=("POST", "/api/check", json.dumps({"verb": "train", "yaml": "[" * 20_000}).encode()))
 @example(asked=("POST", "/api/data", json.dumps({"values": {"location": "a" * 5000}}).encode()))
 @example(asked=("POST", "/api/data", b'{"values": {"location": "data", "resolution": "x", "kind": []}}'))
-def test_any_request_has_an_answer(
-    studio: Running, before: dict[str, Any], caplog: pytest.LogCaptureFixture, asked: tuple[str, str, bytes]
-):
+def test_any_request_has_an_answer(studio: Running, caplog: pytest.LogCaptureFixture, asked: tuple[str, str, bytes]):
     with caplog.at_level(logging.WARNING):
         check(studio, *asked)
     assert [record.getMessage() for record in caplog.records if record.exc_info] == []
@@ -208,16 +202,14 @@ def test_any_request_has_an_answer(
 
 @settings(max_examples=settings().max_examples * 3)
 @given(verb=st.sampled_from(sorted(QUEUES)), values=VALUES)
-def test_any_values_of_a_verb_are_a_command_or_a_sentence(
-    studio: Running, before: dict[str, Any], verb: str, values: dict[str, Any]
-):
+def test_any_values_of_a_verb_are_a_command_or_a_sentence(studio: Running, verb: str, values: dict[str, Any]):
     body = json.dumps({"verb": verb, "values": values}).encode()
     check(studio, "POST", "/api/check", body)
     check(studio, "POST", "/api/jobs", body)
     check(studio, "POST", "/api/plan", body)
 
 
-def test_any_bytes_leave_the_server_alive(studio: Running, before: dict[str, Any]):
+def test_any_bytes_leave_the_server_alive(studio: Running):
     """What is no HTTP at all."""
     draw = random.Random(0)
     for number in range(60):
@@ -225,9 +217,3 @@ def test_any_bytes_leave_the_server_alive(studio: Running, before: dict[str, Any
             head = [b"", b"GET ", b"GET / HTTP/1.1\r\n", b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\n"][number % 4]
             opened.sendall(head + draw.randbytes(draw.randrange(200)) + b"\r\n\r\n")
     assert studio.owner.get("/api/state").status == 200
-
-
-def test_nothing_else_was_written(studio: Running, before: dict[str, Any]):
-    """Runs last: of all that the tests above have sent."""
-    assert stamps(studio.root.parent) == before
-    assert {path.name for path in studio.root.parent.iterdir()} == {"root"}
