@@ -95,8 +95,8 @@ class Paints:
         with self._lock:
             if name not in self._waiting or self._process is None:
                 return
+            (self.folder / name / CANCELLED).touch()  # the process has its name, and may not have begun with it
             if self._waiting[0] == name:
-                (self.folder / name / CANCELLED).touch()  # if the process has not begun with it
                 self._process.send_signal(signal.SIGINT)
             else:
                 self._waiting.remove(name)
