@@ -68,7 +68,7 @@ def _key(options: GenerateOptions) -> Any:
 
 def main(state: Path) -> None:
     """Serves requests until stdin ends. state: the studio's folder."""
-    global _answers, _current
+    global _answers, _current, _folder
     _answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # what a library prints goes to stderr, not among the answers
     signal.signal(signal.SIGINT, _cancel)
@@ -78,15 +78,18 @@ def main(state: Path) -> None:
         name = parse_json(line)["id"]
         folder = state / "paint" / name
         os.environ[VARIABLE] = str(folder / PROGRESS)
-        _current = name
-        result = _serve(folder, warm)
-        _current = ""
+        try:
+            _current, _folder = name, folder
+            result = _serve(folder, warm)
+            _current = ""
+        except _Cancelled:  # a moment before or after the work
+            _current, result = "", {"state": "cancelled"}
         write_atomic(folder / RESULT, [json.dumps({**result, "ended": time.time()}).encode()])
         _answers.write(json.dumps({"id": name, "event": "end", **result}) + "\n")
 
 
 _answers: Any = None
-_current = ""
+_current, _folder = "", Path()
 
 
 def _say(event: str, **more: Any) -> None:
@@ -94,7 +97,7 @@ def _say(event: str, **more: Any) -> None:
 
 
 def _cancel(_: int, __: Any) -> None:
-    if _current:
+    if _current and (_folder / CANCELLED).exists():  # else the signal was for the request before
         raise _Cancelled
 
 
