@@ -145,6 +145,17 @@ def test_a_signal_while_python_loads_stops_the_job(server: Server, number: signa
     assert server.until(job, "stopped", "died", seconds=20).code == code
 
 
+def test_a_signal_that_comes_in_a_callback_is_not_lost():
+    """Python ignores an exception there; imports have such callbacks."""
+    script = (
+        "import signal, sys, time, weakref\nfrom t2i_adapter.studio import child\nclass Thing: pass\n"
+        "sys.unraisablehook = child._stop_again\nthing = Thing()\n"
+        "kept = weakref.ref(thing, lambda _: child._stop(signal.SIGUSR1, None))\ndel thing\ntime.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=50, check=False)
+    assert (done.returncode, done.stderr) == (75, b"")
+
+
 def test_a_waiting_job_is_cancelled_and_never_starts(server: Server):
     job = server.shapes()
     server.jobs.cancel(job.id)

@@ -43,6 +43,7 @@ def main(folder: Path) -> int:
     code = 1
     for number in HELD_BACK:
         signal.signal(number, _stop)  # until the verb handles it itself
+    sys.unraisablehook = _stop_again
     try:
         let_in(HELD_BACK)
         code = _launch(words, int(content.get("processes", 1)), facts)
@@ -80,8 +81,27 @@ def _launch(words: list[str], processes: int, facts: dict[str, Any]) -> int:
     return guarded(action, lambda path: cli.flag_name(words, path))
 
 
+class _Stop(SystemExit):
+    """A signal came before the verb handles it itself. code: what the process exits with."""
+
+
 def _stop(number: int, _: FrameType | None) -> None:
-    raise SystemExit(STOPPED if number == signal.SIGUSR1 else 128 + number)
+    raise _Stop(STOPPED if number == signal.SIGUSR1 else 128 + number)
+
+
+def _stop_again(ignored: Any) -> None:
+    """For `sys.unraisablehook`: Python ignores what is raised in a callback, such as that of an import's lock. So the
+    stop is raised once more, a moment later."""
+    if not isinstance(ignored.exc_value, _Stop):
+        return sys.__unraisablehook__(ignored)
+    code = ignored.exc_value.code
+
+    def stop(*_: Any) -> None:
+        raise _Stop(code)
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.02)
+    return None
 
 
 if __name__ == "__main__":
