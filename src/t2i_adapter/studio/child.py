@@ -26,6 +26,8 @@ EXIT, PROCESS, JOB = "exit.json", "process.json", "job.json"
 """In a job's folder: how it ended; its process; what it does."""
 HELD_BACK = (signal.SIGUSR1, signal.SIGTERM)
 """Signals that wait until this process can write how it ended."""
+AGAIN_SECONDS = 0.2
+"""How long after a signal the stop is raised again if it has not arrived."""
 ALREADY_RUNNING = STOPPED = 75
 """Exit code for "try again later", as sysexits.h has it."""
 
@@ -43,13 +45,13 @@ def main(folder: Path) -> int:
     code = 1
     for number in HELD_BACK:
         signal.signal(number, _stop)  # until the verb handles it itself
-    sys.unraisablehook = _stop_again
     try:
         let_in(HELD_BACK)
         code = _launch(words, int(content.get("processes", 1)), facts)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         # Written even after a traceback; only a kill leaves none.
         ended = {"code": code, "ended": time.time(), **facts}
         write_atomic(folder / EXIT, [json.dumps(ended).encode()])
@@ -86,22 +88,16 @@ class _Stop(SystemExit):
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    raise _Stop(STOPPED if number == signal.SIGUSR1 else 128 + number)
-
-
-def _stop_again(ignored: Any) -> None:
-    """For `sys.unraisablehook`: Python ignores what is raised in a callback, such as that of an import's lock. So the
-    stop is raised once more, a moment later."""
-    if not isinstance(ignored.exc_value, _Stop):
-        return sys.__unraisablehook__(ignored)
-    code = ignored.exc_value.code
+    """Raises `_Stop` until it has arrived: callbacks, and extensions that load, swallow exceptions."""
+    code = STOPPED if number == signal.SIGUSR1 else 128 + number
 
     def stop(*_: Any) -> None:
-        raise _Stop(code)
+        if not isinstance(sys.exception(), _Stop):  # else it is on its way, through code that cleans up
+            raise _Stop(code)
 
     signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 0.02)
-    return None
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
+    stop()
 
 
 if __name__ == "__main__":
