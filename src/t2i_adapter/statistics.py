@@ -4,6 +4,8 @@ Letters: N pairs. Two adapters, or two conditions, are measured on the same N pa
 differences of a pair are looked at: most of what varies from pair to pair is in both and cancels.
 
 References: Student 1908 for the interval of a mean of N differences; the union bound for several looks.
+
+Importing this module loads no numpy: what only shows intervals needs none.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 ALPHA = 0.05
 """Probability of a wrong statement that all looks of a run share."""
@@ -44,6 +48,8 @@ def mean_interval(values: Sequence[float] | np.ndarray, alpha: float = ALPHA) ->
 
     One value has an infinite interval. Pass the pairs' differences for a paired comparison.
     """
+    import numpy as np
+
     array = np.asarray(values, float)
     count = len(array)
     mean = float(array.sum()) / count
@@ -69,6 +75,8 @@ def difference_lower_bound(
 ) -> float:
     """The one-sided bound that lies above mean(first) - mean(second) with probability `alpha`, for two independent
     samples of unequal variance (Welch 1947); -inf if one of them has a single value."""
+    import numpy as np
+
     samples = [np.asarray(values, float) for values in (first, second)]
     difference = float(samples[0].mean() - samples[1].mean())
     if min(len(values) for values in samples) < 2:
@@ -94,6 +102,8 @@ def pairs_needed(
 
     differences: N measured ones, whose standard deviation s stands for the true one: n = (z_a + z_p)^2 s^2 / least^2.
     """
+    import numpy as np
+
     z = normal_quantile(1 - alpha / 2) + normal_quantile(power)
     spread = float(np.std(np.asarray(differences, float), ddof=1))
     return max(2, math.ceil((z * spread / least) ** 2))

@@ -49,7 +49,10 @@ class JsonLinesTable(TextTable):
             raise UserError(text, kind="read_only")
         row[column] = list(captions) if is_list else captions[0]
         content = self._path.read_bytes()
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\r" * content[start:end].endswith(b"\r")
+        text = json.dumps(row, ensure_ascii=False)
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            text = json.dumps(row)  # half a letter in another field, which only an escape can hold
+        line = text.encode() + b"\r" * content[start:end].endswith(b"\r")
         try:
             write_atomic(self._path, [content[:start], line, content[end:]])
         except OSError as fault:

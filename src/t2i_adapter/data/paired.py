@@ -192,6 +192,10 @@ class PairedRows(Rows):
         except OSError as fault:
             raise UserError(f"{path}: cannot be written ({fault.strerror}).", kind="read_only") from fault
 
+    def local_files(self, index: int) -> list[str]:
+        text = self._text(index)
+        return [*super().local_files(index), *([str(text.absolute())] if text else [])]
+
     def stamp(self, index: int) -> str | None:
         try:
             paths = [self._image(index)] if self.annotate else [self._image(index), self._condition(index)]

@@ -87,6 +87,13 @@ class Rows(ABC):
         """
         return None
 
+    def local_files(self, index: int) -> list[str]:
+        """Paths of the local files that the row is read from, links not resolved, found without reading them; of a
+        shard none."""
+        lines = (self.stamp(index) or "").split("\n")
+        paths = [line.partition("\0")[0] for line in lines if "\0" in line]
+        return [path for path in paths if "://" not in path]
+
     def file_name(self, index: int) -> str | None:
         """Name of the row's picture file, for captions made of it; None if the picture has no name."""
         return None

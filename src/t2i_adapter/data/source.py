@@ -133,6 +133,10 @@ class Source:
         """A text that changes when the pair's stored bytes change, found without reading them; None if unknown."""
         return self._rows.stamp(int(self._numbers[index]))
 
+    def local_files(self, index: int) -> list[str]:
+        """Paths of the local files that the pair is read from, links not resolved; of a shard none."""
+        return self._rows.local_files(int(self._numbers[index]))
+
     def describe(self) -> str:
         """Lines for the plan: how many pairs, from which place, in which layout; then the layout's notes."""
         of = f" of {len(self._rows)}" if len(self) < len(self._rows) else ""

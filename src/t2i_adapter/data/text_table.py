@@ -55,6 +55,9 @@ class TextTable(Table):
     def parse(self, data: bytes, where: str) -> Mapping[str, Any]:
         """The cells of a row, by column. `where` names the row in messages. Raises UserError."""
 
+    def local_files(self, index: int) -> list[str]:
+        return [str(self._path.absolute()), *super().local_files(index)]
+
     def columns(self, wanted: set[str]) -> tuple[str, ...]:
         found: dict[str, None] = {}
         first_fault = None

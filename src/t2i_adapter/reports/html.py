@@ -13,10 +13,12 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from html import escape
 from importlib.resources import files
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from t2i_adapter.errors import redact
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LARGEST = 384
 """Pixels of a side of an inline picture, unless the caller asks for another size."""
@@ -88,15 +90,17 @@ def table(headings: Iterable[str], rows: Iterable[Sequence[str]], kind: str = ""
     return f'<table class="{kind}">\n<thead><tr>{head}</tr></thead>\n<tbody>{"".join(lines)}</tbody>\n</table>'
 
 
-def inline_image(picture: Image.Image, alt: str = "", *, largest: int = LARGEST, lossless: bool = False) -> str:
+def inline_image(picture: Image, alt: str = "", *, largest: int = LARGEST, lossless: bool = False) -> str:
     """Returns an <img> element that holds the picture as WebP, scaled down to at most `largest` pixels a side."""
     return webp_image(*to_webp(picture, largest=largest, lossless=lossless), alt)
 
 
-def to_webp(picture: Image.Image, *, largest: int, lossless: bool = False) -> tuple[bytes, tuple[int, int]]:
+def to_webp(picture: Image, *, largest: int, lossless: bool = False) -> tuple[bytes, tuple[int, int]]:
     """Returns the picture as a WebP file, scaled down to at most `largest` pixels a side, and its (width, height)."""
+    from PIL.Image import Resampling
+
     smaller = picture.convert("RGB")
-    smaller.thumbnail((largest, largest), Image.Resampling.LANCZOS)
+    smaller.thumbnail((largest, largest), Resampling.LANCZOS)
     quality = QUALITY if smaller.size == picture.size else SCALED_QUALITY
     return _encode(smaller, lossless, quality), smaller.size
 
@@ -108,7 +112,7 @@ def webp_image(file: bytes, size: tuple[int, int], alt: str = "", more: str = ""
     return f'<img alt="{text(alt)}" {shown} decoding="async" src="data:image/webp;base64,{data}">'
 
 
-def _encode(picture: Image.Image, lossless: bool, quality: int) -> bytes:
+def _encode(picture: Image, lossless: bool, quality: int) -> bytes:
     buffer = io.BytesIO()
     if lossless or picture.getcolors(_FEW_COLORS):
         picture.save(buffer, "WEBP", lossless=True, method=0, quality=0)

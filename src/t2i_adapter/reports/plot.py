@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-import numpy as np
-
 _LABEL, _BAND, _MEAN, _GAP = 20, 46, 14, 16
 """Heights in pixels of a row's label, its dots, its mean, and the space below it."""
 _AXIS = 40
@@ -48,6 +46,8 @@ class Dots:
 
     def quantiles(self) -> list[float]:
         """Returns minimum, lower quartile, median, upper quartile and maximum."""
+        import numpy as np
+
         return np.quantile([value for value in self.values if value is not None], [0, 0.25, 0.5, 0.75, 1]).tolist()
 
 

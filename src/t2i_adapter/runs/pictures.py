@@ -10,8 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from t2i_adapter.files import parse_json
 from t2i_adapter.reports.html import to_webp, webp_image
 from t2i_adapter.runs.metrics import read_file, text_of
@@ -62,7 +60,7 @@ class Pictures:
     def pairs(self) -> list[Pair]:
         """The first `MOST_PAIRS` pairs that have pictures."""
         try:
-            listed = parse_json(read_file(self.folder / PAIRS))
+            listed = [] if self.folder.is_symlink() else parse_json(read_file(self.folder / PAIRS))
         except ValueError:
             return []
         rows = listed[:MOST_PAIRS] if isinstance(listed, list) else []
@@ -74,7 +72,7 @@ class Pictures:
 
     def steps(self) -> list[int]:
         """The steps that have pictures."""
-        return sorted(_steps(self.folder))
+        return [] if self.folder.is_symlink() else sorted(_steps(self.folder))
 
     def fixed(self, pair: Pair, kind: str) -> Small | None:
         """A picture of `FIXED`."""
@@ -87,10 +85,13 @@ class Pictures:
 
     def _small(self, source: Path, name: str) -> Small | None:
         """The small form of a PNG file, from the cache unless the file is newer; None if it cannot be read."""
+        from PIL import Image
+
         cached = self.folder / SMALL / name
         try:
             status = source.stat(follow_symlinks=False)
-            if not stat.S_ISREG(status.st_mode):
+            is_linked = self.folder.is_symlink() or source.parent.is_symlink()
+            if is_linked or not stat.S_ISREG(status.st_mode):
                 return None
             if cached.is_file() and cached.stat().st_mtime >= status.st_mtime and (found := _read(cached)):
                 return found
@@ -128,6 +129,8 @@ def _steps(folder: Path) -> Iterator[int]:
 
 def _read(file: Path) -> Small | None:
     """A cached picture; None if it is not whole, because a writer was killed or has not ended."""
+    from PIL import Image
+
     data = read_file(file)
     if int.from_bytes(data[4:8], "little") + 8 != len(data):  # the length in a WebP file's head
         return None

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -55,8 +54,8 @@ async def _events(request: Request) -> Response:
     return StreamingResponse(hub.stream(after), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
 
-def make_app(studio: Studio, host_names: tuple[str, ...] = ()) -> Starlette:
-    """The application of a studio. Its thread runs while the server does."""
+def make_app(studio: Studio, host_names: tuple[str, ...] = ()) -> Guard:
+    """The application of a studio, behind its guard. Its thread runs while the server does."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -69,9 +68,6 @@ def make_app(studio: Studio, host_names: tuple[str, ...] = ()) -> Starlette:
             watch.stop()
             studio.paints.end()
 
-    async def missing(_: Request, __: Exception) -> Response:
-        return problem(404, "There is no such page.")
-
     routes = [
         *(Route(path, _page) for path in PAGES),
         Route("/static/{name:path}", _static),
@@ -83,10 +79,23 @@ def make_app(studio: Studio, host_names: tuple[str, ...] = ()) -> Starlette:
         *RUN_ROUTES,
         *TRY_ROUTES,
     ]
-    guard = Middleware(Guard, keys=studio.keys, names=host_names)
-    app = Starlette(routes=routes, middleware=[guard], lifespan=lifespan, exception_handlers={404: missing})
+    handlers = {404: _missing, 405: _not_allowed, 500: _broken}
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    app.router.redirect_slashes = False
     app.state.studio = studio
-    return app
+    return Guard(app, studio.keys, host_names)  # outermost, so that its headers are on every answer
+
+
+async def _missing(_: Request, __: Exception) -> Response:
+    return problem(404, "There is no such page.")
+
+
+async def _not_allowed(request: Request, fault: Exception) -> Response:
+    return problem(405, f"{request.method} is not allowed here.", headers=getattr(fault, "headers", None))
+
+
+async def _broken(_: Request, __: Exception) -> Response:
+    return problem(500, "The studio made a mistake; its terminal shows where. Nothing was lost.")
 
 
 class Server(uvicorn.Server):

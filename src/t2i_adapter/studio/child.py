@@ -20,10 +20,14 @@ from t2i_adapter.errors import UserError, redact
 from t2i_adapter.exits import guarded
 from t2i_adapter.files import parse_json, write_atomic
 from t2i_adapter.runs.lock import lock
-from t2i_adapter.studio.process import start_of
+from t2i_adapter.studio.process import let_in, start_of
 
 EXIT, PROCESS, JOB = "exit.json", "process.json", "job.json"
 """In a job's folder: how it ended; its process; what it does."""
+HELD_BACK = (signal.SIGUSR1, signal.SIGTERM)
+"""Signals that wait until this process can write how it ended."""
+AGAIN_SECONDS = 0.2
+"""How long after a signal the stop is raised again if it has not arrived."""
 ALREADY_RUNNING = STOPPED = 75
 """Exit code for "try again later", as sysexits.h has it."""
 
@@ -39,13 +43,15 @@ def main(folder: Path) -> int:
     content = parse_json((folder / JOB).read_bytes())
     words, facts = [str(word) for word in content["argv"]], dict[str, Any]()
     code = 1
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    for number in HELD_BACK:
         signal.signal(number, _stop)  # until the verb handles it itself
     try:
+        let_in(HELD_BACK)
         code = _launch(words, int(content.get("processes", 1)), facts)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         # Written even after a traceback; only a kill leaves none.
         ended = {"code": code, "ended": time.time(), **facts}
         write_atomic(folder / EXIT, [json.dumps(ended).encode()])
@@ -77,8 +83,21 @@ def _launch(words: list[str], processes: int, facts: dict[str, Any]) -> int:
     return guarded(action, lambda path: cli.flag_name(words, path))
 
 
+class _Stop(SystemExit):
+    """A signal came before the verb handles it itself. code: what the process exits with."""
+
+
 def _stop(number: int, _: FrameType | None) -> None:
-    raise SystemExit(STOPPED if number == signal.SIGUSR1 else 128 + number)
+    """Raises `_Stop` until it has arrived: callbacks, and extensions that load, swallow exceptions."""
+    code = STOPPED if number == signal.SIGUSR1 else 128 + number
+
+    def stop(*_: Any) -> None:
+        if not isinstance(sys.exception(), _Stop):  # else it is on its way, through code that cleans up
+            raise _Stop(code)
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
+    stop()
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def _options(cls: Any, prefix: str) -> Iterator[tuple[str, Any, Field[Any], str]
 
 def _entry(path: str, kind: Any, one: Field[Any], help_: str) -> dict[str, Any]:
     inner = without_none(kind)
-    choices = list(get_args(inner)) if get_origin(inner) is Literal else []
+    each = get_args(inner)[0] if get_origin(inner) is tuple else inner
+    choices = list(get_args(each)) if get_origin(each) is Literal else []
     default = plain_default(one)
     return {
         "path": path,
@@ -139,6 +140,12 @@ def read_options(
         return None, [{"option": None, "message": f"{verb}: {str(fault).partition('()')[2].strip() or fault}"}]
 
 
+def check_shown(values: Mapping[str, Any]) -> None:
+    """Raises UserError for an option that no form shows, as a recipe's text may set it."""
+    for path in values.keys() & set(HIDDEN):
+        raise UserError("cannot be set here; remove it, or run the command in a terminal", option=path)
+
+
 def typed(value: Any, kind: Any) -> Any:
     """A JSON value as an option of type `kind`. Raises ValueError."""
     inner = without_none(kind)
@@ -200,7 +207,9 @@ def from_yaml(text: str) -> Config:
             return recipe.load(file, Config())
         except UserError as fault:
             line = fault.message(_plain).replace(f"{file}:", "line ").replace(str(file), "the recipe")
-            raise UserError(line, kind=fault.kind) from None
+            shown = UserError(line, kind=fault.kind)
+            shown.option = fault.option  # which the line names already
+            raise shown from None
 
 
 def argv_of(verb: str, options: Any) -> list[str]:

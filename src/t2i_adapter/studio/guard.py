@@ -14,8 +14,10 @@ import json
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +25,15 @@ from urllib.parse import parse_qs, urlencode
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from t2i_adapter.files import parse_json, write_atomic
+from t2i_adapter.files import write_atomic
+from t2i_adapter.runs.metrics import number, read_file, read_json
 
 Role = Literal["owner", "reader"]
 LINK_HOURS = 12
 """How long an unused link works."""
 MOST_BODY = 64 << 20
 """Bytes of a request's body at most."""
+SECRET_BYTES = 32
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _READS = ("GET", "HEAD")
 _BODIES = ("application/json", "image/png", "image/jpeg", "image/webp")
@@ -46,21 +50,18 @@ class Keys:
     """The secrets of one studio, in files of its own folder that only its user can read."""
 
     def __init__(self, state: Path) -> None:
-        self._file, self._links = state / "secret", state / "links"
-        state.mkdir(exist_ok=True)
-        self._links.mkdir(mode=0o700, exist_ok=True)
-        try:
-            place = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(place, "wb") as file:
-                file.write(secrets.token_bytes(32))
-        except FileExistsError:
-            pass
-        self._secret = self._file.read_bytes()
+        self._links = state / "links"
+        self._links.mkdir(mode=0o700, exist_ok=True, parents=True)
+        self._secret = _secret(state / "secret")
         self.cookie = f"t2i_studio_{self._sign('name')[:8]}"
         """Name of the cookie. Cookies ignore ports, so each studio has a name of its own."""
 
     def new_link(self, role: Role) -> str:
         """A token that can be used once."""
+        for old in self._links.iterdir():
+            with suppress(FileNotFoundError):  # used meanwhile
+                if old.stat(follow_symlinks=False).st_mtime < time.time() - LINK_HOURS * 3600:
+                    old.unlink()
         token = secrets.token_urlsafe(32)
         file = self._links / _digest(token)
         write_atomic(file, [json.dumps({"role": role, "until": time.time() + LINK_HOURS * 3600}).encode()])
@@ -73,11 +74,11 @@ class Keys:
         used = file.with_suffix(".used")
         try:
             file.rename(used)  # only one of two requests can
-            content = parse_json(used.read_bytes())
-            used.unlink()
-        except (OSError, ValueError):
+        except OSError:
             return None
-        if not isinstance(content, dict) or content.get("until", 0) < time.time():
+        content = read_json(used)
+        used.unlink()
+        if (number(content.get("until")) or 0) < time.time():
             return None
         return self.cookie_value("reader" if content.get("role") == "reader" else "owner")
 
@@ -92,10 +93,35 @@ class Keys:
             return None
         value = found.value if found else ""
         roles: tuple[Role, ...] = ("owner", "reader")
-        return next((role for role in roles if hmac.compare_digest(value, self.cookie_value(role))), None)
+        given = value.encode("utf-8", "replace")
+        return next((role for role in roles if hmac.compare_digest(given, self.cookie_value(role).encode())), None)
 
     def _sign(self, text: str) -> str:
         return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
+
+
+def remove_keys(state: Path) -> None:
+    """Makes all cookies and links of a studio's folder worthless."""
+    (state / "secret").unlink(missing_ok=True)
+    links = state / "links"
+    if links.is_symlink():
+        links.unlink()
+    shutil.rmtree(links, ignore_errors=True)
+
+
+def _secret(file: Path) -> bytes:
+    """The bytes that cookies are signed with, made at the first start. Two processes that start at once agree."""
+    if len(found := read_file(file)) >= SECRET_BYTES:
+        return found
+    file.unlink(missing_ok=True)  # cut by a crash, or a link
+    temporary = file.with_name(f"secret.{secrets.token_hex(4)}")
+    place = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(place, "wb") as opened:
+        opened.write(secrets.token_bytes(SECRET_BYTES))
+    with suppress(FileExistsError):
+        os.link(temporary, file)
+    temporary.unlink()
+    return read_file(file)
 
 
 class Guard:
@@ -132,10 +158,11 @@ class Guard:
                 f"{host or 'no name'}: this server does not go by that name. Open it as localhost, or start it with "
                 "--host_name."
             )
+        is_own = headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
+        if not is_own and (scope["method"] not in _READS or scope["path"].startswith("/api/")):
+            return 403, "The request comes from another site."
         if scope["method"] in _READS:
             return None
-        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-            return 403, "The request comes from another site."
         origin = headers.get("origin")
         if origin is None or re.sub(r"^https?://", "", origin.lower()) != host.lower():
             return 403, "The request does not come from a page of this server."

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
+
+from t2i_adapter.studio.encode import to_json
 
 MOST_KEPT = 4000
 """Events that are kept for pages that come back."""
@@ -20,7 +22,7 @@ PAUSE = 15.0
 
 
 class Event(NamedTuple):
-    """number: counts up from 1. data: JSON text."""
+    """number: larger than that of every earlier event. data: JSON text."""
 
     number: int
     name: str
@@ -28,10 +30,6 @@ class Event(NamedTuple):
 
     def encode(self) -> str:
         return f"id: {self.number}\nevent: {self.name}\ndata: {self.data}\n\n"
-
-
-class TooManyPagesError(Exception):
-    """Every stream is taken."""
 
 
 class _Page:
@@ -56,13 +54,14 @@ class Hub:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._number = 0
+        # From the clock, so that a page which saw events of an earlier server begins anew.
+        self._number = int(time.time() * 1000)
         self._kept: deque[Event] = deque(maxlen=MOST_KEPT)
         self._pages: set[_Page] = set()
         self._is_closed = False
 
     def publish(self, name: str, data: Any) -> None:
-        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+        text = to_json(data)
         with self._lock:
             self._number += 1
             event = Event(self._number, name, text)
@@ -87,11 +86,11 @@ class Hub:
 
     async def stream(self, after: int | None) -> AsyncIterator[str]:
         """The events after a number as text/event-stream, then those to come. If some of them are not kept any more,
-        a `reset` comes first: the page must read everything again. Raises TooManyPagesError."""
+        a `reset` comes first: the page must read everything again. Ends at once if too many pages are open."""
         page = _Page()
         with self._lock:
             if self.is_full():
-                raise TooManyPagesError
+                return  # another page was quicker since the request was answered
             missed = [event for event in self._kept if after is not None and event.number > after]
             is_lost = after is not None and after != self._number and (not missed or missed[0].number != after + 1)
             page.events.extend([] if is_lost else missed)

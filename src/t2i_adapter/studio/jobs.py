@@ -13,7 +13,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,9 +26,9 @@ from t2i_adapter.files import show_command, write_atomic
 from t2i_adapter.progress import VARIABLE
 from t2i_adapter.runs.lock import holder
 from t2i_adapter.runs.metrics import integer, number, read_file, read_json, text_of
-from t2i_adapter.studio.child import EXIT, JOB, PROCESS
+from t2i_adapter.studio.child import EXIT, HELD_BACK, JOB, PROCESS
 from t2i_adapter.studio.places import NotFoundError, Places
-from t2i_adapter.studio.process import is_alive, send, start_of
+from t2i_adapter.studio.process import SAFE_PATH, held_back, is_alive, python_module, send, start_of
 
 JobState = Literal["queued", "running", "done", "stopped", "failed", "died", "cancelled"]
 Queue = Literal["device", "desk"]
@@ -98,8 +97,7 @@ class Jobs:
     def __init__(self, places: Places, before_device: Callable[[], None] = lambda: None) -> None:
         """before_device: called before a job of the device queue starts, to free the card."""
         self._places, self._before_device = places, before_device
-        self.folder = places.state / "jobs"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = places.own_folder("jobs")
         self._lock = threading.RLock()
         self._started: list[subprocess.Popen[bytes]] = []
         # Of each ended job what was read of it, and the stamp of its exit.json.
@@ -111,7 +109,9 @@ class Jobs:
             raise UserError(f"{verb}: cannot be started here; allowed are {', '.join(QUEUES)}")
         with self._lock:
             if run and any(job.run == run and job.state in ("queued", "running") for job in self.all()):
-                raise UserError(f"{run}: a job that waits or runs writes this folder already", option="output_dir")
+                raise UserError(
+                    f"{run}: a job that waits or runs writes this folder already", option="output_dir", kind="conflict"
+                )
             name = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
             folder = self.folder / name
             folder.mkdir()
@@ -206,21 +206,21 @@ class Jobs:
         environment = {**os.environ, VARIABLE: str(job.folder / _PROGRESS), "PYTHONUNBUFFERED": "1"}
         # torchrun forwards only these signals to its processes; SIGUSR1 pauses a run.
         environment.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")
-        with (job.folder / _LOG).open("ab") as log:
+        with (job.folder / _LOG).open("ab") as log, held_back(HELD_BACK):
             process = subprocess.Popen(
-                [sys.executable, "-m", "t2i_adapter.studio.child", str(job.folder)],
+                python_module("t2i_adapter.studio.child", str(job.folder)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self._places.root,
-                env=environment,
+                env=environment | SAFE_PATH,
                 start_new_session=True,
             )
         self._started.append(process)
         started = start_of(process.pid)
         if started is not None:
             content = {"pid": process.pid, "started": started}
-            write_atomic(job.folder / PROCESS, [json.dumps(content).encode()])
+            write_first(job.folder / PROCESS, json.dumps(content).encode())
 
     def pause(self, job: str) -> None:
         """Asks a training to save and end, so that it can be resumed. Raises UserError."""
@@ -241,6 +241,12 @@ class Jobs:
                 (found.folder / _CANCELLED).touch()
                 return
         self._ask(job, "cancel", signal.SIGTERM)
+
+    def cancel_waiting(self) -> None:
+        """Takes all jobs out of the queue."""
+        for job in self.all():
+            if job.state == "queued":
+                self.cancel(job.id)
 
     def kill(self, job: str) -> None:
         """Ends a job at once; a training loses what it has not saved. Raises UserError."""
@@ -306,6 +312,15 @@ def _stamp(file: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_mtime_ns, status.st_ino
+
+
+def write_first(file: Path, content: bytes) -> None:
+    """Writes a file whole, unless it is there already: a job's own process, which knows best, may have written it."""
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
+    temporary.write_bytes(content)
+    with suppress(FileExistsError):
+        os.link(temporary, file)
+    temporary.unlink()
 
 
 def last_line(file: Path) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from t2i_adapter.errors import UserError, plain_flag, redact
 from t2i_adapter.files import parse_json, show_command, write_atomic
 from t2i_adapter.progress import VARIABLE
 from t2i_adapter.studio.child import STOPPED
-from t2i_adapter.studio.files import PROGRESS, REQUEST, RESULT
+from t2i_adapter.studio.files import CANCELLED, PROGRESS, REQUEST, RESULT
 from t2i_adapter.studio.form import argv_of, read_options
+from t2i_adapter.studio.process import let_in
 from t2i_adapter.verbs.generate import GenerateOptions, Opener, run
 
 if TYPE_CHECKING:
@@ -67,24 +68,28 @@ def _key(options: GenerateOptions) -> Any:
 
 def main(state: Path) -> None:
     """Serves requests until stdin ends. state: the studio's folder."""
-    global _answers, _current
+    global _answers, _current, _folder
     _answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # what a library prints goes to stderr, not among the answers
     signal.signal(signal.SIGINT, _cancel)
+    let_in([signal.SIGINT])
     warm = Warm()
     for line in sys.stdin:
         name = parse_json(line)["id"]
         folder = state / "paint" / name
         os.environ[VARIABLE] = str(folder / PROGRESS)
-        _current = name
-        result = _serve(folder, warm)
-        _current = ""
+        try:
+            _current, _folder = name, folder
+            result = _serve(folder, warm)
+            _current = ""
+        except _Cancelled:  # a moment before or after the work
+            _current, result = "", {"state": "cancelled"}
         write_atomic(folder / RESULT, [json.dumps({**result, "ended": time.time()}).encode()])
         _answers.write(json.dumps({"id": name, "event": "end", **result}) + "\n")
 
 
 _answers: Any = None
-_current = ""
+_current, _folder = "", Path()
 
 
 def _say(event: str, **more: Any) -> None:
@@ -92,13 +97,15 @@ def _say(event: str, **more: Any) -> None:
 
 
 def _cancel(_: int, __: Any) -> None:
-    if _current:
+    if _current and (_folder / CANCELLED).exists():  # else the signal was for the request before
         raise _Cancelled
 
 
 def _serve(folder: Path, warm: Warm) -> dict[str, Any]:
     """Does what a folder's request asks for; returns its result."""
     try:
+        if (folder / CANCELLED).exists():
+            return {"state": "cancelled"}
         request = parse_json((folder / REQUEST).read_bytes())
         if request["kind"] == "map":
             return _make_map(folder, request)

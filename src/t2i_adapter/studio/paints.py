@@ -9,7 +9,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -19,10 +18,11 @@ from typing import Any
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import parse_json, write_atomic
 from t2i_adapter.runs.metrics import read_file, read_json
-from t2i_adapter.studio.files import PROGRESS, REQUEST, RESULT
+from t2i_adapter.studio.files import CANCELLED, PROGRESS, REQUEST, RESULT
 from t2i_adapter.studio.hub import Hub
 from t2i_adapter.studio.jobs import last_line
 from t2i_adapter.studio.places import NotFoundError, Places
+from t2i_adapter.studio.process import SAFE_PATH, held_back, python_module
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 _PICTURE = re.compile(r"[0-9a-z_-]{1,80}")
@@ -39,8 +39,7 @@ class Paints:
 
     def __init__(self, places: Places, hub: Hub) -> None:
         self._places, self._hub = places, hub
-        self.folder = places.state / "paint"
-        self.folder.mkdir(exist_ok=True)
+        self.folder = places.own_folder("paint")
         self._lock = threading.RLock()
         self._process: subprocess.Popen[str] | None = None
         self._waiting: list[str] = []
@@ -96,6 +95,7 @@ class Paints:
         with self._lock:
             if name not in self._waiting or self._process is None:
                 return
+            (self.folder / name / CANCELLED).touch()  # the process has its name, and may not have begun with it
             if self._waiting[0] == name:
                 self._process.send_signal(signal.SIGINT)
             else:
@@ -136,15 +136,15 @@ class Paints:
         self._process.stdin.flush()
 
     def _start(self) -> None:
-        with (self._places.state / "painter.log").open("wb") as log:
+        with (self._places.state / "painter.log").open("wb") as log, held_back([signal.SIGINT]):
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "t2i_adapter.studio.painter", str(self._places.state)],
+                python_module("t2i_adapter.studio.painter", str(self._places.state)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 encoding="utf-8",
                 cwd=self._places.root,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **SAFE_PATH},
                 start_new_session=True,
             )
         threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()

@@ -27,8 +27,7 @@ def store_upload(places: Places, data: bytes) -> tuple[str, int, int]:
     """
     with _SEVERAL:
         picture = decode_upload(data)
-        folder = places.state / "uploads"
-        folder.mkdir(exist_ok=True)
+        folder = places.own_folder("uploads")
         for old in sorted(folder.glob("*.png"))[: -MOST_UPLOADS + 1]:
             old.unlink(missing_ok=True)
         name = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)

@@ -17,10 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t2i_adapter.errors import UserError
+from t2i_adapter.files import write_atomic
 from t2i_adapter.runs.find import Listed, find_runs
+from t2i_adapter.runs.metrics import read_file
 
 STATE = ".studio"
 """In the root: the studio's own folder."""
+_PLACE = "place"
+"""In `STATE`: which folder of which machine it is."""
 _SLUG = re.compile(r"[^a-z0-9]+")
 _RESCAN_SECONDS = 2.0
 MOST_ENTRIES = 2000
@@ -49,6 +53,8 @@ class Places:
         """root: an existing folder. runs: where new runs go, below it. Raises UserError."""
         self.root = root.resolve()
         self.state = self.root / STATE
+        if self.state.is_symlink():
+            raise UserError(f"{self.state}: is a link, which the studio does not follow; remove it")
         self.runs = self.confine(runs, "runs")
         self._salt = secrets.token_bytes(16)
         self._listed: dict[str, Path] = {}
@@ -68,9 +74,11 @@ class Places:
         """A path that a user typed, absolute, links resolved. Raises UserError unless it lies below the root."""
         if "\0" in text:
             raise UserError(f"{text!r}: a path has no zero byte", option=option)
+        if text.startswith("~"):
+            raise UserError(f"{text}: write the path in full, without ~", option=option)
         try:
             path = (self.root / text).resolve()
-        except (OSError, RuntimeError) as fault:
+        except (OSError, RuntimeError, ValueError) as fault:
             raise UserError(f"{text}: cannot be read ({fault})", option=option) from None
         if not path.is_relative_to(self.root):
             raise UserError(
@@ -81,6 +89,28 @@ class Places:
         if path.is_relative_to(self.root / STATE):
             raise UserError(f"{text}: is the studio's own folder; use another one", option=option)
         return path
+
+    def own_folder(self, name: str) -> Path:
+        """A folder of the studio's own, created if it is missing. Raises UserError if it is a link: in a root from
+        somebody else it may lead anywhere."""
+        folder = self.state / name
+        if folder.is_symlink():
+            raise UserError(f"{folder}: is a link, which the studio does not follow; remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def is_from_elsewhere(self) -> bool:
+        """Whether the studio's folder was made at another place, or by somebody else: it was moved, or unpacked."""
+        return read_file(self.state / _PLACE).decode("utf-8", "replace") != self._place()
+
+    def settle(self) -> None:
+        """Marks the studio's folder as made here."""
+        write_atomic(self.state / _PLACE, [self._place().encode()])
+
+    def _place(self) -> str:
+        """A digest that nobody else can write: of this machine, this user, and the folder."""
+        machine = read_file(Path("/etc/machine-id")).decode("utf-8", "replace")
+        return _digest(f"{machine}\0{os.getuid()}\0{self.state}\0{self.state.stat().st_ino}", 64)
 
     # Runs ----------------------------------------------------------------------------------------------------------
 
@@ -148,5 +178,5 @@ def _is_offered(entry: os.DirEntry[str]) -> bool:
     return entry.is_file(follow_symlinks=False) and entry.name.lower().endswith(DATA_ENDINGS)
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+def _digest(text: str, letters: int = 8) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:letters]

@@ -5,8 +5,34 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from contextlib import suppress
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""For the environment of a process in the root: Python files in it are data, and none is imported."""
+
+
+def python_module(name: str, *words: str) -> list[str]:
+    """The command of a module of this package, which imports nothing from the folder that it runs in."""
+    return [sys.executable, "-P", "-m", name, *words]
+
+
+@contextmanager
+def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Processes that this thread starts meanwhile get these signals only after they have asked for them (`let_in`), so
+    that one which comes while Python loads does not kill them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def let_in(signals: Iterable[signal.Signals]) -> None:
+    """Ends `held_back` in the process that was started."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
 def start_of(pid: int) -> str | None:

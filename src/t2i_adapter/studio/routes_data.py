@@ -117,7 +117,7 @@ def skip(call: Call) -> dict[str, Any]:
 
 
 def _is_key(key: Any) -> bool:
-    return isinstance(key, str) and 0 < len(key) < 4096 and "\n" not in key and "\0" not in key
+    return isinstance(key, str) and len(key) < 4096 and "\0" not in key and key.splitlines() == [key]
 
 
 def doctor(call: Call) -> dict[str, Any]:

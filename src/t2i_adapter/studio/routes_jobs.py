@@ -58,7 +58,7 @@ def form_of(call: Call) -> dict[str, Any]:
     options = form.schema(verb)
     for option in options:
         option["names"] = PATHS.get(option["path"])
-        option["is_condition"] = option["path"] in CONDITIONS
+        option["is_condition"] = option["path"] in CONDITIONS and not option["choices"]
     return {"verb": verb, "options": options}
 
 
@@ -80,6 +80,7 @@ def check(call: Call) -> dict[str, Any]:
         return {"errors": errors, "values": None}
     values = form.changed(options)
     try:
+        form.check_shown(values)
         check_values(values, call.studio.places)
     except UserError as fault:
         errors = [{"option": fault.option, "message": fault.message()}]
@@ -177,7 +178,7 @@ def write_draft(call: Call) -> dict[str, Any]:
     present = _version(file)
     if content.get("was") != present:
         raise UserError("This form was changed in another tab meanwhile; its present content is shown.", kind=CHANGED)
-    file.parent.mkdir(exist_ok=True)
+    call.studio.places.own_folder("drafts")
     write_atomic(file, [json.dumps({"content": content.get("content"), "version": (present or 0) + 1}).encode()])
     return {"was": _version(file)}
 

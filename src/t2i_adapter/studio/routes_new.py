@@ -27,7 +27,7 @@ def list_recipes(call: Call) -> list[dict[str, Any]]:
     """Recipes in the root's folder `recipes`, then those that come with the project, each with its comment."""
     found = {}
     for folder, is_own in ((call.studio.places.root / "recipes", True), (OWN, False)):
-        for file in sorted(folder.glob("*.yaml")):
+        for file in [] if folder.is_symlink() else sorted(folder.glob("*.yaml")):
             name = file.stem.lower()
             if _NAME.fullmatch(name) and name not in found and (recipe := _recipe(file, is_own)):
                 found[name] = recipe
@@ -60,7 +60,9 @@ def save_recipe(call: Call) -> dict[str, Any]:
     if not _NAME.fullmatch(name):
         raise UserError("A recipe's name has small letters, digits, dashes and underscores.")
     options = form.from_yaml(text)
-    check_values(form.changed(options), call.studio.places)
+    values = form.changed(options)
+    form.check_shown(values)
+    check_values(values, call.studio.places)
     file = call.studio.places.confine(f"recipes/{name}.yaml", "recipe")
     present = read_file(file, MOST_BYTES).decode("utf-8", "replace")
     if present and present != was:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from starlette.responses import Response
 
 from t2i_adapter.errors import UserError
+from t2i_adapter.runs.metrics import read_file
 from t2i_adapter.runs.read import OPTIONS, read_run
+from t2i_adapter.studio import form
+from t2i_adapter.studio.confine import check_values
 from t2i_adapter.studio.guard import REPORT_CSP
 from t2i_adapter.studio.places import NotFoundError
 from t2i_adapter.studio.run_views import report_of
@@ -75,9 +80,9 @@ def resume(call: Call) -> dict[str, Any]:
     found, relative = read_run(folder), studio.places.relative(folder)
     if found.state == "running":
         raise UserError("The run is running already.", kind=CONFLICT)
-    if not (folder / OPTIONS).is_file():
-        raise UserError("The run has no options.yaml, so it cannot be resumed here.", kind=CONFLICT)
-    words = ["train", "--recipe", f"{relative}/{OPTIONS}", "--output_dir", relative, "--checkpoint.resume", "auto"]
+    _check_options(call, folder)
+    names = {"recipe": f"{relative}/{OPTIONS}", "output_dir": relative}
+    words = ["train", *_flags(names), "--checkpoint.resume", "auto"]
     steps = call.json().get("max_steps")
     if steps is not None:
         if type(steps) is not int or not found.step < steps <= MOST_STEPS:
@@ -93,6 +98,26 @@ def resume(call: Call) -> dict[str, Any]:
         raise UserError(str(fault), kind=CONFLICT) from None
 
 
+def _flags(values: dict[str, str]) -> Iterator[str]:
+    """Words that set options; a value that begins with a dash stands in its flag's word."""
+    for name, value in values.items():
+        yield from [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+
+
+def _check_options(call: Call, folder: Path) -> None:
+    """Raises UserError unless the options that a run wrote are such as may be started here: a run that came from
+    somebody else may name any file."""
+    text = read_file(folder / OPTIONS).decode("utf-8", "replace")
+    if not text:
+        raise UserError("The run has no options.yaml, so it cannot be resumed here.", kind=CONFLICT)
+    try:
+        values = form.changed(form.from_yaml(text))
+        own = ("output_dir", *(path for path in values if path.startswith("checkpoint.")))
+        check_values({path: value for path, value in values.items() if path not in own}, call.studio.places)
+    except UserError as fault:
+        raise UserError(f"{fault.message()} It can be resumed in a terminal only.", kind=CONFLICT) from None
+
+
 def trash(call: Call) -> dict[str, Any]:
     """Moves a run's folder to the studio's trash. `name`: the run's name, typed, against a slip of the finger."""
     places = call.studio.places
@@ -106,12 +131,11 @@ def trash(call: Call) -> dict[str, Any]:
     is_used = any(job.run == relative and job.state in ("queued", "running") for job in call.studio.jobs.all())
     if found.state == "running" or is_used:
         raise UserError("The run is running or waits in the queue; pause or cancel it first.", kind=CONFLICT)
-    target = places.state / "trash" / folder.name
-    number = 1
+    trashed = places.own_folder("trash")
+    target, number = trashed / folder.name, 1
     while target.exists():
         number += 1
-        target = places.state / "trash" / f"{folder.name}-{number}"
-    target.parent.mkdir(exist_ok=True)
+        target = trashed / f"{folder.name}-{number}"
     shutil.move(folder, target)
     places.forget_runs()
     return {"trash": str(target.relative_to(places.root))}

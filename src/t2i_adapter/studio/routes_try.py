@@ -53,7 +53,8 @@ def palette(folder: Path) -> list[str]:
     from PIL import Image
 
     counts: Counter[tuple[int, ...]] = Counter()
-    for file in sorted(folder.glob("*-condition.png"))[:MOST_LOOKED_AT]:
+    files = [] if folder.is_symlink() else sorted(folder.glob("*-condition.png"))
+    for file in [file for file in files if not file.is_symlink()][:MOST_LOOKED_AT]:
         try:
             with Image.open(file, formats=["PNG"]) as picture:
                 small = picture.convert("RGB").resize((64, 64), Image.Resampling.NEAREST)
@@ -87,7 +88,10 @@ def _newest_record(folder: Path, content: Run) -> dict[str, Any]:
     """The record of the newest checkpoint, of a run that is not finished."""
     if not content.checkpoints:
         return {}
-    return read_json(adapter_folder(folder, str(content.checkpoints[-1])) / record.FILE_NAME)
+    try:
+        return read_json(adapter_folder(folder, str(content.checkpoints[-1])) / record.FILE_NAME)
+    except NotFoundError:
+        return {}
 
 
 def adapter_folder(folder: Path, step: str) -> Path:
@@ -95,10 +99,10 @@ def adapter_folder(folder: Path, step: str) -> Path:
     if not step:
         return folder
     found = folder / f"checkpoint-{step}"
-    if not _STEP.fullmatch(step) or not found.is_dir():
+    if not _STEP.fullmatch(step) or found.is_symlink() or not found.is_dir():
         raise NotFoundError(f"there is no checkpoint of step {step[:20]}")
     inner = found / "t2iadapter"
-    return inner if inner.is_dir() else found
+    return inner if inner.is_dir() and not inner.is_symlink() else found
 
 
 def upload(call: Call) -> dict[str, Any]:

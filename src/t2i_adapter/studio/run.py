@@ -11,12 +11,17 @@ import sys
 import threading
 import webbrowser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from t2i_adapter.errors import UserError, flag
 from t2i_adapter.files import show_path, user_path, write_atomic
 from t2i_adapter.runs.lock import holder, lock
 from t2i_adapter.runs.metrics import integer, read_json, text_of
 from t2i_adapter.studio.options import StudioOptions
+
+if TYPE_CHECKING:
+    from t2i_adapter.studio.places import Places
+    from t2i_adapter.studio.server import Studio
 
 ADDRESS = "address.json"
 """In the studio's folder: where its server listens."""
@@ -37,14 +42,7 @@ def _serve(root: Path, options: StudioOptions) -> None:
     import uvicorn
 
     from t2i_adapter.studio.app import Server, make_app
-    from t2i_adapter.studio.datasets import Datasets
-    from t2i_adapter.studio.guard import Keys
-    from t2i_adapter.studio.hub import Hub
-    from t2i_adapter.studio.jobs import Jobs
-    from t2i_adapter.studio.paints import Paints
     from t2i_adapter.studio.places import Places
-    from t2i_adapter.studio.run_views import Runs
-    from t2i_adapter.studio.server import Studio
 
     places = Places(root, options.runs)
     try:
@@ -60,13 +58,8 @@ def _serve(root: Path, options: StudioOptions) -> None:
     with contextlib.closing(lock(places.state)), _listen(options) as listener:
         host, port = listener.getsockname()[:2]
         write_atomic(places.state / ADDRESS, [json.dumps({"host": host, "port": port}).encode()])
-        keys = Keys(places.state)
-        hub = Hub()
-        paints = Paints(places, hub)
-        studio = Studio(
-            places, keys, Jobs(places, before_device=paints.end), paints, Runs(places), hub, Datasets(places)
-        )
-        link = _link(host, port, keys.new_link("owner"))
+        studio = open_studio(places)
+        link = _link(host, port, studio.keys.new_link("owner"))
         _announce(options, host, port, link)
         config = uvicorn.Config(
             make_app(studio, options.host_name),
@@ -88,6 +81,28 @@ def _serve(root: Path, options: StudioOptions) -> None:
             print(f"{len(running)} job{'s' * (len(running) > 1)} go on without the studio; it shows them again later.")
         if waiting:
             print(f"{len(waiting)} waiting job{'s' * (len(waiting) > 1)} will start when the studio runs again.")
+
+
+def open_studio(places: Places) -> Studio:
+    """The parts of a studio in a root whose folder `.studio` exists. Raises UserError."""
+    from t2i_adapter.studio.datasets import Datasets
+    from t2i_adapter.studio.guard import Keys, remove_keys
+    from t2i_adapter.studio.hub import Hub
+    from t2i_adapter.studio.jobs import Jobs
+    from t2i_adapter.studio.paints import Paints
+    from t2i_adapter.studio.run_views import Runs
+    from t2i_adapter.studio.server import Studio
+
+    is_from_elsewhere = places.is_from_elsewhere()
+    if is_from_elsewhere:
+        remove_keys(places.state)
+    hub = Hub()
+    paints = Paints(places, hub)
+    jobs = Jobs(places, before_device=paints.end)
+    if is_from_elsewhere:  # its jobs may be of somebody else, who could run anything
+        jobs.cancel_waiting()
+        places.settle()
+    return Studio(places, Keys(places.state), jobs, paints, Runs(places), hub, Datasets(places))
 
 
 def _listen(options: StudioOptions) -> socket.socket:

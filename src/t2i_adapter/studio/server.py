@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import functools
-import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from t2i_adapter.errors import UserError, plain_flag, redact
 from t2i_adapter.files import parse_json
 from t2i_adapter.studio.datasets import Datasets
+from t2i_adapter.studio.encode import Json
 from t2i_adapter.studio.guard import BodyTooLargeError, Keys
 from t2i_adapter.studio.hub import Hub
 from t2i_adapter.studio.jobs import Jobs
@@ -25,6 +28,8 @@ from t2i_adapter.studio.run_views import Runs
 
 CONFLICT, CHANGED, UNREADABLE = "conflict", "changed", "unreadable"
 """Kinds of `UserError` with a status of their own: not in this state, edited meanwhile, no picture."""
+_OF_A_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of a path that was sent, not of the disk."""
 _STATUS = {CONFLICT: 409, CHANGED: 412, UNREADABLE: 415}
 
 
@@ -53,12 +58,17 @@ class Call:
 
     def json(self) -> dict[str, Any]:
         """The body as a mapping. Raises UserError."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> dict[str, Any]:
         try:
             found = parse_json(self.body)
         except ValueError:
             raise UserError("The body is not JSON.") from None
         if not isinstance(found, dict):
             raise UserError("The body must be a JSON object.")
+        _check_values(found)
         return found
 
     def text(self, name: str, default: str | None = None, most: int = 10_000) -> str:
@@ -102,17 +112,29 @@ def route(method: str, path: str, function: Endpoint, status: int = 200) -> Rout
         except UserError as fault:
             return problem(_STATUS.get(fault.kind, 400), fault.message(plain_flag), fault.option)
         except OSError as fault:
-            return problem(500, redact(f"{fault.filename or 'A file'}: {fault.strerror or fault}."))
-        return found if isinstance(found, Response) else JSONResponse(found, status_code=status)
+            kind = 400 if fault.errno in _OF_A_NAME else 500
+            return problem(kind, redact(f"{fault.filename or 'A file'}: {fault.strerror or fault}."))
+        return found if isinstance(found, Response) else Json(found, status_code=status)
 
     functools.update_wrapper(answer, function)
     return Route(path, answer, methods=[method])
 
 
-def problem(status: int, text: str, option: str | None = None) -> JSONResponse:
-    """An error as every route answers it."""
-    return JSONResponse({"error": text, "option": option}, status_code=status)
+def problem(status: int, text: str, option: str | None = None, headers: Mapping[str, str] | None = None) -> Json:
+    """An error as every route answers it, in one line."""
+    return Json({"error": " ".join(text.split()), "option": option}, status_code=status, headers=headers)
 
 
-def as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _check_values(value: Any) -> None:
+    """Raises UserError for what JSON of Python allows, and neither a browser nor a file can hold."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_values(name)
+            _check_values(item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_values(item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError("The body holds a number that is not finite.")
+    elif isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UserError("The body holds half a letter (a lone surrogate), which is not text.")
