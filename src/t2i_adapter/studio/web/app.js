@@ -1,10 +1,9 @@
 // @ts-check
 // The frame of every page: navigation, connection, theme. A page is a module of pages/ that is loaded when it is shown.
 import { html, render, useEffect, useRef, useState } from "./vendor/ui.js";
-import { Loading, Problem, setTheme, theme } from "./kit.js";
+import { Loading, Meter, Problem, setTheme, theme } from "./kit.js";
 import { connection, device, fault, jobs, runs, start, state } from "./live.js";
 import { address, onLink } from "./router.js";
-import { size } from "./words.js";
 
 /** [address, module, title] */
 const PAGES = /** @type {[RegExp, string, string][]} */ ([
@@ -12,6 +11,7 @@ const PAGES = /** @type {[RegExp, string, string][]} */ ([
   [/^\/data(?:\/([^/]+))?$/, "data", "Data"],
   [/^\/new$/, "new", "New run"],
   [/^\/runs\/([^/]+)$/, "run", "Run"],
+  [/^\/jobs\/([^/]+)$/, "job", "Job"],
   [/^\/compare$/, "compare", "Compare"],
   [/^\/try(?:\/([^/]+))?$/, "try", "Try"],
   [/^\/release(?:\/([^/]+))?$/, "release", "Release"],
@@ -25,7 +25,7 @@ function Navigation() {
   return html`<nav class="main" aria-label="Pages">
     <a class="brand" href="/"><img src="/static/icon.svg" alt="" width="24" height="24" /> Studio</a>
     <ul>${LINKS.map(([to, label]) => {
-      const isHere = to === "/" ? path === "/" || path.startsWith("/runs") : path.startsWith(to);
+      const isHere = to === "/" ? path === "/" || path.startsWith("/runs") || path.startsWith("/jobs") : path.startsWith(to);
       return html`<li><a href=${to} aria-current=${isHere ? "page" : undefined}>${label}${to === "/" && running + waiting > 0 ? html` <span class="count" title=${`${running} running, ${waiting} waiting`}>${running + waiting}</span>` : ""}</a></li>`;
     })}</ul>
     <div class="foot">
@@ -40,9 +40,11 @@ function Navigation() {
 function Machine() {
   const found = device.value;
   if (!found) return null;
-  const card = found.cards[0];
-  return html`<p class="quiet machine">${card ? `${card.name}: ${size(card.memory - card.memory_free)} of ${size(card.memory)}` : found.cards_known ? "no card" : "card unknown"}<br />
-    ${found.cores} cores, ${size(found.memory_free)} of memory free<br />${size(found.disk_free)} of disk free</p>`;
+  return html`<div class="quiet machine">
+    ${found.cards.map((/** @type {any} */ card) => html`<div><p>${card.name}, ${Math.round(100 * card.load)} % busy</p><${Meter} label="Card" used=${card.memory - card.memory_free} total=${card.memory} /></div>`)}
+    ${found.memory && html`<${Meter} label="Memory" used=${found.memory - found.memory_free} total=${found.memory} />`}
+    <${Meter} label="Disk" used=${found.disk - found.disk_free} total=${found.disk} />
+    ${found.cards.length === 0 && html`<p>${found.cores} cores; ${found.cards_known ? "no card" : "no card known"}</p>`}</div>`;
 }
 
 function Connection() {

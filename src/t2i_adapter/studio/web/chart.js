@@ -85,14 +85,19 @@ export function Chart({ title, lines, show = number, log = false, marks = [], no
         u.ctx.restore();
       }
     };
+    // Without a pointer over the chart the legend has each line's last value.
+    const showLast = (/** @type {any} */ u) => {
+      const idxs = u.data.map((/** @type {any[]} */ values) => values.findLastIndex((value) => value != null));
+      u.setLegend({ idx: idxs[0], idxs }, false);
+    };
     const options = {
       width: ref.current.clientWidth || 400,
       height,
       series,
       bands,
       scales: { x: { time: false }, y: log ? { distr: 3 } : {} },
-      axes: [{ ...axis(), values: (/** @type {any} */ _, /** @type {number[]} */ at) => at.map((x) => x.toLocaleString("en-US")) }, { ...axis(), size: 64, values: (/** @type {any} */ _, /** @type {(number | null)[]} */ at) => at.map((x) => (x == null ? "" : show(x))) }],
-      hooks: { draw: [drawMarks] },
+      axes: [{ ...axis(), size: 32, values: (/** @type {any} */ _, /** @type {number[]} */ at) => at.map((x) => x.toLocaleString("en-US")) }, { ...axis(), size: 64, values: (/** @type {any} */ _, /** @type {(number | null)[]} */ at) => at.map((x) => (x == null ? "" : show(x))) }],
+      hooks: { draw: [drawMarks], ready: [showLast], setData: [showLast], setCursor: [(/** @type {any} */ u) => u.cursor.idx == null && showLast(u)] },
       legend: { live: true },
     };
     plot.current = new uPlot(/** @type {any} */ (options), data.current, ref.current);

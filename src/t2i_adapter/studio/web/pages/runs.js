@@ -14,7 +14,7 @@ function JobCard({ job }) {
   const { phase, done, total } = job.progress;
   const isRunning = job.state === "running";
   return html`<article class="panel job" data-job=${job.id}>
-    <div class="row spread"><h3>${job.verb} ${job.run && html`<span class="quiet">${job.run}</span>`}</h3>
+    <div class="row spread"><h3><a href=${`/jobs/${job.id}`}>${job.verb}</a> ${job.run && html`<span class="quiet">${job.run}</span>`}</h3>
       <${Badge} state=${job.asked ? "stopped" : job.state} label=${job.asked ? `asked to ${job.asked}` : job.state === "queued" ? "waits" : job.state} /></div>
     ${isRunning && html`<${Progress} done=${done ?? 0} total=${total ?? null} label=${phase ?? "starting"} />`}
     ${job.error && html`<p class="field-error">${job.error}</p>`}
