@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MISSING = "no Chromium was found; `apt-get install chromium` installs it"
 AXE = Path(__file__).parents[1] / "assets" / "axe" / "axe.min.js"
-PATIENCE = 120_000
+PATIENCE = 60_000
 """Milliseconds that a page may take for what it is asked; the machine may be busy with other tests."""
 
 

@@ -72,7 +72,7 @@ function Page() {
   return html`<main id="main" tabindex="-1" ref=${main}>
     <${Connection} />
     ${fault.value && connection.value !== "refused" && html`<${Problem} error=${fault.value} />`}
-    <${Problem} error=${found.module === module ? found.error : null} />
+    ${found.module === module && found.error && html`<h1>${title}</h1><${Problem} error=${found.error}><p><a href="/">All runs</a></p></${Problem}>`}
     ${View ? html`<${View} key=${path} id=${match?.[1] ? decodeURIComponent(match[1]) : null} query=${address.value.searchParams} />` : !found.error && html`<${Loading} />`}
   </main>`;
 }

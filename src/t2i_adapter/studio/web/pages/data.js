@@ -119,7 +119,7 @@ function Dataset({ id }) {
   const tile = (/** @type {number} */ place, /** @type {any} */ more) => {
     const row = rows.at(place);
     const src = (/** @type {string} */ what) => `/api/data/${id}/rows/${row.n}/${what}?side=160`;
-    return html`<div role="listitem" key=${place} style=${more.style}><button type="button" class=${`tile ${row?.skipped ? "skipped" : ""}`} tabindex=${more.tabindex} data-place=${place} onClick=${() => row && setOpen(place)} aria-label=${row ? `${row.key}${row.skipped ? ", skipped" : ""}` : `row ${place}`}>
+    return html`<div role="listitem" key=${place} style=${more.style}><button type="button" class=${`tile ${row?.skipped ? "skipped" : ""}`} tabindex=${more.tabindex} data-place=${place} onClick=${() => row && setOpen(place)} aria-label=${row ? `${row.key}${row.skipped ? ", skipped" : ""}: ${row.error ?? ""}${row.captions[0] ?? ""}` : `row ${place}`}>
       ${row && !row.error && html`<span class="halves"><img src=${src("image")} alt="" loading="lazy" /><img src=${src("condition")} alt="" loading="lazy" /></span>`}
       ${row?.error && html`<span class="small field-error">${row.error}</span>`}
       <span class="small caption">${row?.captions[0] ?? ""}</span></button></div>`;

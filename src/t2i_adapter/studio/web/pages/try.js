@@ -76,7 +76,7 @@ function Board({ adapter, drawing, area, onArea, onPhoto, onMap }) {
     </div>
     <div class="row small">
       <label>Width <input type="range" min="1" max="64" value=${width} title="Keys [ and ]" onInput=${(/** @type {any} */ event) => setWidth(+event.target.value)} /> ${width} px</label>
-      <span class="row swatches" role="group" aria-label="Colours">${palette.map((one) => html`<button type="button" class="swatch" aria-label=${`Colour ${one}`} aria-pressed=${one === colour} style=${{ background: one }} onClick=${() => setColour(one)}></button>`)}</span>
+      <span class="row swatches" role="group" aria-label="Colours">${palette.map((/** @type {number[]} */ one) => html`<button type="button" class="swatch" aria-label=${`Colour ${one}`} aria-pressed=${one === colour} style=${{ background: one }} onClick=${() => setColour(one)}></button>`)}</span>
       <label>Size <select value=${area.join()} onChange=${(/** @type {any} */ event) => onArea(event.target.value.split(",").map(Number))}>${areas.map((/** @type {number[]} */ one) => html`<option value=${one.join()}>${one[0]} × ${one[1]}</option>`)}</select></label>
       <label>Other <input type="color" value=${colour} onInput=${(/** @type {any} */ event) => setColour(event.target.value)} /></label>
     </div>
