@@ -9,10 +9,12 @@ from typing import Any
 from t2i_adapter.config.paths import CONDITIONS, PATHS
 from t2i_adapter.config.tree import check_no_login
 from t2i_adapter.errors import UserError
-from t2i_adapter.studio.places import Places
+from t2i_adapter.studio.places import STATE, Places
 
 _ADDRESS = re.compile(r"(https?|s3|hf)://", re.IGNORECASE)
 _KIND = re.compile(r"(column:[^/\\]+|folder:.+|none|[a-z0-9_-]+)(,[^/\\]*)?", re.DOTALL)
+_SKIP_LIST = re.compile(re.escape(STATE) + r"/data/[a-z0-9-]{1,60}-skip\.txt")
+"""The lists of rows to skip that the page Data writes: the only files of the studio's own folder that a run may read."""
 MOST_TEXT = 10_000
 """Letters of a value at most."""
 
@@ -49,5 +51,5 @@ def _check(path: str, text: str, places: Places) -> None:
         return
     if _ADDRESS.match(text):
         check_no_login(path, text)
-    elif text:
+    elif text and not (path == "data.skip" and _SKIP_LIST.fullmatch(text)):
         places.confine(text, path)

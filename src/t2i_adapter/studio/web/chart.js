@@ -102,8 +102,9 @@ export function Chart({ title, lines, show = number, log = false, marks = [], no
     };
     plot.current = new uPlot(/** @type {any} */ (options), data.current, ref.current);
     for (const [n, one] of series.entries()) if (one.class === "bound") ref.current.querySelectorAll(".u-legend .u-series")[n]?.setAttribute("hidden", "");
-    const observer = new ResizeObserver(() => plot.current?.setSize({ width: ref.current.clientWidth, height }));
-    observer.observe(ref.current);
+    const box = ref.current;
+    const observer = new ResizeObserver(() => plot.current?.setSize({ width: box.clientWidth, height }));
+    observer.observe(box);
     return () => {
       observer.disconnect();
       plot.current?.destroy();

@@ -113,7 +113,11 @@ export default function New({ query }) {
   const [checked, setChecked] = useState({ errors: /** @type {any[]} */ ([]), command: "" });
   const [draftError, setDraftError] = useState(/** @type {any} */ (null));
   const was = useRef(/** @type {number | null} */ (null));
+  const latest = useRef(/** @type {any} */ (null));
+  const kept = useRef(/** @type {Promise<void>} */ (Promise.resolve()));
   const typing = useRef(false);
+  const typed = useRef("");
+  const isGone = useRef(false);
   const summary = useRef(/** @type {any} */ (null));
   const load = async () => {
     const draft = await get(`/api/drafts/${DRAFT}`);
@@ -127,23 +131,46 @@ export default function New({ query }) {
     }
     setValues(content);
   };
-  useEffect(() => void load(), []);
-  // Each change is checked as the command line would, and kept, so that nothing typed is lost with the page.
+  useEffect(() => {
+    load();
+    return () => (isGone.current = true);
+  }, []);
+  // One after another: each needs the version that the one before it wrote.
+  const keep = (/** @type {any} */ content) => (kept.current = kept.current.then(async () => {
+    try {
+      was.current = (await put(`/api/drafts/${DRAFT}`, { content, was: was.current })).was;
+      setDraftError(null);
+    } catch (error) {
+      setDraftError(error);
+      if (/** @type {any} */ (error).status === 412) await load();
+    }
+  }));
+  // Each change is kept, so that nothing typed is lost with the page, and checked as the command line would.
   useEffect(() => {
     if (!values) return;
+    latest.current = values;
+    let isKept = !canWrite();
+    const save = () => {
+      if (!isKept) keep(values);
+      isKept = true;
+    };
+    addEventListener("pagehide", save);
     const timer = setTimeout(async () => {
+      save();
       try {
         const found = await post("/api/check", { verb: "train", values });
+        if (latest.current !== values) return;
         setChecked({ errors: found.errors, command: found.command ?? "" });
         if (found.yaml !== undefined && !typing.current) setYaml(found.yaml);
-        was.current = (await put(`/api/drafts/${DRAFT}`, { content: values, was: was.current })).was;
-        setDraftError(null);
       } catch (error) {
-        setDraftError(error);
-        if (/** @type {any} */ (error).status === 412) load();
+        if (canWrite()) setDraftError(error);
       }
     }, 250);
-    return () => clearTimeout(timer);
+    return () => {
+      clearTimeout(timer);
+      removeEventListener("pagehide", save);
+      if (isGone.current) save();
+    };
   }, [values]);
   const change = (/** @type {string} */ path, /** @type {any} */ value) => {
     typing.current = false;
@@ -155,13 +182,19 @@ export default function New({ query }) {
   const readYaml = async (/** @type {string} */ text) => {
     typing.current = true;
     setYaml(text);
-    const found = await post("/api/check", { verb: "train", yaml: text });
-    if (found.values) setValues(found.values);
-    else setChecked({ errors: found.errors, command: "" });
+    typed.current = text;
+    try {
+      const found = await post("/api/check", { verb: "train", yaml: text });
+      if (typed.current !== text) return; // an answer about older text
+      if (found.values) setValues(found.values);
+      else setChecked({ errors: found.errors, command: "" });
+    } catch (error) {
+      setDraftError(error);
+    }
   };
   const { run: begin, isBusy, error } = useAction(async () => {
     const job = await post("/api/jobs", { verb: "train", values });
-    await put(`/api/drafts/${DRAFT}`, { content: {}, was: was.current });
+    await keep({});
     const known = Object.values(runs.value).find((row) => row.folder === job.run);
     go(known ? `/runs/${known.id}` : `/jobs/${job.id}?follow`);
   });

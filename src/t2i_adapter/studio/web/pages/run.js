@@ -88,7 +88,8 @@ function Pictures({ run }) {
   if (!steps.length || !run.pictures.pairs.length) return html`<${Notice}><p>No pictures yet. A run that measures its control draws held-out pairs after some updates.</p></${Notice}>`;
   const place = chosen == null ? steps.length - 1 : Math.min(chosen, steps.length - 1);
   const src = (/** @type {string | number} */ step, /** @type {any} */ pair) => `/api/runs/${run.id}/pictures/${step}/${pair.index}`;
-  const shot = (/** @type {string | number} */ step, /** @type {any} */ pair, /** @type {string} */ label) => html`<figure class="shot"><img src=${src(step, pair)} alt=${`${label}: ${pair.prompt || pair.key}`} width="192" height="192" loading="lazy" onError=${(/** @type {any} */ event) => (event.target.closest("figure").hidden = true)} onLoad=${(/** @type {any} */ event) => (event.target.closest("figure").hidden = false)} /><figcaption>${label}</figcaption></figure>`;
+  const hide = (/** @type {boolean} */ isHidden) => (/** @type {any} */ event) => event.target.closest("figure")?.toggleAttribute("hidden", isHidden);
+  const shot = (/** @type {string | number} */ step, /** @type {any} */ pair, /** @type {string} */ label) => html`<figure class="shot"><img src=${src(step, pair)} alt=${`${label}: ${pair.prompt || pair.key}`} width="192" height="192" loading="lazy" onError=${hide(true)} onLoad=${hide(false)} /><figcaption>${label}</figcaption></figure>`;
   const label = (/** @type {number} */ step) => `step ${whole(step)}${step === run.best?.step ? ", best" : ""}`;
   const name = against in run.pictures.fixed ? run.pictures.fixed[against] : label(Number(against));
   const wipe = (/** @type {any} */ pair) => html`<figure class="shot"><div class="stacked"><img src=${src(against, pair)} alt=${`${name}: ${pair.prompt || pair.key}`} /><img class="over" src=${src(steps[place], pair)} alt=${`${label(steps[place])}: ${pair.prompt || pair.key}`} style=${{ clipPath: `inset(0 0 0 ${edge}%)` }} /></div>
