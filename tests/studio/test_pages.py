@@ -1,4 +1,4 @@
-"""Every page in the browser: axe in both themes, narrow and wide windows, the keyboard alone, a link that only shows."""
+"""Every page in the browser: axe in both themes, narrow and wide windows, the keyboard, a link that only shows."""
 
 from __future__ import annotations
 
@@ -117,7 +117,8 @@ def test_the_tab_key_reaches_everything_and_the_focus_is_seen(site: Site, name: 
         page.keyboard.press("Tab")
         found = page.evaluate(
             """() => {
-              const one = document.activeElement, shown = one.classList.contains("hidden-file") ? one.parentElement : one;
+              const one = document.activeElement;
+              const shown = one.classList.contains("hidden-file") ? one.parentElement : one;
               return [one.dataset.stop, getComputedStyle(shown).outlineStyle, one.outerHTML.slice(0, 100)];
             }"""
         )

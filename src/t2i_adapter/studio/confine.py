@@ -14,7 +14,7 @@ from t2i_adapter.studio.places import STATE, Places
 _ADDRESS = re.compile(r"(https?|s3|hf)://", re.IGNORECASE)
 _KIND = re.compile(r"(column:[^/\\]+|folder:.+|none|[a-z0-9_-]+)(,[^/\\]*)?", re.DOTALL)
 _SKIP_LIST = re.compile(re.escape(STATE) + r"/data/[a-z0-9-]{1,60}-skip\.txt")
-"""The lists of rows to skip that the page Data writes: the only files of the studio's own folder that a run may read."""
+"""Lists of rows to skip that the page Data writes: the only files of the studio's own folder that a run may read."""
 MOST_TEXT = 10_000
 """Letters of a value at most."""
 

@@ -67,7 +67,7 @@ function Page() {
       () => setFound({ module, view: null, error: { message: "The page could not be loaded. Is the studio running?" } }),
     );
   }, [module]);
-  useEffect(() => void (found.module === module && document.activeElement === document.body && main.current?.focus()), [path, found]);
+  useEffect(() => void (found.module === module && document.activeElement === document.body && main.current?.focus({ preventScroll: true })), [path, found]);
   const View = found.module === module ? found.view : null;
   return html`<main id="main" tabindex="-1" ref=${main}>
     <${Connection} />
