@@ -4,7 +4,7 @@
     python tests/studio/screenshots.py ROOT --out docs/studio
 
 The pages are those of ROOT's runs, the one that began last first; pages without content are taken from an empty folder.
-Each picture is a PNG of 64 colours, so that it is small.
+Each picture is a PNG of 48 colours, so that it is small.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from support.browser import Server, Window, chromium
 
 from t2i_adapter.studio.places import Places
 
-COLOURS = 64
+COLOURS = 48
 LARGE, SMALL = {"width": 1280, "height": 860}, {"width": 360, "height": 740}
 
 

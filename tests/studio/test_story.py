@@ -26,6 +26,7 @@ RECIPE = f"""\
 output_dir: {RUN}
 data:
   location: data/shapes
+  condition: canny
   max_train_samples: 32
   resolution: 128
 train:
@@ -260,11 +261,16 @@ def draw(page: Page) -> None:
     page.mouse.up()
 
 
+WHITE = """() => {
+  const one = document.querySelector("canvas.board");
+  const data = one.getContext("2d").getImageData(0, 0, one.width, one.height).data;
+  return data.filter((value, n) => n % 4 === 0 && value > 0).length;
+}"""
+
+
 def white(page: Page) -> int:
     """Pixels of the canvas that are not black."""
-    script = """one => [...one.getContext("2d").getImageData(0, 0, one.width, one.height).data]
-      .filter((value, n) => n % 4 === 0 && value > 0).length"""
-    return page.locator("canvas.board").evaluate(script)
+    return page.evaluate(WHITE)
 
 
 def test_a_line_is_drawn_and_a_picture_appears(window: Window, trained: dict[str, Path]):
@@ -278,7 +284,7 @@ def test_a_line_is_drawn_and_a_picture_appears(window: Window, trained: dict[str
     page.keyboard.press("Control+Shift+Z")
     assert white(page) == drawn
     page.get_by_label("Prompt", exact=True).fill("a red circle")
-    page.get_by_label("Steps").fill("2")
+    page.get_by_label("Steps", exact=True).fill("2")
     page.get_by_label("Show").select_option("strengths")
     page.keyboard.press("Control+Enter")
     expect(page.locator(".result img")).to_have_count(4)
@@ -286,7 +292,7 @@ def test_a_line_is_drawn_and_a_picture_appears(window: Window, trained: dict[str
         page.locator(".result img").first.evaluate("async one => { await one.decode(); return one.naturalWidth; }")
         == 128
     )
-    page.get_by_label("Steps").fill("0")
+    page.get_by_label("Steps", exact=True).fill("0")
     window.allowed += ["400"]
     page.get_by_role("button", name="Generate").click()
     expect(page.locator(".field-error")).to_be_visible()
@@ -296,15 +302,17 @@ def test_a_line_is_drawn_and_a_picture_appears(window: Window, trained: dict[str
 def test_a_map_is_sent_and_a_photo_becomes_one(window: Window, trained: dict[str, Path]):
     page = window.open("/try", "canvas")
     picture, data = Image.new("RGB", (200, 200)), io.BytesIO()
-    ImageDraw.Draw(picture).rectangle((50, 50, 150, 150), outline="white", width=6)
+    ImageDraw.Draw(picture).rectangle((50, 50, 150, 150), fill="white")
     picture.save(data, "PNG")
-    file = {"name": "map.png", "mimeType": "image/png", "buffer": data.getvalue()}
+    file = {"name": "square.png", "mimeType": "image/png", "buffer": data.getvalue()}
     page.get_by_label("Send a map").set_input_files(file)
-    page.wait_for_function(
-        "() => document.querySelector('canvas.board').getContext('2d').getImageData(32, 64, 1, 1).data[0] > 0"
-    )
+    page.wait_for_function(WHITE)
+    assert white(page) > 60 * 60  # the picture as it is, at the canvas's size
     page.get_by_role("button", name="Clear").click()
     assert white(page) == 0
+    page.get_by_label("Make it from a photo").set_input_files(file)
+    page.wait_for_function(WHITE)
+    assert 100 < white(page) < 2000  # its edges
     window.allowed += ["415"]
     page.get_by_label("Send a map").set_input_files({**file, "buffer": b"no picture"})
     expect(page.get_by_role("alert").first).to_be_visible()

@@ -20,6 +20,8 @@ const LINKS = [["/", "Runs"], ["/data", "Data"], ["/new", "New run"], ["/compare
 
 function Navigation() {
   const path = address.value.pathname;
+  // On a small screen the links are one line that scrolls.
+  useEffect(() => document.querySelector("nav.main [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" }), [path]);
   const running = Object.values(runs.value).filter((run) => run.state === "running").length;
   const waiting = Object.values(jobs.value).filter((job) => job.state === "queued").length;
   return html`<nav class="main" aria-label="Pages">

@@ -187,7 +187,7 @@ function Studio({ adapter }) {
           ${amount("guidance", "Guidance", { min: 0, max: 30, step: 0.5 }, "How strongly the prompt counts.")}
           ${amount("condition_factor", "Share of the steps", { min: 0, max: 1, step: 0.05 }, "The adapter acts in the first ones.")}
           ${amount("control_guidance", "Control guidance", { min: 1, max: 30, step: 0.5 }, "Above 1 amplifies the condition.")}
-          <${Field} label="Show" control=${(/** @type {any} */ a) => html`<select ...${a} value=${form.strip} onChange=${set("strip")}><option value="one">one picture</option><option value="strengths">four strengths from 0</option><option value="seeds">four seeds</option></select>`} />
+          <${Field} label="Show" control=${(/** @type {any} */ a) => html`<select ...${a} value=${form.strip} onChange=${set("strip")}><option value="one">one picture</option><option value="strengths">four strengths</option><option value="seeds">four seeds</option></select>`} />
           ${adapter.checkpoints.length > 0 && html`<${Field} label="Weights" control=${(/** @type {any} */ a) => html`<select ...${a} value=${form.checkpoint} onChange=${set("checkpoint")}>${adapter.is_finished && html`<option value="">finished adapter</option>`}${adapter.checkpoints.map((/** @type {number} */ one) => html`<option value=${String(one)}>checkpoint ${one}</option>`)}</select>`} />`}
         </div>
         <${Problem} error=${error ?? mapError ?? takeError} />
