@@ -129,7 +129,7 @@ def test_a_caption_is_edited_and_an_older_edit_is_refused(window: Window, shapes
         page.close()
 
 
-def test_the_doctors_findings_filter_the_rows_and_rows_are_skipped(window: Window, server: Server):
+def test_the_doctors_findings_filter_the_rows_and_rows_are_skipped(window: Window, server: Server, shapes: str):
     folder = write_circles(server.root / "data" / "circles", num=12)
     (folder / "train" / "00005.png").write_bytes(b"no picture")
     window.allowed += ["400", "415"]  # the picture that cannot be shown

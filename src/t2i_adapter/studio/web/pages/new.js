@@ -147,9 +147,9 @@ export default function New({ query }) {
   }));
   // Each change is kept, so that nothing typed is lost with the page, and checked as the command line would.
   useEffect(() => {
-    if (!values) return;
+    if (!values || !canWrite()) return;
     latest.current = values;
-    let isKept = !canWrite();
+    let isKept = false;
     const save = () => {
       if (!isKept) keep(values);
       isKept = true;
@@ -163,7 +163,7 @@ export default function New({ query }) {
         setChecked({ errors: found.errors, command: found.command ?? "" });
         if (found.yaml !== undefined && !typing.current) setYaml(found.yaml);
       } catch (error) {
-        if (canWrite()) setDraftError(error);
+        setDraftError(error);
       }
     }, 250);
     return () => {
@@ -215,6 +215,7 @@ export default function New({ query }) {
   };
   return html`<form onSubmit=${submit} novalidate>
     <h1>New run</h1>
+    ${!canWrite() && html`<${Notice}><p>This link only shows. What is typed here is neither checked nor kept.</p></${Notice}>`}
     <${Problem} error=${draftError} />
     <${Recipes} recipes=${recipes} onChoose=${(/** @type {any} */ chosen) => { typing.current = false; setValues({ ...chosen, ...(values["data.location"] ? { "data.location": values["data.location"] } : {}) }); }} />
     <div class="new"><div>
@@ -231,7 +232,7 @@ export default function New({ query }) {
         ${!values["validation.prompts"] && html`<p class="help">Without validation prompts the run draws only its held-out pairs.</p>`}
       </section>
       <${Plan} values=${values} isReady=${!checked.errors.length && !!values["data.location"]} />
-      <section class="panel"><${Field} label="Recipe" help="The same options as text; a change here changes the form." error=${away[0]?.message} control=${(/** @type {any} */ a) => html`<textarea ...${a} class="code" rows="16" spellcheck="false" value=${yaml} onInput=${(/** @type {any} */ event) => readYaml(event.target.value)}></textarea>`} /></section>
+      <section class="panel"><${Field} label="Recipe" help="The same options as text; a change here changes the form." error=${away[0]?.message} control=${(/** @type {any} */ a) => html`<textarea ...${a} class="code" rows="16" spellcheck="false" disabled=${!canWrite()} value=${yaml} onInput=${(/** @type {any} */ event) => readYaml(event.target.value)}></textarea>`} /></section>
     </aside></div>
     ${isSaving && html`<${Save} yaml=${yaml} recipes=${recipes} onClose=${() => { setSaving(false); reload(); }} />`}
   </form>`;
