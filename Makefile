@@ -34,6 +34,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	$(BIN)/python -m t2i_adapter.annotators.weights || echo "No weights of the annotators: the tests of soft edges, poses and person masks will be skipped."
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || echo "No Chromium: the tests of the studio in a browser will be skipped. On Debian, apt-get install chromium."
 	@touch $@
 
 demo: install

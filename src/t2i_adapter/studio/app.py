@@ -25,7 +25,8 @@ from t2i_adapter.studio.server import Studio, problem
 from t2i_adapter.studio.watch import Watch
 
 WEB = Path(__file__).parent / "web"
-PAGES = ("/", "/data", "/data/{id}", "/new", "/runs/{id}", "/compare", "/try", "/try/{id}", "/release", "/release/{id}")
+PAGES = ("/", "/data", "/data/{id}", "/new", "/runs/{id}", "/jobs/{id}", "/compare")
+PAGES += ("/try", "/try/{id}", "/release", "/release/{id}")
 """Addresses that the browser's own code shows."""
 _KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".html": "text/html"}
 _FILE = re.compile(r"(pages/|vendor/)?[a-z][a-z0-9_-]*\.(js|css|svg)")
@@ -86,7 +87,9 @@ def make_app(studio: Studio, host_names: tuple[str, ...] = ()) -> Guard:
     return Guard(app, studio.keys, host_names)  # outermost, so that its headers are on every answer
 
 
-async def _missing(_: Request, __: Exception) -> Response:
+async def _missing(request: Request, _: Exception) -> Response:
+    if "text/html" in request.headers.get("accept", ""):
+        return FileResponse(WEB / "index.html", status_code=404, media_type="text/html; charset=utf-8")
     return problem(404, "There is no such page.")
 
 

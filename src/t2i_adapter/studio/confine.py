@@ -9,7 +9,7 @@ from typing import Any
 from t2i_adapter.config.paths import CONDITIONS, NAMES, PATHS, PathKind
 from t2i_adapter.config.tree import COLUMN, FOLDER, check_no_login
 from t2i_adapter.errors import UserError
-from t2i_adapter.studio.places import Places
+from t2i_adapter.studio.places import STATE, Places
 
 _ADDRESS = re.compile(r"(https?|s3|hf)://", re.IGNORECASE)
 _KIND = re.compile(r"[a-z0-9_-]+(,[^/\\~]*)?", re.DOTALL)
@@ -17,6 +17,8 @@ _SPECIAL = re.compile(r"[:,={}*?\[]")
 """What several names, a weight or a pattern are written with; such a text is no plain path."""
 _SEGMENTS = re.compile(r"[/\\:,={}]")
 _ABSOLUTE_CHOICE = re.compile(r"[{,]\s*[/~]")
+_SKIP_LIST = re.compile(re.escape(STATE) + r"/data/[a-z0-9-]{1,60}-skip\.txt")
+"""Lists of rows to skip that the page Data writes: the only files of the studio's own folder that a run may read."""
 MOST_TEXT = 10_000
 """Letters of a value at most."""
 
@@ -49,6 +51,8 @@ def _check(path: str, text: str, places: Places) -> None:
         _check_kind(path, text)
     elif path in NAMES:
         _check_name(path, text)
+    elif path == "data.skip" and _SKIP_LIST.fullmatch(text):
+        return
     elif path in PATHS and text:
         _check_path(path, text, PATHS[path], places)
 

@@ -121,7 +121,8 @@ def make_map(call: Call) -> dict[str, Any]:
     folder = _chosen(call)
     photo = upload_file(call.studio.places, call.text("upload"))
     kind = call.text("condition", "")
-    check_values({"condition": kind}, call.studio.places)
+    if kind:
+        check_values({"condition": kind}, call.studio.places)
     content = {"adapter": call.studio.places.relative(folder), "photo": str(photo), "condition": kind}
     return {"id": _ask(call, "map", content)}
 

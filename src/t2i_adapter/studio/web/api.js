@@ -24,7 +24,9 @@ async function read(response) {
 async function send(method, path, body, type) {
   let response;
   try {
-    response = await fetch(path, { method, body, headers: body === undefined ? {} : { "content-type": type } });
+    // A request that is on its way when the page closes still arrives; a browser allows that for short bodies.
+    const keepalive = typeof body === "string" && body.length < 8_000;
+    response = await fetch(path, { method, body, keepalive, headers: body === undefined ? {} : { "content-type": type } });
   } catch {
     throw new ApiError(0, "The studio does not answer. Its terminal says why; runs go on without it.", null);
   }

@@ -1,10 +1,9 @@
 // @ts-check
 // The frame of every page: navigation, connection, theme. A page is a module of pages/ that is loaded when it is shown.
 import { html, render, useEffect, useRef, useState } from "./vendor/ui.js";
-import { Loading, Problem, setTheme, theme } from "./kit.js";
+import { Loading, Meter, Problem, setTheme, theme } from "./kit.js";
 import { connection, device, fault, jobs, runs, start, state } from "./live.js";
 import { address, onLink } from "./router.js";
-import { size } from "./words.js";
 
 /** [address, module, title] */
 const PAGES = /** @type {[RegExp, string, string][]} */ ([
@@ -12,6 +11,7 @@ const PAGES = /** @type {[RegExp, string, string][]} */ ([
   [/^\/data(?:\/([^/]+))?$/, "data", "Data"],
   [/^\/new$/, "new", "New run"],
   [/^\/runs\/([^/]+)$/, "run", "Run"],
+  [/^\/jobs\/([^/]+)$/, "job", "Job"],
   [/^\/compare$/, "compare", "Compare"],
   [/^\/try(?:\/([^/]+))?$/, "try", "Try"],
   [/^\/release(?:\/([^/]+))?$/, "release", "Release"],
@@ -20,12 +20,14 @@ const LINKS = [["/", "Runs"], ["/data", "Data"], ["/new", "New run"], ["/compare
 
 function Navigation() {
   const path = address.value.pathname;
+  // On a small screen the links are one line that scrolls.
+  useEffect(() => document.querySelector("nav.main [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" }), [path]);
   const running = Object.values(runs.value).filter((run) => run.state === "running").length;
   const waiting = Object.values(jobs.value).filter((job) => job.state === "queued").length;
   return html`<nav class="main" aria-label="Pages">
     <a class="brand" href="/"><img src="/static/icon.svg" alt="" width="24" height="24" /> Studio</a>
     <ul>${LINKS.map(([to, label]) => {
-      const isHere = to === "/" ? path === "/" || path.startsWith("/runs") : path.startsWith(to);
+      const isHere = to === "/" ? path === "/" || path.startsWith("/runs") || path.startsWith("/jobs") : path.startsWith(to);
       return html`<li><a href=${to} aria-current=${isHere ? "page" : undefined}>${label}${to === "/" && running + waiting > 0 ? html` <span class="count" title=${`${running} running, ${waiting} waiting`}>${running + waiting}</span>` : ""}</a></li>`;
     })}</ul>
     <div class="foot">
@@ -40,9 +42,11 @@ function Navigation() {
 function Machine() {
   const found = device.value;
   if (!found) return null;
-  const card = found.cards[0];
-  return html`<p class="quiet machine">${card ? `${card.name}: ${size(card.memory - card.memory_free)} of ${size(card.memory)}` : found.cards_known ? "no card" : "card unknown"}<br />
-    ${found.cores} cores, ${size(found.memory_free)} of memory free<br />${size(found.disk_free)} of disk free</p>`;
+  return html`<div class="quiet machine">
+    ${found.cards.map((/** @type {any} */ card) => html`<div><p>${card.name}, ${Math.round(100 * card.load)} % busy</p><${Meter} label="Card" used=${card.memory - card.memory_free} total=${card.memory} /></div>`)}
+    ${found.memory && html`<${Meter} label="Memory" used=${found.memory - found.memory_free} total=${found.memory} />`}
+    <${Meter} label="Disk" used=${found.disk - found.disk_free} total=${found.disk} />
+    ${found.cards.length === 0 && html`<p>${found.cores} cores; ${found.cards_known ? "no card" : "no card known"}</p>`}</div>`;
 }
 
 function Connection() {
@@ -65,12 +69,12 @@ function Page() {
       () => setFound({ module, view: null, error: { message: "The page could not be loaded. Is the studio running?" } }),
     );
   }, [module]);
-  useEffect(() => void (found.module === module && document.activeElement === document.body && main.current?.focus()), [path, found]);
+  useEffect(() => void (found.module === module && document.activeElement === document.body && main.current?.focus({ preventScroll: true })), [path, found]);
   const View = found.module === module ? found.view : null;
   return html`<main id="main" tabindex="-1" ref=${main}>
     <${Connection} />
     ${fault.value && connection.value !== "refused" && html`<${Problem} error=${fault.value} />`}
-    <${Problem} error=${found.module === module ? found.error : null} />
+    ${found.module === module && found.error && html`<h1>${title}</h1><${Problem} error=${found.error}><p><a href="/">All runs</a></p></${Problem}>`}
     ${View ? html`<${View} key=${path} id=${match?.[1] ? decodeURIComponent(match[1]) : null} query=${address.value.searchParams} />` : !found.error && html`<${Loading} />`}
   </main>`;
 }

@@ -85,20 +85,26 @@ export function Chart({ title, lines, show = number, log = false, marks = [], no
         u.ctx.restore();
       }
     };
+    // Without a pointer over the chart the legend has each line's last value.
+    const showLast = (/** @type {any} */ u) => {
+      const idxs = u.data.map((/** @type {any[]} */ values) => values.findLastIndex((value) => value != null));
+      u.setLegend({ idx: idxs[0], idxs }, false);
+    };
     const options = {
       width: ref.current.clientWidth || 400,
       height,
       series,
       bands,
       scales: { x: { time: false }, y: log ? { distr: 3 } : {} },
-      axes: [{ ...axis(), values: (/** @type {any} */ _, /** @type {number[]} */ at) => at.map((x) => x.toLocaleString("en-US")) }, { ...axis(), size: 64, values: (/** @type {any} */ _, /** @type {(number | null)[]} */ at) => at.map((x) => (x == null ? "" : show(x))) }],
-      hooks: { draw: [drawMarks] },
+      axes: [{ ...axis(), size: 32, values: (/** @type {any} */ _, /** @type {number[]} */ at) => at.map((x) => x.toLocaleString("en-US")) }, { ...axis(), size: 64, values: (/** @type {any} */ _, /** @type {(number | null)[]} */ at) => at.map((x) => (x == null ? "" : show(x))) }],
+      hooks: { draw: [drawMarks], ready: [showLast], setData: [showLast], setCursor: [(/** @type {any} */ u) => u.cursor.idx == null && showLast(u)] },
       legend: { live: true },
     };
     plot.current = new uPlot(/** @type {any} */ (options), data.current, ref.current);
     for (const [n, one] of series.entries()) if (one.class === "bound") ref.current.querySelectorAll(".u-legend .u-series")[n]?.setAttribute("hidden", "");
-    const observer = new ResizeObserver(() => plot.current?.setSize({ width: ref.current.clientWidth, height }));
-    observer.observe(ref.current);
+    const box = ref.current;
+    const observer = new ResizeObserver(() => plot.current?.setSize({ width: box.clientWidth, height }));
+    observer.observe(box);
     return () => {
       observer.disconnect();
       plot.current?.destroy();

@@ -62,10 +62,11 @@ export function Grid({ total, width, height, label, tile, at }) {
   const box = useRef(/** @type {any} */ (null));
   const [view, setView] = useState({ top: 0, height: 600, width: 800 });
   useEffect(() => {
-    const look = () => setView({ top: box.current.scrollTop, height: box.current.clientHeight, width: box.current.clientWidth });
+    const node = box.current;
+    const look = () => setView({ top: node.scrollTop, height: node.clientHeight, width: node.clientWidth });
     look();
     const observer = new ResizeObserver(look);
-    observer.observe(box.current);
+    observer.observe(node);
     return () => observer.disconnect();
   }, []);
   const columns = Math.max(1, Math.floor(view.width / width));
@@ -82,7 +83,7 @@ export function Grid({ total, width, height, label, tile, at }) {
     event.preventDefault();
     const y = Math.floor(place / columns) * height;
     if (y < view.top * scale || y + height > view.top * scale + view.height) box.current.scrollTop = (y - view.height / 2) / scale;
-    requestAnimationFrame(() => requestAnimationFrame(() => box.current.querySelector(`[data-place="${place}"]`)?.focus()));
+    requestAnimationFrame(() => requestAnimationFrame(() => box.current?.querySelector(`[data-place="${place}"]`)?.focus()));
   };
   const tiles = [];
   for (let line = first; line < last; line++) {

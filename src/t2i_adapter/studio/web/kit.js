@@ -3,7 +3,7 @@
 import { html, signal, useCallback, useEffect, useId, useRef, useState } from "./vendor/ui.js";
 import { get } from "./api.js";
 import { state } from "./live.js";
-import { LOOKS, size } from "./words.js";
+import { LOOKS, duration, size } from "./words.js";
 
 /** Reads `path` when it changes. `reload` reads again; what was read stays meanwhile.
  * @param {string | null} path null reads nothing */
@@ -44,18 +44,32 @@ export function useAction(action) {
   return { run, isBusy, error, clear: () => setError(null) };
 }
 
+/** Seconds that a phase still takes at the rate since it was first seen here; null until that is known.
+ * @param {any} progress the last line of a job's progress */
+export function useTimeLeft(progress) {
+  const first = useRef(/** @type {any} */ (null));
+  if (!progress?.phase) return null;
+  if (first.current?.phase !== progress.phase) first.current = progress;
+  const made = progress.done - first.current.done;
+  const seconds = progress.time - first.current.time;
+  return progress.total && made > 0 && seconds >= 2 ? ((progress.total - progress.done) / made) * seconds : null;
+}
+
 /** Whether this page may change anything. */
 export const canWrite = () => state.value?.role === "owner";
 
 /** @param {{state: string, label?: string}} props */
 export const Badge = ({ state: name, label }) => html`<span class=${`badge ${LOOKS[name] ?? "calm"}`}>${label ?? name}</span>`;
 
-/** A bar with its numbers in words. @param {{done: number, total: number | null, label: string}} props */
-export function Progress({ done, total, label }) {
+/** A sentence in which \`words\` are code. @param {{text: string}} props */
+export const Sentence = ({ text }) => html`${text.split("`").map((part, n) => (n % 2 ? html`<code>${part}</code>` : part))}`;
+
+/** A bar with its numbers in words; left: seconds. @param {{done: number, total: number | null, label: string, left?: number | null}} props */
+export function Progress({ done, total, label, left }) {
   const share = total ? Math.min(1, done / total) : 0;
   return html`<div class="progress">
     <progress aria-label=${label} max="1" value=${total ? share : undefined}></progress>
-    <span class="quiet">${label}${total ? ` ${done.toLocaleString("en-US")} of ${total.toLocaleString("en-US")}` : ""}</span>
+    <span class="quiet">${label}${total ? ` ${done.toLocaleString("en-US")} of ${total.toLocaleString("en-US")}` : ""}${left ? `, about ${duration(left)} left` : ""}</span>
   </div>`;
 }
 
@@ -119,7 +133,9 @@ export function Dialog({ title, onClose, children }) {
   const ref = useRef(/** @type {any} */ (null));
   const id = useId();
   useEffect(() => {
+    const before = /** @type {any} */ (document.activeElement);
     ref.current?.showModal();
+    return () => before?.focus?.();
   }, []);
   return html`<dialog ref=${ref} aria-labelledby=${id} onClose=${onClose} onCancel=${onClose}>
     <header><h2 id=${id}>${title}</h2><button type="button" class="plain" aria-label="Close" onClick=${onClose}>×</button></header>

@@ -7,7 +7,7 @@ export function size(bytes) {
   for (const [unit, scale] of /** @type {[string, number][]} */ ([["TB", 1e12], ["GB", 1e9], ["MB", 1e6]])) {
     if (bytes >= scale) return `${(bytes / scale).toFixed(bytes / scale < 10 ? 1 : 0)} ${unit}`;
   }
-  return `${Math.round(bytes / 1e3)} KB`;
+  return bytes < 1e3 ? `${bytes} bytes` : `${Math.round(bytes / 1e3)} KB`;
 }
 
 /** @param {number | null | undefined} seconds */

@@ -8,6 +8,8 @@ import { jobs } from "../live.js";
 import { go } from "../router.js";
 import { size, whole } from "../words.js";
 
+const SHAPES = { out: "data/shapes", num: 200, num_test: 32 };
+
 /** Where a dataset is, and how it is read. @param {{onDone: (id: string) => void}} props */
 function Register({ onDone }) {
   const [values, setValues] = useState(/** @type {Record<string, string>} */ ({ location: "", condition: "", split: "train" }));
@@ -29,6 +31,17 @@ function Register({ onDone }) {
   </form>`;
 }
 
+/** Draws a small dataset, and opens it when it is there. */
+function Shapes() {
+  const [id, setId] = useState("");
+  const job = jobs.value[id];
+  const { run: open, error } = useAction(async () => go(`/data/${(await post("/api/data", { values: { location: SHAPES.out } })).id}`));
+  useEffect(() => void (job?.state === "done" && open()), [job?.state]);
+  if (job && ["queued", "running"].includes(job.state)) return html`<${Progress} label=${job.progress.phase ?? "drawing"} done=${job.progress.done ?? 0} total=${job.progress.total ?? null} />`;
+  return html`<div><p><${Button} onClick=${async () => setId((await post("/api/jobs", { verb: "make-data shapes", values: SHAPES })).id)}>Draw a small dataset of shapes</${Button}></p>
+    <${Problem} error=${error ?? (job?.error ? { message: job.error } : null)} /></div>`;
+}
+
 function List() {
   const { data, error, reload } = useGet("/api/data");
   return html`<div><h1>Data</h1>
@@ -37,7 +50,7 @@ function List() {
       ${canWrite() && html`<button type="button" class="plain" aria-label=${`Forget ${one.values.location}; its files stay`} onClick=${() => post(`/api/data/${one.id}/remove`).then(reload)}>Forget</button>`}</li>`)}</ul></section>`}
     ${data?.length === 0 && html`<${Empty} title="No dataset is open yet"><p>A dataset is pairs of a picture and a condition, with captions. The shortest way: a folder with</p>
       <pre class="log">a.jpg   a.txt   b.jpg   b.txt   ...</pre><p>and an annotator, such as canny, which makes the conditions.</p>
-      ${canWrite() && html`<p><${Button} onClick=${() => post("/api/jobs", { verb: "make-data shapes", values: { out: "data/shapes", num: 200, num_test: 32 } })}>Draw a small dataset of shapes</${Button}></p>`}</${Empty}>`}
+      ${canWrite() && html`<${Shapes} />`}</${Empty}>`}
     ${canWrite() && html`<${Register} onDone=${(/** @type {string} */ id) => go(`/data/${id}`)} />`}
   </div>`;
 }
@@ -119,7 +132,7 @@ function Dataset({ id }) {
   const tile = (/** @type {number} */ place, /** @type {any} */ more) => {
     const row = rows.at(place);
     const src = (/** @type {string} */ what) => `/api/data/${id}/rows/${row.n}/${what}?side=160`;
-    return html`<div role="listitem" key=${place} style=${more.style}><button type="button" class=${`tile ${row?.skipped ? "skipped" : ""}`} tabindex=${more.tabindex} data-place=${place} onClick=${() => row && setOpen(place)} aria-label=${row ? `${row.key}${row.skipped ? ", skipped" : ""}` : `row ${place}`}>
+    return html`<div role="listitem" key=${place} style=${more.style}><button type="button" class=${`tile ${row?.skipped ? "skipped" : ""}`} tabindex=${more.tabindex} data-place=${place} onClick=${() => row && setOpen(place)} aria-label=${row ? `${row.key}${row.skipped ? ", skipped" : ""}: ${row.error ?? ""}${row.captions[0] ?? ""}` : `row ${place}`}>
       ${row && !row.error && html`<span class="halves"><img src=${src("image")} alt="" loading="lazy" /><img src=${src("condition")} alt="" loading="lazy" /></span>`}
       ${row?.error && html`<span class="small field-error">${row.error}</span>`}
       <span class="small caption">${row?.captions[0] ?? ""}</span></button></div>`;

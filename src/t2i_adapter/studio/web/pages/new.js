@@ -2,8 +2,9 @@
 // New run: choose a recipe, change what matters, see what it will cost, start it. Form and recipe text are one thing.
 import { html, useEffect, useMemo, useRef, useState } from "../vendor/ui.js";
 import { get, post, put } from "../api.js";
-import { Button, Command, Field, Loading, Notice, Picker, Problem, canWrite, labelOf, useAction, useGet } from "../kit.js";
-import { jobs, on, runs, state } from "../live.js";
+import { Button, Command, Dialog, Field, Loading, Notice, Picker, Problem, canWrite, labelOf, useAction, useGet } from "../kit.js";
+import { jobs, runs, state } from "../live.js";
+import { plainLog } from "../log.js";
 import { go } from "../router.js";
 
 const BASICS = ["data.location", "data.condition", "base.name", "data.resolution", "train.max_steps", "train.batch_size", "train.mixed_precision", "optim.lr", "checkpoint.every", "validation.prompts", "validation.images"];
@@ -39,6 +40,26 @@ const Recipes = ({ recipes, onChoose }) => html`<section class="panel" aria-labe
   <ul class="recipes">${recipes.map((one) => html`<li><button type="button" disabled=${!one.values} onClick=${() => onChoose(one.values)}><b>${one.id}</b><span class="small">${one.about}</span></button></li>`)}</ul>
 </section>`;
 
+/** Keeps the options as a recipe. @param {{yaml: string, recipes: any[], onClose: () => void}} props */
+function Save({ yaml, recipes, onClose }) {
+  const [name, setName] = useState("");
+  const [isOver, setOver] = useState(false);
+  const present = recipes.find((one) => one.id === name && one.is_own);
+  const { run: save, isBusy, error } = useAction(async () => {
+    await put(`/api/recipes/${encodeURIComponent(name)}`, { yaml, was: isOver && present ? present.yaml : "" });
+    onClose();
+  });
+  const onSubmit = (/** @type {Event} */ event) => {
+    event.preventDefault();
+    event.stopPropagation();
+    save();
+  };
+  return html`<${Dialog} title="Save as a recipe" onClose=${onClose}><div role="form" aria-label="Recipe" onKeyDown=${(/** @type {KeyboardEvent} */ event) => event.key === "Enter" && /** @type {any} */ (event.target).tagName === "INPUT" && onSubmit(event)}>
+    <${Field} label="Name" help=${`The file will be recipes/${name || "NAME"}.yaml. Small letters, digits, dashes and underscores.`} error=${error?.message} control=${(/** @type {any} */ a) => html`<input ...${a} type="text" value=${name} autocomplete="off" onInput=${(/** @type {any} */ event) => setName(event.target.value)} />`} />
+    ${present && html`<p><label><input type="checkbox" checked=${isOver} onChange=${(/** @type {any} */ event) => setOver(event.target.checked)} /> Replace the recipe of this name</label></p>`}
+    <footer><button type="button" class="main" disabled=${isBusy || !name} onClick=${onSubmit}>Save</button></footer></div></${Dialog}>`;
+}
+
 /** What the run will need, as the verb `plan` predicts it. @param {{values: any, isReady: boolean}} props */
 function Plan({ values, isReady }) {
   const [card, setCard] = useState("");
@@ -57,7 +78,7 @@ function Plan({ values, isReady }) {
     <div class="row"><label>Card <select value=${card} onChange=${(/** @type {any} */ event) => setCard(event.target.value)}>${CARDS.map((one) => html`<option value=${one}>${one || "this machine"}</option>`)}</select></label>
       <${Button} disabled=${!isReady || isAtWork} onClick=${ask}>${isAtWork ? "Planning ..." : "Plan it"}</${Button}></div>
     ${job?.error && html`<${Notice} kind="bad"><p>${job.error}</p></${Notice}>`}
-    ${text && !job?.error && html`<pre class="log" tabindex="0" aria-label="The plan">${text.split("\n").map((line) => line.split("\r").pop()).join("\n").trim()}</pre>`}
+    ${text && !job?.error && html`<pre class="log" tabindex="0" aria-label="The plan">${plainLog(text).trim()}</pre>`}
   </section>`;
 }
 
@@ -86,13 +107,17 @@ function Form({ values, options, errors, change }) {
 /** @param {{query: URLSearchParams}} props */
 export default function New({ query }) {
   const { data: form, error: formError } = useGet("/api/form/train");
-  const { data: recipes } = useGet("/api/recipes");
+  const { data: recipes, reload } = useGet("/api/recipes");
   const [values, setValues] = useState(/** @type {Record<string, any> | null} */ (null));
   const [yaml, setYaml] = useState("");
   const [checked, setChecked] = useState({ errors: /** @type {any[]} */ ([]), command: "" });
   const [draftError, setDraftError] = useState(/** @type {any} */ (null));
   const was = useRef(/** @type {number | null} */ (null));
+  const latest = useRef(/** @type {any} */ (null));
+  const kept = useRef(/** @type {Promise<void>} */ (Promise.resolve()));
   const typing = useRef(false);
+  const typed = useRef("");
+  const isGone = useRef(false);
   const summary = useRef(/** @type {any} */ (null));
   const load = async () => {
     const draft = await get(`/api/drafts/${DRAFT}`);
@@ -106,23 +131,46 @@ export default function New({ query }) {
     }
     setValues(content);
   };
-  useEffect(() => void load(), []);
-  // Each change is checked as the command line would, and kept, so that nothing typed is lost with the page.
   useEffect(() => {
-    if (!values) return;
+    load();
+    return () => (isGone.current = true);
+  }, []);
+  // One after another: each needs the version that the one before it wrote.
+  const keep = (/** @type {any} */ content) => (kept.current = kept.current.then(async () => {
+    try {
+      was.current = (await put(`/api/drafts/${DRAFT}`, { content, was: was.current })).was;
+      setDraftError(null);
+    } catch (error) {
+      setDraftError(error);
+      if (/** @type {any} */ (error).status === 412) await load();
+    }
+  }));
+  // Each change is kept, so that nothing typed is lost with the page, and checked as the command line would.
+  useEffect(() => {
+    if (!values || !canWrite()) return;
+    latest.current = values;
+    let isKept = false;
+    const save = () => {
+      if (!isKept) keep(values);
+      isKept = true;
+    };
+    addEventListener("pagehide", save);
     const timer = setTimeout(async () => {
+      save();
       try {
         const found = await post("/api/check", { verb: "train", values });
+        if (latest.current !== values) return;
         setChecked({ errors: found.errors, command: found.command ?? "" });
         if (found.yaml !== undefined && !typing.current) setYaml(found.yaml);
-        was.current = (await put(`/api/drafts/${DRAFT}`, { content: values, was: was.current })).was;
-        setDraftError(null);
       } catch (error) {
         setDraftError(error);
-        if (/** @type {any} */ (error).status === 412) load();
       }
     }, 250);
-    return () => clearTimeout(timer);
+    return () => {
+      clearTimeout(timer);
+      removeEventListener("pagehide", save);
+      if (isGone.current) save();
+    };
   }, [values]);
   const change = (/** @type {string} */ path, /** @type {any} */ value) => {
     typing.current = false;
@@ -134,25 +182,23 @@ export default function New({ query }) {
   const readYaml = async (/** @type {string} */ text) => {
     typing.current = true;
     setYaml(text);
-    const found = await post("/api/check", { verb: "train", yaml: text });
-    if (found.values) setValues(found.values);
-    else setChecked({ errors: found.errors, command: "" });
+    typed.current = text;
+    try {
+      const found = await post("/api/check", { verb: "train", yaml: text });
+      if (typed.current !== text) return; // an answer about older text
+      if (found.values) setValues(found.values);
+      else setChecked({ errors: found.errors, command: "" });
+    } catch (error) {
+      setDraftError(error);
+    }
   };
   const { run: begin, isBusy, error } = useAction(async () => {
     const job = await post("/api/jobs", { verb: "train", values });
-    await put(`/api/drafts/${DRAFT}`, { content: {}, was: was.current });
-    const ends = on("run", (row) => {
-      if (row.folder !== job.run) return;
-      ends();
-      go(`/runs/${row.id}`);
-    });
+    await keep({});
     const known = Object.values(runs.value).find((row) => row.folder === job.run);
-    go(known ? `/runs/${known.id}` : "/");
+    go(known ? `/runs/${known.id}` : `/jobs/${job.id}?follow`);
   });
-  const { run: save, error: saveError } = useAction(async () => {
-    const name = prompt("Name of the recipe: small letters, digits and dashes");
-    if (name) await put(`/api/recipes/${encodeURIComponent(name)}`, { yaml, was: "" });
-  });
+  const [isSaving, setSaving] = useState(false);
   if (formError) return html`<div><h1>New run</h1><${Problem} error=${formError} /></div>`;
   if (!form || !values || !recipes) return html`<${Loading} label="Reading the options" />`;
   const folder = values.output_dir ?? "";
@@ -169,6 +215,7 @@ export default function New({ query }) {
   };
   return html`<form onSubmit=${submit} novalidate>
     <h1>New run</h1>
+    ${!canWrite() && html`<${Notice}><p>This link only shows. What is typed here is neither checked nor kept.</p></${Notice}>`}
     <${Problem} error=${draftError} />
     <${Recipes} recipes=${recipes} onChoose=${(/** @type {any} */ chosen) => { typing.current = false; setValues({ ...chosen, ...(values["data.location"] ? { "data.location": values["data.location"] } : {}) }); }} />
     <div class="new"><div>
@@ -178,14 +225,15 @@ export default function New({ query }) {
     </div><aside class="beside">
       <section class="panel"><h2>Start</h2>
         ${errors.length > 0 && html`<div ref=${summary} tabindex="-1" class="notice wait"><p><b>${errors.length === 1 ? "One thing is to be done:" : `${errors.length} things are to be done:`}</b></p><ul>${errors.map((one) => html`<li>${one.message}</li>`)}</ul></div>`}
-        <${Problem} error=${error ?? saveError} />
+        <${Problem} error=${error} />
         <div class="row"><button type="submit" class="main" disabled=${isBusy || !canWrite()}>${Object.values(jobs.value).some((job) => job.queue === "device" && ["queued", "running"].includes(job.state)) ? "Put into the queue" : "Start"}</button>
-          <button type="button" onClick=${save} disabled=${!yaml}>Save as a recipe</button><button type="button" onClick=${() => setValues({})}>Clear</button></div>
+          <button type="button" onClick=${() => setSaving(true)} disabled=${!yaml || !canWrite()}>Save as a recipe</button><button type="button" onClick=${() => setValues({})}>Clear</button></div>
         ${checked.command && html`<${Command} command=${checked.command} label="The command of this run" />`}
         ${!values["validation.prompts"] && html`<p class="help">Without validation prompts the run draws only its held-out pairs.</p>`}
       </section>
       <${Plan} values=${values} isReady=${!checked.errors.length && !!values["data.location"]} />
-      <section class="panel"><${Field} label="Recipe" help="The same options as text; a change here changes the form." error=${away[0]?.message} control=${(/** @type {any} */ a) => html`<textarea ...${a} class="code" rows="16" spellcheck="false" value=${yaml} onInput=${(/** @type {any} */ event) => readYaml(event.target.value)}></textarea>`} /></section>
+      <section class="panel"><${Field} label="Recipe" help="The same options as text; a change here changes the form." error=${away[0]?.message} control=${(/** @type {any} */ a) => html`<textarea ...${a} class="code" rows="16" spellcheck="false" disabled=${!canWrite()} value=${yaml} onInput=${(/** @type {any} */ event) => readYaml(event.target.value)}></textarea>`} /></section>
     </aside></div>
+    ${isSaving && html`<${Save} yaml=${yaml} recipes=${recipes} onClose=${() => { setSaving(false); reload(); }} />`}
   </form>`;
 }

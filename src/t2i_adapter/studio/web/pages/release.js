@@ -2,8 +2,9 @@
 // Release: measure an adapter, complete its card, write it for other programs, publish it.
 import { html, useEffect, useState } from "../vendor/ui.js";
 import { get, post, put } from "../api.js";
-import { Badge, Button, Command, Empty, Field, Loading, Notice, Problem, Progress, Tabs, canWrite, useAction, useGet } from "../kit.js";
+import { Badge, Button, Command, Empty, Field, Loading, Notice, Problem, Progress, Sentence, Tabs, canWrite, useAction, useGet } from "../kit.js";
 import { jobs } from "../live.js";
+import { plainLog } from "../log.js";
 import { go } from "../router.js";
 import { size } from "../words.js";
 
@@ -19,7 +20,7 @@ function LastJob({ verb, folder, onEnd }) {
   useEffect(() => {
     setText("");
     if (!job || isAtWork) return;
-    get(`/api/jobs/${job.id}/log?from=0`).then((found) => setText(found.text.split("\n").map((/** @type {string} */ line) => line.split("\r").pop()).join("\n").trim()));
+    get(`/api/jobs/${job.id}/log?from=0`).then((found) => setText(plainLog(found.text).trim()));
     onEnd?.();
   }, [job?.id, job?.state]);
   if (!job) return null;
@@ -87,7 +88,7 @@ function Adapter({ found, reload }) {
   }
   return html`<div>
     ${found.error && html`<${Notice} kind="bad"><p>${found.error}</p></${Notice}>`}
-    ${found.checks && html`<section class="panel" aria-label="Checklist"><h2>What a good release has</h2><ul class="checks">${found.checks.map((/** @type {any} */ one) => html`<li><${Badge} state=${one.is_there ? "done" : "stopped"} label=${one.is_there ? "there" : "missing"} /> ${one.what} ${!one.is_there && html`<span class="quiet small">${one.how}</span>`}</li>`)}</ul></section>`}
+    ${found.checks && html`<section class="panel" aria-label="Checklist"><h2>What a good release has</h2><ul class="checks">${found.checks.map((/** @type {any} */ one) => html`<li><${Badge} state=${one.is_there ? "done" : "stopped"} label=${one.is_there ? "there" : "missing"} /> ${one.what} ${!one.is_there && html`<span class="quiet small"><${Sentence} text=${one.how} /></span>`}</li>`)}</ul></section>`}
     <${Measure} found=${found} reload=${reload} />
     <section class="panel" aria-label="Other programs"><h2>For other programs</h2><p class="quiet">Written to the folder exports, and checked as the program reads it.</p>
       ${canWrite() && html`<div class="row">${PROGRAMS.map(([to, label]) => html`<${Button} onClick=${() => post(`/api/release/${found.id}/export`, { to })}>${label}</${Button}>`)}</div>`}

@@ -3,8 +3,9 @@
 import { html, useCallback, useEffect, useMemo, useRef, useState } from "../vendor/ui.js";
 import { post } from "../api.js";
 import { Chart, smooth } from "../chart.js";
-import { Badge, Button, Command, Field, Loading, Notice, Problem, Progress, Tabs, canWrite, useAction, useGet } from "../kit.js";
+import { Badge, Button, Command, Field, Loading, Notice, Problem, Progress, Tabs, canWrite, useAction, useGet, useTimeLeft } from "../kit.js";
 import { jobs, on, runs } from "../live.js";
+import { Log } from "../log.js";
 import { go } from "../router.js";
 import { bounds, duration, moment, number, percent, size, whole } from "../words.js";
 
@@ -80,42 +81,29 @@ function Curves({ metrics, curves, notes }) {
 function Pictures({ run }) {
   const [steps, setSteps] = useState(run.pictures.steps);
   const [chosen, setChosen] = useState(/** @type {number | null} */ (null));
+  const [against, setAgainst] = useState("");
+  const [edge, setEdge] = useState(50);
   useEffect(() => setSteps(run.pictures.steps), [run]);
   useEffect(() => on("picture", (event) => event.run === run.id && setSteps((/** @type {number[]} */ before) => [...new Set([...before, event.step])].sort((a, b) => a - b))), [run.id]);
   if (!steps.length || !run.pictures.pairs.length) return html`<${Notice}><p>No pictures yet. A run that measures its control draws held-out pairs after some updates.</p></${Notice}>`;
   const place = chosen == null ? steps.length - 1 : Math.min(chosen, steps.length - 1);
   const src = (/** @type {string | number} */ step, /** @type {any} */ pair) => `/api/runs/${run.id}/pictures/${step}/${pair.index}`;
-  const shot = (/** @type {string | number} */ step, /** @type {any} */ pair, /** @type {string} */ label) => html`<figure class="shot"><img src=${src(step, pair)} alt=${`${label}: ${pair.prompt || pair.key}`} width="192" height="192" loading="lazy" onError=${(/** @type {any} */ event) => (event.target.closest("figure").hidden = true)} onLoad=${(/** @type {any} */ event) => (event.target.closest("figure").hidden = false)} /><figcaption>${label}</figcaption></figure>`;
+  const hide = (/** @type {boolean} */ isHidden) => (/** @type {any} */ event) => event.target.closest("figure")?.toggleAttribute("hidden", isHidden);
+  const shot = (/** @type {string | number} */ step, /** @type {any} */ pair, /** @type {string} */ label) => html`<figure class="shot"><img src=${src(step, pair)} alt=${`${label}: ${pair.prompt || pair.key}`} width="192" height="192" loading="lazy" onError=${hide(true)} onLoad=${hide(false)} /><figcaption>${label}</figcaption></figure>`;
+  const label = (/** @type {number} */ step) => `step ${whole(step)}${step === run.best?.step ? ", best" : ""}`;
+  const name = against in run.pictures.fixed ? run.pictures.fixed[against] : label(Number(against));
+  const wipe = (/** @type {any} */ pair) => html`<figure class="shot"><div class="stacked"><img src=${src(against, pair)} alt=${`${name}: ${pair.prompt || pair.key}`} /><img class="over" src=${src(steps[place], pair)} alt=${`${label(steps[place])}: ${pair.prompt || pair.key}`} style=${{ clipPath: `inset(0 0 0 ${edge}%)` }} /></div>
+    <figcaption>${name} | ${label(steps[place])}</figcaption></figure>`;
   return html`<div class="panel">
-    <div class="row"><label for="step">Step</label><input id="step" type="range" min="0" max=${steps.length - 1} value=${place} onInput=${(/** @type {any} */ event) => setChosen(+event.target.value)} aria-valuetext=${`step ${steps[place]}`} style=${{ flex: 1 }} /><output for="step">${whole(steps[place])}</output></div>
+    <div class="row"><label for="step">Step</label><input id="step" type="range" min="0" max=${steps.length - 1} value=${place} onInput=${(/** @type {any} */ event) => setChosen(+event.target.value)} aria-valuetext=${`step ${steps[place]}`} style=${{ flex: 1 }} /><output for="step">${label(steps[place])}</output></div>
+    <div class="row small"><label>Wipe against <select value=${against} onChange=${(/** @type {any} */ event) => setAgainst(event.target.value)}><option value="">nothing</option>${steps.map((/** @type {number} */ step) => html`<option value=${String(step)}>${label(step)}</option>`)}${Object.entries(run.pictures.fixed).map(([kind, text]) => html`<option value=${kind}>${text}</option>`)}</select></label>
+      ${against && html`<label class="row grow">Edge <input type="range" min="0" max="100" value=${edge} onInput=${(/** @type {any} */ event) => setEdge(+event.target.value)} /></label>`}</div>
     ${run.pictures.pairs.map((/** @type {any} */ pair) => html`<article class="pair" key=${pair.index}><p class="small">${pair.prompt || pair.key}</p><div class="shots">
       ${Object.entries(run.pictures.fixed).map(([kind, label]) => shot(kind, pair, String(label)))}
       ${steps.length > 1 && shot(steps[0], pair, `step ${whole(steps[0])}`)}
-      ${shot(steps[place], pair, `step ${whole(steps[place])}`)}
+      ${against ? wipe(pair) : shot(steps[place], pair, label(steps[place]))}
     </div></article>`)}
   </div>`;
-}
-
-/** @param {{job: any}} props */
-function Log({ job }) {
-  const [text, setText] = useState("");
-  const { data } = useGet(`/api/jobs/${job.id}/log?from=0`);
-  const at = useRef(0);
-  const end = useRef(/** @type {any} */ (null));
-  useEffect(() => {
-    if (!data) return;
-    setText(data.text);
-    at.current = data.at;
-    return on("log", (event) => {
-      if (event.job !== job.id || event.at <= at.current) return;
-      at.current = event.at;
-      setText((before) => (before + event.text).slice(-200_000));
-    });
-  }, [data, job.id]);
-  // A bar writes its line again after a carriage return: only its last form is shown.
-  const shown = text.split("\n").map((line) => line.split("\r").filter(Boolean).pop() ?? "").join("\n");
-  useEffect(() => end.current?.scrollTo(0, end.current.scrollHeight), [shown]);
-  return html`<pre class="log" tabindex="0" aria-label="Log" ref=${end}>${shown || "No output yet."}</pre>`;
 }
 
 /** @param {{run: any, job: any, onChange: () => void}} props */
@@ -138,7 +126,7 @@ function Actions({ run, job, onChange }) {
       <a class="button" href=${`/compare?runs=${run.id}`}>Compare</a>
       ${run.has_report && html`<a class="button" href=${`/api/runs/${run.id}/report`} target="_blank" rel="noopener">Its page</a>`}
     </div>
-    ${!isRunning && !isWaiting && run.checkpoints.length > 0 && html`<details class="small"><summary>Extend it</summary>
+    ${!isRunning && !isWaiting && run.checkpoints.length > 0 && html`<details class="small extend"><summary>Extend it</summary>
       <form class="row" onSubmit=${(/** @type {Event} */ event) => { event.preventDefault(); extend(); }}>
         <label>Updates of the whole run <input type="number" min=${run.step + 1} value=${steps} onInput=${(/** @type {any} */ event) => setSteps(event.target.value)} required /></label>
         <button type="submit" disabled=${isBusy}>Continue to there</button></form>
@@ -148,8 +136,10 @@ function Actions({ run, job, onChange }) {
 
 /** @param {{run: any, job: any}} props */
 function Head({ run, job }) {
-  const { phase, done, total } = job?.state === "running" ? job.progress : {};
+  const progress = job?.state === "running" ? job.progress : {};
+  const { phase, done, total } = progress;
   const left = run.seconds_left;
+  const phaseLeft = useTimeLeft(progress);
   const facts = [
     ["state", html`<${Badge} state=${run.state} />`],
     ["step", `${whole(run.step)}${run.steps ? ` of ${whole(run.steps)}` : ""}`],
@@ -158,13 +148,13 @@ function Head({ run, job }) {
     ["speed", run.samples_per_s ? `${number(run.samples_per_s)} samples/s` : ""],
     ["control gain", run.gain?.benefit ? percent([run.gain.benefit.mean, run.gain.benefit.low, run.gain.benefit.high]) : ""],
     ["score", run.score ? `${run.score.metric} ${bounds([run.score.adapter?.mean, run.score.adapter?.low, run.score.adapter?.high])}` : ""],
-    ["checkpoints", run.checkpoints.length ? run.checkpoints.slice(-4).map(whole).join(", ") : ""],
-    ["best", run.best ? `step ${whole(run.best.step)}` : ""],
+    ["checkpoints", run.checkpoints.length ? run.checkpoints.slice(-4).map((/** @type {number} */ step) => `${whole(step)}${step === run.best?.step ? " (best)" : ""}`).join(", ") : ""],
+    ["best checkpoint", run.best ? `step ${whole(run.best.step)}` : ""],
     ["on disk", size(run.bytes)],
     ["began", moment(run.started)],
   ].filter(([, value]) => value);
   return html`<section class="panel">
-    ${run.state === "running" && phase && html`<${Progress} done=${done ?? 0} total=${total ?? null} label=${phase} />`}
+    ${run.state === "running" && phase && html`<${Progress} done=${done ?? 0} total=${total ?? null} label=${phase} left=${left ? null : phaseLeft} />`}
     <dl class="facts">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
   </section>`;
 }

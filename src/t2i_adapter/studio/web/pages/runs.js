@@ -14,7 +14,7 @@ function JobCard({ job }) {
   const { phase, done, total } = job.progress;
   const isRunning = job.state === "running";
   return html`<article class="panel job" data-job=${job.id}>
-    <div class="row spread"><h3>${job.verb} ${job.run && html`<span class="quiet">${job.run}</span>`}</h3>
+    <div class="row spread"><h3><a href=${`/jobs/${job.id}`}>${job.verb}</a> ${job.run && html`<span class="quiet">${job.run}</span>`}</h3>
       <${Badge} state=${job.asked ? "stopped" : job.state} label=${job.asked ? `asked to ${job.asked}` : job.state === "queued" ? "waits" : job.state} /></div>
     ${isRunning && html`<${Progress} done=${done ?? 0} total=${total ?? null} label=${phase ?? "starting"} />`}
     ${job.error && html`<p class="field-error">${job.error}</p>`}
@@ -73,7 +73,7 @@ export default function Runs() {
     <div class="row spread"><h1>Runs</h1>${canWrite() && html`<a class="button main" href="/new">New run</a>`}</div>
     ${queue.length > 0 && html`<section aria-label="Queue"><h2>Now</h2><div class="columns">${queue.map((job) => html`<${JobCard} key=${job.id} job=${job} />`)}</div></section>`}
     ${failed.length > 0 && html`<section aria-label="Failed jobs"><h2>Failed today</h2><div class="columns">${failed.map((job) => html`<${JobCard} key=${job.id} job=${job} />`)}</div></section>`}
-    ${all.length > 0 && html`<section class="panel wide" tabindex="0" aria-label="All runs"><table>
+    ${all.length > 0 && html`<section class="panel wide" tabindex="0" role="region" aria-label="All runs"><table class="runs">
       <thead><tr><th scope="col"><span class="quiet">Picture</span></th><th scope="col">Run</th><th scope="col">State</th><th scope="col" class="number">Step</th><th scope="col">Time</th><th scope="col" class="number">Loss</th><th scope="col">Control: benefit, score</th><th scope="col"><span class="quiet">More</span></th></tr></thead>
       <tbody>${all.map((run) => html`<${RunRow} key=${run.id} run=${run} onTrash=${() => setTrashed(run)} />`)}</tbody>
     </table></section>`}

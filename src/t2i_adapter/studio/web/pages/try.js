@@ -10,6 +10,7 @@ import { number } from "../words.js";
 
 const STRIPS = { one: "", strengths: "scale=0,0.5,1,1.5", seeds: "seeds" };
 const DARK = ["white on black", "near is white"];
+const RATIOS = [1, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16];
 
 /** Colours to draw with, and the ground, by what the adapter was trained on. @param {any} adapter */
 function colours(adapter) {
@@ -22,10 +23,18 @@ function colours(adapter) {
   return { ground: own[0] ?? "#000000", palette: [...new Set([isDark ? "#ffffff" : "#000000", ...own])].slice(0, 24) };
 }
 
-/** @param {{adapter: any, drawing: any, onPhoto: (file: File) => void, onMap: (file: File) => void}} props */
-function Board({ adapter, drawing, onPhoto, onMap }) {
+/** [width, height] of about the area of a square, both multiples of what a base needs. @param {number} side @param {number} ratio width / height */
+function sized(side, ratio) {
+  const step = side >= 512 ? 64 : 32;
+  const near = (/** @type {number} */ pixels) => Math.max(step, Math.round(pixels / step) * step);
+  return ratio === 1 ? [side, side] : [near(side * Math.sqrt(ratio)), near(side / Math.sqrt(ratio))];
+}
+
+/** @param {{adapter: any, drawing: any, area: number[], onArea: (area: number[]) => void, onPhoto: (file: File) => void, onMap: (file: File) => void}} props */
+function Board({ adapter, drawing, area, onArea, onPhoto, onMap }) {
   const { ground, palette } = colours(adapter);
   const side = adapter.resolution ?? 512;
+  const areas = [...new Map(RATIOS.map((ratio) => sized(side, ratio)).map((one) => [one.join(), one])).values()];
   const canvas = useRef(/** @type {any} */ (null));
   const [tool, setTool] = useState("brush");
   const [colour, setColour] = useState(palette[0] === ground ? (palette[1] ?? "#ffffff") : palette[0]);
@@ -36,14 +45,14 @@ function Board({ adapter, drawing, onPhoto, onMap }) {
     drawing.current = new Drawing(canvas.current, settings);
     drawing.current.clear();
     drawing.current.before = [];
-  }, [adapter.id]);
+  }, [adapter.id, area.join()]);
   if (drawing.current) Object.assign(drawing.current.settings, { tool, colour, size: width });
   const keys = (/** @type {KeyboardEvent} */ event) => {
     const isTyping = ["INPUT", "TEXTAREA", "SELECT"].includes(/** @type {any} */ (event.target).tagName);
     if (isTyping) return;
     const found = TOOLS.find(([, , key]) => key === event.key);
     if (found && !event.ctrlKey && !event.metaKey) setTool(found[0]);
-    if ((event.ctrlKey || event.metaKey) && event.key === "z") {
+    if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z") {
       event.preventDefault();
       event.shiftKey ? drawing.current?.redo() : drawing.current?.undo();
     }
@@ -67,14 +76,16 @@ function Board({ adapter, drawing, onPhoto, onMap }) {
     </div>
     <div class="row small">
       <label>Width <input type="range" min="1" max="64" value=${width} title="Keys [ and ]" onInput=${(/** @type {any} */ event) => setWidth(+event.target.value)} /> ${width} px</label>
-      <span class="row swatches" role="group" aria-label="Colours">${palette.map((one) => html`<button type="button" class="swatch" aria-label=${`Colour ${one}`} aria-pressed=${one === colour} style=${{ background: one }} onClick=${() => setColour(one)}></button>`)}</span>
+      <span class="row swatches" role="group" aria-label="Colours">${palette.map((/** @type {number[]} */ one) => html`<button type="button" class="swatch" aria-label=${`Colour ${one}`} aria-pressed=${one === colour} style=${{ background: one }} onClick=${() => setColour(one)}></button>`)}</span>
+      <label>Size <select value=${area.join()} onChange=${(/** @type {any} */ event) => onArea(event.target.value.split(",").map(Number))}>${areas.map((/** @type {number[]} */ one) => html`<option value=${one.join()}>${one[0]} × ${one[1]}</option>`)}</select></label>
       <label>Other <input type="color" value=${colour} onInput=${(/** @type {any} */ event) => setColour(event.target.value)} /></label>
     </div>
-    <canvas ref=${canvas} class="board" width=${side} height=${side} tabindex="0" role="img" aria-label=${`Drawing of the condition, ${side} by ${side} pixels. It can be replaced by a picture below.`}></canvas>
+    <canvas key=${area.join()} ref=${canvas} class="board" width=${area[0]} height=${area[1]} style=${{ aspectRatio: `${area[0]} / ${area[1]}` }} tabindex="0" role="img" aria-label=${`Drawing of the condition, ${area[0]} by ${area[1]} pixels. It can be replaced by a picture below.`}></canvas>
     <div class="row small">
       <label class="button">Send a map<input type="file" accept="image/png,image/jpeg,image/webp" class="hidden-file" onChange=${file(onMap)} /></label>
       <label class="button">Make it from a photo<input type="file" accept="image/png,image/jpeg,image/webp" class="hidden-file" onChange=${file(onPhoto)} /></label>
     </div>
+    <p class="help">Drawing needs a mouse, a pen or a finger. With a keyboard, send a map or a photo instead. Keys: ${TOOLS.map(([, label, key]) => `${key} ${label.toLowerCase()}`).join(", ")}, [ and ] width.</p>
   </section>`;
 }
 
@@ -101,6 +112,7 @@ function Studio({ adapter }) {
   const [form, setForm] = useState({ prompt: adapter.prompts[0] ?? "", negative: "", seed: 0, num: 1, steps: 20, guidance: 5, scale: 1, condition_factor: 1, control_guidance: 1, strip: "one", checkpoint: adapter.is_finished ? "" : String(adapter.checkpoints.at(-1) ?? "") });
   const [paint, setPaint] = useState(/** @type {any} */ (null));
   const [progress, setProgress] = useState(/** @type {any} */ ({}));
+  const [area, setArea] = useState([adapter.resolution ?? 512, adapter.resolution ?? 512]);
   const [history, setHistory] = useState(/** @type {any[]} */ ([]));
   const pending = useRef(/** @type {{id: string, kind: string} | null} */ (null));
   const set = (/** @type {string} */ name) => (/** @type {any} */ event) => setForm({ ...form, [name]: event.target.type === "number" || event.target.type === "range" ? +event.target.value : event.target.value });
@@ -139,7 +151,7 @@ function Studio({ adapter }) {
     const sent = await putPicture("/api/uploads", await drawing.current.blob());
     const { strip, checkpoint, ...values } = form;
     const grid = STRIPS[/** @type {keyof typeof STRIPS} */ (strip)];
-    const asked = { ...values, prompt: [values.prompt], negative: values.negative || null, scale: [values.scale], condition_factor: [values.condition_factor], control_guidance: [values.control_guidance], ...(grid ? { grid } : {}), ...(strip === "seeds" ? { num: 4 } : {}) };
+    const asked = { ...values, prompt: [values.prompt], negative: values.negative || null, scale: [values.scale], condition_factor: [values.condition_factor], control_guidance: [values.control_guidance], ...(area[0] === area[1] ? {} : { width: area[0], height: area[1] }), ...(grid ? { grid } : {}), ...(strip === "seeds" ? { num: 4 } : {}) };
     begin((await post("/api/paint", { adapter: adapter.id, checkpoint: step, condition: sent.id, values: asked })).id, "paint");
   });
   const { run: map, error: mapError } = useAction(async (/** @type {File} */ file) => {
@@ -164,7 +176,7 @@ function Studio({ adapter }) {
   const amount = (/** @type {string} */ name, /** @type {string} */ label, /** @type {any} */ more, /** @type {string} */ help) => html`<${Field} label=${label} help=${help} error=${wrong(name)} control=${(/** @type {any} */ a) => html`<input ...${a} type="number" value=${/** @type {any} */ (form)[name]} onInput=${set(name)} ...${more} />`} />`;
   return html`<div onKeyDown=${onKey}>
     <div class="try">
-      <${Board} adapter=${adapter} drawing=${drawing} onPhoto=${map} onMap=${take} />
+      <${Board} adapter=${adapter} drawing=${drawing} area=${area} onArea=${setArea} onPhoto=${map} onMap=${take} />
       <form class="panel" onSubmit=${submit} aria-label="What to generate">
         <${Field} label="Prompt" error=${wrong("prompt")} control=${(/** @type {any} */ a) => html`<textarea ...${a} rows="3" value=${form.prompt} onInput=${set("prompt")} required></textarea>`} />
         <${Field} label="Negative prompt" control=${(/** @type {any} */ a) => html`<input ...${a} type="text" value=${form.negative} onInput=${set("negative")} />`} />
@@ -175,7 +187,7 @@ function Studio({ adapter }) {
           ${amount("guidance", "Guidance", { min: 0, max: 30, step: 0.5 }, "How strongly the prompt counts.")}
           ${amount("condition_factor", "Share of the steps", { min: 0, max: 1, step: 0.05 }, "The adapter acts in the first ones.")}
           ${amount("control_guidance", "Control guidance", { min: 1, max: 30, step: 0.5 }, "Above 1 amplifies the condition.")}
-          <${Field} label="Show" control=${(/** @type {any} */ a) => html`<select ...${a} value=${form.strip} onChange=${set("strip")}><option value="one">one picture</option><option value="strengths">without and at three strengths</option><option value="seeds">four seeds</option></select>`} />
+          <${Field} label="Show" control=${(/** @type {any} */ a) => html`<select ...${a} value=${form.strip} onChange=${set("strip")}><option value="one">one picture</option><option value="strengths">four strengths</option><option value="seeds">four seeds</option></select>`} />
           ${adapter.checkpoints.length > 0 && html`<${Field} label="Weights" control=${(/** @type {any} */ a) => html`<select ...${a} value=${form.checkpoint} onChange=${set("checkpoint")}>${adapter.is_finished && html`<option value="">finished adapter</option>`}${adapter.checkpoints.map((/** @type {number} */ one) => html`<option value=${String(one)}>checkpoint ${one}</option>`)}</select>`} />`}
         </div>
         <${Problem} error=${error ?? mapError ?? takeError} />
