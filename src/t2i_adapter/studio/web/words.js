@@ -10,6 +10,9 @@ export function size(bytes) {
   return bytes < 1e3 ? `${bytes} bytes` : `${Math.round(bytes / 1e3)} KB`;
 }
 
+/** Memory, which cards are sold by in powers of two. @param {number} bytes */
+export const gib = (bytes) => `${(bytes / 2 ** 30).toFixed(bytes < 2 ** 30 ? 2 : 1)} GiB`;
+
 /** @param {number | null | undefined} seconds */
 export function duration(seconds) {
   if (seconds == null || !isFinite(seconds)) return "";

@@ -4,11 +4,11 @@ import { html, useEffect, useMemo, useRef, useState } from "../vendor/ui.js";
 import { get, post, put } from "../api.js";
 import { Button, Command, Dialog, Field, Loading, Notice, Picker, Problem, canWrite, labelOf, useAction, useGet } from "../kit.js";
 import { jobs, runs, state } from "../live.js";
-import { plainLog } from "../log.js";
 import { go } from "../router.js";
+import { duration, gib, number, size } from "../words.js";
 
 const BASICS = ["data.location", "data.condition", "base.name", "data.resolution", "train.max_steps", "train.batch_size", "train.mixed_precision", "optim.lr", "checkpoint.every", "validation.prompts", "validation.images"];
-const CARDS = ["", "8GB", "12GB", "16GB", "24GB", "40GB", "80GB", "141GB"];
+const SIZES = ["8GB", "12GB", "16GB", "24GB", "40GB", "80GB"];
 const DRAFT = "new-run";
 
 /** @param {{option: any, value: any, error?: string, onChange: (value: any) => void, kinds: string[]}} props */
@@ -60,25 +60,52 @@ function Save({ yaml, recipes, onClose }) {
     <footer><button type="button" class="main" disabled=${isBusy || !name} onClick=${onSubmit}>Save</button></footer></div></${Dialog}>`;
 }
 
+const PARTS = /** @type {[string, string, string][]} */ ([["program", "the program", "line5"], ["base", "base", "line0"], ["adapter", "adapter", "line2"], ["optimizer", "optimiser", "line3"], ["ema", "EMA", "line4"], ["step", "one step", "line1"]]);
+
+/** What a plan found: memory by parts against the card, hours, money, disk. @param {{found: any}} props */
+function Needs({ found }) {
+  const { memory, disk, plan } = found;
+  const fits = memory.total_with_allocator <= memory.room;
+  const parts = PARTS.filter(([name]) => memory[name] > 0);
+  const whole_ = Math.max(memory.room, memory.total);
+  const hours = Array.isArray(found.hours) ? found.hours : found.hours == null ? null : [found.hours];
+  const range = (/** @type {number[]} */ values) => values.map((value) => number(value)).join(" to ");
+  const costs = found.cost == null ? null : Array.isArray(found.cost) ? found.cost : [found.cost];
+  return html`<div aria-label="The plan" role="group" tabindex="0">
+    <p class=${fits ? "" : "field-error"}><b>${gib(memory.total)}</b> of memory, of ${gib(memory.room)} on ${found.card ?? `this ${plan.device}`}: ${memory.largest_batch ? `the largest micro-batch is ${memory.largest_batch.toLocaleString("en-US")}` : "too little for one sample"}.</p>
+    <div class="stack" role="img" aria-label=${parts.map(([name, label]) => `${label} ${gib(memory[name])}`).join(", ")}>${parts.map(([name, , colour]) => html`<span style=${{ width: `${(100 * memory[name]) / whole_}%`, background: `var(--${colour})` }}></span>`)}</div>
+    <ul class="key small">${parts.map(([name, label, colour]) => html`<li><span class="dot" style=${{ background: `var(--${colour})` }}></span> ${label} ${gib(memory[name])}</li>`)}</ul>
+    <dl class="facts">
+      <div><dt>updates</dt><dd>${plan.steps.toLocaleString("en-US")} of ${plan.global_batch} samples</dd></div>
+      <div><dt>disk</dt><dd>${size(disk.cache)} of cache, ${size(disk.output)} for the run</dd></div>
+      <div><dt>time</dt><dd>${hours ? `${hours.map((/** @type {number} */ one) => duration(one * 3600)).join(" to ")} (${found.speed_is})` : "not measured"}</dd></div>
+      ${costs && html`<div><dt>cost</dt><dd>${range(costs)}</dd></div>`}
+    </dl></div>`;
+}
+
 /** What the run will need, as the verb `plan` predicts it. @param {{values: any, isReady: boolean}} props */
 function Plan({ values, isReady }) {
+  const { data: names } = useGet("/api/cards");
   const [card, setCard] = useState("");
   const [id, setId] = useState("");
-  const [text, setText] = useState("");
+  const [found, setFound] = useState(/** @type {any} */ (null));
+  const [error, setError] = useState(/** @type {any} */ (null));
   const job = jobs.value[id];
   const ask = async () => {
-    setText("");
+    setFound(null);
+    setError(null);
     setId((await post("/api/plan", { values, card })).id);
   };
   useEffect(() => {
-    if (job && !["queued", "running"].includes(job.state)) get(`/api/jobs/${id}/log?from=0`).then((found) => setText(found.text));
+    if (job?.state === "done") get(`/api/plan/${id}`).then((answer) => setFound(answer.plan), setError);
   }, [job?.state]);
   const isAtWork = job && ["queued", "running"].includes(job.state);
   return html`<section class="panel" aria-label="Plan"><h2>What it will need</h2>
-    <div class="row"><label>Card <select value=${card} onChange=${(/** @type {any} */ event) => setCard(event.target.value)}>${CARDS.map((one) => html`<option value=${one}>${one || "this machine"}</option>`)}</select></label>
+    <div class="row"><label>Card <select value=${card} onChange=${(/** @type {any} */ event) => setCard(event.target.value)}><option value="">this machine</option>${[...(names ?? []), ...SIZES].map((/** @type {string} */ one) => html`<option value=${one}>${one}</option>`)}</select></label>
       <${Button} disabled=${!isReady || isAtWork} onClick=${ask}>${isAtWork ? "Planning ..." : "Plan it"}</${Button}></div>
     ${job?.error && html`<${Notice} kind="bad"><p>${job.error}</p></${Notice}>`}
-    ${text && !job?.error && html`<pre class="log" tabindex="0" aria-label="The plan">${plainLog(text).trim()}</pre>`}
+    <${Problem} error=${error} />
+    ${found && html`<${Needs} found=${found} />`}
   </section>`;
 }
 
