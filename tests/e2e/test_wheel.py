@@ -87,7 +87,8 @@ def test_the_wheel_holds_the_package_its_pages_and_nano_alone(wheel: Path):
     assert len(pages) == 4
     studio = {path for path in (package / "studio" / "web").rglob("*") if path.is_file()}
     assert {"app.js", "index.html", "ui.js", "LICENSES", "vendor.json"} <= {path.name for path in studio}
-    wanted = {*package.rglob("*.py"), *nano, *pages, *studio, package / "py.typed"}
+    known = package / "models" / "known.json"
+    wanted = {*package.rglob("*.py"), *nano, *pages, *studio, known, package / "py.typed"}
     assert names == {path.relative_to(ROOT / "src").as_posix() for path in wanted if "__pycache__" not in path.parts}
     assert sum(name.endswith(".safetensors") for name in names) == 4
 
