@@ -56,4 +56,4 @@ def test_more_set_ups_on_the_emulated_device():
 @pytest.mark.soak
 def test_the_tests_of_a_gpu_run_on_the_emulated_device():
     """Without those of compiled code and of a step's memory, which depend on CUDA's own kernels."""
-    run(TESTS / "gpu", "-k", "not compiled and not foretold")
+    run(TESTS / "gpu", "-k", "not compile and not foretell")

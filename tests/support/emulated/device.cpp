@@ -450,7 +450,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("set_.source_Storage", set_storage);
   library.impl("set_.source_Tensor", set_tensor);
   // Without a kernel of the device torch would compute these from smaller operations, with more memory than a GPU takes.
-  for (const char* name : {"convolution", "convolution_backward", "native_group_norm", "native_layer_norm"})
+  for (const char* name : {"convolution", "convolution_backward", "native_group_norm", "native_layer_norm", "silu_backward"})
     library.impl(name, boxed());
 }
 
