@@ -83,6 +83,7 @@ NOT_RUN = {
     "python tests/campaigns/run.py": "minutes to hours; tests/campaigns runs the same code in short",
     "python benchmarks/gpu.py": "needs a GPU; tests/unit/test_gpu_benchmark.py runs it with small networks",
     "python benchmarks/scale.py": "takes hours; tests/unit/test_scale_page.py makes its tables",
+    f"{PROG} plan --pairs 3000 --data.resolution 128 --card A100 --compare": "tests/unit/test_plan.py compares",
     "python -m nano_maker": "takes hours; tests/unit/test_nano.py tests its parts",
 }
 

@@ -83,6 +83,7 @@ def test_a_run_on_two_nodes_that_is_preempted_is_requeued_and_ends_as_one_left_a
     assert differences(work / "alone", work / "run") == []
 
 
+@pytest.mark.soak
 def test_a_run_whose_steps_get_sigterm_is_requeued_too(cluster: Cluster, work: Path, user_env: dict[str, str]):
     """So Slurm announces a preemption without preempt_send_user_signal: to the steps, not to the job's script."""
     job = cluster.submit(
@@ -95,6 +96,7 @@ def test_a_run_whose_steps_get_sigterm_is_requeued_too(cluster: Cluster, work: P
     assert "Stopped after step" in log(work, job) and read_run(work / "run").state == "finished"
 
 
+@pytest.mark.soak
 def test_a_run_that_is_warned_before_its_first_update_is_requeued(
     cluster: Cluster, work: Path, user_env: dict[str, str]
 ):

@@ -9,7 +9,7 @@ from playwright.sync_api import Browser
 from support.browser import CHROMIUM, MISSING, chromium
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip(MISSING)

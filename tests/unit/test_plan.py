@@ -227,6 +227,7 @@ def test_the_ways_to_save_memory_are_compared(said: Any):
     assert all(row["device"] <= 80 * 2**30 for row in rows)
 
 
+@pytest.mark.soak
 def test_the_table_marks_the_best_for_a_card_without_bf16(said: Any):
     told = said(f"{SMALL} --compare --card T4")
     [best] = [line for line in told.splitlines() if line.endswith("<- best")]
