@@ -196,6 +196,10 @@ class PairedRows(Rows):
         text = self._text(index)
         return [*super().local_files(index), *([str(text.absolute())] if text else [])]
 
+    def caption_files(self, index: int) -> list[str]:
+        text = self._text(index)
+        return [str(text.absolute())] if text else []
+
     def stamp(self, index: int) -> str | None:
         try:
             paths = [self._image(index)] if self.annotate else [self._image(index), self._condition(index)]

@@ -94,6 +94,10 @@ class Rows(ABC):
         paths = [line.partition("\0")[0] for line in lines if "\0" in line]
         return [path for path in paths if "://" not in path]
 
+    def caption_files(self, index: int) -> list[str]:
+        """Those of `local_files` that the row's captions are read from, or more of them if that is not known."""
+        return self.local_files(index)
+
     def file_name(self, index: int) -> str | None:
         """Name of the row's picture file, for captions made of it; None if the picture has no name."""
         return None

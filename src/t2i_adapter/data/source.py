@@ -137,6 +137,10 @@ class Source:
         """Paths of the local files that the pair is read from, links not resolved; of a shard none."""
         return self._rows.local_files(int(self._numbers[index]))
 
+    def caption_files(self, index: int) -> list[str]:
+        """Those of `local_files` that the pair's captions are read from."""
+        return self._rows.caption_files(int(self._numbers[index]))
+
     def describe(self) -> str:
         """Lines for the plan: how many pairs, from which place, in which layout; then the layout's notes."""
         of = f" of {len(self._rows)}" if len(self) < len(self._rows) else ""

@@ -58,6 +58,9 @@ class TextTable(Table):
     def local_files(self, index: int) -> list[str]:
         return [str(self._path.absolute()), *super().local_files(index)]
 
+    def caption_files(self, index: int) -> list[str]:
+        return self.local_files(index) if self._beside else [str(self._path.absolute())]
+
     def columns(self, wanted: set[str]) -> tuple[str, ...]:
         found: dict[str, None] = {}
         first_fault = None

@@ -162,18 +162,21 @@ class Datasets:
 
     def _row_captions(self, source: Source, number: int, known: dict[str, bool]) -> tuple[str, ...]:
         try:
-            self._check_inside(source, number, known)
+            self._check_inside(source, number, source.caption_files(number), known)
             return source.identify(number, "").captions
         except UserError:
             return ()
 
-    def _check_inside(self, source: Source, number: int, known: dict[str, bool] | None = None) -> None:
+    def _check_inside(
+        self, source: Source, number: int, files: list[str] | None = None, known: dict[str, bool] | None = None
+    ) -> None:
         """Raises UserError if a file of a row lies outside the root, where a link or a table's path may lead.
 
-        known: folder -> whether it lies inside, for a search, which would resolve the same ones 100,000 times.
+        files: those that are read; None is all of them. known: folder -> whether it lies inside, for a search, which
+        would resolve the same ones 100,000 times.
         """
         known = {} if known is None else known
-        for file in source.local_files(number):
+        for file in source.local_files(number) if files is None else files:
             folder, _, name = file.rpartition("/")
             if folder not in known:
                 known[folder] = self._is_inside(folder)
