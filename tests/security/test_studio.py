@@ -694,6 +694,17 @@ def test_a_python_file_in_the_root_is_not_imported(tmp_path: Path):
     assert (root / "made").is_dir()
 
 
+@pytest.mark.parametrize("option", ["hub.token", "hub.push", "recipe", "checkpoint.resume"])
+def test_a_verb_that_the_studio_gives_options_of_its_own_takes_none_that_no_form_shows(studio: Running, option: str):
+    answer = studio.owner.post("/api/plan", {"values": {"data.location": "shapes:8", option: "x"}})
+    is_dropped = option.startswith("checkpoint.")  # a plan is of a whole run
+    assert answer.status == (201 if is_dropped else 400)
+    assert is_dropped or "no such option" in answer.json()["error"]
+    if is_dropped:
+        assert "resume" not in answer.json()["command"]
+        studio.owner.post(f"/api/jobs/{answer.json()['id']}/cancel", {})
+
+
 def test_a_planted_token_is_in_no_answer(studio: Running, run_id: str, monkeypatch: pytest.MonkeyPatch):
     planted = "hf_planted-token-of-the-user"
     monkeypatch.setenv("HF_TOKEN", planted)

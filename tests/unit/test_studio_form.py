@@ -186,3 +186,11 @@ def test_secrets_are_no_options_of_a_form():
     assert not any("token" in entry["path"].rpartition(".")[2].split("_") for entry in form.schema("train"))
     with pytest.raises(UserError, match="token"):
         form.from_yaml("hub:\n  token: hf_x\n")
+
+
+def test_a_mistake_names_its_option_once():
+    with pytest.raises(UserError) as found:
+        form.options_of("train", {"optim.lr": -1})
+    assert str(found.value) == "--optim.lr -1.0: allowed is a number above 0"
+    _, [error] = form.read_options("train", {"optim.lr": -1})
+    assert error == {"option": "optim.lr", "message": "optim.lr -1.0: allowed is a number above 0"}

@@ -18,8 +18,9 @@ import pytest
 from t2i_adapter.errors import UserError
 from t2i_adapter.studio import jobs as module
 from t2i_adapter.studio.child import EXIT, JOB, PROCESS
+from t2i_adapter.studio.faults import NotFoundError
 from t2i_adapter.studio.jobs import Job, Jobs
-from t2i_adapter.studio.places import NotFoundError, Places
+from t2i_adapter.studio.places import Places
 from t2i_adapter.studio.process import is_alive, send, start_of
 
 

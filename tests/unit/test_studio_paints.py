@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from t2i_adapter.errors import UserError
+from t2i_adapter.studio.faults import NotFoundError
 from t2i_adapter.studio.files import REQUEST, RESULT
 from t2i_adapter.studio.hub import Hub
 from t2i_adapter.studio.paints import MOST_WAITING, Paints, upload_file
-from t2i_adapter.studio.places import NotFoundError, Places
+from t2i_adapter.studio.places import Places
 
 BAD = {"values": {"adapter": ["a"], "prompt": ["x"], "image": ["a.png"], "steps": 0}}
 """A request that is refused before torch is loaded."""

@@ -13,7 +13,8 @@ import pytest
 from support.run_folders import advice, entries_of, gain_entry, log_entry, score_entry, write_pictures, write_run
 
 from t2i_adapter.studio import run_views
-from t2i_adapter.studio.places import NotFoundError, Places
+from t2i_adapter.studio.faults import NotFoundError
+from t2i_adapter.studio.places import Places
 from t2i_adapter.studio.run_views import MOST_POINTS, Runs, columns, thin
 
 

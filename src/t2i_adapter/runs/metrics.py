@@ -215,6 +215,17 @@ def number(value: Any) -> float | None:
     return float(value) if abs(value) < _MOST else None  # false for NaN
 
 
+def finite(value: Any) -> Any:
+    """The value as plain JSON types that every program reads: NaN and inf become null, other objects their text."""
+    if isinstance(value, dict):
+        return {str(name): finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
 def integer(value: Any) -> int | None:
     """An integer of at least 0; None for everything else, and for numbers that no run reaches."""
     return value if type(value) is int and 0 <= value < _MOST_STEPS else None

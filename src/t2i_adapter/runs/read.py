@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -20,7 +19,7 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.models import record
 from t2i_adapter.runs import lock
 from t2i_adapter.runs import metrics as log
-from t2i_adapter.runs.metrics import Metrics, integer, number, read_file, read_json, text_of
+from t2i_adapter.runs.metrics import Metrics, finite, integer, number, read_file, read_json, text_of
 from t2i_adapter.runs.record import FILE as RECORD
 from t2i_adapter.runs.record import RUNNING
 
@@ -169,7 +168,7 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """Everything that `runs ls` knows, as plain JSON types; numbers that are not finite become null."""
-        return {**self.summary(), "options": _finite(self.changed_options)}
+        return {**self.summary(), "options": finite(self.changed_options)}
 
     def summary(self) -> dict[str, Any]:
         """As `to_json`, without the options: to read their YAML takes ten times as long as all else."""
@@ -205,7 +204,7 @@ class Run:
             "best": {"step": self.best[0], "score": self.best[1]} if self.best else None,
             "bytes": self.size,
         }
-        return _finite(content)
+        return finite(content)
 
 
 def read_run(folder: Path) -> Run:
@@ -285,13 +284,3 @@ def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
                 waiting.append(entry.path)
             elif entry.is_file(follow_symlinks=False):
                 yield entry
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _finite(item) for name, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -20,8 +20,9 @@ from t2i_adapter.config.tree import Config, DataOptions
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import write_atomic
 from t2i_adapter.runs.metrics import read_file, read_json
+from t2i_adapter.studio.faults import NotFoundError
 from t2i_adapter.studio.pictures import to_webp
-from t2i_adapter.studio.places import NotFoundError, Places
+from t2i_adapter.studio.places import Places
 
 if TYPE_CHECKING:
     from t2i_adapter.data.source import Source

@@ -108,36 +108,49 @@ def _parse_docs(cls: Any) -> Mapping[str, str]:
 # Values -------------------------------------------------------------------------------------------------------------
 
 
-def read_options(
-    verb: str, values: Mapping[str, Any], *, is_own: bool = False
-) -> tuple[Any, list[dict[str, str | None]]]:
-    """(the verb's options, errors) of values by path, as JSON has them; None and the errors if there are some.
+def options_of(verb: str, values: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> Any:
+    """A verb's options, of values by path as JSON has them. Raises the first UserError.
 
-    Each error is {"option": path or None, "message": sentence}. is_own: the values are the studio's own, which may set
-    options that no form shows.
+    own: values of the studio itself, which win, and may set options that no form shows.
     """
+    options, faults = _read(verb, values, own or {})
+    if faults:
+        raise faults[0]
+    return options
+
+
+def read_options(verb: str, values: Mapping[str, Any]) -> tuple[Any, list[dict[str, str | None]]]:
+    """(the verb's options, errors) of values by path, as JSON has them; None and all errors if there are some.
+
+    Each error is {"option": path or None, "message": sentence}.
+    """
+    options, faults = _read(verb, values, {})
+    return options, [{"option": fault.option, "message": fault.message(_plain)} for fault in faults]
+
+
+def _read(verb: str, values: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[Any, list[UserError]]:
     cls = resolve(cli.VERBS[verb].options)
     whole = option_types(cls)
     kinds = {path.removeprefix(_CONFIG): kind for path, kind in whole.items()}
-    errors: list[dict[str, str | None]] = []
+    faults: list[UserError] = []
     read: dict[str, Any] = {}
-    for path, value in values.items():
-        if path not in kinds or (path in HIDDEN and not is_own):
-            errors.append({"option": None, "message": f"{path[:80]}: there is no such option here."})
+    for path, value in {**values, **own}.items():
+        if path not in kinds or (path in HIDDEN and path not in own):
+            faults.append(UserError(f"{path[:80]}: there is no such option here."))
             continue
         try:
             read[path] = typed(value, kinds[path])
         except ValueError:
-            errors.append({"option": path, "message": f"{value!r}: {allowed(kinds[path], str(value))}."})
-    if errors:
-        return None, errors
+            faults.append(UserError(f"{value!r}: {allowed(kinds[path], str(value))}.", option=path))
+    if faults:
+        return None, faults
     full = {path if path in whole else _CONFIG + path: read[path] for path in read}
     try:
         return build(cls, full), []
     except UserError as fault:
-        return None, [{"option": fault.option, "message": fault.message(_plain)}]
+        return None, [fault]
     except TypeError as fault:
-        return None, [{"option": None, "message": f"{verb}: {str(fault).partition('()')[2].strip() or fault}"}]
+        return None, [UserError(f"{verb}: {str(fault).partition('()')[2].strip() or fault}")]
 
 
 def check_shown(values: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -22,12 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from t2i_adapter.errors import UserError
-from t2i_adapter.files import show_command, write_atomic
+from t2i_adapter.files import parse_json, show_command, write_atomic
 from t2i_adapter.progress import VARIABLE
 from t2i_adapter.runs.lock import holder
 from t2i_adapter.runs.metrics import integer, number, read_file, read_json, text_of
 from t2i_adapter.studio.child import EXIT, HELD_BACK, JOB, PROCESS
-from t2i_adapter.studio.places import NotFoundError, Places
+from t2i_adapter.studio.faults import CONFLICT, NotFoundError
+from t2i_adapter.studio.files import is_id, new_id, stamp_of
+from t2i_adapter.studio.places import Places
 from t2i_adapter.studio.process import SAFE_PATH, held_back, is_alive, python_module, send, start_of
 
 JobState = Literal["queued", "running", "done", "stopped", "failed", "died", "cancelled"]
@@ -47,7 +48,6 @@ MOST_LOG = 256 << 10
 MOST_KEPT = 200
 """Ended jobs whose folders are kept."""
 _LOG, _PROGRESS, _CANCELLED, _ASKED, _ORDER = "log", "progress", "cancelled", "asked.json", "order"
-_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Jobs:
         self._lock = threading.RLock()
         self._started: list[subprocess.Popen[bytes]] = []
         # Of each ended job what was read of it, and the stamp of its exit.json.
-        self._ended: dict[str, tuple[tuple[int, int], Job]] = {}
+        self._ended: dict[str, tuple[tuple[int, int, int], Job]] = {}
 
     def add(self, verb: str, argv: Sequence[str], *, run: str = "", processes: int = 1) -> Job:
         """Puts a job at the end of the queue. argv: the verb and its flags. Raises UserError."""
@@ -110,9 +110,9 @@ class Jobs:
         with self._lock:
             if run and any(job.run == run and job.state in ("queued", "running") for job in self.all()):
                 raise UserError(
-                    f"{run}: a job that waits or runs writes this folder already", option="output_dir", kind="conflict"
+                    f"{run}: a job that waits or runs writes this folder already", option="output_dir", kind=CONFLICT
                 )
-            name = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
+            name = new_id()
             folder = self.folder / name
             folder.mkdir()
             content = {"verb": verb, "argv": list(argv), "run": run, "created": time.time(), "processes": processes}
@@ -121,7 +121,7 @@ class Jobs:
 
     def all(self) -> list[Job]:
         """Every job, in the order of the queue."""
-        names = sorted(path.name for path in self.folder.iterdir() if _ID.fullmatch(path.name))
+        names = sorted(path.name for path in self.folder.iterdir() if is_id(path.name))
         for gone in set(self._ended) - set(names):
             self._ended.pop(gone, None)
         found = []
@@ -132,10 +132,10 @@ class Jobs:
 
     def read(self, job: str) -> Job:
         """A job by its id. Raises NotFoundError."""
-        if not _ID.fullmatch(job):
+        if not is_id(job):
             raise NotFoundError(f"no job is called {job[:60]!r}")
         # Hundreds of ended jobs are listed several times a second, and no file of theirs changes after exit.json.
-        stamp = _stamp(self.folder / job / EXIT)
+        stamp = stamp_of(self.folder / job / EXIT)
         ended = self._ended.get(job)
         if stamp and ended and ended[0] == stamp:
             return ended[1]
@@ -231,7 +231,7 @@ class Jobs:
         pid = holder(folder)
         started = start_of(pid) if pid else None
         if not pid or started is None or not send(pid, started, signal.SIGUSR1):
-            raise UserError("The run does not run on this machine, so it cannot be paused here.")
+            raise UserError("The run does not run on this machine, so it cannot be paused here.", kind=CONFLICT)
 
     def cancel(self, job: str) -> None:
         """Takes a job out of the queue, or asks a running one to end; a training saves first. Raises UserError."""
@@ -259,7 +259,7 @@ class Jobs:
         with self._lock:
             found = self.read(job)
             if found.state != "queued":
-                raise UserError("only a job that waits can be moved")
+                raise UserError("only a job that waits can be moved", kind=CONFLICT)
             waiting = [one for one in self.all() if one.queue == found.queue and one.state == "queued"]
             others = [one for one in waiting if one.id != job]
             place = next(n for n, one in enumerate(waiting) if one.id == job)
@@ -271,9 +271,10 @@ class Jobs:
     def _ask(self, job: str, what: str, number_: signal.Signals, verbs: Sequence[str] = ()) -> None:
         found = self._running(job)
         if verbs and found.verb not in verbs:
-            raise UserError(f"{found.verb} cannot be paused; cancel it and start it again later")
+            raise UserError(f"{found.verb} cannot be paused; cancel it and start it again later", kind=CONFLICT)
         if found.asked:
-            raise UserError(f"it was asked to {found.asked} already, and does so after the present step")
+            text = f"it was asked to {found.asked} already, and does so after the present step"
+            raise UserError(text, kind=CONFLICT)
         process = read_json(found.folder / PROCESS)
         write_atomic(found.folder / _ASKED, [json.dumps({"asked": what, "time": time.time()}).encode()])
         send(int(process["pid"]), process["started"], number_)
@@ -281,7 +282,7 @@ class Jobs:
     def _running(self, job: str) -> Job:
         found = self.read(job)
         if found.state != "running":
-            raise UserError(f"the job does not run; it is {found.state}")
+            raise UserError(f"the job does not run; it is {found.state}", kind=CONFLICT)
         return found
 
     # Files ---------------------------------------------------------------------------------------------------------
@@ -305,15 +306,6 @@ class Jobs:
             shutil.rmtree(job.folder, ignore_errors=True)
 
 
-def _stamp(file: Path) -> tuple[int, int] | None:
-    """What changes when a file is replaced; None if there is none."""
-    try:
-        status = os.stat(file)  # noqa: PTH116 - half the time of the method of Path
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ino
-
-
 def write_first(file: Path, content: bytes) -> None:
     """Writes a file whole, unless it is there already: a job's own process, which knows best, may have written it."""
     temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
@@ -327,7 +319,7 @@ def last_line(file: Path) -> dict[str, Any]:
     """The last whole line of a file of JSON lines."""
     lines = read_file(file, 4096).rpartition(b"\n")[0].splitlines()
     try:
-        found = json.loads(lines[-1]) if lines else {}
+        found = parse_json(lines[-1]) if lines else {}
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

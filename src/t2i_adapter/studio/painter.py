@@ -21,7 +21,7 @@ from t2i_adapter.files import parse_json, show_command, write_atomic
 from t2i_adapter.progress import VARIABLE
 from t2i_adapter.studio.child import STOPPED
 from t2i_adapter.studio.files import CANCELLED, PROGRESS, REQUEST, RESULT
-from t2i_adapter.studio.form import argv_of, read_options
+from t2i_adapter.studio.form import argv_of, options_of
 from t2i_adapter.studio.process import let_in
 from t2i_adapter.verbs.generate import GenerateOptions, Opener, run
 
@@ -119,14 +119,12 @@ def _serve(folder: Path, warm: Warm) -> dict[str, Any]:
 
 
 def _paint(folder: Path, request: dict[str, Any], warm: Warm) -> dict[str, Any]:
-    options, errors = read_options("generate", {**request["values"], "out": str(folder)})
-    if options is None:
-        raise UserError(str(errors[0]["message"]))
+    options = options_of("generate", request["values"], {"out": str(folder)})
     files = run(options, warm)
     columns = [heading for heading, _ in options.columns()]
     each = len(files) // len(columns)
     pictures = [{"name": file.stem, "column": columns[n // each]} for n, file in enumerate(files)]
-    command = show_command("t2i-adapter", *argv_of("generate", read_options("generate", request["values"])[0]))
+    command = show_command("t2i-adapter", *argv_of("generate", options_of("generate", request["values"])))
     return {"state": "done", "pictures": pictures, "command": command}
 
 

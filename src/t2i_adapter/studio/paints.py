@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
 import subprocess
@@ -18,13 +17,13 @@ from typing import Any
 from t2i_adapter.errors import UserError
 from t2i_adapter.files import parse_json, write_atomic
 from t2i_adapter.runs.metrics import read_file, read_json
-from t2i_adapter.studio.files import CANCELLED, PROGRESS, REQUEST, RESULT
+from t2i_adapter.studio.faults import CONFLICT, NotFoundError
+from t2i_adapter.studio.files import CANCELLED, PROGRESS, REQUEST, RESULT, is_id, new_id
 from t2i_adapter.studio.hub import Hub
 from t2i_adapter.studio.jobs import last_line
-from t2i_adapter.studio.places import NotFoundError, Places
+from t2i_adapter.studio.places import Places
 from t2i_adapter.studio.process import SAFE_PATH, held_back, python_module
 
-_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")
 _PICTURE = re.compile(r"[0-9a-z_-]{1,80}")
 MOST_KEPT = 100
 """Requests whose pictures are kept."""
@@ -49,8 +48,8 @@ class Paints:
         """Asks for pictures ("paint") or a photo's condition ("map"); returns the request's id. Raises UserError."""
         with self._lock:
             if len(self._waiting) >= MOST_WAITING:
-                raise UserError(f"{MOST_WAITING} requests wait already; let one end, or cancel it.", kind="conflict")
-            name = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
+                raise UserError(f"{MOST_WAITING} requests wait already; let one end, or cancel it.", kind=CONFLICT)
+            name = new_id()
             folder = self.folder / name
             folder.mkdir()
             request = {"kind": kind, "created": time.time(), **content}
@@ -63,7 +62,7 @@ class Paints:
     def read(self, name: str) -> dict[str, Any]:
         """A request and what came of it. Raises NotFoundError."""
         folder = self.folder / name
-        request = read_json(folder / REQUEST) if _ID.fullmatch(name) else {}
+        request = read_json(folder / REQUEST) if is_id(name) else {}
         if not request:
             raise NotFoundError(f"no picture is called {name[:60]!r}")
         result = read_json(folder / RESULT)
@@ -74,7 +73,7 @@ class Paints:
 
     def all(self) -> list[dict[str, Any]]:
         """The requests that are kept, the newest first."""
-        names = sorted((path.name for path in self.folder.iterdir() if _ID.fullmatch(path.name)), reverse=True)
+        names = sorted((path.name for path in self.folder.iterdir() if is_id(path.name)), reverse=True)
         found = []
         for name in names:
             with suppress(NotFoundError):
@@ -183,7 +182,7 @@ class Paints:
 
     def _forget(self) -> None:
         """Removes the folders of the oldest requests."""
-        names = sorted(path.name for path in self.folder.iterdir() if _ID.fullmatch(path.name))
+        names = sorted(path.name for path in self.folder.iterdir() if is_id(path.name))
         for name in names[: max(0, len(names) - MOST_KEPT)]:
             if name not in self._waiting:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -192,6 +191,6 @@ class Paints:
 def upload_file(places: Places, name: str) -> Path:
     """The picture that a browser sent. Raises NotFoundError."""
     file = places.state / "uploads" / f"{name}.png"
-    if not _ID.fullmatch(name) or not file.is_file():
+    if not is_id(name) or not file.is_file():
         raise NotFoundError("there is no such upload; send it again")
     return file

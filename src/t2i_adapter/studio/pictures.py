@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import secrets
 import threading
-import time
 from typing import TYPE_CHECKING
 
 from t2i_adapter.errors import UserError
+from t2i_adapter.studio.faults import UNREADABLE
+from t2i_adapter.studio.files import new_id
 from t2i_adapter.studio.places import Places
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def store_upload(places: Places, data: bytes) -> tuple[str, int, int]:
         folder = places.own_folder("uploads")
         for old in sorted(folder.glob("*.png"))[: -MOST_UPLOADS + 1]:
             old.unlink(missing_ok=True)
-        name = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
+        name = new_id()
         picture.save(folder / f"{name}.png")
     return name, picture.width, picture.height
 
@@ -46,13 +46,13 @@ def decode_upload(data: bytes) -> Image:
         with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             frames = getattr(opened, "n_frames", 1)
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
-        raise UserError("This is no PNG, JPEG or WebP picture that can be read.", kind="unreadable") from None
+        raise UserError("This is no PNG, JPEG or WebP picture that can be read.", kind=UNREADABLE) from None
     if frames > 1:
-        raise UserError("This picture is animated; send a still one.", kind="unreadable")
+        raise UserError("This picture is animated; send a still one.", kind=UNREADABLE)
     try:
         return decode(StoredPicture("the picture", data), is_photo=True)
     except UserError as fault:
-        raise UserError(str(fault), kind="unreadable") from None
+        raise UserError(str(fault), kind=UNREADABLE) from None
 
 
 def to_webp(picture: Image, side: int) -> bytes:

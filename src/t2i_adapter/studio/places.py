@@ -20,6 +20,7 @@ from t2i_adapter.errors import UserError
 from t2i_adapter.files import write_atomic
 from t2i_adapter.runs.find import Listed, find_runs
 from t2i_adapter.runs.metrics import read_file
+from t2i_adapter.studio.faults import NotFoundError
 
 STATE = ".studio"
 """In the root: the studio's own folder."""
@@ -31,10 +32,6 @@ MOST_ENTRIES = 2000
 """Entries of a folder that the picker lists at most."""
 DATA_ENDINGS = (".jsonl", ".csv", ".tsv", ".parquet", ".tar")
 """Endings of files that may be datasets."""
-
-
-class NotFoundError(Exception):
-    """Nothing has this id."""
 
 
 @dataclass(frozen=True)

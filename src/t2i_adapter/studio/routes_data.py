@@ -9,10 +9,10 @@ from starlette.responses import Response
 from t2i_adapter.errors import UserError
 from t2i_adapter.studio.confine import check_values
 from t2i_adapter.studio.datasets import OPTIONS, SIDES
-from t2i_adapter.studio.form import read_options
-from t2i_adapter.studio.places import NotFoundError
+from t2i_adapter.studio.faults import NotFoundError
+from t2i_adapter.studio.form import options_of
 from t2i_adapter.studio.routes_jobs import start
-from t2i_adapter.studio.server import CONFLICT, Call, route
+from t2i_adapter.studio.server import Call, route
 
 MOST_ROWS = 200
 MOST_KEYS = 100_000
@@ -31,9 +31,7 @@ def add_data(call: Call) -> dict[str, Any]:
     if not values.get("data.location"):
         raise UserError("Choose a folder, or write where the dataset is.", option="data.location")
     check_values(values, call.studio.places)
-    options, errors = read_options("train", values)
-    if options is None:
-        raise UserError(str(errors[0]["message"]), option=errors[0]["option"])
+    options_of("train", values)
     name = call.studio.datasets.add({path.removeprefix("data."): value for path, value in values.items()})
     return {"id": name}
 
@@ -89,12 +87,7 @@ def write_captions(call: Call) -> dict[str, Any]:
     """Stores captions of a row; `was`: those that the page showed."""
     content = call.json()
     captions, was = _texts(content, "captions"), _texts(content, "was")
-    try:
-        return call.studio.datasets.write_captions(call.path["data"], _row(call), captions, was)
-    except UserError as fault:
-        if fault.kind == "read_only":
-            raise UserError(str(fault), kind=CONFLICT) from None
-        raise
+    return call.studio.datasets.write_captions(call.path["data"], _row(call), captions, was)
 
 
 def _texts(content: dict[str, Any], name: str) -> list[str]:

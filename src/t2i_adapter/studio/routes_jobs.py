@@ -15,9 +15,9 @@ from t2i_adapter.runs.metrics import read_json
 from t2i_adapter.studio import form
 from t2i_adapter.studio.confine import check_values
 from t2i_adapter.studio.device import read_device
+from t2i_adapter.studio.faults import CHANGED, CONFLICT, NotFoundError
 from t2i_adapter.studio.jobs import QUEUES
-from t2i_adapter.studio.places import NotFoundError
-from t2i_adapter.studio.server import CHANGED, CONFLICT, Call, Studio, route
+from t2i_adapter.studio.server import Call, Studio, route
 
 _DRAFT = re.compile(r"[a-z0-9-]{1,40}")
 MOST_DRAFT = 1 << 20
@@ -110,9 +110,7 @@ def start(
     if verb not in QUEUES:
         raise UserError(f"{verb}: cannot be started here; allowed are {', '.join(QUEUES)}")
     check_values(values, studio.places)
-    options, errors = form.read_options(verb, {**values, **(own or {})}, is_own=bool(own))
-    if options is None:
-        raise UserError(str(errors[0]["message"]), option=errors[0]["option"])
+    options = form.options_of(verb, values, own)
     if type(processes) is not int or not 1 <= processes <= MOST_PROCESSES or (processes > 1 and verb != "train"):
         raise UserError(f"processes: 1 to {MOST_PROCESSES} for train, and 1 for other verbs.")
     run = ""
@@ -150,10 +148,7 @@ def job_action(call: Call) -> dict[str, Any]:
     if action not in actions:
         raise NotFoundError(f"{action[:40]!r}: a job can be {', '.join(actions)}")
     jobs.read(job)
-    try:
-        actions[action](job)
-    except UserError as fault:
-        raise UserError(str(fault), kind=CONFLICT) from None
+    actions[action](job)
     return jobs.read(job).to_json()
 
 

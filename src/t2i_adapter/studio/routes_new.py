@@ -14,8 +14,9 @@ from t2i_adapter.files import parse_json, write_atomic
 from t2i_adapter.runs.metrics import read_file
 from t2i_adapter.studio import form
 from t2i_adapter.studio.confine import check_values
+from t2i_adapter.studio.faults import CHANGED, CONFLICT
 from t2i_adapter.studio.routes_jobs import start
-from t2i_adapter.studio.server import CHANGED, CONFLICT, Call, Studio, route
+from t2i_adapter.studio.server import Call, Studio, route
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,60}")
 MOST_BYTES = 256 << 10
@@ -85,7 +86,7 @@ def plan(call: Call) -> dict[str, Any]:
 
 
 def read_plan(call: Call) -> dict[str, Any]:
-    """What a plan that has ended printed: the JSON of `plan --json`, and the lines before it."""
+    """What a plan that has ended printed: the JSON of `plan --json`."""
     job = call.studio.jobs.read(call.path["job"])
     if job.verb != "plan" or job.state != "done":
         raise UserError("This plan has not ended.", kind=CONFLICT)
@@ -107,10 +108,7 @@ def list_cards(_: Call) -> list[str]:
 def _end_older(studio: Studio) -> None:
     for job in studio.jobs.all():
         if job.verb == "plan" and job.state in ("queued", "running"):
-            try:
-                studio.jobs.cancel(job.id)
-            except UserError as fault:
-                raise UserError(str(fault), kind=CONFLICT) from None
+            studio.jobs.cancel(job.id)
 
 
 ROUTES = [

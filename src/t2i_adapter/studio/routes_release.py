@@ -13,9 +13,9 @@ from t2i_adapter.runs.compare import differences, differing_options, names_of
 from t2i_adapter.runs.compare_page import sentence
 from t2i_adapter.runs.metrics import read_file, read_json
 from t2i_adapter.runs.read import Run, read_run
-from t2i_adapter.studio.places import NotFoundError
+from t2i_adapter.studio.faults import CHANGED, CONFLICT, NotFoundError
 from t2i_adapter.studio.routes_jobs import start
-from t2i_adapter.studio.server import CHANGED, CONFLICT, Call, route
+from t2i_adapter.studio.server import Call, route
 
 MOST_COMPARED = 6
 EVALUATION = "evaluation"

@@ -14,10 +14,10 @@ from t2i_adapter.runs.metrics import read_file
 from t2i_adapter.runs.read import OPTIONS, read_run
 from t2i_adapter.studio import form
 from t2i_adapter.studio.confine import check_values
+from t2i_adapter.studio.faults import CONFLICT, NotFoundError
 from t2i_adapter.studio.guard import REPORT_CSP
-from t2i_adapter.studio.places import NotFoundError
 from t2i_adapter.studio.run_views import report_of
-from t2i_adapter.studio.server import CONFLICT, Call, route
+from t2i_adapter.studio.server import Call, route
 
 MOST_COMPARED = 6
 MOST_STEPS = 10**9
@@ -63,13 +63,10 @@ def pause(call: Call) -> dict[str, Any]:
     folder = call.studio.places.run_folder(call.path["run"])
     relative = call.studio.places.relative(folder)
     running = [job for job in call.studio.jobs.all() if job.run == relative and job.state == "running"]
-    try:
-        if running:
-            call.studio.jobs.pause(running[0].id)
-        else:
-            call.studio.jobs.pause_outside(folder)
-    except UserError as fault:
-        raise UserError(str(fault), kind=CONFLICT) from None
+    if running:
+        call.studio.jobs.pause(running[0].id)
+    else:
+        call.studio.jobs.pause_outside(folder)
     return {"asked": "pause"}
 
 
@@ -92,10 +89,7 @@ def resume(call: Call) -> dict[str, Any]:
         words += ["--train.max_steps", str(steps)]
     if call.json().get("allow_changed") is True:
         words.append("--checkpoint.allow_changed")
-    try:
-        return studio.jobs.add("train", words, run=relative).to_json()
-    except UserError as fault:
-        raise UserError(str(fault), kind=CONFLICT) from None
+    return studio.jobs.add("train", words, run=relative).to_json()
 
 
 def _flags(values: dict[str, str]) -> Iterator[str]:

@@ -15,11 +15,11 @@ from t2i_adapter.runs.metrics import read_json
 from t2i_adapter.runs.pictures import FOLDER as CONTROL
 from t2i_adapter.runs.read import Run, read_run
 from t2i_adapter.studio.confine import check_values
-from t2i_adapter.studio.form import read_options
+from t2i_adapter.studio.faults import CONFLICT, NotFoundError
+from t2i_adapter.studio.form import options_of
 from t2i_adapter.studio.paints import upload_file
 from t2i_adapter.studio.pictures import store_upload
-from t2i_adapter.studio.places import NotFoundError
-from t2i_adapter.studio.server import CONFLICT, Call, Studio, route
+from t2i_adapter.studio.server import Call, Studio, route
 
 _STEP = re.compile(r"[0-9]{1,12}")
 MOST_COLOURS, MOST_LOOKED_AT = 24, 8
@@ -138,9 +138,7 @@ def paint(call: Call) -> dict[str, Any]:
     if not call.text("condition"):
         raise UserError("Draw a condition, or send one.", option="image")
     values["image"] = [places.relative(upload_file(places, call.text("condition")))]
-    options, errors = read_options("generate", values)
-    if options is None:
-        raise UserError(str(errors[0]["message"]), option=errors[0]["option"])
+    options_of("generate", values)
     check_values({name: values[name] for name in given}, places)
     return {
         "id": _ask(call, "paint", {"values": values, "run": call.text("adapter"), "upload": call.text("condition")})

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 from t2i_adapter.files import parse_json
 from t2i_adapter.runs import metrics as log
-from t2i_adapter.runs.metrics import Metrics, number, read_file
-from t2i_adapter.runs.pictures import FIXED, FOLDER, STEP, Pictures
+from t2i_adapter.runs.metrics import Metrics, read_file
+from t2i_adapter.runs.pictures import FIXED, FOLDER, Pictures
 from t2i_adapter.runs.read import OPTIONS, read_run
 from t2i_adapter.runs.record import FILE as RECORD
 from t2i_adapter.runs.words import verdict
 from t2i_adapter.statistics import Interval
+from t2i_adapter.studio.files import stamp_of
 from t2i_adapter.studio.places import Places
 
 Entry = TypeVar("Entry")
@@ -91,7 +92,7 @@ class Runs:
     def metrics(self, run: str) -> dict[str, Any]:
         """The curves, looks and scores of a run, and the byte of its log that they end at. Raises NotFoundError."""
         file = self.places.run_folder(run) / log.FILE
-        stamp = _stamp_of(file)
+        stamp = stamp_of(file)
         kept = self._numbers.get(run)
         if kept is None or kept[0] != stamp:
             kept = self._numbers[run] = (stamp, _read_metrics(file))
@@ -180,11 +181,7 @@ def _entries(content: bytes) -> Iterator[Any]:
         except ValueError:
             continue
         if isinstance(entry, dict):
-            yield {name: _finite(value) for name, value in entry.items()}
-
-
-def _finite(value: Any) -> Any:
-    return number(value) if isinstance(value, float) else value
+            yield entry
 
 
 def interval(found: Interval | None) -> list[float | None] | None:
@@ -228,21 +225,7 @@ def _size(file: Path) -> int:
 def _stamp(folder: Path) -> tuple[Any, ...]:
     """What changes when a run's files change."""
     names = (log.FILE, RECORD, OPTIONS, "best.json", ".lock", "t2i_adapter.json", FOLDER, ".")
-    return tuple(_stamp_of(folder / name) for name in names)
-
-
-def _stamp_of(file: Path) -> tuple[int, ...] | None:
-    """What changes when a file is written or replaced; None if there is none."""
-    try:
-        status = file.stat(follow_symlinks=False)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def picture_steps(folder: Path) -> set[int]:
-    """The steps that have pictures now."""
-    return {step for step in Pictures(folder).steps() if (folder / FOLDER / f"{STEP}{step:06d}").is_dir()}
+    return tuple(stamp_of(folder / name) for name in names)
 
 
 def report_of(folder: Path) -> bytes:

@@ -19,18 +19,17 @@ from t2i_adapter.errors import UserError, plain_flag, redact
 from t2i_adapter.files import parse_json
 from t2i_adapter.studio.datasets import Datasets
 from t2i_adapter.studio.encode import Json
+from t2i_adapter.studio.faults import CHANGED, CONFLICT, READ_ONLY, UNREADABLE, NotFoundError
 from t2i_adapter.studio.guard import BodyTooLargeError, Keys
 from t2i_adapter.studio.hub import Hub
 from t2i_adapter.studio.jobs import Jobs
 from t2i_adapter.studio.paints import Paints
-from t2i_adapter.studio.places import NotFoundError, Places
+from t2i_adapter.studio.places import Places
 from t2i_adapter.studio.run_views import Runs
 
-CONFLICT, CHANGED, UNREADABLE = "conflict", "changed", "unreadable"
-"""Kinds of `UserError` with a status of their own: not in this state, edited meanwhile, no picture."""
 _OF_A_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 """Errors of a path that was sent, not of the disk."""
-_STATUS = {CONFLICT: 409, CHANGED: 412, UNREADABLE: 415}
+_STATUS = {CONFLICT: 409, READ_ONLY: 409, CHANGED: 412, UNREADABLE: 415}
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from t2i_adapter.runs import lock
+from t2i_adapter.runs.pictures import Pictures
 from t2i_adapter.studio.device import read_device
 from t2i_adapter.studio.hub import Hub
 from t2i_adapter.studio.jobs import Job, Jobs
 from t2i_adapter.studio.paints import Paints
-from t2i_adapter.studio.run_views import Runs, picture_steps
+from t2i_adapter.studio.run_views import Runs
 
 logger = logging.getLogger(__name__)
 EVERY = 0.25
@@ -112,7 +113,7 @@ class Watch:
         """Publishes new entries of a run's log, and steps that have pictures now."""
         if is_new:  # a page reads what is there by itself
             self._read[run] = self._runs.log_end(folder)
-            self._pictures[run] = picture_steps(folder)
+            self._pictures[run] = set(Pictures(folder).steps())
             return
         start = self._read.get(run, 0)
         entries, end = self._runs.log_lines(folder, start)
@@ -122,7 +123,7 @@ class Watch:
             self._hub.publish("metrics", {"run": run, "entries": entries, "at": end})
         self._read[run] = end
         if entries:
-            steps = picture_steps(folder)
+            steps = set(Pictures(folder).steps())
             for step in sorted(steps - self._pictures.get(run, set())):
                 self._hub.publish("picture", {"run": run, "step": step})
             self._pictures[run] = steps

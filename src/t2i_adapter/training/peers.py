@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -136,10 +136,10 @@ class Peers:
         """Returns on every process what `make` returns on the main one, which alone calls it. The result is pickled."""
         result = self.main_works(make)
         if self.group is None:
-            return result  # type: ignore[return-value]  # one process is the main one
+            return cast(T, result)  # one process is the main one
         box = [result]
         dist.broadcast_object_list(box, 0, self.group)
-        return box[0]  # type: ignore[return-value]
+        return cast(T, box[0])
 
     def gather(self, value: Any) -> list[Any]:
         """Returns `value` of each process, by rank. It is pickled."""
@@ -165,7 +165,7 @@ class Peers:
         failed = next((rank for rank, fault in enumerate(faults) if fault), None)
         if failed is not None:
             raise UserError(f"{self.name(failed)} fails: {faults[failed]}")
-        return result  # type: ignore[return-value]  # `action` has returned
+        return cast(T, result)  # `action` has returned
 
     def compare(self, views: Mapping[str, str], advice: str, *, option: str | None = None) -> None:
         """Raises UserError on every process unless all have equal values in `views`.
