@@ -42,7 +42,7 @@ STEPS = 30
 ROUNDS = 3
 """Repetitions of a measurement; the median counts, and a first one is not counted."""
 TOKENS = 77
-UNET_ONLY = ("sample_size", "up_block_types")
+UNET_ONLY = ("out_channels", "sample_size", "up_block_types")
 """Keys that SDXL's UNet has and its ControlNets (diffusers/controlnet-canny-sdxl-1.0) do not."""
 NETWORKS = ("unet", "adapter", "controlnet")
 ARMS = {"base": (), "adapter": ("adapter",), "controlnet": ("controlnet",)}

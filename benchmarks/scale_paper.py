@@ -60,7 +60,7 @@ def count_flops() -> dict[str, float]:
     recomputation. Needs no memory: the networks are on the meta device."""
     import torch
     from diffusers import AutoencoderKL, T2IAdapter, UNet2DConditionModel
-    from real_size import TEXT, UNET, VAE
+    from sdxl import TEXT, UNET, VAE
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

@@ -20,34 +20,21 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from t2i_adapter.batches.example import example_batch
 from t2i_adapter.config.tree import AdapterOptions, BaseOptions, Config, OptimOptions, TrainOptions
 from t2i_adapter.devices import release
-from t2i_adapter.diffusion.schedule import NoiseSchedule
 from t2i_adapter.models import nano
 from t2i_adapter.models.adapter import build_adapter
 from t2i_adapter.models.base import Base, freeze
+from t2i_adapter.models.known import KnownBase
 from t2i_adapter.training.frozen_model import load_frozen_model
 from t2i_adapter.training.memory import Memory, Shapes
 from t2i_adapter.training.optim import make_optimizer
 from t2i_adapter.training.step import FrozenModel, batch_losses
 
-UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+UNET: dict[str, Any] = KnownBase(BaseOptions(name="stabilityai/stable-diffusion-xl-base-1.0")).unet_config
 VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -258,16 +245,9 @@ class Bench:
 
 def step_tflop(folder: Path, resolution: int) -> float:
     """10^12 FLOPs of one sample's forward and backward pass with a frozen base, counted on the meta device."""
-    base = RandomBase(BaseOptions(name=str(folder)), folder)
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(dict(base.unet_config))
-        adapter = build_adapter(AdapterOptions(), base.unet_config).train()
-    schedule = NoiseSchedule.of(base.scheduler()).to(torch.device("meta"))
-    frozen = FrozenModel(unet.eval().requires_grad_(False), schedule, base.latent_scale, torch.float32)
-    batch = example_batch(base.unet_config, 1, height=resolution, width=resolution, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        batch_losses(adapter, frozen, batch).mean().backward()
-    return counter.get_total_flops() / 1e12
+    base, side = RandomBase(BaseOptions(name=str(folder)), folder), resolution
+    adapter = build_adapter(AdapterOptions(), base.unet_config)
+    return Shapes(Config(), base, adapter, torch.float32).flops(height=side, width=side).total / 1e12
 
 
 def train_words(base: Path, data: Path, run: Path, resolution: int, steps: int, changes: dict[str, Any]) -> list[str]:
