@@ -11,6 +11,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "circles"
     write_circles(folder, num=8, split="train", seed=0)
     return write_circles(folder, num=4, split="test", seed=1)
+
+
+@pytest.fixture
+def nothing_is_left_running() -> Iterator[None]:
+    """Ends the processes that a test has started, `support.processes`, whatever became of the test."""
+    from support.processes import end_all
+
+    yield
+    end_all()

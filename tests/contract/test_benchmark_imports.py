@@ -1,4 +1,4 @@
-"""The programs of benchmarks/ import from each other what is there; most of them run for minutes, so no test runs them."""
+"""The programs of benchmarks/ import from each other what is there. Most run for minutes, so no test runs them."""
 
 from __future__ import annotations
 

@@ -16,14 +16,13 @@ import subprocess
 import sys
 import tarfile
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from diffusers import T2IAdapter
 from PIL import Image
 from support.doc_pages import PAGES, code, commands
-from support.processes import Run, end_all, ranks
+from support.processes import Run, ranks
 from support.single_file import write_single_file
 from support.tiny import write_tiny_sd
 from torch.distributed.run import get_args_parser
@@ -96,10 +95,7 @@ OWN_RECIPE = re.compile(r"(millions|recipe)\.yaml")
 MILLIONS = ROOT / "docs" / "millions.md"
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left_running() -> Iterator[None]:
-    yield
-    end_all()
+pytestmark = pytest.mark.usefixtures("nothing_is_left_running")
 
 
 @pytest.fixture(scope="module")

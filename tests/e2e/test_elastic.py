@@ -10,12 +10,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.hosts import Host, Hosts, why_no_hosts
-from support.processes import Run, end_all, ranks, until
+from support.processes import Run, ranks, until
 from support.runs import losses
 
 REASON = why_no_hosts()
@@ -25,10 +24,7 @@ CONF = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,join_
 """torchrun's rendezvous, quicker than by default (30 s, 5 s, 3 times): a host counts as lost after 3 s."""
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left_running() -> Iterator[None]:
-    yield
-    end_all()
+pytestmark = pytest.mark.usefixtures("nothing_is_left_running")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from diffusers import StableDiffusionXLAdapterPipeline, T2IAdapter
 from PIL import Image
 from safetensors.torch import load_file
-from support.processes import Run, end_all, finish, ranks, until
+from support.processes import Run, finish, ranks, until
 from support.runs import losses
 
 from t2i_adapter.models import nano
@@ -27,10 +26,7 @@ from t2i_adapter.models import nano
 STEPS = 24
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left_running() -> Iterator[None]:
-    yield
-    end_all()
+pytestmark = pytest.mark.usefixtures("nothing_is_left_running")
 
 
 def train_words(out: str, *more: str) -> list[str]:

@@ -19,17 +19,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.processes import Run, Terminal, end_all, ranks, until
+from support.processes import Run, Terminal, ranks, until
 from support.runs import losses
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STEPS = 12
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left_running():
-    yield
-    end_all()
+pytestmark = pytest.mark.usefixtures("nothing_is_left_running")
 
 
 def steps_logged(folder: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from diffusers import T2IAdapter
 from PIL import Image
 from safetensors.torch import load_file
-from support.processes import Run, end_all, finish
+from support.processes import Run, finish
 from support.runs import losses
 from support.tiny import write_circles, write_tiny_sd
 
@@ -22,10 +21,7 @@ from t2i_adapter.models.record import Metadata, read_metadata
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left_running() -> Iterator[None]:
-    yield
-    end_all()
+pytestmark = pytest.mark.usefixtures("nothing_is_left_running")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.object_store import as_user, serve_s3
-from support.processes import Run, end_all, finish, ranks, until
+from support.processes import Run, finish, ranks, until
 from support.runs import losses
 from support.tiny import write_circles
 
@@ -30,10 +30,7 @@ from t2i_adapter.types import Sample
 PAIRS = 24
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left_running() -> Iterator[None]:
-    yield
-    end_all()
+pytestmark = pytest.mark.usefixtures("nothing_is_left_running")
 
 
 @pytest.fixture(scope="module")

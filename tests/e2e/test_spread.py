@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from support.processes import Run, end_all, ranks
+from support.processes import Run, ranks
 from support.runs import losses
 from support.tiny import write_circles
 
@@ -26,10 +26,7 @@ SPREADS = [(1, 4, 4, 1), (1, 0, 2, 2), (2, 4, 2, 1), (2, 0, 1, 2), (4, 4, 1, 1)]
 """Processes, loader workers of each, batch size, micro-steps. The resumed runs below have the other combinations."""
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left_running() -> Iterator[None]:
-    yield
-    end_all()
+pytestmark = pytest.mark.usefixtures("nothing_is_left_running")
 
 
 @pytest.fixture(scope="module")

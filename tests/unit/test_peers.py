@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
-from support.processes import Forked, end_all, ranks, until
+from support.processes import Forked, ranks, until
 
 from t2i_adapter.errors import UserError
 from t2i_adapter.training.peers import Peers, is_loss
@@ -22,10 +22,7 @@ from t2i_adapter.training.peers import Peers, is_loss
 WORLD = 2
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left_running():
-    yield
-    end_all()
+pytestmark = pytest.mark.usefixtures("nothing_is_left_running")
 
 
 def start(folder: Path, member: Callable[[int], None]) -> list[Forked]:
